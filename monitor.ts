@@ -1,0 +1,1382 @@
+#!/usr/bin/env node
+// SPDX-License-Identifier: MIT
+//
+// ftw-monitor tells balancers, probes and people whether this Node.js instance may be sent
+// requests. It listens at the instance's port + 80, warms the instance up, and answers commands:
+//
+//   const server = http.createServer(app)          $ printf 'health_check\n' | nc localhost 8160
+//   start(server)                                  OK
+//   server.listen(8080)
+//
+// One verdict, "may this instance be sent requests, and if not, why", stands behind every reply.
+// In the order of the file: types, limits, state, start and stop, the verdict, warm-up, draining,
+// commands, figures, the wire (lines, then HTTP), and the program, which may be deleted.
+
+import * as http from 'node:http'
+import * as net from 'node:net'
+
+// --- Types ---------------------------------------------------------------------------------------
+
+/** What follows on a connection: its end, commands until `quit`, or lines for the same command. */
+export type Mode = 'quit' | 'interactive' | 'more'
+
+/** Who asks: `local` is on this machine; no address is known on a Unix socket and after a reset. */
+export interface Connection {
+  write(text: string): void
+  readonly remoteAddress: string | undefined
+  readonly local: boolean
+}
+
+/** Replies by `connection.write`, has 30 s for that, and may return the mode that follows. */
+export type Command =
+  (connection: Connection, ...args: string[]) => Mode | void | Promise<Mode | void>
+
+/** `http` offers a command as `GET /NAME/ARG…`, which any web page can make a browser send;
+ *  `local` refuses askers that are not on this machine. Neither by default, and never both. */
+export interface CommandOptions { http?: boolean, local?: boolean }
+
+/** An open connection of a database: since when (ms since 1970, or a Date), and for what. */
+export interface OpenConnection { openedAt: number | Date, info: string }
+
+/** What a database knows of itself, -1 where left out: objects in its caches, those of them that
+ *  are loaded, and how many there may be; the cache's totals; conflicts in all and those not
+ *  resolved, objects in the storage, and its size in bytes. */
+export interface Figures {
+  size?: number, nonGhost?: number, maxSize?: number, recordsAdded?: number, bytesAdded?: number,
+  recordsEvicted?: number, bytesEvicted?: number, accesses?: number, conflicts?: number,
+  unresolvedConflicts?: number, objects?: number, bytes?: number
+}
+
+/** Whatever the instance cannot serve without, with 900 ms to answer; only `true` is connected. */
+export interface Database {
+  isConnected(): boolean | Promise<boolean>
+  connections?(): OpenConnection[] | Promise<OpenConnection[]>
+  figures?(): Figures | Promise<Figures>
+}
+
+/** Count what the service does with a database; a `RangeError` for what is no number from 0. */
+export type Activity = Record<'loads' | 'stores' | 'connections', (count?: number) => void>
+
+/** Warms a site whose address on this instance is `url`; fails by throwing or rejecting. */
+export type WarmupPerformer =
+  (warmup: { site: string, url: string, signal: AbortSignal }) => unknown
+
+/** Takes the few lines that the monitor has to say. */
+export type Logger = Pick<Console, 'info' | 'warn' | 'error'>
+
+/** An http, https or http2 `server`, listening or not yet; the instance's `port` (default: the
+ *  server's, without one `PORT`); the `url` with scheme, name, port and path at which the instance
+ *  reaches itself (`FTW_MONITOR_URL`); where to `listen` (`FTW_MONITOR_LISTEN`, else port + 80 on
+ *  the instance's host); and a `logger` (`console`). */
+export interface StartOptions {
+  server?: net.Server, port?: number, url?: string, logger?: Logger,
+  listen?: { host?: string, port?: number, path?: string }
+}
+
+/** The `reason` for probers (default `Draining`); how many red answers make a balancer act, its
+ *  `fall` (3); and how many milliseconds to wait at most (25,000: Kubernetes kills at 30 s). */
+export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: number }
+
+type Address = net.AddressInfo | string | false
+type Failures = Map<string, string> // reasons, by site
+type Run = { sites: string[], endsAt: number, controller: AbortController, done: Promise<Failures> }
+type Served = { startedAt: number, line: string, socket: net.Socket, response: http.ServerResponse }
+type Prober = { askedAt: number[], told: number }
+type Entry =
+  Required<CommandOptions> & { name: string, doc: string, command: Command, loggedAt: number }
+type Registered = { name: string, database: Database, counters: Record<keyof Activity, Counter>,
+  asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
+
+// --- Limits --------------------------------------------------------------------------------------
+
+const PORT_OFFSET = 80 // as in ftw.monitor
+const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
+const LISTEN_RETRY_MS = 1_000 // an old process holds our port a little longer
+const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
+const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
+const DATABASE_MS = 900 // Kubernetes waits for one second
+const REASON_MAX = 500 // characters; balancers show less
+const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
+const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
+const [WARMUP_RETRY_MS, WARMUP_RETRY_MAX_MS] = [1_000, 30_000] // doubled from try to try
+const [PROBER_ASKS, PROBER_MS] = [3, 60_000] // so often in that time: who asks less is no balancer
+const PROBERS_MAX = 64
+const LOOKUPS_PER_TICK = 64 // an address is dear to look up, and so many probers need no more
+const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
+const HISTORY_SECONDS = 3_600
+const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
+const LINE_MAX = 4_096 // bytes
+const LINES_PER_TURN = 16 // of one connection, then the host has its turn
+const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
+const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are the host's
+const SEND_MS = 60_000 // for a line or an HTTP head: people type
+const SILENCE_MS = 15 * 60_000 // in interactive mode
+const COMMAND_MS = 30_000
+const LINGER_MS = 5_000 // for a peer to close after us
+const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody takes
+
+// --- State ---------------------------------------------------------------------------------------
+
+const commands = new Map<string, Entry>()
+const databases = new Map<string, Registered>()
+const performers = new Map<string, WarmupPerformer>()
+const quiet = (): void => {}
+
+/** What `start` sets. `stop` puts a new one in its place, by which whatever comes late knows. */
+class State {
+  options: StartOptions = {}
+  logger: Logger = console
+  settle: (address: Address) => void = quiet // the promise that start() gave
+  fail: (error: unknown) => void = quiet
+  ticker: ReturnType<typeof setInterval> | undefined
+  clock = 0 // ms by ticks: it stands still while the host blocks, which is no prober's fault
+  unhook = quiet
+  instance: { host: string, port: number, path: string | undefined, url: string } | undefined
+  accepting = false
+  endpoint: net.ListenOptions = {}
+  monitor: net.Server | undefined
+  listenAt = Infinity
+  loggedAt = -Infinity
+  sessions: Session[] = [] // a Map of sockets would keep the dead ones past their first collection
+  inFlight = new Map<object, Served>()
+  requests = 0
+  errors = 0
+  opened = 0 // connections
+  loads: object[] = []
+  load = -1 // of the event loop, 0 to 1
+  warmup: 'off' | 'cold' | 'done' | 'failed' = 'cold'
+  failure = ''
+  runs: Run[] = [] // the first one is running
+  retry: { at: number, go: () => void } | undefined
+  token: string = crypto.randomUUID()
+  asking = new AbortController() // for the view
+  viewRun: Promise<Failures> | undefined
+  draining: { reason: string, waitFor: Prober[] } | undefined
+  probers = new Map<string, Prober>() // the longest silent one first
+  lookups = 0
+}
+let state = new State()
+
+// --- Start and stop ------------------------------------------------------------------------------
+
+/** Starts the monitor: `start(server)`, `start({ server, port, url, listen, logger })`, `start()`
+ *  where `PORT` is set. Do not await `start(server)` before `server.listen()`: it waits for that.
+ *  Resolves to the bound address, as `net.Server.address()` gives it, or to `false` where the
+ *  environment does not allow it, after one warning that says what to do (an address in use is
+ *  tried again every second). Rejects with a `TypeError` or `RangeError` for wrong arguments. */
+export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
+  const options = isServer(instance) ? { server: instance } : instance
+  checkOptions(options)
+  if (isOff('FTW_MONITOR')) return false
+  if (state.ticker) log('warn', 'is started already; stop() it first')
+  if (state.ticker) return state.monitor?.address() ?? false
+  return new Promise((settle, fail) => {
+    const { logger = console, server } = options
+    const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
+    const ticker = setInterval(tick, TICK_MS).unref()
+    Object.assign(state, { options, logger, warmup, ticker, settle, fail })
+    if (server) state.unhook = hook(server)
+    boot()
+  })
+}
+
+/** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
+ *  Resolves when the port is free. What was registered stays, and `start()` works again. */
+export async function stop(): Promise<void> {
+  const { ticker, unhook, settle, monitor, sessions, asking, runs } = state
+  state = new State()
+  clearInterval(ticker)
+  unhook()
+  asking.abort()
+  abort(runs, 'the monitor was stopped')
+  for (const { socket } of sessions) socket.destroy()
+  if (monitor?.listening) await new Promise((resolve) => monitor.close(resolve))
+  settle(false)
+}
+
+function checkOptions(options: unknown): asserts options is StartOptions {
+  must(isObject(options), 'start() takes an http.Server, or options')
+  const { server, port, url, listen, logger = console, ...others } = options
+  for (const name in others) must(false, `start() knows no option ${clean(name)}; it takes an ` +
+    'http.Server (of Express what app.listen() returns, of Fastify fastify.server), or options')
+  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
+  must(port === undefined || (isPort(port) && port > 0), 'port must be a number from 1 to 65535',
+    typeof port === 'number' ? RangeError : TypeError)
+  must(url === undefined || isUrl(url), 'url must be an http or https URL')
+  must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
+  must(can(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
+}
+function must(holds: unknown, sentence: string, Kind = TypeError): asserts holds {
+  if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
+}
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null
+const can = (value: unknown, ...methods: string[]): boolean =>
+  isObject(value) && methods.every((name) => typeof value[name] === 'function')
+// https and http2 servers are no http.Server, but do the same; a net.Server has no setTimeout
+const isServer = (value: unknown): value is net.Server =>
+  can(value, 'address', 'emit', 'setTimeout') && typeof Object(value).listening === 'boolean'
+const isPort = (value: unknown): value is number =>
+  Number.isInteger(value) && Number(value) >= 0 && Number(value) <= 65_535
+const isUrl = (value: unknown): value is string => typeof value === 'string' &&
+  URL.canParse(value) && /^https?:$/.test(new URL(value).protocol)
+const isEndpoint = (value: unknown): boolean => isObject(value) && Object.entries(value).every(
+  ([name, part]) => part === undefined || (name === 'port' ? isPort(part)
+    : /^(host|path)$/.test(name) && typeof part === 'string' && part !== ''))
+
+function tick(): void {
+  state.clock += TICK_MS
+  state.lookups = 0
+  measureLoad()
+  boot()
+  if (state.clock >= state.listenAt) listen()
+  superviseWarmup()
+  for (const session of state.sessions) session.enforceLimits()
+  for (const [response, { socket }] of state.inFlight) { // a pipelined one may get no 'close'
+    if (socket.destroyed) state.inFlight.delete(response)
+  }
+}
+
+/** What the environment does not allow; it is warned of, where a caller's mistake is thrown. */
+class Unavailable extends Error {}
+
+/** Takes the next steps from started to accepting, as far as they can be taken now. */
+function boot(): void {
+  const { options: { server }, accepting, clock } = state
+  if (server?.listening === false) {
+    if (clock === LISTEN_WARNING_MS && !accepting) log('warn', 'waits for the server to listen')
+    return
+  }
+  try { if (!state.instance) locate() } catch (error) {
+    if (error instanceof Unavailable) log('warn', error.message)
+    else state.fail(error)
+    void stop()
+  }
+  if (state.instance && !accepting) server ? accept() : connect(state.instance)
+}
+
+/** Finds out where the instance is, and from that where the monitor belongs. */
+function locate(): void {
+  const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: asked } = state.options
+  const bound = server?.address() ?? undefined
+  const tcp = typeof bound === 'object' ? bound : undefined
+  const address = (server ? tcp?.address : env('HOST')) ?? ''
+  const port = given ?? (server ? tcp?.port : env('PORT', toPort))
+  if (!server && !port) throw new Unavailable('needs a port: set PORT, or start(server)')
+  const { path, host = address, port: own = Number(port) + PORT_OFFSET } =
+    asked ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
+  const advice = `cannot listen on ${own}, past 65535: set FTW_MONITOR_LISTEN, or listen`
+  must(path ?? !Number.isNaN(own), 'for a server on a Unix socket say port or listen')
+  must(path ?? (isPort(own) || !given), advice, RangeError)
+  if (!path && !isPort(own)) throw new Unavailable(advice)
+  state.endpoint = path ? { path } : { port: own, ...host && { host } }
+  const reached = LOOPBACK[address] ?? address
+  const origin = `http${server && 'setSecureContext' in server ? 's' : ''}://${inUrl(reached)}`
+  state.instance = {
+    host: reached, port: port ?? 0, path: typeof bound === 'string' ? bound : undefined,
+    url: (url ?? (port ? `${origin}:${port}` : origin)).replace(/\/+$/, '')
+  }
+  listen()
+}
+/** Where an instance is reached that is bound to no address in particular. */
+const LOOPBACK: Record<string, string> = { '': 'localhost', '0.0.0.0': '127.0.0.1', '::': '::1' }
+const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
+
+/** What the environment says, as `read` understands it; undefined where it says nothing. */
+function env<T = string>(name: string, read = (text: string) => text as T | undefined) {
+  const text = process.env[name]?.trim()
+  const value = text ? read(text) : undefined
+  if (text && value === undefined) throw new Unavailable(`cannot use ${name}=${text}; unset it`)
+  return value
+}
+const isOff = (name: string): boolean => /^(0|false|no|off)$/i.test(env(name) ?? '')
+const toUrl = (text: string): string | undefined => isUrl(text) ? text : undefined
+const toPort = (text: string): number | undefined =>
+  /^[1-9]\d*$/.test(text) && isPort(Number(text)) ? Number(text) : undefined
+/** `8160`, `host:8160`, `[::1]:8160`, or a path. */
+function toEndpoint(text: string): StartOptions['listen'] {
+  const [, ipv6, name, digits] = /^(?:\[([^\]]+)\]:|([^:/[\]]+):)?(\d+)$/.exec(text) ?? []
+  if (!digits) return /[/\\]/.test(text) ? { path: text } : undefined
+  const host = ipv6 ?? name
+  return isPort(Number(digits)) ? { port: Number(digits), ...host && { host } } : undefined
+}
+
+function listen(): void {
+  const starting = state
+  const monitor = state.monitor = net.createServer(openSession).unref()
+  monitor.on('listening', () => {
+    if (starting !== state) return void monitor.close() // stopped while a name was looked up
+    const at = monitor.address() ?? ''
+    log('info', `listening on ${typeof at === 'string' ? at : `${inUrl(at.address)}:${at.port}`}`)
+    state.settle(at)
+  }).on('error', (error) => {
+    if (starting !== state) return
+    if (!monitor.listening) cannotListen(error)
+    else if (mayLog(state)) log('error', `cannot accept connections: ${wording(error)}`)
+  })
+  state.listenAt = Infinity
+  try { // exclusive: cluster workers would share the port, and answer for each other
+    monitor.listen({ ...state.endpoint, exclusive: true })
+  } catch (error) { cannotListen(error) } // Node.js 26 under --permission
+}
+function cannotListen(error: unknown): void {
+  const { path, host = '*', port } = state.endpoint
+  const where = path ?? `${inUrl(host)}:${port}`
+  const isInUse = isObject(error) && error['code'] === 'EADDRINUSE'
+  if (!isInUse) log('warn', `cannot listen on ${where}: ${wording(error)}; set FTW_MONITOR_LISTEN`)
+  if (!isInUse) return void stop()
+  if (state.settle !== quiet) log('warn', `finds ${where} in use, and tries it every second: an ` +
+    'older process may still hold it; cluster workers need one FTW_MONITOR_LISTEN each; remove a ' +
+    'path that was left behind')
+  state.listenAt = state.clock + LISTEN_RETRY_MS
+  state.settle(false)
+  state.settle = quiet
+}
+
+/** With PORT alone, only connecting tells whether the instance accepts connections. */
+function connect({ host, port, url }: NonNullable<State['instance']>): void {
+  const starting = state
+  if (state.clock === ACCEPT_WARNING_MS) log('warn', `finds nothing that accepts at ${url}`)
+  const socket = net.connect({ host, port }).unref()
+  socket.setTimeout(TICK_MS, () => socket.destroy()).on('error', quiet).on('connect', () => {
+    socket.destroy()
+    if (starting === state && !state.accepting) accept()
+  })
+}
+function accept(): void {
+  state.accepting = true
+  if (state.warmup !== 'off') void warmUpAutomatically()
+}
+
+/** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
+function hook(server: net.Server): () => void {
+  const { emit: inner } = server
+  const own = Object.getOwnPropertyDescriptor(server, 'emit')
+  let hooked = true
+  function emit(this: net.Server, ...all: unknown[]): boolean {
+    try {
+      if (hooked && takesOver(...all as Parameters<typeof takesOver>)) return true
+    } catch {} // who emits a 'request' that is none does not mean us
+    return Reflect.apply(inner, this, all)
+  }
+  Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
+  return () => {
+    hooked = false
+    if (server.emit !== emit) return // whoever hooked in later still calls us
+    if (own) Object.defineProperty(server, 'emit', own)
+    else Reflect.deleteProperty(server, 'emit')
+  }
+}
+/** Sees the server's events first; true for a request that the application is not to see. */
+function takesOver(event: string, request: http.IncomingMessage, response: http.ServerResponse) {
+  if (event === 'listening') boot()
+  if (event === 'close') void stop()
+  if (event !== 'request' && event !== 'checkContinue') return false
+  const { method, url = '', socket } = request
+  const isView = warmupSite(url) !== undefined
+  if (isView) warmupView(request, response)
+  if (isView || state.inFlight.has(response)) return isView
+  response.on('close', requestEnded)
+  const startedAt = performance.now()
+  state.inFlight.set(response, { startedAt, line: `${method} ${url}`, socket, response })
+  state.requests++
+  if (state.draining) closeAfter(response)
+  return false
+}
+function requestEnded(this: http.ServerResponse): void {
+  if (state.inFlight.delete(this) && this.statusCode >= 500) state.errors++
+}
+
+// --- The verdict ---------------------------------------------------------------------------------
+
+/** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
+ *  never contains `OK`. Answers within a second, and never rejects. */
+export async function health(): Promise<{ healthy: boolean, reason: string }> {
+  const reason = await verdict()
+  return { healthy: reason === 'OK', reason }
+}
+
+/** `OK` or why not; every prober's reply is a rendering of it. A promise only if it must be. */
+function verdict(): string | Promise<string> {
+  if (databases.size === 0 || state.draining || isShuttingDown()) return judge()
+  const troubles = Array.from(databases.values(), trouble)
+  return Promise.all(troubles).then((texts) => judge(texts.find(Boolean)))
+}
+/** Judges when the answer is due: what held when the databases were asked may be over. */
+function judge(databaseTrouble = ''): string {
+  const isWarming = state.runs.length > 0
+  const isCold = state.warmup === 'cold' && !isWarming
+  if (state.draining) return red(state.draining.reason)
+  if (isShuttingDown()) return red('Instance is shutting down')
+  if (databaseTrouble) return red(`Error: ${databaseTrouble}`)
+  if (!state.accepting || isCold) return red('Instance is booting')
+  if (isWarming) return red('Warmup in progress')
+  return state.warmup === 'failed' ? red(`Warmup failed: ${state.failure}`) : 'OK'
+}
+/** Known at once, where `close` would tell only when the last slow request is gone. */
+const isShuttingDown = (): boolean => state.accepting && state.options.server?.listening === false
+/** What is not healthy becomes one line in which HAProxy's `expect string OK` finds nothing. */
+const red = (text: string): string =>
+  clean(text.slice(0, REASON_MAX)).replaceAll('OK', 'O K').slice(0, REASON_MAX)
+/** A blank, never nothing, for each character that could forge a line or steer a terminal. */
+const clean = (text: string): string => text.replace(CONTROL, ' ')
+const CONTROL = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
+
+/** What is wrong with a database; '' where nothing is. */
+async function trouble(registered: Registered): Promise<string> {
+  const subject = `Database '${registered.name}'`
+  try {
+    return await ask(registered, 'isConnected') === true ? '' : `${subject} disconnected.`
+  } catch (error) {
+    return `${subject} ${error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`}`
+  }
+}
+const TIMED_OUT = new Error('no answer in time')
+/** Asks a database. Who comes while a question is out shares it, so nobody multiplies queries. */
+function ask({ database, asked }: Registered, method: keyof Database): Promise<unknown> {
+  return asked[method] ??= new Promise((resolve, reject) => {
+    const timer = setTimeout(reject, DATABASE_MS, TIMED_OUT).unref()
+    Promise.resolve().then(() => database[method]?.()).finally(() => {
+      clearTimeout(timer)
+      delete asked[method]
+    }).then(resolve, reject)
+  })
+}
+
+/** An error in words: fetch hides them in `cause`, a refused localhost in `code`. */
+function wording(error: unknown): string {
+  try {
+    if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
+    const { message, cause, code = '' } = error as Error & { code?: string }
+    if (message === 'fetch failed' && cause instanceof Error) return wording(cause)
+    const [, advice = ''] = ADVICE.find(([codes]) => codes.test(code)) ?? []
+    return `${message || code || error.name}`.slice(0, REASON_MAX) + advice
+  } catch { return 'an error that cannot be put into words' }
+}
+const ADVICE: [RegExp, string][] = [
+  [/^ERR_TLS_CERT_ALTNAME_INVALID$/, '; set FTW_MONITOR_URL, or url, to a name that it has'],
+  [/^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/, "; set NODE_EXTRA_CA_CERTS to its issuer's file"]
+]
+/** Logs one line, and a stack if need be. A logger that throws must not be the host's end. */
+function log(level: keyof Logger, text: string, stack = ''): void {
+  try {
+    const logged: unknown = state.logger[level](`ftw-monitor ${clean(text)}${stack}`)
+    Promise.resolve(logged).catch(quiet)
+  } catch {}
+}
+/** At most one line a second of each kind, so that nobody can flood the host's log. */
+function mayLog(kind: { loggedAt: number }): boolean {
+  const may = performance.now() - kind.loggedAt >= 1_000
+  if (may) kind.loggedAt = performance.now()
+  return may
+}
+
+// --- Warm-up -------------------------------------------------------------------------------------
+
+const VIEW = '/@@warmup'
+const TOKEN = 'x-ftw-monitor-token'
+
+/** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
+ *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
+ *  `TypeError` for what is no path or no function. */
+export function registerWarmup(site: string, performer: WarmupPerformer): void {
+  must(typeof site === 'string' && /^\/(?![/\\])[^\s?#]*$/.test(site), 'a site is / or /a/path')
+  must(typeof performer === 'function', 'a warm-up performer is a function')
+  performers.set(new URL(site, 'http://localhost').pathname.replace(/\/+$/, '') || '/', performer)
+}
+const allSites = (): string[] => performers.size > 0 ? [...performers.keys()] : ['/']
+
+/** Joins a run that covers these sites, or has one follow those that there are. */
+function warmUp(sites: string[]): Promise<Failures> {
+  const covering = state.runs.find((run) => sites.every((site) => run.sites.includes(site)))
+  if (covering) return covering.done
+  const before = state.runs.at(-1)?.done
+  const run = { sites, endsAt: Infinity, controller: new AbortController() } as Run
+  state.runs.push(run)
+  return run.done = perform(run, before)
+}
+async function perform(run: Run, before: Promise<Failures> | undefined): Promise<Failures> {
+  const starting = state
+  await before
+  const { sites, controller: { signal } } = run
+  const failures: Failures = new Map()
+  const aborted = new Promise((_, reject) => {
+    signal.addEventListener('abort', () => reject(signal.reason))
+  })
+  aborted.catch(quiet)
+  run.endsAt = starting.clock + WARMUP_MS
+  if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
+  for (const [index, site] of sites.entries()) {
+    const startedAt = performance.now()
+    const say = (level: keyof Logger, what: string) => starting === state && log(level,
+      `(${index + 1}/${sites.length}) ${site} ${what} after ${sinceText(startedAt)}`)
+    try {
+      signal.throwIfAborted()
+      const performer = performers.get(site) ?? loadPage
+      const url = `${starting.instance?.url}${site}`
+      await Promise.race([performer({ site, url, signal }), aborted]) // it may not heed the signal
+      say('info', 'is warm')
+    } catch (error) {
+      failures.set(site, wording(error))
+      say('warn', `failed (${wording(error)})`)
+    }
+  }
+  starting.runs = starting.runs.filter((other) => other !== run)
+  const isWhole = allSites().every((site) => sites.includes(site))
+  if (isWhole && failures.size === 0) starting.warmup = 'done'
+  return failures
+}
+const sinceText = (startedAt: number): string =>
+  `${((performance.now() - startedAt) / 1_000).toFixed(1)} s`
+const inWords = (failures: Failures): string => Array.from(failures,
+  ([site, reason]) => site === '/' ? reason : `${site}: ${reason}`).join('; ')
+
+/** The default performer: loads the page that the first visitor would have waited for. */
+async function loadPage({ site, url, signal }: Parameters<WarmupPerformer>[0]): Promise<void> {
+  const status = await (url.startsWith('https:') ? fetchStatus : getStatus)(url, signal)
+  if (status >= 500) throw new Error(`it answered ${status}`)
+  if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
+}
+/** By node:http: fetch refuses some ports, goes through proxies, and gives up after 300 s. */
+function getStatus(url: string, signal: AbortSignal): Promise<number> {
+  const socketPath = state.instance?.path
+  return new Promise((resolve, reject) => {
+    http.get(url, { agent: false, signal, ...socketPath && { socketPath } }, (response) => {
+      response.on('error', reject).on('end', () => resolve(response.statusCode ?? 0)).resume()
+    }).on('error', reject)
+  })
+}
+async function fetchStatus(url: string, signal: AbortSignal): Promise<number> {
+  const response = await fetch(url, { redirect: 'manual', signal })
+  await response.body?.pipeTo(new WritableStream())
+  return response.status
+}
+
+/** After boot, until it succeeds: one passing error must not keep an instance out for good. */
+async function warmUpAutomatically(): Promise<void> {
+  const starting = state
+  const isOver = () => starting !== state || state.warmup === 'done' || isShuttingDown()
+  await askView()
+  let [sites, pauseMs] = [allSites(), WARMUP_RETRY_MS]
+  while (!isOver()) {
+    const failures = await (state.viewRun ?? warmUp(sites))
+    if (isOver()) return
+    state.viewRun = undefined
+    state.warmup = failures.size > 0 ? 'failed' : 'done'
+    state.failure = inWords(failures)
+    if (failures.size === 0) return
+    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`)
+    await new Promise<void>((go) => { state.retry = { at: state.clock + pauseMs, go } })
+    ;[sites, pauseMs] = [[...failures.keys()], Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)]
+  }
+}
+/** Has the view warm the instance up, as then performers run as a request's work does. No answer
+ *  proves that the view is there, since a catch-all route, another worker or the old process give
+ *  one too; only our token does, when it arrives. */
+async function askView(): Promise<void> {
+  const starting = state
+  const { instance, token, asking: { signal } } = state
+  const timer = setTimeout(() => starting.viewRun ?? starting.asking.abort(), VIEW_MS).unref()
+  try {
+    const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
+    await (await fetch(`${instance?.url}${VIEW}`, options)).body?.cancel()
+  } catch {} finally { clearTimeout(timer) }
+}
+function superviseWarmup(): void {
+  const { runs, retry, clock, asking } = state
+  abort(runs.filter(({ endsAt }) => clock >= endsAt), `no end after ${WARMUP_MS / 60_000} minutes`)
+  if (isShuttingDown()) {
+    asking.abort()
+    abort(runs, 'the instance is shutting down')
+  } else if (retry && clock >= retry.at) {
+    state.retry = undefined
+    retry.go()
+  }
+}
+function abort(runs: Run[], reason: string): void {
+  for (const { controller } of runs) controller.abort(new Error(reason))
+}
+
+/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` from this machine when the warm-up is over: 200
+ *  `Warmup successful` or 500 `Warmup failed: REASON`. With a server given to `start` it is there
+ *  by itself; else mount it: `app.use(warmupView)` in Express and Connect, or
+ *  `http.createServer((request, response) => warmupView(request, response, () => …))`.
+ *  Other requests go to `next`; without one, they are answered 404. */
+export function warmupView(
+  request: http.IncomingMessage, response: http.ServerResponse, next?: () => void
+): void {
+  const { originalUrl = request.url ?? '' } = request as { originalUrl?: string } // of Express
+  const site = warmupSite(originalUrl)
+  const answer = (status: number, text: string) => {
+    response.statusCode = status
+    response.setHeader('Content-Type', 'text/plain; charset=utf-8')
+    closeAfter(response)
+    response.end(text)
+  }
+  if (site === undefined) return next ? next() : answer(404, 'Not found')
+  const token = request.headers[TOKEN]
+  const isOurs = token === state.token
+  const isHere = token === undefined && isLocal(request.socket) && !isForwarded(request)
+  if (!isOurs && !isHere) return answer(403, 'Only this machine may ask for a warm-up')
+  if (request.method !== 'GET') return answer(405, 'A warm-up is asked for by GET')
+  if (!state.instance) return answer(503, 'The monitor is not started')
+  const isWhole = isOurs || site === '/'
+  if (!isWhole && !performers.has(site)) return answer(404, 'No such site is registered')
+  const outcome = warmUp(isWhole ? allSites() : [site])
+  if (isOurs) state.viewRun = outcome
+  outcome.then((failures) => failures.size === 0 ? answer(200, 'Warmup successful')
+    : answer(500, red(`Warmup failed: ${inWords(failures)}`))
+  ).catch(quiet) // the application may have answered meanwhile
+}
+/** `/shop` for `/shop/@@warmup?now`; undefined where the view is not meant. */
+function warmupSite(url: string): string | undefined {
+  const path = url.includes(VIEW) ? url.split('?')[0] ?? '' : ''
+  return path.endsWith(VIEW) ? path.slice(0, -VIEW.length) || '/' : undefined
+}
+const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
+  peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
+/** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
+const isForwarded = ({ headers }: http.IncomingMessage): boolean =>
+  (headers['sec-fetch-site'] ?? 'none') !== 'none' || Object.keys(headers).some(
+    (name) => /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/.test(name))
+
+// --- Draining ------------------------------------------------------------------------------------
+
+/** Takes the instance out: every verdict is the reason, while requests are still served, with
+ *  `Connection: close`. Resolves when every prober has been told `fall` times and no request is in
+ *  flight any more, at the latest after `timeoutMs`, and at once where no monitor runs. Rejects
+ *  with a `TypeError` or `RangeError` for wrong options. */
+export async function drain(options: DrainOptions = {}): Promise<void> {
+  await untilDrained(options, quiet)
+}
+/** Takes the instance in again. */
+export function resume(): void { state.draining = undefined }
+
+/** Drains, reports each change of what it waits for, and gives the outcome. */
+async function untilDrained(options: DrainOptions, tell: (text: string) => void): Promise<string> {
+  const { reason = 'Draining', fall = 3, timeoutMs = 25_000 } = options
+  must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
+  must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
+  must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
+  if (!state.ticker) return 'Drained'
+  const starting = state
+  const startedAt = performance.now()
+  const { waitFor } = state.draining ??= { reason, waitFor: activeProbers() }
+  state.draining.reason = reason
+  for (const { response } of state.inFlight.values()) closeAfter(response)
+  for (let said = '', requests = -1, quietSince = startedAt; ;) {
+    const know = waitFor.filter(({ told }) => told >= fall).length
+    const inFlight = state.options.server ? `, ${state.inFlight.size} requests in flight` : ''
+    const progress = `${know} of ${waitFor.length} probers know${inFlight}`
+    if (progress !== said) tell(`Draining: ${said = progress}\n`)
+    const now = performance.now()
+    const isQuiet = know === waitFor.length && !state.inFlight.size && state.requests === requests
+    if (!isQuiet) quietSince = now
+    requests = state.requests
+    if (now - quietSince >= QUIET_MS) return 'Drained'
+    if (now - startedAt >= timeoutMs) return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
+    await new Promise((resolve) => setTimeout(resolve, DRAIN_POLL_MS).unref())
+    if (starting !== state || !state.draining) return 'Not drained: resumed meanwhile'
+  }
+}
+/** A keep-alive client goes elsewhere next time. HTTP/2 has no such header, but says GOAWAY. */
+function closeAfter(response: http.ServerResponse): void {
+  const { stream } = response as { stream?: { session?: { close(): void } } }
+  if (stream) stream.session?.close()
+  else if (!response.headersSent) response.setHeader('Connection', 'close')
+}
+const activeProbers = (): Prober[] => [...state.probers.values()].filter((prober) => {
+  prober.told = 0
+  const { askedAt: [first = 0, ...others] } = prober
+  return others.length === PROBER_ASKS - 1 && state.clock - first <= PROBER_MS
+})
+/** Remembers who asks, and how often who asked was told that the instance drains. */
+function noteProber(asker: Asker, worth: number): void {
+  if (!asker.probes || (!state.draining && ++state.lookups > LOOKUPS_PER_TICK)) return
+  const address = asker.remoteAddress ?? state.endpoint.path
+  if (address === undefined) return
+  const prober = state.probers.get(address) ?? { askedAt: [], told: 0 }
+  prober.told += worth
+  if (state.draining) return
+  prober.askedAt = [...prober.askedAt.slice(1 - PROBER_ASKS), state.clock]
+  state.probers.delete(address)
+  state.probers.set(address, prober)
+  const [silent = ''] = state.probers.keys()
+  if (state.probers.size > PROBERS_MAX) state.probers.delete(silent)
+}
+
+// --- Commands ------------------------------------------------------------------------------------
+
+/** Adds a command, or replaces it. The first line of `doc` is what `help` lists. Throws a
+ *  `TypeError` for a name that is empty or has white space in it, and for wrong options. */
+export function register(
+  name: string, doc: string, command: Command, { http = false, local = false }: CommandOptions = {}
+): void {
+  must(isWord(name), 'a command has a name without white space')
+  must(typeof doc === 'string', 'the documentation of a command is text')
+  must(typeof command === 'function', 'a command is a function')
+  must(!http || !local, 'a command is http or local: a browser here is local to all pages it shows')
+  commands.set(name, { name, doc, command, http, local, loggedAt: -Infinity })
+}
+const isWord = (name: unknown): boolean => typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
+
+/** Registers a command that only reads, and gives what it has to say; `_` is who asks. */
+function report(name: string, doc: string, read: (_: Asker, ...args: string[]) => unknown): void {
+  const command = (connection: Connection, ...args: string[]): void | Promise<void> => {
+    const text = read(connection as Asker, ...args)
+    if (!(text instanceof Promise)) return connection.write(`${text}\n`)
+    return text.then((settled) => connection.write(`${settled}\n`))
+  }
+  register(name, doc, command, { http: true })
+}
+
+/** Who asks, as the wire knows it; `refuse` says what went wrong, with a status for HTTP. */
+interface Asker extends Connection {
+  readonly probes: boolean
+  refuse(text: string, status: number): void
+}
+/** What the asker did wrong: told in these words, and not logged. */
+class Refusal extends Error {}
+const refuse = (text: string): never => { throw new Refusal(text) }
+
+/** The one way to run a command: whatever goes wrong becomes a line for the asker. */
+function run(name: string, args: string[], asker: Asker): Mode | void | Promise<Mode | void> {
+  const entry = commands.get(name)
+  if (!entry) return refuseUnknown(name, asker)
+  if (entry.local && !asker.local) return asker.refuse(`${name} is for this machine only\n`, 403)
+  try {
+    const answer: unknown = entry.command(asker, ...args)
+    if (!isObject(answer)) return toMode(name, answer)
+    return Promise.resolve(answer).then((settled) => toMode(name, settled))
+      .catch((error: unknown) => refuseFailed(entry, error, asker))
+  } catch (error) { refuseFailed(entry, error, asker) }
+}
+const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
+function toMode(name: string, answer: unknown): Mode | void {
+  if (MODES.includes(answer)) return answer as Mode | void
+  refuse(`${name} returned ${wording(answer)} instead of a mode; reply with connection.write`)
+}
+function refuseUnknown(name: string, asker: Asker): void {
+  asker.refuse(`${red(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
+}
+/** The asker gets one line; the stack, which tells of the host's files, goes to the log. */
+function refuseFailed(entry: Entry, error: unknown, asker: Asker): void {
+  const [line, frames] = dissect(error)
+  asker.refuse(`${red(line)}\n`, 500)
+  if (frames !== undefined && mayLog(entry)) log('error', `got ${line} from ${entry.name}`, frames)
+}
+/** The stack without the message, which may come from outside; an error may be a trap. */
+function dissect(error: unknown): [line: string, frames?: string] {
+  const message = wording(error)
+  try {
+    if (error instanceof Refusal) return [message]
+    if (error instanceof Error) {
+      const [stack, text] = [String(error.stack), String(error.message)]
+      const after = stack.includes(text) ? stack.slice(stack.indexOf(text) + text.length) : ''
+      const frames = after.split('\n').filter((frame) => /^ +at /.test(frame)).map(clean)
+      return [`${error.name}: ${message}`, ['', ...frames].join('\n')]
+    }
+  } catch {}
+  return [`Error: ${message}`, '']
+}
+
+register('help', `Get help about server commands
+
+    help lists the commands, help NAME shows what is written about one.
+`, (connection, name) => {
+  const entry = commands.get(name ?? '')
+  if (entry) return connection.write(`Help for ${name}:\n\n${entry.doc || '?'}\n`)
+  if (name !== undefined) return refuseUnknown(name, connection as Asker)
+  const lines = Array.from(commands.values(),
+    (each) => `  ${each.name} -- ${each.doc.split('\n')[0] || '?'}\n`)
+  connection.write(`Supported commands:\n${lines.sort().join('')}`)
+}, { http: true })
+register('interactive', "Turn on monitor's interactive mode", (connection) => {
+  connection.write('Interactive mode on.  Use "quit" To exit.\n')
+  return 'interactive'
+})
+register('quit', 'Quit the monitor', (connection) => {
+  connection.write('Goodbye.\n')
+  return 'quit'
+})
+report('health_check', 'Check whether the instance is alive and ready to serve requests.',
+  (asker) => told(asker, 1, (reason) => reason))
+report('agent_check', "Answer HAProxy's agent check", (asker) => told(asker, Infinity,
+  (reason) => reason === 'OK' ? `up ${leftOver()}%`
+    : `${state.draining ? 'stopped' : 'down'} #${reason}`))
+/** In percent, what the event loop has left over: at least 10, as who fails fast is idle, too. */
+const leftOver = (): number => Math.min(100, Math.max(10, Math.round(100 - 100 * state.load)))
+
+/** The verdict as a prober wants it, at once where it is known at once: the common path. */
+function told(asker: Asker, worth: number, render: (reason: string) => string) {
+  const tell = (reason: string) => {
+    noteProber(asker, worth)
+    return render(reason)
+  }
+  const reason = verdict()
+  return typeof reason === 'string' ? tell(reason) : reason.then(tell)
+}
+
+report('warmup_state', 'Get instance warmup state.', () => {
+  const isWarming = state.runs.length > 0
+  return `${Number(state.warmup === 'done' && !isWarming)} ${Number(isWarming)}`
+})
+register('drain', `Take the instance out of service
+
+    drain [REASON...] tells what it waits for, and in the end whether all know.
+`, async (connection, ...words) => {
+  const options = words.length > 0 ? { reason: words.join(' ') } : {}
+  connection.write(`${await untilDrained(options, (text) => connection.write(text))}\n`)
+}, { local: true })
+register('resume', 'Take the instance into service again', (connection) => {
+  resume()
+  connection.write('Resumed\n')
+}, { local: true })
+
+// --- Figures -------------------------------------------------------------------------------------
+
+/** Counts events, and remembers an hour of them by the second. */
+class Counter {
+  total = 0
+  #perSecond = new Float64Array(HISTORY_SECONDS)
+  #now = 0
+
+  add = (count = 1): void => {
+    must(count >= 0 && count < Infinity, 'a count must be a number from 0', RangeError)
+    this.#advance()
+    this.#perSecond[this.#now % HISTORY_SECONDS]! += count
+    this.total += count
+  }
+  last(seconds: number): number {
+    this.#advance()
+    const counts = Array.from({ length: Math.ceil(seconds) }, (_, ago) =>
+      this.#perSecond[(this.#now - ago + HISTORY_SECONDS) % HISTORY_SECONDS] ?? 0)
+    return counts.reduce((sum, count) => sum + count, 0)
+  }
+  #advance(): void {
+    const now = Math.floor(performance.now() / 1_000)
+    if (now - this.#now >= HISTORY_SECONDS) this.#perSecond.fill(0)
+    else while (this.#now < now) this.#perSecond[++this.#now % HISTORY_SECONDS] = 0
+    this.#now = now
+  }
+}
+
+/** Registers a database, or replaces it, and gives the counters on which the service tells what it
+ *  does with it. Throws a `TypeError` for a name with white space, and for what is no method. */
+export function registerDatabase(name: string, database: Database): Activity {
+  must(isWord(name), 'a database has a name without white space')
+  must(can(database, 'isConnected'), 'a database has isConnected()')
+  must([database.connections, database.figures].every((method) => method === undefined ||
+    typeof method === 'function'), 'connections and figures of a database are methods')
+  const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
+  databases.set(name, { name, database, counters, asked: {} })
+  const { loads, stores, connections } = counters
+  return { loads: loads.add, stores: stores.add, connections: connections.add }
+}
+
+/** The database that is meant; `-` and nothing mean `main`, else the first one. */
+function named(name = '-'): Registered {
+  const standard = databases.get('main') ?? [...databases.values()][0]
+  return databases.get(name) ?? (name === '-' ? standard : undefined) ??
+    refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
+}
+const toNumber = (text: string, name: string, max: number): number =>
+  /^\d+(\.\d+)?$/.test(text) && Number(text) <= max ? Number(text)
+    : refuse(`Error: ${name} must be a number from 0 to ${max}`)
+function lastOf({ counters }: Registered, text: string): number[] {
+  const seconds = toNumber(text, 'SECONDS', HISTORY_SECONDS)
+  return Object.values(counters).map((counter) => counter.last(seconds))
+}
+/** Integers, -1 for whatever the database does not give, or gives as something else. */
+async function figuresOf(registered: Registered, ...names: (keyof Figures)[]): Promise<number[]> {
+  const figures: Record<string, unknown> = Object(await ask(registered, 'figures'))
+  return names.map((name) => figures[name]).map(
+    (value) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1)
+}
+
+report('dbinfo', `Get database statistics
+
+    dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
+    the caches, and those of them that are loaded. "-" is the main database.
+`, async (_, name, seconds = '300') => [
+  ...lastOf(named(name), seconds), ...await figuresOf(named(name), 'size', 'nonGhost')].join(' '))
+report('zeocache', `Get ZEO client cache statistics
+
+    zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
+`, async (_, name) => (await figuresOf(named(name),
+  'recordsAdded', 'bytesAdded', 'recordsEvicted', 'bytesEvicted', 'accesses')).join(' '))
+report('zeostatus', 'Get ZEO client status information', async (_, name) =>
+  await trouble(named(name)) === '' ? 'True' : 'False')
+
+report('monitor', `Get general process info
+
+    monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
+    open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
+`, async (asker, age = '100', name) => {
+  const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
+  const open = name === undefined ? requestsInFlight() : await connectionsOf(named(name))
+  const listed = open?.filter(([seconds]) => asker.local && (!least || seconds > least)) ?? []
+  const lines = listed.sort(([one], [other]) => one - other)
+    .map(([seconds, info]) => `\n${seconds.toFixed(1)} ${clean(info)}`).join('')
+  const rss = String(Math.round(process.memoryUsage.rss() / 1_024)).padStart(8)
+  return `${open?.length ?? -1}\nVmRSS:\t${rss} kB${lines}`
+})
+/** Ages in seconds, and lines without their query strings, which carry secrets. */
+function requestsInFlight(): [number, string][] | undefined {
+  const now = performance.now()
+  return state.options.server && Array.from(state.inFlight.values(),
+    ({ startedAt, line }) => [(now - startedAt) / 1_000, line.split('?')[0] ?? ''])
+}
+async function connectionsOf(registered: Registered): Promise<[number, string][] | undefined> {
+  const open: unknown = await ask(registered, 'connections')
+  return Array.isArray(open) ? open.map(Object).map(({ openedAt, info }: OpenConnection) =>
+    [(Date.now() - Number(openedAt)) / 1_000 || 0, wording(info)]) : undefined
+}
+
+/** Once a tick, so that several probers get the same answer and none spoils another's. */
+function measureLoad(): void {
+  const loop = performance as unknown as { // not typed, missing on Bun, always 0 on Deno
+    eventLoopUtilization?(...span: object[]): { active: number, idle: number, utilization: number }
+  }
+  const now = loop.eventLoopUtilization?.()
+  if (!now || now.active + now.idle === 0) return
+  const before = state.loads.length < LOAD_SAMPLES ? state.loads[0] : state.loads.shift()
+  state.load = loop.eventLoopUtilization?.(now, before ?? now).utilization || 0
+  state.loads.push(now)
+}
+/** Without a server given, nothing is known of requests. */
+const httpFigures = () => state.options.server
+  ? { in_flight: state.inFlight.size, requests: state.requests, errors: state.errors }
+  : { in_flight: -1, requests: -1, errors: -1 }
+
+report('perf_metrics', `Get performance related metrics
+
+    perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
+`, async (_, name = '-', seconds = '300') => {
+  const registered = databases.size > 0 || name !== '-' ? named(name) : undefined
+  const error = registered && await trouble(registered)
+  if (error) return JSON.stringify({ error: red(error) })
+  const [loads, stores, connections] = registered ? lastOf(registered, seconds) : [-1, -1, -1]
+  const [size, ngsize, max_size, conflicts, unresolved_conflicts, total_objs, size_in_bytes] =
+    registered ? await figuresOf(registered, 'size', 'nonGhost', 'maxSize', 'conflicts',
+      'unresolvedConflicts', 'objects', 'bytes') : Array<number>(7).fill(-1)
+  const { rss, heapUsed: heap_used, heapTotal: heap_total, external, arrayBuffers: array_buffers } =
+    process.memoryUsage()
+  return JSON.stringify({
+    instance: { uptime: Math.floor(process.uptime()), pid: process.pid, version: process.version },
+    cache: { size, ngsize, max_size },
+    db: { loads, stores, connections, conflicts, unresolved_conflicts, total_objs, size_in_bytes },
+    memory: { rss, uss: -1, pss: -1, heap_used, heap_total, external, array_buffers },
+    cpu: process.cpuUsage(), loop: { utilization: Number(state.load.toFixed(4)) },
+    http: httpFigures()
+  })
+})
+
+report('metrics', 'Get metrics for Prometheus, in its text exposition format', async () => {
+  const all = [...databases.values()]
+  const troubles = await Promise.all(all.map(trouble))
+  const { user, system } = process.cpuUsage()
+  const { rss, heapUsed, heapTotal, external } = process.memoryUsage()
+  const { in_flight, requests, errors } = httpFigures()
+  const healthy = Number(judge(troubles.find(Boolean)) === 'OK')
+  const ofEach = (value: (each: Registered, index: number) => number) => all.map((each, index) =>
+    [value(each, index), `{database=${JSON.stringify(each.name)}}`] as const)
+  return [
+    family('process_cpu_user_seconds_total', 'CPU time in user mode.', [user / 1e6]),
+    family('process_cpu_system_seconds_total', 'CPU time in the kernel.', [system / 1e6]),
+    family('process_cpu_seconds_total', 'CPU time.', [(user + system) / 1e6]),
+    family('process_start_time_seconds', 'Start, since 1970.', [performance.timeOrigin / 1e3]),
+    family('process_resident_memory_bytes', 'Resident memory.', [rss]),
+    family('nodejs_heap_size_total_bytes', 'Size of the heap.', [heapTotal]),
+    family('nodejs_heap_size_used_bytes', 'Used part of the heap.', [heapUsed]),
+    family('nodejs_external_memory_bytes', 'Memory outside the heap.', [external]),
+    family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', [state.load]),
+    family('nodejs_version_info', 'Version of Node.js.', [1, `{version="${process.version}"}`]),
+    family('ftw_monitor_healthy', 'Whether it may be sent requests.', [healthy]),
+    family('ftw_monitor_warmup_done', 'Whether it is warm.', [Number(state.warmup === 'done')]),
+    family('ftw_monitor_http_requests_total', 'Requests so far.', [requests]),
+    family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', [in_flight]),
+    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', [errors]),
+    family('ftw_monitor_database_connected', 'Whether it is connected.',
+      ...ofEach((_, index) => Number(troubles[index] === ''))),
+    ...(['loads', 'stores', 'connections'] as const).map((kind) => family(
+      `ftw_monitor_database_${kind}_total`, `What the service counted as ${kind}.`,
+      ...ofEach(({ counters }) => counters[kind].total)))
+  ].filter(Boolean).join('\n')
+})
+/** A metric with its samples; what is negative cannot be had, and is left out. */
+function family(name: string, help: string, ...all: (readonly [number, string?])[]): string {
+  const samples = all.filter(([value]) => value >= 0)
+  const type = name.endsWith('_total') ? 'counter' : 'gauge'
+  const lines = samples.map(([value, labels = '']) => `${name}${labels} ${value}`)
+  return lines.length === 0 ? '' :
+    [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...lines].join('\n')
+}
+
+// --- The wire: lines -----------------------------------------------------------------------------
+
+const SESSION = Symbol('session')
+type Wire = net.Socket & { [SESSION]?: Session }
+
+function openSession(socket: Wire): void {
+  if (state.sessions.length >= CONNECTIONS_MAX) makeRoom()
+  const session = socket[SESSION] = new Session(socket)
+  session.place = state.sessions.push(session) - 1
+  socket.unref()
+  socket.on('error', quiet).on('data', receive).on('close', forget) // HAProxy resets every check
+}
+// The same functions for all sockets: closures for each would cost more than the rest of this
+function receive(this: Wire, chunk: Buffer): void { this[SESSION]?.receive(chunk) }
+function halfClose(this: Wire): void { this[SESSION]?.halfClose() }
+function forget(this: Wire): void {
+  const { sessions } = state
+  const { [SESSION]: { place } = { place: -1 } } = this
+  if (sessions[place]?.socket !== this) return // it is of the time before a stop()
+  const last = sessions.pop()
+  if (!last || last.socket === this) return
+  sessions[place] = last
+  last.place = place
+}
+
+/** Whoever holds most makes room: what is idle longest, or else what is oldest. */
+function makeRoom(): void {
+  const held = new Map<string | undefined, Session[]>()
+  for (const session of state.sessions) {
+    const address = session.remoteAddress
+    if (!held.get(address)?.push(session)) held.set(address, [session])
+  }
+  const most = [...held.values()].reduce((one, other) => other.length > one.length ? other : one)
+    .sort((one, other) => one.number - other.number)
+  const idle = most.filter(({ running }) => !running).sort((one, other) => one.since - other.since)
+  const [leaving] = [...idle, ...most]
+  leaving?.socket.destroy()
+}
+
+/** One connection. It begins in quit mode: a command, its reply, the end. */
+class Session implements Asker {
+  readonly socket: net.Socket
+  mode: Mode | 'http' = 'quit'
+  unread: Buffer = NOTHING
+  last: string[] = [] // the words of the last command
+  running = '' // what the next line waits for
+  since = state.clock
+  number = ++state.opened
+  place = 0 // among all sessions
+  ended = false // by the peer
+  ending = false // by us
+  onLate = (text: string): void => this.end(text)
+
+  constructor(socket: net.Socket) { this.socket = socket }
+  get remoteAddress(): string | undefined { return this.socket.remoteAddress }
+  get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
+  /** In interactive mode people ask, and `ftw-monitor wait`; no draining waits for them. */
+  get probes(): boolean { return this.mode === 'quit' }
+
+  write(text: string): void {
+    if (this.ending || this.socket.destroyed) return
+    this.socket.write(text)
+    if (this.socket.writableLength > UNSENT_MAX) this.socket.destroy()
+  }
+  refuse(text: string): void { this.write(text) }
+  end(text = ''): void {
+    if (this.ending) return // a second end() would build an error with its stack
+    if (text) this.write(text)
+    this.ending = true
+    this.since = state.clock
+    this.socket.end()
+  }
+
+  receive(chunk: Buffer): void {
+    if (this.ending) return
+    this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
+    if (this.running && this.unread.length > LINE_MAX) this.socket.pause()
+    this.serve()
+  }
+  halfClose(): void {
+    this.ended = true
+    this.serve()
+  }
+
+  /** Takes one line after the other, each when the reply to the one before is done and taken. */
+  serve(): void {
+    for (let turn = 0; !this.running && !this.ending; turn++) {
+      if (turn === LINES_PER_TURN) return this.waitFor('its turn', setImmediate)
+      const { unread, ended, socket } = this
+      const feed = unread.indexOf(LF)
+      const length = feed < 0 ? unread.length : feed
+      const line = unread.toString('utf8', 0, length)
+      if (this.last.length === 0 && isHttp(line, feed < 0)) return this.becomeHttp(unread)
+      if (length > LINE_MAX) return this.end('Line too long\n')
+      if (feed < 0 && ended && length === 0) return this.end()
+      if (feed < 0 && !ended) {
+        this.stayOpen()
+        return void socket.resume()
+      }
+      this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
+      this.execute(line.match(/\S+/g) ?? [])
+    }
+  }
+
+  /** An empty line repeats the last command; in `more` mode every line is its arguments. */
+  execute(words: string[]): void {
+    if (this.mode !== 'more' && words.length > 0) this.last = words
+    const [name, ...args] = this.last
+    if (name === undefined) return
+    this.since = state.clock
+    const answer = run(name, this.mode === 'more' ? words : args, this)
+    if (!(answer instanceof Promise)) return this.follow(answer)
+    this.stayOpen()
+    this.running = name
+    void answer.then((mode) => {
+      this.running = ''
+      this.follow(mode)
+      this.serve()
+    })
+  }
+  follow(mode: Mode | void): void {
+    if (mode) this.mode = mode
+    const { socket } = this
+    if (this.mode === 'quit') this.end()
+    else if (socket.writableNeedDrain) this.waitFor('its reader', (go) => socket.once('drain', go))
+  }
+  waitFor(what: string, event: (go: () => void) => unknown): void {
+    this.running = what
+    event(() => {
+      this.running = ''
+      this.serve()
+    })
+  }
+
+  /** Outlasts the peer's half-close. Only now: most connections have one line, answered at once. */
+  stayOpen(): void {
+    if (this.socket.allowHalfOpen) return
+    this.socket.allowHalfOpen = true
+    this.socket.setNoDelay().on('end', halfClose) // else replies to pipelined lines wait for ACKs
+  }
+
+  becomeHttp(unread: Buffer): void {
+    this.mode = 'http'
+    this.socket.allowHalfOpen = true
+    this.socket.off('data', receive).off('end', halfClose).unshift(unread)
+    httpServer.emit('connection', this.socket)
+  }
+
+  enforceLimits(): void {
+    const { running, ending, mode, socket } = this
+    const isOpen = mode === 'interactive' || mode === 'more'
+    const limit = ending ? LINGER_MS : running ? COMMAND_MS : isOpen ? SILENCE_MS : SEND_MS
+    if (state.clock - this.since < limit) return
+    if (!running || ending || socket.writableNeedDrain) socket.destroy()
+    else this.onLate(`${red(`Error: ${running} timed out`)}\n`)
+  }
+}
+const NOTHING = Buffer.alloc(0)
+const LF = 10
+/** A request line, or the beginning of one that is too long for a command: for Node.js to judge. */
+const isHttp = (line: string, isPart: boolean): boolean => isPart
+  ? line.length > LINE_MAX && /^[A-Z]+ \S/.test(line) : /^[A-Z]+ \S+ HTTP\/1\.\d\r?$/.test(line)
+
+// --- The wire: HTTP ------------------------------------------------------------------------------
+
+/** Never listens, but takes sockets over: so all time limits but `keepAliveTimeout` are ours. */
+const httpServer = Object.assign(http.createServer(answerRequest), {
+  maxRequestsPerSocket: REQUESTS_PER_CONNECTION, httpAllowHalfOpen: true // as `nc -N` does
+}).on('dropRequest', (_, socket) => socket.destroy())
+const PLAIN = 'text/plain; charset=utf-8'
+const TYPES: Record<string, string> = {
+  perf_metrics: 'application/json', metrics: 'text/plain; version=0.0.4; charset=utf-8'
+}
+
+/** The path names the command and its arguments; the answer is sent when it is complete. */
+function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
+  const session = (request.socket as Wire)[SESSION]
+  if (!session) return void response.destroy() // stopped meanwhile
+  let [status, body] = [200, '']
+  const [name = 'help', ...args] = pathSegments(request.url ?? '')
+  const asker: Asker = {
+    probes: true,
+    get remoteAddress() { return session.remoteAddress },
+    get local() { return session.local },
+    write(text) { if ((body += text).length > UNSENT_MAX) session.socket.destroy() },
+    refuse(text, code) { [status, body] = [code, body + text] }
+  }
+  const finish = () => {
+    Object.assign(session, { running: '', since: state.clock })
+    if (response.headersSent) return
+    if (name === 'health_check' && status === 200 && body !== 'OK\n') status = 503
+    response.writeHead(status, {
+      'Content-Type': status === 200 ? TYPES[name] ?? PLAIN : PLAIN,
+      'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
+      'X-Content-Type-Options': 'nosniff', ...status === 405 && { Allow: 'GET, HEAD' }
+    }).end(body)
+  }
+  if (request.method !== 'GET' && request.method !== 'HEAD') {
+    asker.refuse('Only GET and HEAD are answered here\n', 405)
+    return finish()
+  }
+  const answer = commands.get(name)?.http ? run(name, args, asker) : refuseUnknown(name, asker)
+  if (!(answer instanceof Promise)) return finish()
+  session.running = name
+  session.since = state.clock
+  session.onLate = (text) => {
+    asker.refuse(text, 500)
+    finish()
+    session.end()
+  }
+  void answer.then(finish)
+}
+
+function pathSegments(url: string): string[] {
+  try {
+    return url.split('?')[0]?.split('/').filter(Boolean).map(decodeURIComponent) ?? []
+  } catch { return [url] } // no command is called that
+}
+
+// --- The program; all from here on may be deleted, and nothing above refers to it ----------------
+
+/** Takes `--name value` out of the words. */
+function takeOption(words: string[], name: string): string | undefined {
+  const index = words.indexOf(`--${name}`)
+  const [, value] = index < 0 ? [] : words.splice(index, 2)
+  if (index >= 0 && value === undefined) throw new Error(`--${name} needs a value`)
+  return value
+}
+
+function monitorPort(text: string): number {
+  if (isPort((toPort(text) ?? NaN) + PORT_OFFSET)) return Number(text) + PORT_OFFSET
+  throw new Error(`${text} is no port of an instance`)
+}
+
+/** Where the monitor listens: as the options say, else as the instance itself would find out. */
+function findMonitor(words: string[]): net.NetConnectOpts {
+  const [port, host] = [takeOption(words, 'port'), takeOption(words, 'host')]
+  const told = port === undefined ? env('FTW_MONITOR_LISTEN', toEndpoint) : undefined
+  if (told?.path !== undefined && host === undefined) return { path: told.path }
+  const bound = told?.host ?? env('HOST') ?? ''
+  const own = told?.port ?? monitorPort(port ?? env('PORT') ?? '8080')
+  return { host: host ?? LOOPBACK[bound] ?? bound, port: own }
+}
+
+/** Sends text and gives what comes until the monitor closes; patience starts anew with each part,
+ *  short limits are for the whole. */
+function talk(to: net.NetConnectOpts, text: string, limitMs: number, input?: NodeJS.ReadStream) {
+  return new Promise<string>((resolve, reject) => {
+    let reply = ''
+    const socket = net.connect(to).setEncoding('utf8')
+    const late = () => socket.destroy(new Error(`no answer within ${limitMs / 1_000} s`))
+    const timer = setTimeout(late, limitMs)
+    socket.on('error', reject).on('close', () => {
+      clearTimeout(timer)
+      input?.destroy()
+      resolve(reply)
+    }).on('data', (part: string) => {
+      reply = (reply + part).slice(0, UNSENT_MAX)
+      if (limitMs < COMMAND_MS) return
+      timer.refresh()
+      process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
+    }).write(text)
+    input?.pipe(socket)
+  })
+}
+
+async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
+  const line = words.join(' ')
+  if (line !== clean(line)) throw new Error('a command is one line')
+  const reply = await (words[0] === 'interactive' ? talk(to, `${line}\n`, SILENCE_MS, process.stdin)
+    : talk(to, `${line}\n`, COMMAND_MS))
+  return words[0] === 'health_check' && reply !== 'OK\n' ? 1 : 0
+}
+
+/** Waits until the instance is healthy, and prints why it is not. */
+async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<number> {
+  const startedAt = performance.now()
+  for (let said = '', seconds = 0; seconds <= timeoutSeconds;) {
+    const text = 'interactive\nhealth_check\nquit\n' // interactive: see Session.probes
+    const reply = await talk(to, text, 1_000).catch((error: unknown) => `\n${wording(error)}`)
+    const reason = clean(reply.split('\n')[1] || 'no answer')
+    seconds = (performance.now() - startedAt) / 1_000
+    if (reason !== said) process.stdout.write(`${seconds.toFixed(1)} s  ${said = reason}\n`)
+    if (reason === 'OK') return 0
+    await new Promise((resolve) => setTimeout(resolve, TICK_MS))
+  }
+  return 1
+}
+
+/** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
+async function dumpPerfMetrics(instances: string[], deployment: string): Promise<number> {
+  const lines = await Promise.all(instances.map(async (instance) => {
+    try {
+      const [, name = instance, host = 'localhost', port = ''] =
+        /^(?:([^=]+)=)?(?:\[?(.+?)\]?:)?(\d+)$/.exec(instance) ?? []
+      const json = await talk({ host, port: monitorPort(port) }, 'perf_metrics\n', 1_000)
+      const tags = `deployment=${escaped(deployment)},process=${escaped(name)}`
+      return `deployments,${tags} ${toFields(JSON.parse(json))}\n`
+    } catch (error) {
+      process.stderr.write(`ftw-monitor: ${clean(`${instance}: ${wording(error)}`)}\n`)
+      return ''
+    }
+  }))
+  process.stdout.write(lines.sort().join(''))
+  return lines.some(Boolean) ? 0 : 1
+}
+
+/** `{ group: { name: value } }` as `group.name=value`, sorted; what is neither number nor text is
+ *  no figure. */
+function toFields(figures: unknown): string {
+  const { error, ...groups } = isObject(figures) ? figures : {}
+  const fields = Object.entries(groups).flatMap(([group, values]) =>
+    Object.entries(isObject(values) ? values : {}).flatMap(([name, value]) => {
+      const key = escaped(`${group}.${name}`)
+      if (Number.isFinite(value)) return `${key}=${value}`
+      return typeof value === 'string' ? `${key}="${clean(value).replace(/["\\]/g, '\\$&')}"` : []
+    }))
+  if (error !== undefined || fields.length === 0) throw new Error(wording(error ?? 'no figures'))
+  return fields.sort().join(',')
+}
+const escaped = (text: string): string =>
+  clean(text).replace(/\\+$/, '').replace(/[,= ]/g, '\\$&') || 'unnamed'
+
+/** A small instance to try everything on. */
+async function demo(): Promise<number> {
+  const activity = registerDatabase('main', { isConnected: () => true })
+  registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
+  const server = http.createServer((_, response) => {
+    activity.loads()
+    response.end('Hello from the demo of ftw-monitor\n')
+  })
+  process.once('SIGTERM', () => drain().then(() => server.close()))
+  const started = start(server)
+  await new Promise((resolve, reject) => {
+    const [port, host] = [Number(env('PORT') ?? 8080), env('HOST')]
+    server.on('error', reject).listen(port, host, () => resolve(started))
+  })
+  return 0
+}
+
+async function main(words: string[]): Promise<number> {
+  if (words[0] === 'demo') return demo()
+  if (words[0] === 'dump-perf-metrics') {
+    const deployment = takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, '')
+    return dumpPerfMetrics(words.slice(1), deployment)
+  }
+  const monitor = findMonitor(words)
+  if (words[0]?.startsWith('-')) throw new Error(`knows no ${words[0]}; try ftw-monitor help`)
+  const timeout = words.includes('wait') ? Number(takeOption(words, 'timeout') ?? 300) : 0
+  if (!(timeout >= 0)) throw new Error('--timeout needs a number of seconds')
+  return words[0] === 'wait' ? wait(monitor, timeout) : send(monitor, words[0] ? words : ['help'])
+}
+
+/** Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it. */
+function isProgram(): boolean {
+  if (typeof import.meta.main === 'boolean') return import.meta.main
+  const pathname = process.argv[1]?.replaceAll('%', '%25') ?? ''
+  return import.meta.resolve(Object.assign(new URL('file:'), { pathname }).href) === import.meta.url
+}
+
+if (isProgram()) {
+  process.stdout.on('error', quiet) // `| head -1`
+  main(process.argv.slice(2)).then((status) => { process.exitCode = status }, (error: unknown) => {
+    process.stderr.write(`ftw-monitor: ${clean(wording(error))}\n`)
+    process.exitCode = 2
+  })
+}
