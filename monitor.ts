@@ -1064,7 +1064,7 @@ class Session implements Asker {
   place = 0 // among all sessions
   ended = false // by the peer
   ending = false // by us
-  onLate = (text: string): void => this.end(text)
+  exchange: Exchange | undefined // over HTTP
 
   constructor(socket: net.Socket) { this.socket = socket }
   get remoteAddress(): string | undefined { return this.socket.remoteAddress }
@@ -1161,13 +1161,19 @@ class Session implements Asker {
     httpServer.emit('connection', this.socket)
   }
 
+  timeOut(text: string): void {
+    this.exchange?.refuse(text, 500)
+    this.exchange?.end()
+    this.end(this.exchange ? '' : text)
+  }
+
   enforceLimits(): void {
     const { running, ending, mode, socket } = this
     const isOpen = mode === 'interactive' || mode === 'more'
     const limit = ending ? LINGER_MS : running ? COMMAND_MS : isOpen ? SILENCE_MS : SEND_MS
     if (state.clock - this.since < limit) return
     if (!running || ending || socket.writableNeedDrain) socket.destroy()
-    else this.onLate(`${red(`Error: ${running} timed out`)}\n`)
+    else this.timeOut(`${red(`Error: ${running} timed out`)}\n`)
   }
 }
 const NOTHING = Buffer.alloc(0)
@@ -1187,48 +1193,66 @@ const TYPES: Record<string, string> = {
   perf_metrics: 'application/json', metrics: 'text/plain; version=0.0.4; charset=utf-8'
 }
 
-/** The path names the command and its arguments; the answer is sent when it is complete. */
+/** One request: the path names the command; the answer is sent when it is complete. */
+class Exchange implements Asker {
+  readonly session: Session
+  readonly response: http.ServerResponse
+  readonly probes = true
+  name = ''
+  status = 200
+  body = ''
+
+  constructor(session: Session, response: http.ServerResponse) {
+    this.session = session
+    this.response = response
+  }
+  get remoteAddress(): string | undefined { return this.session.remoteAddress }
+  get local(): boolean { return this.session.local }
+  write(text: string): void {
+    this.body += text
+    if (this.body.length > UNSENT_MAX) this.session.socket.destroy()
+  }
+  refuse(text: string, status: number): void {
+    this.write(text)
+    this.status = status
+  }
+  end(): void {
+    const { session, response, name, body } = this
+    session.running = ''
+    session.since = state.clock
+    if (response.headersSent) return
+    if (name === 'health_check' && this.status === 200 && body !== 'OK\n') this.status = 503
+    if (this.status === 405) response.setHeader('Allow', 'GET, HEAD')
+    response.writeHead(this.status, {
+      'Content-Type': this.status === 200 ? TYPES[name] ?? PLAIN : PLAIN,
+      'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
+      'X-Content-Type-Options': 'nosniff'
+    }).end(body)
+  }
+}
+
 function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
   const session = (request.socket as Wire)[SESSION]
   if (!session) return void response.destroy() // stopped meanwhile
-  let [status, body] = [200, '']
-  const [name = 'help', ...args] = pathSegments(request.url ?? '')
-  const asker: Asker = {
-    probes: true,
-    get remoteAddress() { return session.remoteAddress },
-    get local() { return session.local },
-    write(text) { if ((body += text).length > UNSENT_MAX) session.socket.destroy() },
-    refuse(text, code) { [status, body] = [code, body + text] }
+  const exchange = new Exchange(session, response)
+  const { method, url = '' } = request
+  if (method !== 'GET' && method !== 'HEAD') {
+    exchange.refuse('Only GET and HEAD are answered here\n', 405)
+    return exchange.end()
   }
-  const finish = () => {
-    Object.assign(session, { running: '', since: state.clock })
-    if (response.headersSent) return
-    if (name === 'health_check' && status === 200 && body !== 'OK\n') status = 503
-    response.writeHead(status, {
-      'Content-Type': status === 200 ? TYPES[name] ?? PLAIN : PLAIN,
-      'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
-      'X-Content-Type-Options': 'nosniff', ...status === 405 && { Allow: 'GET, HEAD' }
-    }).end(body)
-  }
-  if (request.method !== 'GET' && request.method !== 'HEAD') {
-    asker.refuse('Only GET and HEAD are answered here\n', 405)
-    return finish()
-  }
-  const answer = commands.get(name)?.http ? run(name, args, asker) : refuseUnknown(name, asker)
-  if (!(answer instanceof Promise)) return finish()
-  session.running = name
-  session.since = state.clock
-  session.onLate = (text) => {
-    asker.refuse(text, 500)
-    finish()
-    session.end()
-  }
-  void answer.then(finish)
+  const [name = 'help', ...args] = pathSegments(url)
+  exchange.name = name
+  const isOffered = commands.get(name)?.http
+  const answer = isOffered ? run(name, args, exchange) : refuseUnknown(name, exchange)
+  if (!(answer instanceof Promise)) return exchange.end()
+  Object.assign(session, { running: name, since: state.clock, exchange })
+  void answer.then(() => exchange.end())
 }
 
 function pathSegments(url: string): string[] {
+  const segments = (url.split('?')[0] ?? '').split('/').filter(Boolean)
   try {
-    return url.split('?')[0]?.split('/').filter(Boolean).map(decodeURIComponent) ?? []
+    return url.includes('%') ? segments.map(decodeURIComponent) : segments
   } catch { return [url] } // no command is called that
 }
 
