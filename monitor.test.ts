@@ -1049,6 +1049,41 @@ test('a server that does not listen within 10 s is warned of once', SLOW, async 
   assert.ok(await started)
 })
 
+test('a server that has to try its port again gets its monitor when it listens', async (t) => {
+  const monitor = await freshAndWarm(t)
+  const holder = await serve(t)
+  const port = portOf(holder)
+  const server = http.createServer(hello)
+  closeLater(t, server)
+  const started = monitor.start(
+    { server, listen: { host: '127.0.0.1', port: 0 }, logger: recorder() })
+  const retried = once(server, 'error')
+  server.on('error', () => {}).listen(port, '127.0.0.1')
+  await retried
+  server.close() // emits `close`, though nothing had been listening
+  await new Promise((resolve) => holder.close(resolve))
+  server.listen(port, '127.0.0.1')
+  const address = await started
+  assert.ok(typeof address === 'object')
+  await untilHealthy(address.port)
+})
+
+test('a request that is none harms nobody, in flight as it stays', async (t) => {
+  const ticks = takeTicks(t)
+  const monitor = await freshAndWarm(t)
+  const server = await serve(t)
+  const port = await startFor(monitor, server)
+  for (const request of [{}, undefined, { url: '/x', method: 'GET' }, { url: 7 }]) {
+    server.emit('request', request as http.IncomingMessage, {
+      on() {}, end() {}
+    } as unknown as http.ServerResponse<http.IncomingMessage> & { req: http.IncomingMessage })
+  }
+  await monitor.drain({ timeoutMs: 50 })
+  monitor.resume()
+  ticks.pass(500)
+  assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
+})
+
 // --- The verdict ---------------------------------------------------------------------------------
 
 test('health_check gives the first reason that applies', async (t) => {
@@ -1774,6 +1809,17 @@ test('server.close() during a warm-up of 60 s ends the process within seconds', 
     server.listen(0, '127.0.0.1')
     await monitor.start({ server, listen: { port: 0 } })`)
   assert.equal(await inTime(child.exit, 'it has exited'), 0, child.output)
+})
+
+test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
+  const monitor = await fresh(t)
+  const seen: string[] = []
+  monitor.registerWarmup('/', () => {
+    seen.push('/')
+    monitor.registerWarmup('/late', () => { seen.push('/late') })
+  })
+  await untilHealthy(await startFor(monitor, await serve(t)))
+  assert.deepEqual(seen, ['/', '/late'])
 })
 
 // --- The program ---------------------------------------------------------------------------------
@@ -3373,6 +3419,34 @@ test('curl, Kubernetes and nc, asking at the same time, are told one verdict',
     }
   })
 
+test('a request line is HTTP whatever its method, so that none is run as a command', async (t) => {
+  const monitor = await freshAndWarm(t)
+  let calls = 0
+  monitor.register('change', '', () => { calls++ }, { local: true })
+  const port = await startFor(monitor, await serve(t))
+  await untilHealthy(port)
+  const lines = ['drain / HTTP/1.1', 'drain /x HTTP/1.0', 'drain  /  HTTP/1.1', 'Drain / http/1.1',
+    'change / HTTP/1.1', 'change\t/ HTTP/1.1 ', 'drain / HTTP/2.0', 'resume HTTP/1.1']
+  for (const line of lines) {
+    const reply = await ask(port, `${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
+    assert.match(reply, /^HTTP\/1\.1 400 /, line)
+  }
+  assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
+})
+
+test('who comes through a proxy is not listed the requests in flight', async (t) => {
+  const monitor = await freshAndWarm(t)
+  const { server, held, letGo } = await serveHeld(t)
+  const port = await startFor(monitor, server)
+  const pending = requestFrom(portOf(server), '/held')
+  await until(() => held.length === 1, 'a request is in flight')
+  const headers = { 'X-Forwarded-For': '192.0.2.1' }
+  assert.match((await requestFrom(port, '/monitor/0')).body, /^1\nVmRSS:.*\n\d\.\d GET \/held\n$/)
+  assert.match((await requestFrom(port, '/monitor/0', { headers })).body, /^1\nVmRSS:.*\n$/)
+  letGo()
+  await pending
+})
+
 // --- Prometheus ----------------------------------------------------------------------------------
 
 function readSamples(text: string): Record<string, number> {
@@ -3651,9 +3725,10 @@ test('while drained the verdict is the reason, before everything else', async (t
   monitor.registerDatabase('main', { isConnected: () => ++calls < 0 })
   const server = await serve(t)
   const port = await startFor(monitor, server)
+  let askers = 1 // a new one each time: who asks three times is waited for
   const expectReason = async (reason: string) => {
     assert.deepEqual(await monitor.health(), { healthy: false, reason })
-    assert.equal(await ask(port, 'health_check\n'), `${reason}\n`)
+    assert.equal(await ask(port, 'health_check\n', { from: `127.0.0.${++askers}` }), `${reason}\n`)
   }
   await expectReason("Error: Database 'main' disconnected.")
   await monitor.drain()
@@ -3667,6 +3742,47 @@ test('while drained the verdict is the reason, before everything else', async (t
   await expectReason('Out for the night')
   assert.equal((await ask(port, 'resume\n')).split('\n').length, 2)
   await expectReason("Error: Database 'main' disconnected.")
+})
+
+test('while drained, `Connection: close` outdoes what the application says', async (t) => {
+  const monitor = await freshAndWarm(t)
+  const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
+  const server = await serve(t, (request, response) => {
+    if (request.url === '/gateway') response.writeHead(200, upstream).end()
+    else if (request.url === '/list') {
+      response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
+    } else response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
+  })
+  await startFor(monitor, server)
+  await monitor.drain()
+  for (const path of ['/gateway', '/list', '/header']) {
+    const { status, headers } = await requestFrom(portOf(server), path)
+    assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
+  }
+})
+
+test('a drain soon after a long one still waits for its probers', async (t) => {
+  const ticks = takeTicks(t)
+  const monitor = await freshAndWarm(t)
+  const port = await startFor(monitor, await serve(t))
+  const probe = async () => {
+    for (let count = 0; count < 3; count++) await ask(port, 'health_check\n')
+  }
+  await probe()
+  const first = monitor.drain()
+  await probe()
+  await first
+  ticks.pass(62_000)
+  await probe()
+  monitor.resume()
+  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  let isDrained = false
+  const second = monitor.drain().then(() => { isDrained = true })
+  await ask(port, 'health_check\n')
+  await new Promise((resolve) => setTimeout(resolve, 300)) // three times the quiet that suffices
+  assert.equal(isDrained, false)
+  await probe()
+  await second
 })
 
 test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {

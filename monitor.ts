@@ -80,7 +80,8 @@ export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: numb
 type Address = net.AddressInfo | string | false
 type Failures = Map<string, string> // reasons, by site
 type Run = { sites: string[], endsAt: number, controller: AbortController, done: Promise<Failures> }
-type Served = { startedAt: number, line: string, socket: net.Socket, response: http.ServerResponse }
+type Served =
+  { startedAt: number, line: string, socket?: net.Socket, response: http.ServerResponse }
 type Prober = { askedAt: number[], told: number }
 type Entry =
   Required<CommandOptions> & { name: string, doc: string, command: Command, loggedAt: number }
@@ -173,9 +174,9 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
   return new Promise((settle, fail) => {
     const { logger = console, server } = options
     const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
+    const unhook = server ? hook(server) : quiet
     const ticker = setInterval(tick, TICK_MS).unref()
-    Object.assign(state, { options, logger, warmup, ticker, settle, fail })
-    if (server) state.unhook = hook(server)
+    Object.assign(state, { options, logger, warmup, unhook, ticker, settle, fail })
     boot()
   })
 }
@@ -232,8 +233,8 @@ function tick(): void {
   if (state.clock >= state.listenAt) listen()
   superviseWarmup()
   for (const session of state.sessions) session.enforceLimits()
-  for (const [response, { socket }] of state.inFlight) { // a pipelined one may get no 'close'
-    if (socket.destroyed) state.inFlight.delete(response)
+  for (const [key, { socket, response }] of state.inFlight) { // some never get their 'close'
+    if (!socket || socket.destroyed || response.destroyed) state.inFlight.delete(key)
   }
 }
 
@@ -270,7 +271,7 @@ function locate(): void {
   must(path ?? (isPort(own) || !given), advice, RangeError)
   if (!path && !isPort(own)) throw new Unavailable(advice)
   state.endpoint = path ? { path } : { port: own, ...host && { host } }
-  const reached = LOOPBACK[address] ?? address
+  const reached = LOOPBACK.get(address) ?? address
   const origin = `http${server && 'setSecureContext' in server ? 's' : ''}://${inUrl(reached)}`
   state.instance = {
     host: reached, port: port ?? 0, path: typeof bound === 'string' ? bound : undefined,
@@ -279,7 +280,7 @@ function locate(): void {
   listen()
 }
 /** Where an instance is reached that is bound to no address in particular. */
-const LOOPBACK: Record<string, string> = { '': 'localhost', '0.0.0.0': '127.0.0.1', '::': '::1' }
+const LOOPBACK = new Map([['', 'localhost'], ['0.0.0.0', '127.0.0.1'], ['::', '::1']])
 const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 
 /** What the environment says, as `read` understands it; undefined where it says nothing. */
@@ -370,7 +371,7 @@ function hook(server: net.Server): () => void {
 /** Sees the server's events first; true for a request that the application is not to see. */
 function takesOver(event: string, request: http.IncomingMessage, response: http.ServerResponse) {
   if (event === 'listening') boot()
-  if (event === 'close') void stop()
+  if (event === 'close' && isShuttingDown()) void stop() // close() before listen() emits it, too
   if (event !== 'request' && event !== 'checkContinue') return false
   const { method, url = '', socket } = request
   const isView = warmupSite(url) !== undefined
@@ -435,7 +436,8 @@ const TIMED_OUT = new Error('no answer in time')
 /** Asks a database. Who comes while a question is out shares it, so nobody multiplies queries. */
 function ask({ database, asked }: Registered, method: keyof Database): Promise<unknown> {
   return asked[method] ??= new Promise((resolve, reject) => {
-    const timer = setTimeout(reject, DATABASE_MS, TIMED_OUT).unref()
+    // setImmediate: after the host blocked, what came in time is still to be read
+    const timer = setTimeout(() => setImmediate(reject, TIMED_OUT), DATABASE_MS).unref()
     Promise.resolve().then(() => database[method]?.()).finally(() => {
       clearTimeout(timer)
       delete asked[method]
@@ -555,19 +557,23 @@ async function fetchStatus(url: string, signal: AbortSignal): Promise<number> {
 /** After boot, until it succeeds: one passing error must not keep an instance out for good. */
 async function warmUpAutomatically(): Promise<void> {
   const starting = state
-  const isOver = () => starting !== state || state.warmup === 'done' || isShuttingDown()
-  await askView()
+  const isOver = () => starting !== state || state.warmup === 'done'
+  const warm = new Set<string>()
   let [sites, pauseMs] = [allSites(), WARMUP_RETRY_MS]
+  await askView()
   while (!isOver()) {
     const failures = await (state.viewRun ?? warmUp(sites))
     if (isOver()) return
+    for (const site of sites) if (!failures.has(site)) warm.add(site)
+    sites = allSites().filter((site) => !warm.has(site)) // and those registered meanwhile
     state.viewRun = undefined
-    state.warmup = failures.size > 0 ? 'failed' : 'done'
     state.failure = inWords(failures)
-    if (failures.size === 0) return
-    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`)
+    state.warmup = sites.length === 0 ? 'done' : failures.size > 0 ? 'failed' : 'cold'
+    if (failures.size === 0) continue
+    const text = `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`
+    if (!isShuttingDown()) log('warn', text)
     await new Promise<void>((go) => { state.retry = { at: state.clock + pauseMs, go } })
-    ;[sites, pauseMs] = [[...failures.keys()], Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)]
+    pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
   }
 }
 /** Has the view warm the instance up, as then performers run as a request's work does. No answer
@@ -576,6 +582,7 @@ async function warmUpAutomatically(): Promise<void> {
 async function askView(): Promise<void> {
   const starting = state
   const { instance, token, asking: { signal } } = state
+  if (instance?.path !== undefined) return // fetch knows no Unix sockets
   const timer = setTimeout(() => starting.viewRun ?? starting.asking.abort(), VIEW_MS).unref()
   try {
     const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
@@ -637,7 +644,8 @@ const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
 /** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
 const isForwarded = ({ headers }: http.IncomingMessage): boolean =>
-  (headers['sec-fetch-site'] ?? 'none') !== 'none' || Object.keys(headers).some(
+  (headers['sec-fetch-site'] ?? (headers['user-agent']?.startsWith('Mozilla/') ? '?' : 'none')) !==
+  'none' || Object.keys(headers).some(
     (name) => /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/.test(name))
 
 // --- Draining ------------------------------------------------------------------------------------
@@ -663,7 +671,8 @@ async function untilDrained(options: DrainOptions, tell: (text: string) => void)
   const startedAt = performance.now()
   const { waitFor } = state.draining ??= { reason, waitFor: activeProbers() }
   state.draining.reason = reason
-  for (const { response } of state.inFlight.values()) closeAfter(response)
+  const lasting = Array.from(state.inFlight.values(), (served) => [served.socket, served] as const)
+  for (const { response } of new Map(lasting).values()) closeAfter(response) // the last pipelined
   for (let said = '', requests = -1, quietSince = startedAt; ;) {
     const know = waitFor.filter(({ told }) => told >= fall).length
     const inFlight = state.options.server ? `, ${state.inFlight.size} requests in flight` : ''
@@ -683,7 +692,20 @@ async function untilDrained(options: DrainOptions, tell: (text: string) => void)
 function closeAfter(response: http.ServerResponse): void {
   const { stream } = response as { stream?: { session?: { close(): void } } }
   if (stream) stream.session?.close()
-  else if (!response.headersSent) response.setHeader('Connection', 'close')
+  else if (response.headersSent === false) {
+    const { writeHead } = response
+    response.setHeader('Connection', 'close')
+    response.writeHead = (...all: unknown[]) => { // a gateway passes its upstream's headers on
+      response.setHeader('Connection', 'close')
+      return Reflect.apply(writeHead, response, all.map(withoutConnection))
+    }
+  }
+}
+function withoutConnection(headers: unknown): unknown {
+  const isOther = (name: unknown) => String(name).toLowerCase() !== 'connection'
+  if (Array.isArray(headers)) return headers.filter((_, at) => isOther(headers[at - at % 2]))
+  if (!isObject(headers)) return headers
+  return Object.fromEntries(Object.entries(headers).filter(([name]) => isOther(name)))
 }
 const activeProbers = (): Prober[] => [...state.probers.values()].filter((prober) => {
   prober.told = 0
@@ -697,8 +719,8 @@ function noteProber(asker: Asker, worth: number): void {
   if (address === undefined) return
   const prober = state.probers.get(address) ?? { askedAt: [], told: 0 }
   prober.told += worth
-  if (state.draining) return
   prober.askedAt = [...prober.askedAt.slice(1 - PROBER_ASKS), state.clock]
+  if (state.draining) return // nobody who is waited for is to make room
   state.probers.delete(address)
   state.probers.set(address, prober)
   const [silent = ''] = state.probers.keys()
@@ -1178,9 +1200,10 @@ class Session implements Asker {
 }
 const NOTHING = Buffer.alloc(0)
 const LF = 10
-/** A request line, or the beginning of one that is too long for a command: for Node.js to judge. */
+/** A request line, whatever its method, since a browser may send `drain / HTTP/1.1`; or the start
+ *  of one that is too long for a command. Node.js is to judge it. */
 const isHttp = (line: string, isPart: boolean): boolean => isPart
-  ? line.length > LINE_MAX && /^[A-Z]+ \S/.test(line) : /^[A-Z]+ \S+ HTTP\/1\.\d\r?$/.test(line)
+  ? line.length > LINE_MAX && /^[A-Z]+ \S/.test(line) : /\sHTTP\/\d\S*\s*$/i.test(line)
 
 // --- The wire: HTTP ------------------------------------------------------------------------------
 
@@ -1189,9 +1212,9 @@ const httpServer = Object.assign(http.createServer(answerRequest), {
   maxRequestsPerSocket: REQUESTS_PER_CONNECTION, httpAllowHalfOpen: true // as `nc -N` does
 }).on('dropRequest', (_, socket) => socket.destroy())
 const PLAIN = 'text/plain; charset=utf-8'
-const TYPES: Record<string, string> = {
-  perf_metrics: 'application/json', metrics: 'text/plain; version=0.0.4; charset=utf-8'
-}
+const TYPES = new Map([
+  ['perf_metrics', 'application/json'], ['metrics', 'text/plain; version=0.0.4; charset=utf-8']
+])
 
 /** One request: the path names the command; the answer is sent when it is complete. */
 class Exchange implements Asker {
@@ -1207,8 +1230,9 @@ class Exchange implements Asker {
     this.response = response
   }
   get remoteAddress(): string | undefined { return this.session.remoteAddress }
-  get local(): boolean { return this.session.local }
+  get local(): boolean { return this.session.local && !isForwarded(this.response.req) }
   write(text: string): void {
+    if (this.response.headersSent) return
     this.body += text
     if (this.body.length > UNSENT_MAX) this.session.socket.destroy()
   }
@@ -1224,7 +1248,7 @@ class Exchange implements Asker {
     if (name === 'health_check' && this.status === 200 && body !== 'OK\n') this.status = 503
     if (this.status === 405) response.setHeader('Allow', 'GET, HEAD')
     response.writeHead(this.status, {
-      'Content-Type': this.status === 200 ? TYPES[name] ?? PLAIN : PLAIN,
+      'Content-Type': this.status === 200 ? TYPES.get(name) ?? PLAIN : PLAIN,
       'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
       'X-Content-Type-Options': 'nosniff'
     }).end(body)
@@ -1260,6 +1284,8 @@ function pathSegments(url: string): string[] {
 
 /** Takes `--name value` out of the words. */
 function takeOption(words: string[], name: string): string | undefined {
+  const joined = words.findIndex((word) => word.startsWith(`--${name}=`))
+  if (joined >= 0) return words.splice(joined, 1)[0]?.slice(name.length + 3)
   const index = words.indexOf(`--${name}`)
   const [, value] = index < 0 ? [] : words.splice(index, 2)
   if (index >= 0 && value === undefined) throw new Error(`--${name} needs a value`)
@@ -1278,7 +1304,7 @@ function findMonitor(words: string[]): net.NetConnectOpts {
   if (told?.path !== undefined && host === undefined) return { path: told.path }
   const bound = told?.host ?? env('HOST') ?? ''
   const own = told?.port ?? monitorPort(port ?? env('PORT') ?? '8080')
-  return { host: host ?? LOOPBACK[bound] ?? bound, port: own }
+  return { host: host ?? LOOPBACK.get(bound) ?? bound, port: own }
 }
 
 /** Sends text and gives what comes until the monitor closes; patience starts anew with each part,
@@ -1304,11 +1330,12 @@ function talk(to: net.NetConnectOpts, text: string, limitMs: number, input?: Nod
 }
 
 async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const line = words.join(' ')
-  if (line !== clean(line)) throw new Error('a command is one line')
-  const reply = await (words[0] === 'interactive' ? talk(to, `${line}\n`, SILENCE_MS, process.stdin)
+  const line = words.join(' ').trim()
+  if (/[\r\n]/.test(line)) throw new Error('a command is one line')
+  const [name] = line.split(/\s+/)
+  const reply = await (name === 'interactive' ? talk(to, `${line}\n`, SILENCE_MS, process.stdin)
     : talk(to, `${line}\n`, COMMAND_MS))
-  return words[0] === 'health_check' && reply !== 'OK\n' ? 1 : 0
+  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
 }
 
 /** Waits until the instance is healthy, and prints why it is not. */
@@ -1392,6 +1419,7 @@ async function main(words: string[]): Promise<number> {
 
 /** Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it. */
 function isProgram(): boolean {
+  if (!/\/monitor\.[jt]s$/.test(import.meta.url)) return false // part of somebody's bundle
   if (typeof import.meta.main === 'boolean') return import.meta.main
   const pathname = process.argv[1]?.replaceAll('%', '%25') ?? ''
   return import.meta.resolve(Object.assign(new URL('file:'), { pathname }).href) === import.meta.url
