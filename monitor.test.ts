@@ -3761,6 +3761,18 @@ test('while drained, `Connection: close` outdoes what the application says', asy
   }
 })
 
+test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
+  takeTicks(t)
+  const monitor = await freshAndWarm(t)
+  const port = await startFor(monitor, await serve(t))
+  for (let count = 0; count < 200; count++) await ask(port, 'health_check\n', { from: '127.0.0.2' })
+  const startedAt = Date.now()
+  const drained = monitor.drain({ timeoutMs: 500 })
+  for (let count = 0; count < 3; count++) await ask(port, 'health_check\n', { from: '127.0.0.2' })
+  await drained
+  assert.ok(Date.now() - startedAt >= 490)
+})
+
 test('a drain soon after a long one still waits for its probers', async (t) => {
   const ticks = takeTicks(t)
   const monitor = await freshAndWarm(t)

@@ -102,7 +102,7 @@ const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
 const [WARMUP_RETRY_MS, WARMUP_RETRY_MAX_MS] = [1_000, 30_000] // doubled from try to try
 const [PROBER_ASKS, PROBER_MS] = [3, 60_000] // so often in that time: who asks less is no balancer
 const PROBERS_MAX = 64
-const LOOKUPS_PER_TICK = 128 // an address is dear to look up, and twice 64 probers suffice
+const LOOKUPS_PER_TICK = 128 // an address is dear to look up; under a flood, drain waits longer
 const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
 const HISTORY_SECONDS = 3_600
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
@@ -155,6 +155,7 @@ class State {
   draining: { reason: string, waitFor: Prober[] } | undefined
   probers = new Map<string, Prober>() // the longest silent one first
   lookups = 0
+  missedAt = -Infinity // when somebody asked and was not looked up
 }
 let state = new State()
 
@@ -287,7 +288,7 @@ const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 function env<T = string>(name: string, read = (text: string) => text as T | undefined) {
   const text = process.env[name]?.trim()
   const value = text ? read(text) : undefined
-  if (text && value === undefined) throw new Unavailable(`cannot use ${name}=${text}; unset it`)
+  if (text && value === undefined) throw new Unavailable(`cannot use ${name}=${text}; mend it`)
   return value
 }
 const isOff = (name: string): boolean => /^(0|false|no|off)$/i.test(env(name) ?? '')
@@ -671,16 +672,18 @@ async function untilDrained(options: DrainOptions, tell: (text: string) => void)
   const startedAt = performance.now()
   const { waitFor } = state.draining ??= { reason, waitFor: activeProbers() }
   state.draining.reason = reason
+  const isFlooded = state.clock - state.missedAt <= PROBER_MS // so there may be others
   const lasting = Array.from(state.inFlight.values(), (served) => [served.socket, served] as const)
   for (const { response } of new Map(lasting).values()) closeAfter(response) // the last pipelined
   for (let said = '', requests = -1, quietSince = startedAt; ;) {
     const know = waitFor.filter(({ told }) => told >= fall).length
     const inFlight = state.options.server ? `, ${state.inFlight.size} requests in flight` : ''
-    const progress = `${know} of ${waitFor.length} probers know${inFlight}`
+    const others = isFlooded ? ' and others who asked in a flood' : ''
+    const progress = `${know} of ${waitFor.length} probers${others} know${inFlight}`
     if (progress !== said) tell(`Draining: ${said = progress}\n`)
     const now = performance.now()
-    const isQuiet = know === waitFor.length && !state.inFlight.size && state.requests === requests
-    if (!isQuiet) quietSince = now
+    const isKnown = know === waitFor.length && !isFlooded
+    if (!isKnown || state.inFlight.size > 0 || state.requests !== requests) quietSince = now
     requests = state.requests
     if (now - quietSince >= QUIET_MS) return 'Drained'
     if (now - startedAt >= timeoutMs) return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
@@ -714,7 +717,11 @@ const activeProbers = (): Prober[] => [...state.probers.values()].filter((prober
 })
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
-  if (!asker.probes || (!state.draining && ++state.lookups > LOOKUPS_PER_TICK)) return
+  if (!asker.probes) return
+  if (!state.draining && ++state.lookups > LOOKUPS_PER_TICK) {
+    state.missedAt = state.clock
+    return
+  }
   const address = asker.remoteAddress ?? state.endpoint.path
   if (address === undefined) return
   const prober = state.probers.get(address) ?? { askedAt: [], told: 0 }
