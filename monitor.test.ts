@@ -3619,13 +3619,16 @@ test('HAProxy gives a busy instance less, and as much as before when it is relax
     const expectShare = async (isRight: Holds, hasWeight: Holds) => {
       await until(async () => hasWeight(await weightOf('one')), 'HAProxy weights it')
       await until(async () => await weightOf('two') >= 80, 'HAProxy leaves the other')
-      let share = 0
-      for (let request = 0; request < 100; request++) {
-        const { status, body } = await requestFrom(haproxy.port, '/')
-        assert.equal(status, 200)
-        if (body === 'one') share += 1 / 100
+      const shareIsRight = async () => {
+        let served = 0
+        for (let request = 0; request < 100; request++) {
+          const { status, body } = await requestFrom(haproxy.port, '/')
+          assert.equal(status, 200)
+          if (body === 'one') served++
+        }
+        return isRight(served / 100)
       }
-      assert.ok(isRight(share), `${share} of all requests`)
+      await until(shareIsRight, 'it gets its share of a hundred requests', 20_000)
     }
     await expectShare((share) => share > 0.4 && share < 0.6, (weight) => weight >= 80)
     await requestFrom(one!.port, '/busy')
