@@ -41,11 +41,9 @@ export interface OpenConnection { openedAt: number | Date, info: string }
 /** What a database knows of itself, -1 where left out: objects in its caches, those of them that
  *  are loaded, and how many there may be; the cache's totals; conflicts in all and those not
  *  resolved, objects in the storage, and its size in bytes. */
-export interface Figures {
-  size?: number, nonGhost?: number, maxSize?: number, recordsAdded?: number, bytesAdded?: number,
-  recordsEvicted?: number, bytesEvicted?: number, accesses?: number, conflicts?: number,
-  unresolvedConflicts?: number, objects?: number, bytes?: number
-}
+export type Figures = Partial<Record<'size' | 'nonGhost' | 'maxSize' | 'recordsAdded' |
+  'bytesAdded' | 'recordsEvicted' | 'bytesEvicted' | 'accesses' | 'conflicts' |
+  'unresolvedConflicts' | 'objects' | 'bytes', number>>
 
 /** Whatever the instance cannot serve without, with 900 ms to answer; only `true` is connected. */
 export interface Database {
@@ -78,10 +76,7 @@ export interface StartOptions {
 export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: number }
 
 type Address = net.AddressInfo | string | false
-type Failures = Map<string, string> // reasons, by site
-type Run = { sites: string[], endsAt: number, controller: AbortController, done: Promise<Failures> }
-type Served =
-  { startedAt: number, line: string, socket?: net.Socket, response: http.ServerResponse }
+type Run = { sites: string[], controller: AbortController, done: Promise<string> }
 type Prober = { askedAt: number[], told: number }
 type Entry =
   Required<CommandOptions> & { name: string, doc: string, command: Command, loggedAt: number }
@@ -126,36 +121,34 @@ const quiet = (): void => {}
 /** What `start` sets. `stop` puts a new one in its place, by which whatever comes late knows. */
 class State {
   options: StartOptions = {}
-  logger: Logger = console
   settle: (address: Address) => void = quiet // the promise that start() gave
   fail: (error: unknown) => void = quiet
   ticker: ReturnType<typeof setInterval> | undefined
   clock = 0 // ms by ticks: it stands still while the host blocks, which is no prober's fault
+  due: { at: number, act: () => unknown }[] = []
   unhook = quiet
   instance: { host: string, port: number, path: string | undefined, url: string } | undefined
   accepting = false
   endpoint: net.ListenOptions = {}
   monitor: net.Server | undefined
-  listenAt = Infinity
   loggedAt = -Infinity
   sessions: Session[] = [] // a Map of sockets would keep the dead ones past their first collection
-  inFlight = new Map<object, Served>()
+  opened = 0 // sessions so far
+  inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
   requests = 0
   errors = 0
-  opened = 0 // connections
   loads: object[] = []
   load = -1 // of the event loop, 0 to 1
   warmup: 'off' | 'cold' | 'done' | 'failed' = 'cold'
   failure = ''
+  tried = new Map<string, string>() // sites: why each failed to warm up, '' where it did not
   runs: Run[] = [] // the first one is running
-  retry: { at: number, go: () => void } | undefined
-  token: string = crypto.randomUUID()
-  asking = new AbortController() // for the view
-  viewRun: Promise<Failures> | undefined
+  token: string = crypto.randomUUID() // for the view
+  asking = new AbortController()
+  isViewAsked = false
   draining: { reason: string, waitFor: Prober[] } | undefined
   probers = new Map<string, Prober>() // the longest silent one first
   lookups = 0
-  missedAt = -Infinity // when somebody asked and was not looked up
 }
 let state = new State()
 
@@ -173,11 +166,13 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
   if (state.ticker) log('warn', 'is started already; stop() it first')
   if (state.ticker) return state.monitor?.address() ?? false
   return new Promise((settle, fail) => {
-    const { logger = console, server } = options
-    const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
+    const { server } = options
     const unhook = server ? hook(server) : quiet
+    const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
     const ticker = setInterval(tick, TICK_MS).unref()
-    Object.assign(state, { options, logger, warmup, unhook, ticker, settle, fail })
+    Object.assign(state, { options, settle, fail, unhook, warmup, ticker })
+    later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, () => state.accepting || log('warn',
+      server ? 'waits for the server to listen' : `finds nothing at ${state.instance?.url}`))
     boot()
   })
 }
@@ -185,12 +180,11 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
 /** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
  *  Resolves when the port is free. What was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { ticker, unhook, settle, monitor, sessions, asking, runs } = state
+  const { ticker, unhook, settle, monitor, sessions } = state
+  abort('the monitor was stopped')
   state = new State()
   clearInterval(ticker)
   unhook()
-  asking.abort()
-  abort(runs, 'the monitor was stopped')
   for (const { socket } of sessions) socket.destroy()
   if (monitor?.listening) await new Promise((resolve) => monitor.close(resolve))
   settle(false)
@@ -231,41 +225,45 @@ function tick(): void {
   state.lookups = 0
   measureLoad()
   boot()
-  if (state.clock >= state.listenAt) listen()
-  superviseWarmup()
-  for (const session of state.sessions) session.enforceLimits()
-  for (const [key, { socket, response }] of state.inFlight) { // some never get their 'close'
-    if (!socket || socket.destroyed || response.destroyed) state.inFlight.delete(key)
+  if (isShuttingDown()) abort('the instance is shutting down')
+  const { clock, due, sessions, inFlight } = state
+  state.due = due.filter(({ at }) => at > clock)
+  for (const { at, act } of due) if (at <= clock) act()
+  for (const session of sessions) session.enforceLimits()
+  for (const [response, { socket }] of inFlight) { // some never get their 'close'
+    if (!socket || socket.destroyed || response.destroyed) inFlight.delete(response)
   }
 }
-
-/** What the environment does not allow; it is warned of, where a caller's mistake is thrown. */
-class Unavailable extends Error {}
+/** Has the ticker act, unless a stop() comes first. */
+function later(ms: number, act: () => unknown): void {
+  const starting = state
+  state.due.push({ at: state.clock + ms, act: () => starting === state && act() })
+}
 
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
-  const { options: { server }, accepting, clock } = state
-  if (server?.listening === false) {
-    if (clock === LISTEN_WARNING_MS && !accepting) log('warn', 'waits for the server to listen')
-    return
-  }
-  try { if (!state.instance) locate() } catch (error) {
-    if (error instanceof Unavailable) log('warn', error.message)
-    else state.fail(error)
-    void stop()
-  }
+  const { options: { server }, accepting } = state
+  if (server?.listening === false) return
+  try { if (!state.instance) locate() } catch (error) { giveUp(error) }
   if (state.instance && !accepting) server ? accept() : connect(state.instance)
+}
+/** What the environment does not allow is warned of, where a caller's mistake is thrown. */
+class Unavailable extends Error {}
+function giveUp(error: unknown): void {
+  if (error instanceof Unavailable) log('warn', error.message)
+  else state.fail(error)
+  void stop()
 }
 
 /** Finds out where the instance is, and from that where the monitor belongs. */
 function locate(): void {
   const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: asked } = state.options
-  const bound = server?.address() ?? undefined
-  const tcp = typeof bound === 'object' ? bound : undefined
-  const address = (server ? tcp?.address : env('HOST')) ?? ''
-  const port = given ?? (server ? tcp?.port : env('PORT', toPort))
+  const bound = server ? server.address()
+    : { address: env('HOST'), port: given ?? env('PORT', toPort) }
+  const { address = '', port = given }: { address?: string, port?: number } = Object(bound)
+  const instancePort = given ?? port
   if (!server && !port) throw new Unavailable('needs a port: set PORT, or start(server)')
-  const { path, host = address, port: own = Number(port) + PORT_OFFSET } =
+  const { path, host = address, port: own = Number(instancePort) + PORT_OFFSET } =
     asked ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
   const advice = `cannot listen on ${own}, past 65535: set FTW_MONITOR_LISTEN, or listen`
   must(path ?? !Number.isNaN(own), 'for a server on a Unix socket say port or listen')
@@ -316,7 +314,6 @@ function listen(): void {
     if (!monitor.listening) cannotListen(error)
     else if (mayLog(state)) log('error', `cannot accept connections: ${wording(error)}`)
   })
-  state.listenAt = Infinity
   try { // exclusive: cluster workers would share the port, and answer for each other
     monitor.listen({ ...state.endpoint, exclusive: true })
   } catch (error) { cannotListen(error) } // Node.js 26 under --permission
@@ -324,21 +321,19 @@ function listen(): void {
 function cannotListen(error: unknown): void {
   const { path, host = '*', port } = state.endpoint
   const where = path ?? `${inUrl(host)}:${port}`
-  const isInUse = isObject(error) && error['code'] === 'EADDRINUSE'
-  if (!isInUse) log('warn', `cannot listen on ${where}: ${wording(error)}; set FTW_MONITOR_LISTEN`)
-  if (!isInUse) return void stop()
+  if (Object(error).code !== 'EADDRINUSE') return giveUp(new Unavailable(
+    `cannot listen on ${where}: ${wording(error)}; set FTW_MONITOR_LISTEN`))
   if (state.settle !== quiet) log('warn', `finds ${where} in use, and tries it every second: an ` +
     'older process may still hold it; cluster workers need one FTW_MONITOR_LISTEN each; remove a ' +
     'path that was left behind')
-  state.listenAt = state.clock + LISTEN_RETRY_MS
   state.settle(false)
   state.settle = quiet
+  later(LISTEN_RETRY_MS, listen)
 }
 
 /** With PORT alone, only connecting tells whether the instance accepts connections. */
-function connect({ host, port, url }: NonNullable<State['instance']>): void {
+function connect({ host, port }: NonNullable<State['instance']>): void {
   const starting = state
-  if (state.clock === ACCEPT_WARNING_MS) log('warn', `finds nothing that accepts at ${url}`)
   const socket = net.connect({ host, port }).unref()
   socket.setTimeout(TICK_MS, () => socket.destroy()).on('error', quiet).on('connect', () => {
     socket.destroy()
@@ -354,19 +349,18 @@ function accept(): void {
 function hook(server: net.Server): () => void {
   const { emit: inner } = server
   const own = Object.getOwnPropertyDescriptor(server, 'emit')
-  let hooked = true
+  const starting = state
   function emit(this: net.Server, ...all: unknown[]): boolean {
     try {
-      if (hooked && takesOver(...all as Parameters<typeof takesOver>)) return true
+      if (starting === state && takesOver(...all as Parameters<typeof takesOver>)) return true
     } catch {} // who emits a 'request' that is none does not mean us
     return Reflect.apply(inner, this, all)
   }
   Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
   return () => {
-    hooked = false
     if (server.emit !== emit) return // whoever hooked in later still calls us
+    Reflect.deleteProperty(server, 'emit')
     if (own) Object.defineProperty(server, 'emit', own)
-    else Reflect.deleteProperty(server, 'emit')
   }
 }
 /** Sees the server's events first; true for a request that the application is not to see. */
@@ -379,8 +373,7 @@ function takesOver(event: string, request: http.IncomingMessage, response: http.
   if (isView) warmupView(request, response)
   if (isView || state.inFlight.has(response)) return isView
   response.on('close', requestEnded)
-  const startedAt = performance.now()
-  state.inFlight.set(response, { startedAt, line: `${method} ${url}`, socket, response })
+  state.inFlight.set(response, { startedAt: performance.now(), line: `${method} ${url}`, socket })
   state.requests++
   if (state.draining) closeAfter(response)
   return false
@@ -406,13 +399,12 @@ function verdict(): string | Promise<string> {
 }
 /** Judges when the answer is due: what held when the databases were asked may be over. */
 function judge(databaseTrouble = ''): string {
-  const isWarming = state.runs.length > 0
-  const isCold = state.warmup === 'cold' && !isWarming
   if (state.draining) return red(state.draining.reason)
   if (isShuttingDown()) return red('Instance is shutting down')
   if (databaseTrouble) return red(`Error: ${databaseTrouble}`)
-  if (!state.accepting || isCold) return red('Instance is booting')
-  if (isWarming) return red('Warmup in progress')
+  if (!state.accepting) return red('Instance is booting')
+  if (state.runs.length > 0) return red('Warmup in progress')
+  if (state.warmup === 'cold') return red('Instance is booting')
   return state.warmup === 'failed' ? red(`Warmup failed: ${state.failure}`) : 'OK'
 }
 /** Known at once, where `close` would tell only when the last slow request is gone. */
@@ -426,12 +418,10 @@ const CONTROL = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
 /** What is wrong with a database; '' where nothing is. */
 async function trouble(registered: Registered): Promise<string> {
-  const subject = `Database '${registered.name}'`
-  try {
-    return await ask(registered, 'isConnected') === true ? '' : `${subject} disconnected.`
-  } catch (error) {
-    return `${subject} ${error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`}`
-  }
+  const text = await ask(registered, 'isConnected').then(
+    (answer) => answer === true ? '' : 'disconnected.',
+    (error: unknown) => error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`)
+  return text && `Database '${registered.name}' ${text}`
 }
 const TIMED_OUT = new Error('no answer in time')
 /** Asks a database. Who comes while a question is out shares it, so nobody multiplies queries. */
@@ -446,32 +436,32 @@ function ask({ database, asked }: Registered, method: keyof Database): Promise<u
   })
 }
 
-/** An error in words: fetch hides them in `cause`, a refused localhost in `code`. */
+/** An error in words, never none: fetch hides them in `cause`, a refused localhost in `code`. */
 function wording(error: unknown): string {
   try {
-    if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
-    const { message, cause, code = '' } = error as Error & { code?: string }
+    if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX) || 'nothing'
+    const { message, cause, code = '', name } = error as Error & { code?: string }
     if (message === 'fetch failed' && cause instanceof Error) return wording(cause)
-    const [, advice = ''] = ADVICE.find(([codes]) => codes.test(code)) ?? []
-    return `${message || code || error.name}`.slice(0, REASON_MAX) + advice
+    const advice = /^ERR_TLS_CERT_ALTNAME_INVALID$/.test(code) ? NAME_ADVICE
+      : /^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/.test(code) ? ISSUER_ADVICE : ''
+    return `${message || code || name || 'an error'}`.slice(0, REASON_MAX) + advice
   } catch { return 'an error that cannot be put into words' }
 }
-const ADVICE: [RegExp, string][] = [
-  [/^ERR_TLS_CERT_ALTNAME_INVALID$/, '; set FTW_MONITOR_URL, or url, to a name that it has'],
-  [/^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/, "; set NODE_EXTRA_CA_CERTS to its issuer's file"]
-]
+const NAME_ADVICE = '; set FTW_MONITOR_URL, or url, to a name that it has'
+const ISSUER_ADVICE = "; set NODE_EXTRA_CA_CERTS to its issuer's file"
+
 /** Logs one line, and a stack if need be. A logger that throws must not be the host's end. */
 function log(level: keyof Logger, text: string, stack = ''): void {
   try {
-    const logged: unknown = state.logger[level](`ftw-monitor ${clean(text)}${stack}`)
-    Promise.resolve(logged).catch(quiet)
+    const { logger = console } = state.options
+    Promise.resolve<unknown>(logger[level](`ftw-monitor ${clean(text)}${stack}`)).catch(quiet)
   } catch {}
 }
 /** At most one line a second of each kind, so that nobody can flood the host's log. */
 function mayLog(kind: { loggedAt: number }): boolean {
-  const may = performance.now() - kind.loggedAt >= 1_000
-  if (may) kind.loggedAt = performance.now()
-  return may
+  if (performance.now() - kind.loggedAt < 1_000) return false
+  kind.loggedAt = performance.now()
+  return true
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -489,120 +479,105 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
 }
 const allSites = (): string[] => performers.size > 0 ? [...performers.keys()] : ['/']
 
-/** Joins a run that covers these sites, or has one follow those that there are. */
-function warmUp(sites: string[]): Promise<Failures> {
+/** Joins a run that covers these sites, or has one follow those that there are. Resolves to why
+ *  they failed, '' where they did not. */
+function warmUp(sites: string[]): Promise<string> {
   const covering = state.runs.find((run) => sites.every((site) => run.sites.includes(site)))
   if (covering) return covering.done
-  const before = state.runs.at(-1)?.done
-  const run = { sites, endsAt: Infinity, controller: new AbortController() } as Run
-  state.runs.push(run)
-  return run.done = perform(run, before)
+  const controller = new AbortController()
+  const done = perform(sites, controller, state.runs.at(-1)?.done)
+  state.runs.push({ sites, controller, done })
+  return done
 }
-async function perform(run: Run, before: Promise<Failures> | undefined): Promise<Failures> {
+async function perform(sites: string[], controller: AbortController, before?: Promise<string>) {
   const starting = state
-  await before
-  const { sites, controller: { signal } } = run
-  const failures: Failures = new Map()
+  const { signal } = controller
   const aborted = new Promise((_, reject) => {
     signal.addEventListener('abort', () => reject(signal.reason))
   })
   aborted.catch(quiet)
-  run.endsAt = starting.clock + WARMUP_MS
+  await before
+  if (starting === state) later(WARMUP_MS, () => controller.abort(TOO_LONG))
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
     const startedAt = performance.now()
-    const say = (level: keyof Logger, what: string) => starting === state && log(level,
-      `(${index + 1}/${sites.length}) ${site} ${what} after ${sinceText(startedAt)}`)
+    const url = `${starting.instance?.url}${site}`
+    let reason = ''
     try {
       signal.throwIfAborted()
       const performer = performers.get(site) ?? loadPage
-      const url = `${starting.instance?.url}${site}`
       await Promise.race([performer({ site, url, signal }), aborted]) // it may not heed the signal
-      say('info', 'is warm')
-    } catch (error) {
-      failures.set(site, wording(error))
-      say('warn', `failed (${wording(error)})`)
-    }
+    } catch (error) { reason = wording(error) }
+    starting.tried.set(site, reason)
+    const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1)
+    const outcome = `${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
+    const text = `(${index + 1}/${sites.length}) ${site} ${outcome}`
+    if (starting === state) log(reason ? 'warn' : 'info', text)
   }
-  starting.runs = starting.runs.filter((other) => other !== run)
+  starting.runs.shift()
+  const failure = failureOf(sites, starting)
   const isWhole = allSites().every((site) => sites.includes(site))
-  if (isWhole && failures.size === 0) starting.warmup = 'done'
-  return failures
+  if (isWhole && !failure) starting.warmup = 'done'
+  return failure
 }
-const sinceText = (startedAt: number): string =>
-  `${((performance.now() - startedAt) / 1_000).toFixed(1)} s`
-const inWords = (failures: Failures): string => Array.from(failures,
-  ([site, reason]) => site === '/' ? reason : `${site}: ${reason}`).join('; ')
+const TOO_LONG = new Error(`no end after ${WARMUP_MS / 60_000} minutes`)
+const failureOf = (sites: string[], { tried } = state): string =>
+  sites.filter((site) => tried.get(site))
+    .map((site) => site === '/' ? tried.get(site) : `${site}: ${tried.get(site)}`).join('; ')
+function abort(reason: string): void {
+  state.asking.abort()
+  for (const { controller } of state.runs) controller.abort(new Error(reason))
+}
 
-/** The default performer: loads the page that the first visitor would have waited for. */
+/** The default performer: loads the page that the first visitor would have waited for, if it can by
+ *  node:http: fetch refuses some ports, goes through proxies, and gives up after 300 s. */
 async function loadPage({ site, url, signal }: Parameters<WarmupPerformer>[0]): Promise<void> {
-  const status = await (url.startsWith('https:') ? fetchStatus : getStatus)(url, signal)
+  const socketPath = state.instance?.path
+  const status = url.startsWith('https:') ? await fetchStatus(url, signal)
+    : await new Promise<number>((resolve, reject) => {
+      http.get(url, { agent: false, signal, ...socketPath && { socketPath } }, (response) => {
+        response.on('error', reject).on('end', () => resolve(response.statusCode ?? 0)).resume()
+      }).on('error', reject)
+    })
   if (status >= 500) throw new Error(`it answered ${status}`)
   if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
 }
-/** By node:http: fetch refuses some ports, goes through proxies, and gives up after 300 s. */
-function getStatus(url: string, signal: AbortSignal): Promise<number> {
-  const socketPath = state.instance?.path
-  return new Promise((resolve, reject) => {
-    http.get(url, { agent: false, signal, ...socketPath && { socketPath } }, (response) => {
-      response.on('error', reject).on('end', () => resolve(response.statusCode ?? 0)).resume()
-    }).on('error', reject)
-  })
-}
 async function fetchStatus(url: string, signal: AbortSignal): Promise<number> {
-  const response = await fetch(url, { redirect: 'manual', signal })
-  await response.body?.pipeTo(new WritableStream())
-  return response.status
+  const { status, body } = await fetch(url, { redirect: 'manual', signal })
+  await body?.pipeTo(new WritableStream())
+  return status
 }
 
 /** After boot, until it succeeds: one passing error must not keep an instance out for good. */
 async function warmUpAutomatically(): Promise<void> {
   const starting = state
-  const isOver = () => starting !== state || state.warmup === 'done'
-  const warm = new Set<string>()
-  let [sites, pauseMs] = [allSites(), WARMUP_RETRY_MS]
+  const { tried } = state
+  let pauseMs = WARMUP_RETRY_MS
   await askView()
-  while (!isOver()) {
-    const failures = await (state.viewRun ?? warmUp(sites))
-    if (isOver()) return
-    for (const site of sites) if (!failures.has(site)) warm.add(site)
-    sites = allSites().filter((site) => !warm.has(site)) // and those registered meanwhile
-    state.viewRun = undefined
-    state.failure = inWords(failures)
-    state.warmup = sites.length === 0 ? 'done' : failures.size > 0 ? 'failed' : 'cold'
-    if (failures.size === 0) continue
-    const text = `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`
-    if (!isShuttingDown()) log('warn', text)
-    await new Promise<void>((go) => { state.retry = { at: state.clock + pauseMs, go } })
-    pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
+  while (starting === state && state.warmup !== 'done' && !isShuttingDown()) {
+    const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
+    const failed = allSites().filter((site) => tried.get(site))
+    if (untried.length > 0) await warmUp(untried) // which the view may have begun
+    else if (failed.length === 0) state.warmup = 'done'
+    else {
+      Object.assign(state, { warmup: 'failed', failure: failureOf(failed) })
+      log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`)
+      await new Promise<void>((go) => later(pauseMs, go))
+      for (const site of failed) tried.delete(site)
+      pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
+    }
   }
 }
 /** Has the view warm the instance up, as then performers run as a request's work does. No answer
  *  proves that the view is there, since a catch-all route, another worker or the old process give
  *  one too; only our token does, when it arrives. */
 async function askView(): Promise<void> {
-  const starting = state
-  const { instance, token, asking: { signal } } = state
+  const { instance, token, asking } = state
   if (instance?.path !== undefined) return // fetch knows no Unix sockets
-  const timer = setTimeout(() => starting.viewRun ?? starting.asking.abort(), VIEW_MS).unref()
-  try {
-    const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
-    await (await fetch(`${instance?.url}${VIEW}`, options)).body?.cancel()
-  } catch {} finally { clearTimeout(timer) }
-}
-function superviseWarmup(): void {
-  const { runs, retry, clock, asking } = state
-  abort(runs.filter(({ endsAt }) => clock >= endsAt), `no end after ${WARMUP_MS / 60_000} minutes`)
-  if (isShuttingDown()) {
-    asking.abort()
-    abort(runs, 'the instance is shutting down')
-  } else if (retry && clock >= retry.at) {
-    state.retry = undefined
-    retry.go()
-  }
-}
-function abort(runs: Run[], reason: string): void {
-  for (const { controller } of runs) controller.abort(new Error(reason))
+  later(VIEW_MS, () => state.isViewAsked || asking.abort())
+  await fetch(`${instance?.url}${VIEW}`, {
+    headers: { [TOKEN]: token }, redirect: 'manual', signal: asking.signal
+  }).then(({ body }) => body?.cancel()).catch(quiet)
 }
 
 /** Answers `GET /@@warmup` and `GET /SITE/@@warmup` from this machine when the warm-up is over: 200
@@ -616,10 +591,8 @@ export function warmupView(
   const { originalUrl = request.url ?? '' } = request as { originalUrl?: string } // of Express
   const site = warmupSite(originalUrl)
   const answer = (status: number, text: string) => {
-    response.statusCode = status
-    response.setHeader('Content-Type', 'text/plain; charset=utf-8')
     closeAfter(response)
-    response.end(text)
+    response.writeHead(status, { 'Content-Type': PLAIN }).end(text)
   }
   if (site === undefined) return next ? next() : answer(404, 'Not found')
   const token = request.headers[TOKEN]
@@ -630,11 +603,11 @@ export function warmupView(
   if (!state.instance) return answer(503, 'The monitor is not started')
   const isWhole = isOurs || site === '/'
   if (!isWhole && !performers.has(site)) return answer(404, 'No such site is registered')
-  const outcome = warmUp(isWhole ? allSites() : [site])
-  if (isOurs) state.viewRun = outcome
-  outcome.then((failures) => failures.size === 0 ? answer(200, 'Warmup successful')
-    : answer(500, red(`Warmup failed: ${inWords(failures)}`))
-  ).catch(quiet) // the application may have answered meanwhile
+  if (isOurs) state.isViewAsked = true
+  warmUp(isWhole ? allSites() : [site])
+    .then((failure) => failure ? answer(500, red(`Warmup failed: ${failure}`))
+      : answer(200, 'Warmup successful'))
+    .catch(quiet) // the application may have answered meanwhile
 }
 /** `/shop` for `/shop/@@warmup?now`; undefined where the view is not meant. */
 function warmupSite(url: string): string | undefined {
@@ -644,10 +617,11 @@ function warmupSite(url: string): string | undefined {
 const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
 /** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
-const isForwarded = ({ headers }: http.IncomingMessage): boolean =>
-  (headers['sec-fetch-site'] ?? (headers['user-agent']?.startsWith('Mozilla/') ? '?' : 'none')) !==
-  'none' || Object.keys(headers).some(
-    (name) => /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/.test(name))
+function isForwarded({ headers }: http.IncomingMessage): boolean {
+  const isBrowser = headers['user-agent']?.startsWith('Mozilla/') // some leave the next one out
+  return (headers['sec-fetch-site'] ?? (isBrowser ? '?' : 'none')) !== 'none' ||
+    /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
+}
 
 // --- Draining ------------------------------------------------------------------------------------
 
@@ -668,22 +642,19 @@ async function untilDrained(options: DrainOptions, tell: (text: string) => void)
   must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
   must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
   if (!state.ticker) return 'Drained'
-  const starting = state
-  const startedAt = performance.now()
+  const [starting, startedAt] = [state, performance.now()]
   const { waitFor } = state.draining ??= { reason, waitFor: activeProbers() }
   state.draining.reason = reason
-  const isFlooded = state.clock - state.missedAt <= PROBER_MS // so there may be others
-  const lasting = Array.from(state.inFlight.values(), (served) => [served.socket, served] as const)
-  for (const { response } of new Map(lasting).values()) closeAfter(response) // the last pipelined
+  const last = new Map(Array.from(state.inFlight, ([response, { socket }]) => [socket, response]))
+  for (const response of last.values()) closeAfter(response) // the last of those pipelined
   for (let said = '', requests = -1, quietSince = startedAt; ;) {
     const know = waitFor.filter(({ told }) => told >= fall).length
     const inFlight = state.options.server ? `, ${state.inFlight.size} requests in flight` : ''
-    const others = isFlooded ? ' and others who asked in a flood' : ''
-    const progress = `${know} of ${waitFor.length} probers${others} know${inFlight}`
-    if (progress !== said) tell(`Draining: ${said = progress}\n`)
+    const progress = `${know} of ${waitFor.length} probers know${inFlight}`
+    if (progress !== said) tell(`Draining: ${said = progress}`)
     const now = performance.now()
-    const isKnown = know === waitFor.length && !isFlooded
-    if (!isKnown || state.inFlight.size > 0 || state.requests !== requests) quietSince = now
+    const isQuiet = know === waitFor.length && !state.inFlight.size && state.requests === requests
+    if (!isQuiet) quietSince = now
     requests = state.requests
     if (now - quietSince >= QUIET_MS) return 'Drained'
     if (now - startedAt >= timeoutMs) return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
@@ -694,35 +665,26 @@ async function untilDrained(options: DrainOptions, tell: (text: string) => void)
 /** A keep-alive client goes elsewhere next time. HTTP/2 has no such header, but says GOAWAY. */
 function closeAfter(response: http.ServerResponse): void {
   const { stream } = response as { stream?: { session?: { close(): void } } }
-  if (stream) stream.session?.close()
-  else if (response.headersSent === false) {
-    const { writeHead } = response
-    response.setHeader('Connection', 'close')
-    response.writeHead = (...all: unknown[]) => { // a gateway passes its upstream's headers on
-      response.setHeader('Connection', 'close')
-      return Reflect.apply(writeHead, response, all.map(withoutConnection))
-    }
+  if (stream) return stream.session?.close()
+  if (response.headersSent !== false) return
+  for (const method of ['setHeader', 'appendHeader'] as const) { // a gateway passes its upstream's
+    const inner = response[method]
+    response[method] = (name: string, value: string & string[]) =>
+      inner.call(response, name, /^connection$/i.test(name) ? 'close' : value)
   }
+  response.setHeader('Connection', 'close')
 }
-function withoutConnection(headers: unknown): unknown {
-  const isOther = (name: unknown) => String(name).toLowerCase() !== 'connection'
-  if (Array.isArray(headers)) return headers.filter((_, at) => isOther(headers[at - at % 2]))
-  if (!isObject(headers)) return headers
-  return Object.fromEntries(Object.entries(headers).filter(([name]) => isOther(name)))
+function activeProbers(): Prober[] {
+  const active = [...state.probers.values()].filter(({ askedAt: [first = 0, ...others] }) =>
+    others.length === PROBER_ASKS - 1 && state.clock - first <= PROBER_MS)
+  for (const prober of active) prober.told = 0
+  return active
 }
-const activeProbers = (): Prober[] => [...state.probers.values()].filter((prober) => {
-  prober.told = 0
-  const { askedAt: [first = 0, ...others] } = prober
-  return others.length === PROBER_ASKS - 1 && state.clock - first <= PROBER_MS
-})
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
   if (!asker.probes) return
-  if (!state.draining && ++state.lookups > LOOKUPS_PER_TICK) {
-    state.missedAt = state.clock
-    return
-  }
-  const address = asker.remoteAddress ?? state.endpoint.path
+  const isFlood = !state.draining && ++state.lookups > LOOKUPS_PER_TICK
+  const address = isFlood ? 'whoever' : asker.remoteAddress ?? state.endpoint.path
   if (address === undefined) return
   const prober = state.probers.get(address) ?? { askedAt: [], told: 0 }
   prober.told += worth
@@ -748,21 +710,20 @@ export function register(
   commands.set(name, { name, doc, command, http, local, loggedAt: -Infinity })
 }
 const isWord = (name: unknown): boolean => typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
-
 /** Registers a command that only reads, and gives what it has to say; `_` is who asks. */
 function report(name: string, doc: string, read: (_: Asker, ...args: string[]) => unknown): void {
-  const command = (connection: Connection, ...args: string[]): void | Promise<void> => {
+  register(name, doc, (connection, ...args) => {
     const text = read(connection as Asker, ...args)
     if (!(text instanceof Promise)) return connection.write(`${text}\n`)
     return text.then((settled) => connection.write(`${settled}\n`))
-  }
-  register(name, doc, command, { http: true })
+  }, { http: true })
 }
 
 /** Who asks, as the wire knows it; `refuse` says what went wrong, with a status for HTTP. */
 interface Asker extends Connection {
   readonly probes: boolean
   refuse(text: string, status: number): void
+  end(): void
 }
 /** What the asker did wrong: told in these words, and not logged. */
 class Refusal extends Error {}
@@ -780,37 +741,33 @@ function run(name: string, args: string[], asker: Asker): Mode | void | Promise<
       .catch((error: unknown) => refuseFailed(entry, error, asker))
   } catch (error) { refuseFailed(entry, error, asker) }
 }
-const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
 function toMode(name: string, answer: unknown): Mode | void {
   if (MODES.includes(answer)) return answer as Mode | void
   refuse(`${name} returned ${wording(answer)} instead of a mode; reply with connection.write`)
 }
-function refuseUnknown(name: string, asker: Asker): void {
+const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
+const refuseUnknown = (name: string, asker: Asker): void =>
   asker.refuse(`${red(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
-}
-/** The asker gets one line; the stack, which tells of the host's files, goes to the log. */
+/** The asker gets one line; the frames, which tell of the host's files, go to the log. */
 function refuseFailed(entry: Entry, error: unknown, asker: Asker): void {
-  const [line, frames] = dissect(error)
+  const isRefusal = attempt(() => error instanceof Refusal) ?? false
+  const name = attempt(() => error instanceof Error && String(error.name)) || 'Error'
+  const line = isRefusal ? wording(error) : `${name}: ${wording(error)}`
   asker.refuse(`${red(line)}\n`, 500)
-  if (frames !== undefined && mayLog(entry)) log('error', `got ${line} from ${entry.name}`, frames)
+  if (!isRefusal && mayLog(entry)) log('error', `got ${line} from ${entry.name}`, framesOf(error))
 }
-/** The stack without the message, which may come from outside; an error may be a trap. */
-function dissect(error: unknown): [line: string, frames?: string] {
-  const message = wording(error)
-  try {
-    if (error instanceof Refusal) return [message]
-    if (error instanceof Error) {
-      const [stack, text] = [String(error.stack), String(error.message)]
-      const after = stack.includes(text) ? stack.slice(stack.indexOf(text) + text.length) : ''
-      const frames = after.split('\n').filter((frame) => /^ +at /.test(frame)).map(clean)
-      return [`${error.name}: ${message}`, ['', ...frames].join('\n')]
-    }
-  } catch {}
-  return [`Error: ${message}`, '']
+/** Without the message, which may come from outside and look like a frame. */
+const framesOf = (error: unknown): string => attempt(() => {
+  const { message, stack = '' } = error as Error
+  return stack.split(message).slice(1).join(message).split('\n')
+    .filter((frame) => /^ +at /.test(frame)).map((frame) => `\n${clean(frame)}`).join('')
+}) ?? ''
+/** For what others made, where a look may throw; undefined where it did. */
+function attempt<T>(look: () => T): T | undefined {
+  try { return look() } catch { return undefined }
 }
 
-register('help', `Get help about server commands
-
+register('help', `Get help about server commands\n
     help lists the commands, help NAME shows what is written about one.
 `, (connection, name) => {
   const entry = commands.get(name ?? '')
@@ -829,33 +786,26 @@ register('quit', 'Quit the monitor', (connection) => {
   return 'quit'
 })
 report('health_check', 'Check whether the instance is alive and ready to serve requests.',
-  (asker) => told(asker, 1, (reason) => reason))
-report('agent_check', "Answer HAProxy's agent check", (asker) => told(asker, Infinity,
-  (reason) => reason === 'OK' ? `up ${leftOver()}%`
-    : `${state.draining ? 'stopped' : 'down'} #${reason}`))
-/** In percent, what the event loop has left over: at least 10, as who fails fast is idle, too. */
-const leftOver = (): number => Math.min(100, Math.max(10, Math.round(100 - 100 * state.load)))
-
-/** The verdict as a prober wants it, at once where it is known at once: the common path. */
-function told(asker: Asker, worth: number, render: (reason: string) => string) {
-  const tell = (reason: string) => {
-    noteProber(asker, worth)
-    return render(reason)
-  }
-  const reason = verdict()
-  return typeof reason === 'string' ? tell(reason) : reason.then(tell)
-}
-
+  (asker) => {
+    noteProber(asker, 1)
+    return verdict()
+  })
+report('agent_check', "Answer HAProxy's agent check", async (asker) => {
+  noteProber(asker, Infinity)
+  const reason = await verdict()
+  const leftOver = Math.round(100 - 100 * state.load) // at least 10: who fails fast is idle, too
+  return reason === 'OK' ? `up ${Math.min(100, Math.max(10, leftOver))}%`
+    : `${state.draining ? 'stopped' : 'down'} #${reason}`
+})
 report('warmup_state', 'Get instance warmup state.', () => {
   const isWarming = state.runs.length > 0
   return `${Number(state.warmup === 'done' && !isWarming)} ${Number(isWarming)}`
 })
-register('drain', `Take the instance out of service
-
+register('drain', `Take the instance out of service\n
     drain [REASON...] tells what it waits for, and in the end whether all know.
 `, async (connection, ...words) => {
-  const options = words.length > 0 ? { reason: words.join(' ') } : {}
-  connection.write(`${await untilDrained(options, (text) => connection.write(text))}\n`)
+  const tell = (text: string): void => connection.write(`${text}\n`)
+  tell(await untilDrained(words.length > 0 ? { reason: words.join(' ') } : {}, tell))
 }, { local: true })
 register('resume', 'Take the instance into service again', (connection) => {
   resume()
@@ -867,26 +817,21 @@ register('resume', 'Take the instance into service again', (connection) => {
 /** Counts events, and remembers an hour of them by the second. */
 class Counter {
   total = 0
-  #perSecond = new Float64Array(HISTORY_SECONDS)
-  #now = 0
-
+  #counts = new Float64Array(HISTORY_SECONDS)
+  #seconds = new Float64Array(HISTORY_SECONDS) // in which these were counted
   add = (count = 1): void => {
     must(count >= 0 && count < Infinity, 'a count must be a number from 0', RangeError)
-    this.#advance()
-    this.#perSecond[this.#now % HISTORY_SECONDS]! += count
+    const second = Math.floor(performance.now() / 1_000)
+    const place = second % HISTORY_SECONDS
+    if (this.#seconds[place] !== second) this.#counts[place] = 0
+    this.#seconds[place] = second
+    this.#counts[place]! += count
     this.total += count
   }
   last(seconds: number): number {
-    this.#advance()
-    const counts = Array.from({ length: Math.ceil(seconds) }, (_, ago) =>
-      this.#perSecond[(this.#now - ago + HISTORY_SECONDS) % HISTORY_SECONDS] ?? 0)
-    return counts.reduce((sum, count) => sum + count, 0)
-  }
-  #advance(): void {
     const now = Math.floor(performance.now() / 1_000)
-    if (now - this.#now >= HISTORY_SECONDS) this.#perSecond.fill(0)
-    else while (this.#now < now) this.#perSecond[++this.#now % HISTORY_SECONDS] = 0
-    this.#now = now
+    const counts = this.#counts.filter((_, place) => now - (this.#seconds[place] ?? 0) < seconds)
+    return counts.reduce((sum, count) => sum + count, 0)
   }
 }
 
@@ -905,40 +850,38 @@ export function registerDatabase(name: string, database: Database): Activity {
 
 /** The database that is meant; `-` and nothing mean `main`, else the first one. */
 function named(name = '-'): Registered {
-  const standard = databases.get('main') ?? [...databases.values()][0]
-  return databases.get(name) ?? (name === '-' ? standard : undefined) ??
-    refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
+  const [first] = databases.values()
+  const meant = databases.get(name) ?? (name === '-' ? databases.get('main') ?? first : undefined)
+  return meant ?? refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
 }
 const toNumber = (text: string, name: string, max: number): number =>
   /^\d+(\.\d+)?$/.test(text) && Number(text) <= max ? Number(text)
     : refuse(`Error: ${name} must be a number from 0 to ${max}`)
-function lastOf({ counters }: Registered, text: string): number[] {
+/** Loads, stores and connections in the last seconds. */
+function lastOf(registered: Registered | undefined, text: string): number[] {
   const seconds = toNumber(text, 'SECONDS', HISTORY_SECONDS)
-  return Object.values(counters).map((counter) => counter.last(seconds))
+  return Object.values(registered?.counters ?? {}).map((counter) => counter.last(seconds))
 }
 /** Integers, -1 for whatever the database does not give, or gives as something else. */
-async function figuresOf(registered: Registered, ...names: (keyof Figures)[]): Promise<number[]> {
-  const figures: Record<string, unknown> = Object(await ask(registered, 'figures'))
-  return names.map((name) => figures[name]).map(
-    (value) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1)
+async function figuresOf(registered: Registered | undefined, ...names: (keyof Figures)[]) {
+  const figures: Record<string, unknown> = Object(registered && await ask(registered, 'figures'))
+  return names.map((name) => figures[name])
+    .map((value) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1)
 }
 
-report('dbinfo', `Get database statistics
-
+report('dbinfo', `Get database statistics\n
     dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
     the caches, and those of them that are loaded. "-" is the main database.
 `, async (_, name, seconds = '300') => [
   ...lastOf(named(name), seconds), ...await figuresOf(named(name), 'size', 'nonGhost')].join(' '))
-report('zeocache', `Get ZEO client cache statistics
-
+report('zeocache', `Get ZEO client cache statistics\n
     zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
 `, async (_, name) => (await figuresOf(named(name),
   'recordsAdded', 'bytesAdded', 'recordsEvicted', 'bytesEvicted', 'accesses')).join(' '))
 report('zeostatus', 'Get ZEO client status information', async (_, name) =>
   await trouble(named(name)) === '' ? 'True' : 'False')
 
-report('monitor', `Get general process info
-
+report('monitor', `Get general process info\n
     monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
     open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
 `, async (asker, age = '100', name) => {
@@ -951,11 +894,9 @@ report('monitor', `Get general process info
   return `${open?.length ?? -1}\nVmRSS:\t${rss} kB${lines}`
 })
 /** Ages in seconds, and lines without their query strings, which carry secrets. */
-function requestsInFlight(): [number, string][] | undefined {
-  const now = performance.now()
-  return state.options.server && Array.from(state.inFlight.values(),
-    ({ startedAt, line }) => [(now - startedAt) / 1_000, line.split('?')[0] ?? ''])
-}
+const requestsInFlight = (): [number, string][] | undefined => state.options.server &&
+  Array.from(state.inFlight.values(), ({ startedAt, line }) =>
+    [(performance.now() - startedAt) / 1_000, line.split('?')[0] ?? ''])
 async function connectionsOf(registered: Registered): Promise<[number, string][] | undefined> {
   const open: unknown = await ask(registered, 'connections')
   return Array.isArray(open) ? open.map(Object).map(({ openedAt, info }: OpenConnection) =>
@@ -969,26 +910,26 @@ function measureLoad(): void {
   }
   const now = loop.eventLoopUtilization?.()
   if (!now || now.active + now.idle === 0) return
-  const before = state.loads.length < LOAD_SAMPLES ? state.loads[0] : state.loads.shift()
-  state.load = loop.eventLoopUtilization?.(now, before ?? now).utilization || 0
-  state.loads.push(now)
+  state.loads = [...state.loads.slice(-LOAD_SAMPLES), now]
+  state.load = loop.eventLoopUtilization?.(now, state.loads[0] ?? now).utilization || 0
 }
 /** Without a server given, nothing is known of requests. */
-const httpFigures = () => state.options.server
-  ? { in_flight: state.inFlight.size, requests: state.requests, errors: state.errors }
-  : { in_flight: -1, requests: -1, errors: -1 }
+function httpFigures() {
+  const { options: { server }, inFlight, requests, errors } = state
+  return server ? { in_flight: inFlight.size, requests, errors }
+    : { in_flight: -1, requests: -1, errors: -1 }
+}
 
-report('perf_metrics', `Get performance related metrics
-
+report('perf_metrics', `Get performance related metrics\n
     perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
 `, async (_, name = '-', seconds = '300') => {
   const registered = databases.size > 0 || name !== '-' ? named(name) : undefined
   const error = registered && await trouble(registered)
   if (error) return JSON.stringify({ error: red(error) })
-  const [loads, stores, connections] = registered ? lastOf(registered, seconds) : [-1, -1, -1]
+  const [loads = -1, stores = -1, connections = -1] = lastOf(registered, seconds)
   const [size, ngsize, max_size, conflicts, unresolved_conflicts, total_objs, size_in_bytes] =
-    registered ? await figuresOf(registered, 'size', 'nonGhost', 'maxSize', 'conflicts',
-      'unresolvedConflicts', 'objects', 'bytes') : Array<number>(7).fill(-1)
+    await figuresOf(registered, 'size', 'nonGhost', 'maxSize', 'conflicts', 'unresolvedConflicts',
+      'objects', 'bytes')
   const { rss, heapUsed: heap_used, heapTotal: heap_total, external, arrayBuffers: array_buffers } =
     process.memoryUsage()
   return JSON.stringify({
@@ -1056,28 +997,26 @@ function openSession(socket: Wire): void {
 }
 // The same functions for all sockets: closures for each would cost more than the rest of this
 function receive(this: Wire, chunk: Buffer): void { this[SESSION]?.receive(chunk) }
-function halfClose(this: Wire): void { this[SESSION]?.halfClose() }
+function halfClose(this: Wire): void { this[SESSION]?.serve() }
 function forget(this: Wire): void {
   const { sessions } = state
-  const { [SESSION]: { place } = { place: -1 } } = this
-  if (sessions[place]?.socket !== this) return // it is of the time before a stop()
-  const last = sessions.pop()
-  if (!last || last.socket === this) return
-  sessions[place] = last
-  last.place = place
+  const place = this[SESSION]?.place ?? -1
+  const last = sessions.at(-1)
+  if (!last || sessions[place]?.socket !== this) return // it is of the time before a stop()
+  sessions[last.place = place] = last
+  sessions.pop()
 }
-
 /** Whoever holds most makes room: what is idle longest, or else what is oldest. */
 function makeRoom(): void {
   const held = new Map<string | undefined, Session[]>()
   for (const session of state.sessions) {
-    const address = session.remoteAddress
+    const { remoteAddress: address } = session
     if (!held.get(address)?.push(session)) held.set(address, [session])
   }
   const most = [...held.values()].reduce((one, other) => other.length > one.length ? other : one)
     .sort((one, other) => one.number - other.number)
-  const idle = most.filter(({ running }) => !running).sort((one, other) => one.since - other.since)
-  const [leaving] = [...idle, ...most]
+  const [leaving = most[0]] = most.filter(({ running }) => !running)
+    .sort((one, other) => one.since - other.since)
   leaving?.socket.destroy()
 }
 
@@ -1091,7 +1030,6 @@ class Session implements Asker {
   since = state.clock
   number = ++state.opened
   place = 0 // among all sessions
-  ended = false // by the peer
   ending = false // by us
   exchange: Exchange | undefined // over HTTP
 
@@ -1107,9 +1045,8 @@ class Session implements Asker {
     if (this.socket.writableLength > UNSENT_MAX) this.socket.destroy()
   }
   refuse(text: string): void { this.write(text) }
-  end(text = ''): void {
+  end(): void {
     if (this.ending) return // a second end() would build an error with its stack
-    if (text) this.write(text)
     this.ending = true
     this.since = state.clock
     this.socket.end()
@@ -1121,31 +1058,33 @@ class Session implements Asker {
     if (this.running && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
   }
-  halfClose(): void {
-    this.ended = true
-    this.serve()
-  }
-
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
     for (let turn = 0; !this.running && !this.ending; turn++) {
+      const { unread, socket } = this
       if (turn === LINES_PER_TURN) return this.waitFor('its turn', setImmediate)
-      const { unread, ended, socket } = this
+      if (socket.writableNeedDrain) return this.waitFor('reader', (go) => socket.once('drain', go))
       const feed = unread.indexOf(LF)
       const length = feed < 0 ? unread.length : feed
       const line = unread.toString('utf8', 0, length)
       if (this.last.length === 0 && isHttp(line, feed < 0)) return this.becomeHttp(unread)
-      if (length > LINE_MAX) return this.end('Line too long\n')
-      if (feed < 0 && ended && length === 0) return this.end()
-      if (feed < 0 && !ended) {
+      if (feed < 0 && length <= LINE_MAX && !socket.readableEnded) {
         this.stayOpen()
         return void socket.resume()
       }
+      if (length > LINE_MAX) this.write('Line too long\n')
+      if (length > LINE_MAX || unread.length === 0) return this.end()
       this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
       this.execute(line.match(/\S+/g) ?? [])
     }
   }
-
+  waitFor(what: string, event: (go: () => void) => unknown): void {
+    this.running = what
+    event(() => {
+      this.running = ''
+      this.serve()
+    })
+  }
   /** An empty line repeats the last command; in `more` mode every line is its arguments. */
   execute(words: string[]): void {
     if (this.mode !== 'more' && words.length > 0) this.last = words
@@ -1155,54 +1094,34 @@ class Session implements Asker {
     const answer = run(name, this.mode === 'more' ? words : args, this)
     if (!(answer instanceof Promise)) return this.follow(answer)
     this.stayOpen()
-    this.running = name
-    void answer.then((mode) => {
-      this.running = ''
-      this.follow(mode)
-      this.serve()
-    })
+    this.waitFor(name, (go) => answer.then((mode) => this.follow(mode)).then(go))
   }
   follow(mode: Mode | void): void {
     if (mode) this.mode = mode
-    const { socket } = this
     if (this.mode === 'quit') this.end()
-    else if (socket.writableNeedDrain) this.waitFor('its reader', (go) => socket.once('drain', go))
   }
-  waitFor(what: string, event: (go: () => void) => unknown): void {
-    this.running = what
-    event(() => {
-      this.running = ''
-      this.serve()
-    })
-  }
-
   /** Outlasts the peer's half-close. Only now: most connections have one line, answered at once. */
   stayOpen(): void {
     if (this.socket.allowHalfOpen) return
     this.socket.allowHalfOpen = true
     this.socket.setNoDelay().on('end', halfClose) // else replies to pipelined lines wait for ACKs
   }
-
   becomeHttp(unread: Buffer): void {
     this.mode = 'http'
     this.socket.allowHalfOpen = true
     this.socket.off('data', receive).off('end', halfClose).unshift(unread)
     httpServer.emit('connection', this.socket)
   }
-
-  timeOut(text: string): void {
-    this.exchange?.refuse(text, 500)
-    this.exchange?.end()
-    this.end(this.exchange ? '' : text)
-  }
-
   enforceLimits(): void {
     const { running, ending, mode, socket } = this
     const isOpen = mode === 'interactive' || mode === 'more'
     const limit = ending ? LINGER_MS : running ? COMMAND_MS : isOpen ? SILENCE_MS : SEND_MS
     if (state.clock - this.since < limit) return
-    if (!running || ending || socket.writableNeedDrain) socket.destroy()
-    else this.timeOut(`${red(`Error: ${running} timed out`)}\n`)
+    if (!running || ending || socket.writableNeedDrain) return void socket.destroy()
+    const asker: Asker = this.exchange ?? this
+    asker.refuse(`${red(`Error: ${running} timed out`)}\n`, 500)
+    asker.end()
+    this.end()
   }
 }
 const NOTHING = Buffer.alloc(0)
@@ -1223,18 +1142,39 @@ const TYPES = new Map([
   ['perf_metrics', 'application/json'], ['metrics', 'text/plain; version=0.0.4; charset=utf-8']
 ])
 
+function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
+  const session = (request.socket as Wire)[SESSION]
+  if (!session) return void response.destroy() // stopped meanwhile
+  const [name = 'help', ...args] = pathSegments(request.url ?? '')
+  const exchange = new Exchange(session, response, name)
+  const isRead = request.method === 'GET' || request.method === 'HEAD'
+  const isOffered = commands.get(name)?.http
+  const answer = !isRead ? exchange.refuse('Only GET and HEAD are answered here\n', 405)
+    : isOffered ? run(name, args, exchange) : refuseUnknown(name, exchange)
+  if (!(answer instanceof Promise)) return exchange.end()
+  Object.assign(session, { running: name, since: state.clock, exchange })
+  void answer.then(() => exchange.end())
+}
+/** The words that the path is made of, percent-decoded. */
+function pathSegments(url: string): string[] {
+  const segments = (url.split('?')[0] ?? '').split('/').filter(Boolean)
+  if (!url.includes('%')) return segments
+  return attempt(() => segments.map(decodeURIComponent)) ?? [url] // no command is called that
+}
+
 /** One request: the path names the command; the answer is sent when it is complete. */
 class Exchange implements Asker {
   readonly session: Session
   readonly response: http.ServerResponse
+  readonly name: string
   readonly probes = true
-  name = ''
   status = 200
   body = ''
 
-  constructor(session: Session, response: http.ServerResponse) {
+  constructor(session: Session, response: http.ServerResponse, name: string) {
     this.session = session
     this.response = response
+    this.name = name
   }
   get remoteAddress(): string | undefined { return this.session.remoteAddress }
   get local(): boolean { return this.session.local && !isForwarded(this.response.req) }
@@ -1253,57 +1193,38 @@ class Exchange implements Asker {
     session.since = state.clock
     if (response.headersSent) return
     if (name === 'health_check' && this.status === 200 && body !== 'OK\n') this.status = 503
-    if (this.status === 405) response.setHeader('Allow', 'GET, HEAD')
     response.writeHead(this.status, {
       'Content-Type': this.status === 200 ? TYPES.get(name) ?? PLAIN : PLAIN,
       'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
-      'X-Content-Type-Options': 'nosniff'
+      'X-Content-Type-Options': 'nosniff', ...this.status === 405 && { Allow: 'GET, HEAD' }
     }).end(body)
   }
 }
 
-function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
-  const session = (request.socket as Wire)[SESSION]
-  if (!session) return void response.destroy() // stopped meanwhile
-  const exchange = new Exchange(session, response)
-  const { method, url = '' } = request
-  if (method !== 'GET' && method !== 'HEAD') {
-    exchange.refuse('Only GET and HEAD are answered here\n', 405)
-    return exchange.end()
-  }
-  const [name = 'help', ...args] = pathSegments(url)
-  exchange.name = name
-  const isOffered = commands.get(name)?.http
-  const answer = isOffered ? run(name, args, exchange) : refuseUnknown(name, exchange)
-  if (!(answer instanceof Promise)) return exchange.end()
-  Object.assign(session, { running: name, since: state.clock, exchange })
-  void answer.then(() => exchange.end())
-}
-
-function pathSegments(url: string): string[] {
-  const segments = (url.split('?')[0] ?? '').split('/').filter(Boolean)
-  try {
-    return url.includes('%') ? segments.map(decodeURIComponent) : segments
-  } catch { return [url] } // no command is called that
-}
-
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
 
-/** Takes `--name value` out of the words. */
+async function main(words: string[]): Promise<number> {
+  const [name = 'help'] = words
+  if (name === 'demo') return demo()
+  if (name === 'dump-perf-metrics') {
+    const deployment = takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, '')
+    return dumpPerfMetrics(words.slice(1), deployment)
+  }
+  const monitor = findMonitor(words)
+  if (words[0]?.startsWith('-')) fail(`knows no ${words[0]}; try ftw-monitor help`)
+  if (words[0] !== 'wait') return send(monitor, words)
+  const timeout = Number(takeOption(words, 'timeout') ?? 300)
+  return timeout >= 0 ? wait(monitor, timeout) : fail('--timeout needs a number of seconds')
+}
+const fail = (text: string): never => { throw new Error(text) }
+/** Takes `--name value` or `--name=value` out of the words. */
 function takeOption(words: string[], name: string): string | undefined {
-  const joined = words.findIndex((word) => word.startsWith(`--${name}=`))
-  if (joined >= 0) return words.splice(joined, 1)[0]?.slice(name.length + 3)
-  const index = words.indexOf(`--${name}`)
-  const [, value] = index < 0 ? [] : words.splice(index, 2)
-  if (index >= 0 && value === undefined) throw new Error(`--${name} needs a value`)
-  return value
+  const at = words.findIndex((word) => word.split('=')[0] === `--${name}`)
+  if (at < 0) return undefined
+  const [word = ''] = words.splice(at, 1)
+  return word.includes('=') ? word.slice(name.length + 3)
+    : words.splice(at, 1)[0] ?? fail(`--${name} needs a value`)
 }
-
-function monitorPort(text: string): number {
-  if (isPort((toPort(text) ?? NaN) + PORT_OFFSET)) return Number(text) + PORT_OFFSET
-  throw new Error(`${text} is no port of an instance`)
-}
-
 /** Where the monitor listens: as the options say, else as the instance itself would find out. */
 function findMonitor(words: string[]): net.NetConnectOpts {
   const [port, host] = [takeOption(words, 'port'), takeOption(words, 'host')]
@@ -1313,44 +1234,47 @@ function findMonitor(words: string[]): net.NetConnectOpts {
   const own = told?.port ?? monitorPort(port ?? env('PORT') ?? '8080')
   return { host: host ?? LOOPBACK.get(bound) ?? bound, port: own }
 }
+function monitorPort(text: string): number {
+  const port = (toPort(text) ?? NaN) + PORT_OFFSET
+  return isPort(port) ? port : fail(`${text} is no port of an instance`)
+}
 
-/** Sends text and gives what comes until the monitor closes; patience starts anew with each part,
- *  short limits are for the whole. */
-function talk(to: net.NetConnectOpts, text: string, limitMs: number, input?: NodeJS.ReadStream) {
+/** Sends text and gives the reply, for which there is a second; or shows it as it comes, with a
+ *  patience that starts anew with each part. */
+function talk(to: net.NetConnectOpts, text: string, patienceMs = 0, input?: NodeJS.ReadStream) {
   return new Promise<string>((resolve, reject) => {
     let reply = ''
+    const limitMs = patienceMs || 1_000
+    const late = new Error(`no answer within ${limitMs / 1_000} s`)
+    const timer = setTimeout(() => socket.destroy(late), limitMs)
     const socket = net.connect(to).setEncoding('utf8')
-    const late = () => socket.destroy(new Error(`no answer within ${limitMs / 1_000} s`))
-    const timer = setTimeout(late, limitMs)
-    socket.on('error', reject).on('close', () => {
+    socket.on('error', reject).on('data', (part: string) => {
+      reply = (reply + part).slice(0, UNSENT_MAX)
+      if (patienceMs === 0) return
+      timer.refresh()
+      process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
+    }).on('close', () => {
       clearTimeout(timer)
       input?.destroy()
       resolve(reply)
-    }).on('data', (part: string) => {
-      reply = (reply + part).slice(0, UNSENT_MAX)
-      if (limitMs < COMMAND_MS) return
-      timer.refresh()
-      process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
     }).write(text)
     input?.pipe(socket)
   })
 }
-
 async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const line = words.join(' ').trim()
-  if (/[\r\n]/.test(line)) throw new Error('a command is one line')
+  const line = words.join(' ').trim() || 'help'
+  if (/[\r\n]/.test(line)) fail('a command is one line')
   const [name] = line.split(/\s+/)
   const reply = await (name === 'interactive' ? talk(to, `${line}\n`, SILENCE_MS, process.stdin)
     : talk(to, `${line}\n`, COMMAND_MS))
   return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
 }
-
 /** Waits until the instance is healthy, and prints why it is not. */
 async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<number> {
   const startedAt = performance.now()
   for (let said = '', seconds = 0; seconds <= timeoutSeconds;) {
-    const text = 'interactive\nhealth_check\nquit\n' // interactive: see Session.probes
-    const reply = await talk(to, text, 1_000).catch((error: unknown) => `\n${wording(error)}`)
+    const reply = await talk(to, 'interactive\nhealth_check\nquit\n') // see Session.probes
+      .catch((error: unknown) => `\n${wording(error)}`)
     const reason = clean(reply.split('\n')[1] || 'no answer')
     seconds = (performance.now() - startedAt) / 1_000
     if (reason !== said) process.stdout.write(`${seconds.toFixed(1)} s  ${said = reason}\n`)
@@ -1362,66 +1286,51 @@ async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<num
 
 /** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
 async function dumpPerfMetrics(instances: string[], deployment: string): Promise<number> {
-  const lines = await Promise.all(instances.map(async (instance) => {
-    try {
-      const [, name = instance, host = 'localhost', port = ''] =
-        /^(?:([^=]+)=)?(?:\[?(.+?)\]?:)?(\d+)$/.exec(instance) ?? []
-      const json = await talk({ host, port: monitorPort(port) }, 'perf_metrics\n', 1_000)
-      const tags = `deployment=${escaped(deployment)},process=${escaped(name)}`
-      return `deployments,${tags} ${toFields(JSON.parse(json))}\n`
-    } catch (error) {
-      process.stderr.write(`ftw-monitor: ${clean(`${instance}: ${wording(error)}`)}\n`)
-      return ''
-    }
-  }))
+  const toLine = async (instance: string): Promise<string> => {
+    const [, name = instance, at = ''] = /^(?:([^=]+)=)?([^]*)$/.exec(instance) ?? []
+    const { host = 'localhost', port = at } = toEndpoint(at) ?? {}
+    const json = await talk({ host, port: monitorPort(`${port}`) }, 'perf_metrics\n')
+    const tags = `deployment=${escaped(deployment)},process=${escaped(name)}`
+    return `deployments,${tags} ${toFields(JSON.parse(json))}\n`
+  }
+  const lines = await Promise.all(instances.map((instance) => toLine(instance).catch(
+    (error: unknown) => complain(`${instance}: ${wording(error)}`))))
   process.stdout.write(lines.sort().join(''))
   return lines.some(Boolean) ? 0 : 1
 }
-
-/** `{ group: { name: value } }` as `group.name=value`, sorted; what is neither number nor text is
- *  no figure. */
+function complain(text: string): string {
+  process.stderr.write(`ftw-monitor: ${clean(text)}\n`)
+  return ''
+}
+/** `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
 function toFields(figures: unknown): string {
-  const { error, ...groups } = isObject(figures) ? figures : {}
-  const fields = Object.entries(groups).flatMap(([group, values]) =>
-    Object.entries(isObject(values) ? values : {}).flatMap(([name, value]) => {
+  const { error = 'no figures', ...groups } = isObject(figures) ? figures : {}
+  const fields: string[] = []
+  for (const [group, values] of Object.entries(groups)) {
+    for (const [name, value] of Object.entries(isObject(values) ? values : {})) {
       const key = escaped(`${group}.${name}`)
-      if (Number.isFinite(value)) return `${key}=${value}`
-      return typeof value === 'string' ? `${key}="${clean(value).replace(/["\\]/g, '\\$&')}"` : []
-    }))
-  if (error !== undefined || fields.length === 0) throw new Error(wording(error ?? 'no figures'))
-  return fields.sort().join(',')
+      if (Number.isFinite(value)) fields.push(`${key}=${value}`)
+      if (typeof value === 'string') fields.push(`${key}=${JSON.stringify(clean(value))}`)
+    }
+  }
+  return fields.sort().join(',') || fail(wording(error))
 }
 const escaped = (text: string): string =>
   clean(text).replace(/\\+$/, '').replace(/[,= ]/g, '\\$&') || 'unnamed'
 
 /** A small instance to try everything on. */
 async function demo(): Promise<number> {
-  const activity = registerDatabase('main', { isConnected: () => true })
+  const { loads } = registerDatabase('main', { isConnected: () => true })
   registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
   const server = http.createServer((_, response) => {
-    activity.loads()
+    loads()
     response.end('Hello from the demo of ftw-monitor\n')
   })
   process.once('SIGTERM', () => drain().then(() => server.close()))
-  const started = start(server)
-  await new Promise((resolve, reject) => {
-    const [port, host] = [Number(env('PORT') ?? 8080), env('HOST')]
-    server.on('error', reject).listen(port, host, () => resolve(started))
-  })
+  await new Promise<void>((resolve, reject) =>
+    server.on('error', reject).listen(Number(env('PORT') ?? 8080), env('HOST'), resolve))
+  await start(server)
   return 0
-}
-
-async function main(words: string[]): Promise<number> {
-  if (words[0] === 'demo') return demo()
-  if (words[0] === 'dump-perf-metrics') {
-    const deployment = takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, '')
-    return dumpPerfMetrics(words.slice(1), deployment)
-  }
-  const monitor = findMonitor(words)
-  if (words[0]?.startsWith('-')) throw new Error(`knows no ${words[0]}; try ftw-monitor help`)
-  const timeout = words.includes('wait') ? Number(takeOption(words, 'timeout') ?? 300) : 0
-  if (!(timeout >= 0)) throw new Error('--timeout needs a number of seconds')
-  return words[0] === 'wait' ? wait(monitor, timeout) : send(monitor, words[0] ? words : ['help'])
 }
 
 /** Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it. */
@@ -1431,11 +1340,8 @@ function isProgram(): boolean {
   const pathname = process.argv[1]?.replaceAll('%', '%25') ?? ''
   return import.meta.resolve(Object.assign(new URL('file:'), { pathname }).href) === import.meta.url
 }
-
 if (isProgram()) {
   process.stdout.on('error', quiet) // `| head -1`
-  main(process.argv.slice(2)).then((status) => { process.exitCode = status }, (error: unknown) => {
-    process.stderr.write(`ftw-monitor: ${clean(wording(error))}\n`)
-    process.exitCode = 2
-  })
+  main(process.argv.slice(2)).catch((error: unknown) => complain(wording(error)) || 2)
+    .then((status) => { process.exitCode = Number(status) })
 }
