@@ -132,8 +132,7 @@ class State {
   endpoint: net.ListenOptions = {}
   monitor: net.Server | undefined
   loggedAt = -Infinity
-  sessions: Session[] = [] // a Map of sockets would keep the dead ones past their first collection
-  opened = 0 // sessions so far
+  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // no Map keeps so little
   inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
   requests = 0
   errors = 0
@@ -185,7 +184,7 @@ export async function stop(): Promise<void> {
   state = new State()
   clearInterval(ticker)
   unhook()
-  for (const { socket } of sessions) socket.destroy()
+  for (const session of sessions) session?.socket.destroy()
   if (monitor?.listening) await new Promise((resolve) => monitor.close(resolve))
   settle(false)
 }
@@ -229,7 +228,7 @@ function tick(): void {
   const { clock, due, sessions, inFlight } = state
   state.due = due.filter(({ at }) => at > clock)
   for (const { at, act } of due) if (at <= clock) act()
-  for (const session of sessions) session.enforceLimits()
+  for (const session of sessions) session?.enforceLimits()
   for (const [response, { socket }] of inFlight) { // some never get their 'close'
     if (!socket || socket.destroyed || response.destroyed) inFlight.delete(response)
   }
@@ -303,7 +302,7 @@ function toEndpoint(text: string): StartOptions['listen'] {
 
 function listen(): void {
   const starting = state
-  const monitor = state.monitor = net.createServer(openSession).unref()
+  const monitor = state.monitor = net.createServer(WIRE, openSession).unref()
   monitor.on('listening', () => {
     if (starting !== state) return void monitor.close() // stopped while a name was looked up
     const at = monitor.address() ?? ''
@@ -986,54 +985,55 @@ function family(name: string, help: string, ...all: (readonly [number, string?])
 // --- The wire: lines -----------------------------------------------------------------------------
 
 const SESSION = Symbol('session')
+/** A reply outlasts the peer's half-close; and those to pipelined lines do not wait for ACKs. */
+const WIRE = { allowHalfOpen: true, noDelay: true }
 type Wire = net.Socket & { [SESSION]?: Session }
 
 function openSession(socket: Wire): void {
-  if (state.sessions.length >= CONNECTIONS_MAX) makeRoom()
-  const session = socket[SESSION] = new Session(socket)
-  session.place = state.sessions.push(session) - 1
-  socket.unref()
-  socket.on('error', quiet).on('data', receive).on('close', forget) // HAProxy resets every check
+  const free = state.sessions.indexOf(undefined)
+  const place = free < 0 ? makeRoom() : free
+  state.sessions[place] = socket[SESSION] = new Session(socket, place)
+  socket.unref().on('error', quiet) // HAProxy resets every check
+  socket.on('data', receive).on('end', halfClose).on('close', forget)
 }
 // The same functions for all sockets: closures for each would cost more than the rest of this
 function receive(this: Wire, chunk: Buffer): void { this[SESSION]?.receive(chunk) }
 function halfClose(this: Wire): void { this[SESSION]?.serve() }
 function forget(this: Wire): void {
-  const { sessions } = state
-  const place = this[SESSION]?.place ?? -1
-  const last = sessions.at(-1)
-  if (!last || sessions[place]?.socket !== this) return // it is of the time before a stop()
-  sessions[last.place = place] = last
-  sessions.pop()
+  const place = this[SESSION]?.place ?? -1 // another's, after makeRoom() or a stop()
+  if (state.sessions[place]?.socket === this) state.sessions[place] = undefined
 }
-/** Whoever holds most makes room: what is idle longest, or else what is oldest. */
-function makeRoom(): void {
-  const held = new Map<string | undefined, Session[]>()
-  for (const session of state.sessions) {
-    const { remoteAddress: address } = session
-    if (!held.get(address)?.push(session)) held.set(address, [session])
-  }
-  const most = [...held.values()].reduce((one, other) => other.length > one.length ? other : one)
-    .sort((one, other) => one.number - other.number)
-  const [leaving = most[0]] = most.filter(({ running }) => !running)
-    .sort((one, other) => one.since - other.since)
+/** Whoever holds most makes room: what is idle longest, or else what is oldest. Gives its place. */
+function makeRoom(): number {
+  const addresses = state.sessions.map((session) => session?.remoteAddress)
+  const held = new Map<string | undefined, number>()
+  for (const address of addresses) held.set(address, (held.get(address) ?? 0) + 1)
+  const most = Math.max(...held.values())
+  const [leaving] = state.sessions.filter((session, place): session is Session =>
+    session !== undefined && held.get(addresses[place]) === most).sort((one, other) =>
+    idleSince(one) - idleSince(other) || one.openedAt - other.openedAt)
   leaving?.socket.destroy()
+  return leaving?.place ?? 0
 }
+const idleSince = ({ running, since }: Session): number => running ? Infinity : since
 
 /** One connection. It begins in quit mode: a command, its reply, the end. */
 class Session implements Asker {
   readonly socket: net.Socket
+  readonly place: number // among all sessions
+  readonly openedAt = performance.now()
   mode: Mode | 'http' = 'quit'
   unread: Buffer = NOTHING
   last: string[] = [] // the words of the last command
   running = '' // what the next line waits for
   since = state.clock
-  number = ++state.opened
-  place = 0 // among all sessions
   ending = false // by us
   exchange: Exchange | undefined // over HTTP
 
-  constructor(socket: net.Socket) { this.socket = socket }
+  constructor(socket: net.Socket, place: number) {
+    this.socket = socket
+    this.place = place
+  }
   get remoteAddress(): string | undefined { return this.socket.remoteAddress }
   get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
   /** In interactive mode people ask, and `ftw-monitor wait`; no draining waits for them. */
@@ -1068,10 +1068,7 @@ class Session implements Asker {
       const length = feed < 0 ? unread.length : feed
       const line = unread.toString('utf8', 0, length)
       if (this.last.length === 0 && isHttp(line, feed < 0)) return this.becomeHttp(unread)
-      if (feed < 0 && length <= LINE_MAX && !socket.readableEnded) {
-        this.stayOpen()
-        return void socket.resume()
-      }
+      if (feed < 0 && length <= LINE_MAX && !socket.readableEnded) return void socket.resume()
       if (length > LINE_MAX) this.write('Line too long\n')
       if (length > LINE_MAX || unread.length === 0) return this.end()
       this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
@@ -1093,22 +1090,14 @@ class Session implements Asker {
     this.since = state.clock
     const answer = run(name, this.mode === 'more' ? words : args, this)
     if (!(answer instanceof Promise)) return this.follow(answer)
-    this.stayOpen()
     this.waitFor(name, (go) => answer.then((mode) => this.follow(mode)).then(go))
   }
   follow(mode: Mode | void): void {
     if (mode) this.mode = mode
     if (this.mode === 'quit') this.end()
   }
-  /** Outlasts the peer's half-close. Only now: most connections have one line, answered at once. */
-  stayOpen(): void {
-    if (this.socket.allowHalfOpen) return
-    this.socket.allowHalfOpen = true
-    this.socket.setNoDelay().on('end', halfClose) // else replies to pipelined lines wait for ACKs
-  }
   becomeHttp(unread: Buffer): void {
     this.mode = 'http'
-    this.socket.allowHalfOpen = true
     this.socket.off('data', receive).off('end', halfClose).unshift(unread)
     httpServer.emit('connection', this.socket)
   }
