@@ -302,7 +302,7 @@ function toEndpoint(text: string): StartOptions['listen'] {
 
 function listen(): void {
   const starting = state
-  const monitor = state.monitor = net.createServer(WIRE, openSession).unref()
+  const monitor = state.monitor = net.createServer({ allowHalfOpen: true }, openSession).unref()
   monitor.on('listening', () => {
     if (starting !== state) return void monitor.close() // stopped while a name was looked up
     const at = monitor.address() ?? ''
@@ -985,8 +985,6 @@ function family(name: string, help: string, ...all: (readonly [number, string?])
 // --- The wire: lines -----------------------------------------------------------------------------
 
 const SESSION = Symbol('session')
-/** A reply outlasts the peer's half-close; and those to pipelined lines do not wait for ACKs. */
-const WIRE = { allowHalfOpen: true, noDelay: true }
 type Wire = net.Socket & { [SESSION]?: Session }
 
 function openSession(socket: Wire): void {
@@ -1095,6 +1093,7 @@ class Session implements Asker {
   follow(mode: Mode | void): void {
     if (mode) this.mode = mode
     if (this.mode === 'quit') this.end()
+    else this.socket.setNoDelay() // else replies to pipelined lines would wait for ACKs
   }
   becomeHttp(unread: Buffer): void {
     this.mode = 'http'
