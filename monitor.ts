@@ -101,6 +101,7 @@ const LOOKUPS_PER_TICK = 128 // an address is dear to look up; under a flood, dr
 const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
 const HISTORY_SECONDS = 3_600
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
+const LOG_MS = 1_000 // between failures of a command, so that nobody can flood the host's log
 const LINE_MAX = 4_096 // bytes
 const LINES_PER_TURN = 16 // of one connection, then the host has its turn
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
@@ -131,7 +132,6 @@ class State {
   accepting = false
   endpoint: net.ListenOptions = {}
   monitor: net.Server | undefined
-  loggedAt = -Infinity
   sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // no Map keeps so little
   inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
   requests = 0
@@ -241,10 +241,10 @@ function later(ms: number, act: () => unknown): void {
 
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
-  const { options: { server }, accepting } = state
+  const { server } = state.options
   if (server?.listening === false) return
   try { if (!state.instance) locate() } catch (error) { giveUp(error) }
-  if (state.instance && !accepting) server ? accept() : connect(state.instance)
+  if (state.instance && !state.accepting) server ? accept() : connect(state.instance)
 }
 /** What the environment does not allow is warned of, where a caller's mistake is thrown. */
 class Unavailable extends Error {}
@@ -253,16 +253,15 @@ function giveUp(error: unknown): void {
   else state.fail(error)
   void stop()
 }
-
 /** Finds out where the instance is, and from that where the monitor belongs. */
 function locate(): void {
   const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: asked } = state.options
   const bound = server ? server.address()
     : { address: env('HOST'), port: given ?? env('PORT', toPort) }
-  const { address = '', port = given }: { address?: string, port?: number } = Object(bound)
-  const instancePort = given ?? port
+  const { address = '', port: its }: { address?: string, port?: number } = Object(bound)
+  const port = given ?? its
   if (!server && !port) throw new Unavailable('needs a port: set PORT, or start(server)')
-  const { path, host = address, port: own = Number(instancePort) + PORT_OFFSET } =
+  const { path, host = address, port: own = Number(port) + PORT_OFFSET } =
     asked ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
   const advice = `cannot listen on ${own}, past 65535: set FTW_MONITOR_LISTEN, or listen`
   must(path ?? !Number.isNaN(own), 'for a server on a Unix socket say port or listen')
@@ -270,11 +269,10 @@ function locate(): void {
   if (!path && !isPort(own)) throw new Unavailable(advice)
   state.endpoint = path ? { path } : { port: own, ...host && { host } }
   const reached = LOOPBACK.get(address) ?? address
-  const origin = `http${server && 'setSecureContext' in server ? 's' : ''}://${inUrl(reached)}`
-  state.instance = {
-    host: reached, port: port ?? 0, path: typeof bound === 'string' ? bound : undefined,
-    url: (url ?? (port ? `${origin}:${port}` : origin)).replace(/\/+$/, '')
-  }
+  const scheme = server && 'setSecureContext' in server ? 'https' : 'http'
+  const origin = `${scheme}://${inUrl(reached)}${port ? `:${port}` : ''}`
+  state.instance = { host: reached, port: port ?? 0, url: (url ?? origin).replace(/\/+$/, ''),
+    path: typeof bound === 'string' ? bound : undefined }
   listen()
 }
 /** Where an instance is reached that is bound to no address in particular. */
@@ -308,10 +306,8 @@ function listen(): void {
     const at = monitor.address() ?? ''
     log('info', `listening on ${typeof at === 'string' ? at : `${inUrl(at.address)}:${at.port}`}`)
     state.settle(at)
-  }).on('error', (error) => {
-    if (starting !== state) return
-    if (!monitor.listening) cannotListen(error)
-    else if (mayLog(state)) log('error', `cannot accept connections: ${wording(error)}`)
+  }).on('error', (error) => { // also where a connection cannot be accepted, which passes
+    if (starting === state && !monitor.listening) cannotListen(error)
   })
   try { // exclusive: cluster workers would share the port, and answer for each other
     monitor.listen({ ...state.endpoint, exclusive: true })
@@ -329,7 +325,6 @@ function cannotListen(error: unknown): void {
   state.settle = quiet
   later(LISTEN_RETRY_MS, listen)
 }
-
 /** With PORT alone, only connecting tells whether the instance accepts connections. */
 function connect({ host, port }: NonNullable<State['instance']>): void {
   const starting = state
@@ -346,20 +341,16 @@ function accept(): void {
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
 function hook(server: net.Server): () => void {
-  const { emit: inner } = server
-  const own = Object.getOwnPropertyDescriptor(server, 'emit')
-  const starting = state
-  function emit(this: net.Server, ...all: unknown[]): boolean {
-    try {
-      if (starting === state && takesOver(...all as Parameters<typeof takesOver>)) return true
-    } catch {} // who emits a 'request' that is none does not mean us
-    return Reflect.apply(inner, this, all)
+  const [starting, inner, isOwn] = [state, server.emit, Object.hasOwn(server, 'emit')]
+  function emit(this: net.Server, ...all: unknown[]): boolean { // a 'request' may be none
+    const isTaken = starting === state && attempt(() => takesOver(...all as [string, never, never]))
+    return isTaken || Reflect.apply(inner, this, all)
   }
-  Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
+  server.emit = emit
   return () => {
     if (server.emit !== emit) return // whoever hooked in later still calls us
-    Reflect.deleteProperty(server, 'emit')
-    if (own) Object.defineProperty(server, 'emit', own)
+    server.emit = inner
+    if (!isOwn) Reflect.deleteProperty(server, 'emit')
   }
 }
 /** Sees the server's events first; true for a request that the application is not to see. */
@@ -391,7 +382,8 @@ export async function health(): Promise<{ healthy: boolean, reason: string }> {
 }
 
 /** `OK` or why not; every prober's reply is a rendering of it. A promise only if it must be. */
-function verdict(): string | Promise<string> {
+function verdict(asker?: Asker, worth = 1): string | Promise<string> {
+  if (asker) noteProber(asker, worth)
   if (databases.size === 0 || state.draining || isShuttingDown()) return judge()
   const troubles = Array.from(databases.values(), trouble)
   return Promise.all(troubles).then((texts) => judge(texts.find(Boolean)))
@@ -436,31 +428,25 @@ function ask({ database, asked }: Registered, method: keyof Database): Promise<u
 }
 
 /** An error in words, never none: fetch hides them in `cause`, a refused localhost in `code`. */
-function wording(error: unknown): string {
-  try {
-    if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX) || 'nothing'
-    const { message, cause, code = '', name } = error as Error & { code?: string }
-    if (message === 'fetch failed' && cause instanceof Error) return wording(cause)
-    const advice = /^ERR_TLS_CERT_ALTNAME_INVALID$/.test(code) ? NAME_ADVICE
-      : /^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/.test(code) ? ISSUER_ADVICE : ''
-    return `${message || code || name || 'an error'}`.slice(0, REASON_MAX) + advice
-  } catch { return 'an error that cannot be put into words' }
+const wording = (error: unknown): string => attempt(() => {
+  if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
+  const { message, cause, code = '', name } = error as Error & { code?: string }
+  if (message === 'fetch failed' && cause) return wording(cause)
+  const advice = code === 'ERR_TLS_CERT_ALTNAME_INVALID'
+    ? '; set FTW_MONITOR_URL, or url, to a name that it has'
+    : /^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/.test(code)
+      ? "; set NODE_EXTRA_CA_CERTS to its issuer's file" : ''
+  return `${message || code || name}`.slice(0, REASON_MAX) + advice
+}) || 'an error that cannot be put into words'
+/** What others made may throw at every look. */
+function attempt<T>(look: () => T): T | undefined {
+  try { return look() } catch { return undefined }
 }
-const NAME_ADVICE = '; set FTW_MONITOR_URL, or url, to a name that it has'
-const ISSUER_ADVICE = "; set NODE_EXTRA_CA_CERTS to its issuer's file"
-
-/** Logs one line, and a stack if need be. A logger that throws must not be the host's end. */
+/** Logs one line, and a stack if need be. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, text: string, stack = ''): void {
-  try {
-    const { logger = console } = state.options
-    Promise.resolve<unknown>(logger[level](`ftw-monitor ${clean(text)}${stack}`)).catch(quiet)
-  } catch {}
-}
-/** At most one line a second of each kind, so that nobody can flood the host's log. */
-function mayLog(kind: { loggedAt: number }): boolean {
-  if (performance.now() - kind.loggedAt < 1_000) return false
-  kind.loggedAt = performance.now()
-  return true
+  const { logger = console } = state.options
+  const logged: unknown = attempt(() => logger[level](`ftw-monitor ${clean(text)}${stack}`))
+  Promise.resolve(logged).catch(quiet)
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -496,7 +482,8 @@ async function perform(sites: string[], controller: AbortController, before?: Pr
   })
   aborted.catch(quiet)
   await before
-  if (starting === state) later(WARMUP_MS, () => controller.abort(TOO_LONG))
+  const tooLong = new Error(`no end after ${WARMUP_MS / 60_000} minutes`)
+  if (starting === state) later(WARMUP_MS, () => controller.abort(tooLong))
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
     const startedAt = performance.now()
@@ -519,7 +506,6 @@ async function perform(sites: string[], controller: AbortController, before?: Pr
   if (isWhole && !failure) starting.warmup = 'done'
   return failure
 }
-const TOO_LONG = new Error(`no end after ${WARMUP_MS / 60_000} minutes`)
 const failureOf = (sites: string[], { tried } = state): string =>
   sites.filter((site) => tried.get(site))
     .map((site) => site === '/' ? tried.get(site) : `${site}: ${tried.get(site)}`).join('; ')
@@ -587,8 +573,8 @@ async function askView(): Promise<void> {
 export function warmupView(
   request: http.IncomingMessage, response: http.ServerResponse, next?: () => void
 ): void {
-  const { originalUrl = request.url ?? '' } = request as { originalUrl?: string } // of Express
-  const site = warmupSite(originalUrl)
+  const { url = '', originalUrl = url } = request as { url?: string, originalUrl?: string }
+  const site = warmupSite(originalUrl) // Express cuts url
   const answer = (status: number, text: string) => {
     closeAfter(response)
     response.writeHead(status, { 'Content-Type': PLAIN }).end(text)
@@ -610,8 +596,8 @@ export function warmupView(
 }
 /** `/shop` for `/shop/@@warmup?now`; undefined where the view is not meant. */
 function warmupSite(url: string): string | undefined {
-  const path = url.includes(VIEW) ? url.split('?')[0] ?? '' : ''
-  return path.endsWith(VIEW) ? path.slice(0, -VIEW.length) || '/' : undefined
+  const [, site] = /^([^?]*)\/@@warmup(?:\?|$)/.exec(url) ?? []
+  return site === '' ? '/' : site
 }
 const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
@@ -753,7 +739,10 @@ function refuseFailed(entry: Entry, error: unknown, asker: Asker): void {
   const name = attempt(() => error instanceof Error && String(error.name)) || 'Error'
   const line = isRefusal ? wording(error) : `${name}: ${wording(error)}`
   asker.refuse(`${red(line)}\n`, 500)
-  if (!isRefusal && mayLog(entry)) log('error', `got ${line} from ${entry.name}`, framesOf(error))
+  const now = performance.now()
+  if (isRefusal || now - entry.loggedAt < LOG_MS) return
+  entry.loggedAt = now
+  log('error', `got ${line} from ${entry.name}`, framesOf(error))
 }
 /** Without the message, which may come from outside and look like a frame. */
 const framesOf = (error: unknown): string => attempt(() => {
@@ -761,10 +750,6 @@ const framesOf = (error: unknown): string => attempt(() => {
   return stack.split(message).slice(1).join(message).split('\n')
     .filter((frame) => /^ +at /.test(frame)).map((frame) => `\n${clean(frame)}`).join('')
 }) ?? ''
-/** For what others made, where a look may throw; undefined where it did. */
-function attempt<T>(look: () => T): T | undefined {
-  try { return look() } catch { return undefined }
-}
 
 register('help', `Get help about server commands\n
     help lists the commands, help NAME shows what is written about one.
@@ -785,13 +770,9 @@ register('quit', 'Quit the monitor', (connection) => {
   return 'quit'
 })
 report('health_check', 'Check whether the instance is alive and ready to serve requests.',
-  (asker) => {
-    noteProber(asker, 1)
-    return verdict()
-  })
+  (asker) => verdict(asker))
 report('agent_check', "Answer HAProxy's agent check", async (asker) => {
-  noteProber(asker, Infinity)
-  const reason = await verdict()
+  const reason = await verdict(asker, Infinity)
   const leftOver = Math.round(100 - 100 * state.load) // at least 10: who fails fast is idle, too
   return reason === 'OK' ? `up ${Math.min(100, Math.max(10, leftOver))}%`
     : `${state.draining ? 'stopped' : 'down'} #${reason}`
@@ -1134,7 +1115,7 @@ function answerRequest(request: http.IncomingMessage, response: http.ServerRespo
   const session = (request.socket as Wire)[SESSION]
   if (!session) return void response.destroy() // stopped meanwhile
   const [name = 'help', ...args] = pathSegments(request.url ?? '')
-  const exchange = new Exchange(session, response, name)
+  const exchange = new Exchange({ session, response, name })
   const isRead = request.method === 'GET' || request.method === 'HEAD'
   const isOffered = commands.get(name)?.http
   const answer = !isRead ? exchange.refuse('Only GET and HEAD are answered here\n', 405)
@@ -1145,25 +1126,21 @@ function answerRequest(request: http.IncomingMessage, response: http.ServerRespo
 }
 /** The words that the path is made of, percent-decoded. */
 function pathSegments(url: string): string[] {
-  const segments = (url.split('?')[0] ?? '').split('/').filter(Boolean)
-  if (!url.includes('%')) return segments
+  const [path = ''] = url.split('?')
+  const segments = path.split('/').filter(Boolean)
   return attempt(() => segments.map(decodeURIComponent)) ?? [url] // no command is called that
 }
 
 /** One request: the path names the command; the answer is sent when it is complete. */
 class Exchange implements Asker {
-  readonly session: Session
-  readonly response: http.ServerResponse
-  readonly name: string
+  declare readonly session: Session
+  declare readonly response: http.ServerResponse
+  declare readonly name: string
   readonly probes = true
   status = 200
   body = ''
 
-  constructor(session: Session, response: http.ServerResponse, name: string) {
-    this.session = session
-    this.response = response
-    this.name = name
-  }
+  constructor(of: Pick<Exchange, 'session' | 'response' | 'name'>) { Object.assign(this, of) }
   get remoteAddress(): string | undefined { return this.session.remoteAddress }
   get local(): boolean { return this.session.local && !isForwarded(this.response.req) }
   write(text: string): void {
@@ -1229,32 +1206,28 @@ function monitorPort(text: string): number {
 
 /** Sends text and gives the reply, for which there is a second; or shows it as it comes, with a
  *  patience that starts anew with each part. */
-function talk(to: net.NetConnectOpts, text: string, patienceMs = 0, input?: NodeJS.ReadStream) {
-  return new Promise<string>((resolve, reject) => {
-    let reply = ''
-    const limitMs = patienceMs || 1_000
-    const late = new Error(`no answer within ${limitMs / 1_000} s`)
-    const timer = setTimeout(() => socket.destroy(late), limitMs)
-    const socket = net.connect(to).setEncoding('utf8')
-    socket.on('error', reject).on('data', (part: string) => {
-      reply = (reply + part).slice(0, UNSENT_MAX)
-      if (patienceMs === 0) return
-      timer.refresh()
-      process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
-    }).on('close', () => {
-      clearTimeout(timer)
-      input?.destroy()
-      resolve(reply)
-    }).write(text)
-    input?.pipe(socket)
-  })
+async function talk(to: net.NetConnectOpts, text: string, patienceMs = 0, isJoined = false) {
+  const limitMs = patienceMs || 1_000
+  const socket = net.connect(to).setEncoding('utf8')
+  const late = new Error(`no answer within ${limitMs / 1_000} s`)
+  const timer = setTimeout(() => socket.destroy(late), limitMs).unref()
+  if (isJoined) process.stdin.pipe(socket.on('close', () => process.stdin.destroy()))
+  socket.write(text)
+  let reply = ''
+  for await (const part of socket as AsyncIterable<string>) {
+    reply = (reply + part).slice(0, UNSENT_MAX)
+    if (patienceMs === 0) continue
+    timer.refresh()
+    process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
+  }
+  return reply
 }
 async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
   const line = words.join(' ').trim() || 'help'
   if (/[\r\n]/.test(line)) fail('a command is one line')
   const [name] = line.split(/\s+/)
-  const reply = await (name === 'interactive' ? talk(to, `${line}\n`, SILENCE_MS, process.stdin)
-    : talk(to, `${line}\n`, COMMAND_MS))
+  const isJoined = name === 'interactive' // to the terminal
+  const reply = await talk(to, `${line}\n`, isJoined ? SILENCE_MS : COMMAND_MS, isJoined)
   return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
 }
 /** Waits until the instance is healthy, and prints why it is not. */
