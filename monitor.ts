@@ -16,52 +16,43 @@ import * as http from 'node:http'
 import * as net from 'node:net'
 
 // --- Types ---------------------------------------------------------------------------------------
-
 /** What follows on a connection: its end, commands until `quit`, or lines for the same command. */
 export type Mode = 'quit' | 'interactive' | 'more'
-
 /** Who asks: `local` is on this machine; no address is known on a Unix socket and after a reset. */
 export interface Connection {
   write(text: string): void
   readonly remoteAddress: string | undefined
   readonly local: boolean
 }
-
 /** Replies by `connection.write`, has 30 s for that, and may return the mode that follows. */
 export type Command =
   (connection: Connection, ...args: string[]) => Mode | void | Promise<Mode | void>
-
 /** `http` offers a command as `GET /NAME/ARG…`, which any web page can make a browser send;
  *  `local` refuses askers that are not on this machine. Neither by default, and never both. */
 export interface CommandOptions { http?: boolean, local?: boolean }
 
 /** An open connection of a database: since when (ms since 1970, or a Date), and for what. */
 export interface OpenConnection { openedAt: number | Date, info: string }
-
 /** What a database knows of itself, -1 where left out: objects in its caches, those of them that
  *  are loaded, and how many there may be; the cache's totals; conflicts in all and those not
  *  resolved, objects in the storage, and its size in bytes. */
 export type Figures = Partial<Record<'size' | 'nonGhost' | 'maxSize' | 'recordsAdded' |
   'bytesAdded' | 'recordsEvicted' | 'bytesEvicted' | 'accesses' | 'conflicts' |
   'unresolvedConflicts' | 'objects' | 'bytes', number>>
-
 /** Whatever the instance cannot serve without, with 900 ms to answer; only `true` is connected. */
 export interface Database {
   isConnected(): boolean | Promise<boolean>
   connections?(): OpenConnection[] | Promise<OpenConnection[]>
   figures?(): Figures | Promise<Figures>
 }
-
 /** Count what the service does with a database; a `RangeError` for what is no number from 0. */
 export type Activity = Record<'loads' | 'stores' | 'connections', (count?: number) => void>
 
 /** Warms a site whose address on this instance is `url`; fails by throwing or rejecting. */
 export type WarmupPerformer =
   (warmup: { site: string, url: string, signal: AbortSignal }) => unknown
-
 /** Takes the few lines that the monitor has to say. */
 export type Logger = Pick<Console, 'info' | 'warn' | 'error'>
-
 /** An http, https or http2 `server`, listening or not yet; the instance's `port` (default: the
  *  server's, without one `PORT`); the `url` with scheme, name, port and path at which the instance
  *  reaches itself (`FTW_MONITOR_URL`); where to `listen` (`FTW_MONITOR_LISTEN`, else port + 80 on
@@ -70,7 +61,6 @@ export interface StartOptions {
   server?: net.Server, port?: number, url?: string, logger?: Logger,
   listen?: { host?: string, port?: number, path?: string }
 }
-
 /** The `reason` for probers (default `Draining`); how many red answers make a balancer act, its
  *  `fall` (3); and how many milliseconds to wait at most (25,000: Kubernetes kills at 30 s). */
 export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: number }
@@ -84,7 +74,6 @@ type Registered = { name: string, database: Database, counters: Record<keyof Act
   asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
 
 // --- Limits --------------------------------------------------------------------------------------
-
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
 const LISTEN_RETRY_MS = 1_000 // an old process holds our port a little longer
@@ -113,12 +102,10 @@ const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody takes
 
 // --- State ---------------------------------------------------------------------------------------
-
 const commands = new Map<string, Entry>()
 const databases = new Map<string, Registered>()
 const performers = new Map<string, WarmupPerformer>()
 const quiet = (): void => {}
-
 /** What `start` sets. `stop` puts a new one in its place, by which whatever comes late knows. */
 class State {
   options: StartOptions = {}
@@ -152,7 +139,6 @@ class State {
 let state = new State()
 
 // --- Start and stop ------------------------------------------------------------------------------
-
 /** Starts the monitor: `start(server)`, `start({ server, port, url, listen, logger })`, `start()`
  *  where `PORT` is set. Do not await `start(server)` before `server.listen()`: it waits for that.
  *  Resolves to the bound address, as `net.Server.address()` gives it, or to `false` where the
@@ -190,7 +176,7 @@ export async function stop(): Promise<void> {
 }
 
 function checkOptions(options: unknown): asserts options is StartOptions {
-  must(isObject(options), 'start() takes an http.Server, or options')
+  must(typeof options === 'object' && isObject(options), 'start() takes an http.Server, or options')
   const { server, port, url, listen, logger = console, ...others } = options
   for (const name in others) must(false, `start() knows no option ${clean(name)}; it takes an ` +
     'http.Server (of Express what app.listen() returns, of Fastify fastify.server), or options')
@@ -204,8 +190,7 @@ function checkOptions(options: unknown): asserts options is StartOptions {
 function must(holds: unknown, sentence: string, Kind = TypeError): asserts holds {
   if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
 }
-const isObject = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null
+const isObject = (value: unknown): value is Record<string, unknown> => Object(value) === value
 const can = (value: unknown, ...methods: string[]): boolean =>
   isObject(value) && methods.every((name) => typeof value[name] === 'function')
 // https and http2 servers are no http.Server, but do the same; a net.Server has no setTimeout
@@ -253,7 +238,6 @@ function giveUp(error: unknown): void {
   else state.fail(error)
   void stop()
 }
-/** Finds out where the instance is, and from that where the monitor belongs. */
 function locate(): void {
   const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: asked } = state.options
   const bound = server ? server.address()
@@ -263,10 +247,8 @@ function locate(): void {
   if (!server && !port) throw new Unavailable('needs a port: set PORT, or start(server)')
   const { path, host = address, port: own = Number(port) + PORT_OFFSET } =
     asked ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
-  const advice = `cannot listen on ${own}, past 65535: set FTW_MONITOR_LISTEN, or listen`
   must(path ?? !Number.isNaN(own), 'for a server on a Unix socket say port or listen')
-  must(path ?? (isPort(own) || !given), advice, RangeError)
-  if (!path && !isPort(own)) throw new Unavailable(advice)
+  must(path ?? (isPort(own) || !given), `${own} is past 65535: say where to listen`, RangeError)
   state.endpoint = path ? { path } : { port: own, ...host && { host } }
   const reached = LOOPBACK.get(address) ?? address
   const scheme = server && 'setSecureContext' in server ? 'https' : 'http'
@@ -318,9 +300,8 @@ function cannotListen(error: unknown): void {
   const where = path ?? `${inUrl(host)}:${port}`
   if (Object(error).code !== 'EADDRINUSE') return giveUp(new Unavailable(
     `cannot listen on ${where}: ${wording(error)}; set FTW_MONITOR_LISTEN`))
-  if (state.settle !== quiet) log('warn', `finds ${where} in use, and tries it every second: an ` +
-    'older process may still hold it; cluster workers need one FTW_MONITOR_LISTEN each; remove a ' +
-    'path that was left behind')
+  if (state.settle !== quiet) log('warn', `finds ${where} in use, and tries it every second; an ` +
+    'older process may hold it; cluster workers need FTW_MONITOR_LISTEN each; remove a dead path')
   state.settle(false)
   state.settle = quiet
   later(LISTEN_RETRY_MS, listen)
@@ -373,7 +354,6 @@ function requestEnded(this: http.ServerResponse): void {
 }
 
 // --- The verdict ---------------------------------------------------------------------------------
-
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
 export async function health(): Promise<{ healthy: boolean, reason: string }> {
@@ -450,7 +430,6 @@ function log(level: keyof Logger, text: string, stack = ''): void {
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
-
 const VIEW = '/@@warmup'
 const TOKEN = 'x-ftw-monitor-token'
 
@@ -609,7 +588,6 @@ function isForwarded({ headers }: http.IncomingMessage): boolean {
 }
 
 // --- Draining ------------------------------------------------------------------------------------
-
 /** Takes the instance out: every verdict is the reason, while requests are still served, with
  *  `Connection: close`. Resolves when every prober has been told `fall` times and no request is in
  *  flight any more, at the latest after `timeoutMs`, and at once where no monitor runs. Rejects
@@ -667,7 +645,7 @@ function activeProbers(): Prober[] {
 }
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
-  if (!asker.probes) return
+  if (asker.mode === 'interactive') return // people do, and `ftw-monitor wait`
   const isFlood = !state.draining && ++state.lookups > LOOKUPS_PER_TICK
   const address = isFlood ? 'whoever' : asker.remoteAddress ?? state.endpoint.path
   if (address === undefined) return
@@ -682,7 +660,6 @@ function noteProber(asker: Asker, worth: number): void {
 }
 
 // --- Commands ------------------------------------------------------------------------------------
-
 /** Adds a command, or replaces it. The first line of `doc` is what `help` lists. Throws a
  *  `TypeError` for a name that is empty or has white space in it, and for wrong options. */
 export function register(
@@ -700,13 +677,12 @@ function report(name: string, doc: string, read: (_: Asker, ...args: string[]) =
   register(name, doc, (connection, ...args) => {
     const text = read(connection as Asker, ...args)
     if (!(text instanceof Promise)) return connection.write(`${text}\n`)
-    return text.then((settled) => connection.write(`${settled}\n`))
+    return text.then((late) => connection.write(`${late}\n`))
   }, { http: true })
 }
-
 /** Who asks, as the wire knows it; `refuse` says what went wrong, with a status for HTTP. */
 interface Asker extends Connection {
-  readonly probes: boolean
+  readonly mode?: Mode | 'http'
   refuse(text: string, status: number): void
   end(): void
 }
@@ -781,9 +757,7 @@ report('warmup_state', 'Get instance warmup state.', () => {
   const isWarming = state.runs.length > 0
   return `${Number(state.warmup === 'done' && !isWarming)} ${Number(isWarming)}`
 })
-register('drain', `Take the instance out of service\n
-    drain [REASON...] tells what it waits for, and in the end whether all know.
-`, async (connection, ...words) => {
+register('drain', 'Take the instance out: drain [REASON...]', async (connection, ...words) => {
   const tell = (text: string): void => connection.write(`${text}\n`)
   tell(await untilDrained(words.length > 0 ? { reason: words.join(' ') } : {}, tell))
 }, { local: true })
@@ -793,7 +767,6 @@ register('resume', 'Take the instance into service again', (connection) => {
 }, { local: true })
 
 // --- Figures -------------------------------------------------------------------------------------
-
 /** Counts events, and remembers an hour of them by the second. */
 class Counter {
   total = 0
@@ -964,7 +937,6 @@ function family(name: string, help: string, ...all: (readonly [number, string?])
 }
 
 // --- The wire: lines -----------------------------------------------------------------------------
-
 const SESSION = Symbol('session')
 type Wire = net.Socket & { [SESSION]?: Session }
 
@@ -1015,8 +987,6 @@ class Session implements Asker {
   }
   get remoteAddress(): string | undefined { return this.socket.remoteAddress }
   get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
-  /** In interactive mode people ask, and `ftw-monitor wait`; no draining waits for them. */
-  get probes(): boolean { return this.mode === 'quit' }
 
   write(text: string): void {
     if (this.ending || this.socket.destroyed) return
@@ -1101,7 +1071,6 @@ const isHttp = (line: string, isPart: boolean): boolean => isPart
   ? line.length > LINE_MAX && /^[A-Z]+ \S/.test(line) : /\sHTTP\/\d\S*\s*$/i.test(line)
 
 // --- The wire: HTTP ------------------------------------------------------------------------------
-
 /** Never listens, but takes sockets over: so all time limits but `keepAliveTimeout` are ours. */
 const httpServer = Object.assign(http.createServer(answerRequest), {
   maxRequestsPerSocket: REQUESTS_PER_CONNECTION, httpAllowHalfOpen: true // as `nc -N` does
@@ -1136,7 +1105,6 @@ class Exchange implements Asker {
   declare readonly session: Session
   declare readonly response: http.ServerResponse
   declare readonly name: string
-  readonly probes = true
   status = 200
   body = ''
 
@@ -1167,7 +1135,6 @@ class Exchange implements Asker {
 }
 
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
-
 async function main(words: string[]): Promise<number> {
   const [name = 'help'] = words
   if (name === 'demo') return demo()
@@ -1234,7 +1201,7 @@ async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
 async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<number> {
   const startedAt = performance.now()
   for (let said = '', seconds = 0; seconds <= timeoutSeconds;) {
-    const reply = await talk(to, 'interactive\nhealth_check\nquit\n') // see Session.probes
+    const reply = await talk(to, 'interactive\nhealth_check\nquit\n') // see noteProber
       .catch((error: unknown) => `\n${wording(error)}`)
     const reason = clean(reply.split('\n')[1] || 'no answer')
     seconds = (performance.now() - startedAt) / 1_000
