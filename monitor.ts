@@ -941,9 +941,10 @@ const SESSION = Symbol('session')
 type Wire = net.Socket & { [SESSION]?: Session }
 
 function openSession(socket: Wire): void {
+  const session = socket[SESSION] = new Session(socket)
   const free = state.sessions.indexOf(undefined)
-  const place = free < 0 ? makeRoom() : free
-  state.sessions[place] = socket[SESSION] = new Session(socket, place)
+  session.place = free < 0 ? makeRoom() : free
+  state.sessions[session.place] = session
   socket.unref().on('error', quiet) // HAProxy resets every check
   socket.on('data', receive).on('end', halfClose).on('close', forget)
 }
@@ -956,13 +957,12 @@ function forget(this: Wire): void {
 }
 /** Whoever holds most makes room: what is idle longest, or else what is oldest. Gives its place. */
 function makeRoom(): number {
-  const addresses = state.sessions.map((session) => session?.remoteAddress)
+  const sessions = state.sessions as Session[]
   const held = new Map<string | undefined, number>()
-  for (const address of addresses) held.set(address, (held.get(address) ?? 0) + 1)
+  for (const { remoteAddress: at } of sessions) held.set(at, (held.get(at) ?? 0) + 1)
   const most = Math.max(...held.values())
-  const [leaving] = state.sessions.filter((session, place): session is Session =>
-    session !== undefined && held.get(addresses[place]) === most).sort((one, other) =>
-    idleSince(one) - idleSince(other) || one.openedAt - other.openedAt)
+  const [leaving] = sessions.filter(({ remoteAddress }) => held.get(remoteAddress) === most).sort(
+    (one, other) => idleSince(one) - idleSince(other) || one.openedAt - other.openedAt)
   leaving?.socket.destroy()
   return leaving?.place ?? 0
 }
@@ -971,7 +971,7 @@ const idleSince = ({ running, since }: Session): number => running ? Infinity : 
 /** One connection. It begins in quit mode: a command, its reply, the end. */
 class Session implements Asker {
   readonly socket: net.Socket
-  readonly place: number // among all sessions
+  place = -1 // among all sessions
   readonly openedAt = performance.now()
   mode: Mode | 'http' = 'quit'
   unread: Buffer = NOTHING
@@ -981,10 +981,7 @@ class Session implements Asker {
   ending = false // by us
   exchange: Exchange | undefined // over HTTP
 
-  constructor(socket: net.Socket, place: number) {
-    this.socket = socket
-    this.place = place
-  }
+  constructor(socket: net.Socket) { this.socket = socket }
   get remoteAddress(): string | undefined { return this.socket.remoteAddress }
   get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
 
@@ -1013,7 +1010,7 @@ class Session implements Asker {
       const { unread, socket } = this
       if (turn === LINES_PER_TURN) return this.waitFor('its turn', setImmediate)
       if (socket.writableNeedDrain) return this.waitFor('reader', (go) => socket.once('drain', go))
-      const feed = unread.indexOf(LF)
+      const feed = unread.indexOf(0x0a)
       const length = feed < 0 ? unread.length : feed
       const line = unread.toString('utf8', 0, length)
       if (this.last.length === 0 && isHttp(line, feed < 0)) return this.becomeHttp(unread)
@@ -1064,7 +1061,6 @@ class Session implements Asker {
   }
 }
 const NOTHING = Buffer.alloc(0)
-const LF = 10
 /** A request line, whatever its method, since a browser may send `drain / HTTP/1.1`; or the start
  *  of one that is too long for a command. Node.js is to judge it. */
 const isHttp = (line: string, isPart: boolean): boolean => isPart
@@ -1083,21 +1079,17 @@ const TYPES = new Map([
 function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
   const session = (request.socket as Wire)[SESSION]
   if (!session) return void response.destroy() // stopped meanwhile
-  const [name = 'help', ...args] = pathSegments(request.url ?? '')
+  const { method = '', url = '' } = request
+  const [path = ''] = url.split('?')
+  const segments = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
+  const [name = 'help', ...args] = segments ?? [path] // no command is called that
   const exchange = new Exchange({ session, response, name })
-  const isRead = request.method === 'GET' || request.method === 'HEAD'
-  const isOffered = commands.get(name)?.http
-  const answer = !isRead ? exchange.refuse('Only GET and HEAD are answered here\n', 405)
-    : isOffered ? run(name, args, exchange) : refuseUnknown(name, exchange)
+  const answer = !/^(GET|HEAD)$/.test(method)
+    ? exchange.refuse('Only GET and HEAD are answered here\n', 405)
+    : commands.get(name)?.http ? run(name, args, exchange) : refuseUnknown(name, exchange)
   if (!(answer instanceof Promise)) return exchange.end()
   Object.assign(session, { running: name, since: state.clock, exchange })
   void answer.then(() => exchange.end())
-}
-/** The words that the path is made of, percent-decoded. */
-function pathSegments(url: string): string[] {
-  const [path = ''] = url.split('?')
-  const segments = path.split('/').filter(Boolean)
-  return attempt(() => segments.map(decodeURIComponent)) ?? [url] // no command is called that
 }
 
 /** One request: the path names the command; the answer is sent when it is complete. */
