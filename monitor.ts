@@ -109,11 +109,10 @@ const quiet = (): void => {}
 /** What `start` sets. `stop` puts a new one in its place, by which whatever comes late knows. */
 class State {
   options: StartOptions = {}
-  settle: (address: Address) => void = quiet // the promise that start() gave
-  fail: (error: unknown) => void = quiet
+  settle: (address: Address | Promise<never>) => void = quiet // what start() promised
   ticker: ReturnType<typeof setInterval> | undefined
   clock = 0 // ms by ticks: it stands still while the host blocks, which is no prober's fault
-  due: { at: number, act: () => unknown }[] = []
+  due = new Map<() => unknown, number>() // by that clock
   unhook = quiet
   instance: { host: string, port: number, path: string | undefined, url: string } | undefined
   accepting = false
@@ -139,23 +138,28 @@ class State {
 let state = new State()
 
 // --- Start and stop ------------------------------------------------------------------------------
-/** Starts the monitor: `start(server)`, `start({ server, port, url, listen, logger })`, `start()`
- *  where `PORT` is set. Do not await `start(server)` before `server.listen()`: it waits for that.
- *  Resolves to the bound address, as `net.Server.address()` gives it, or to `false` where the
- *  environment does not allow it, after one warning that says what to do (an address in use is
- *  tried again every second). Rejects with a `TypeError` or `RangeError` for wrong arguments. */
+/** Starts the monitor: `start(server)`, `start({ server, … })`, or `start()` where `PORT` is set.
+ *  Resolves once the server listens (never await it before) to the bound address, as
+ *  `net.Server.address()` gives it, or to `false`, after one warning, where the environment forbids
+ *  it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for misuse. */
 export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
-  const options = isServer(instance) ? { server: instance } : instance
-  checkOptions(options)
+  const options: StartOptions = isServer(instance) ? { server: instance } : instance
+  const { server, port, url, listen, logger = console, ...others } = options
+  must(typeof options === 'object' && Object.keys(others).length === 0, 'start() takes an ' +
+    'http.Server (app.listen() of Express, fastify.server), or server, port, url, listen, logger')
+  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
+  must(port === undefined || (isPort(port) && port > 0), 'port must be a number from 1 to 65535',
+    typeof port === 'number' ? RangeError : TypeError)
+  must(url === undefined || toUrl(url), 'url must be an http or https URL')
+  must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
+  must(can(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (isOff('FTW_MONITOR')) return false
   if (state.ticker) log('warn', 'is started already; stop() it first')
   if (state.ticker) return state.monitor?.address() ?? false
-  return new Promise((settle, fail) => {
-    const { server } = options
-    const unhook = server ? hook(server) : quiet
+  return new Promise((settle) => {
     const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
     const ticker = setInterval(tick, TICK_MS).unref()
-    Object.assign(state, { options, settle, fail, unhook, warmup, ticker })
+    Object.assign(state, { options, settle, warmup, ticker, unhook: server ? hook(server) : quiet })
     later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, () => state.accepting || log('warn',
       server ? 'waits for the server to listen' : `finds nothing at ${state.instance?.url}`))
     boot()
@@ -165,28 +169,17 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
 /** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
  *  Resolves when the port is free. What was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { ticker, unhook, settle, monitor, sessions } = state
+  const { ticker, due, unhook, settle, monitor, sessions } = state
   abort('the monitor was stopped')
   state = new State()
   clearInterval(ticker)
+  due.clear()
   unhook()
   for (const session of sessions) session?.socket.destroy()
   if (monitor?.listening) await new Promise((resolve) => monitor.close(resolve))
   settle(false)
 }
 
-function checkOptions(options: unknown): asserts options is StartOptions {
-  must(typeof options === 'object' && isObject(options), 'start() takes an http.Server, or options')
-  const { server, port, url, listen, logger = console, ...others } = options
-  for (const name in others) must(false, `start() knows no option ${clean(name)}; it takes an ` +
-    'http.Server (of Express what app.listen() returns, of Fastify fastify.server), or options')
-  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
-  must(port === undefined || (isPort(port) && port > 0), 'port must be a number from 1 to 65535',
-    typeof port === 'number' ? RangeError : TypeError)
-  must(url === undefined || isUrl(url), 'url must be an http or https URL')
-  must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
-  must(can(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
-}
 function must(holds: unknown, sentence: string, Kind = TypeError): asserts holds {
   if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
 }
@@ -194,12 +187,9 @@ const isObject = (value: unknown): value is Record<string, unknown> => Object(va
 const can = (value: unknown, ...methods: string[]): boolean =>
   isObject(value) && methods.every((name) => typeof value[name] === 'function')
 // https and http2 servers are no http.Server, but do the same; a net.Server has no setTimeout
-const isServer = (value: unknown): value is net.Server =>
-  can(value, 'address', 'emit', 'setTimeout') && typeof Object(value).listening === 'boolean'
-const isPort = (value: unknown): value is number =>
-  Number.isInteger(value) && Number(value) >= 0 && Number(value) <= 65_535
-const isUrl = (value: unknown): value is string => typeof value === 'string' &&
-  URL.canParse(value) && /^https?:$/.test(new URL(value).protocol)
+const isServer = (value: unknown): value is net.Server => can(value, 'listen', 'emit', 'setTimeout')
+const isPort = (value: unknown): value is number => (Number(value) & 0xffff) === value // 16 bits
+const toUrl = (url: string) => /^https?:/i.test(url) && URL.canParse(url) ? url : undefined
 const isEndpoint = (value: unknown): boolean => isObject(value) && Object.entries(value).every(
   ([name, part]) => part === undefined || (name === 'port' ? isPort(part)
     : /^(host|path)$/.test(name) && typeof part === 'string' && part !== ''))
@@ -210,52 +200,70 @@ function tick(): void {
   measureLoad()
   boot()
   if (isShuttingDown()) abort('the instance is shutting down')
-  const { clock, due, sessions, inFlight } = state
-  state.due = due.filter(({ at }) => at > clock)
-  for (const { at, act } of due) if (at <= clock) act()
-  for (const session of sessions) session?.enforceLimits()
-  for (const [response, { socket }] of inFlight) { // some never get their 'close'
-    if (!socket || socket.destroyed || response.destroyed) inFlight.delete(response)
+  for (const [act, at] of state.due) if (at <= state.clock && state.due.delete(act)) act()
+  for (const session of state.sessions) session?.enforceLimits()
+  for (const [response, { socket }] of state.inFlight) { // some never get their 'close'
+    if (!socket || socket.destroyed || response.destroyed) state.inFlight.delete(response)
   }
 }
 /** Has the ticker act, unless a stop() comes first. */
-function later(ms: number, act: () => unknown): void {
-  const starting = state
-  state.due.push({ at: state.clock + ms, act: () => starting === state && act() })
-}
+const later = (ms: number, act: () => unknown): unknown => state.due.set(act, state.clock + ms)
 
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
-  const { server } = state.options
-  if (server?.listening === false) return
-  try { if (!state.instance) locate() } catch (error) { giveUp(error) }
-  if (state.instance && !state.accepting) server ? accept() : connect(state.instance)
+  const [starting, { server }] = [state, state.options]
+  if (server?.listening === false || state.accepting) return
+  try { starting.instance ??= locate() } catch (error) { return giveUp(error) }
+  const accept = (): void => {
+    if (starting !== state || state.accepting) return
+    state.accepting = true
+    if (state.warmup !== 'off') void warmUpAutomatically()
+  }
+  if (server) return accept() // else only connecting tells
+  const socket = net.connect(starting.instance, accept).unref().on('error', quiet)
+  socket.end().setTimeout(TICK_MS, () => socket.destroy())
 }
-/** What the environment does not allow is warned of, where a caller's mistake is thrown. */
-class Unavailable extends Error {}
-function giveUp(error: unknown): void {
-  if (error instanceof Unavailable) log('warn', error.message)
-  else state.fail(error)
-  void stop()
-}
-function locate(): void {
-  const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: asked } = state.options
-  const bound = server ? server.address()
-    : { address: env('HOST'), port: given ?? env('PORT', toPort) }
-  const { address = '', port: its }: { address?: string, port?: number } = Object(bound)
-  const port = given ?? its
-  if (!server && !port) throw new Unavailable('needs a port: set PORT, or start(server)')
-  const { path, host = address, port: own = Number(port) + PORT_OFFSET } =
-    asked ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
-  must(path ?? !Number.isNaN(own), 'for a server on a Unix socket say port or listen')
-  must(path ?? (isPort(own) || !given), `${own} is past 65535: say where to listen`, RangeError)
-  state.endpoint = path ? { path } : { port: own, ...host && { host } }
-  const reached = LOOPBACK.get(address) ?? address
+function locate(): NonNullable<State['instance']> {
+  const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: at } = state.options
+  const bound = server ? server.address() : { address: env('HOST'),
+    port: given ?? env('PORT', toPort) ?? refuse('needs a port: set PORT, or start(server)') }
+  const { address = '', port: its = NaN }: { address?: string, port?: number } = Object(bound)
+  const [port, reached] = [given ?? its, LOOPBACK.get(address) ?? address]
   const scheme = server && 'setSecureContext' in server ? 'https' : 'http'
   const origin = `${scheme}://${inUrl(reached)}${port ? `:${port}` : ''}`
-  state.instance = { host: reached, port: port ?? 0, url: (url ?? origin).replace(/\/+$/, ''),
-    path: typeof bound === 'string' ? bound : undefined }
+  const base = String(url ?? origin).replace(/\/+$/, '')
+  const { path, host = address, port: own = port + PORT_OFFSET } =
+    at ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
+  must(path ?? (isPort(own) || (own > 0 && !given)), 'port + 80 is no port: say listen', RangeError)
+  // exclusive: cluster workers would share the port, and answer for each other
+  state.endpoint = { exclusive: true, ...path ? { path } : { port: own, ...host && { host } } }
   listen()
+  return { host: reached, port, path: typeof bound === 'string' ? bound : undefined, url: base }
+}
+function listen(isRetry = false): void {
+  const starting = state
+  const monitor = state.monitor = net.createServer({ allowHalfOpen: true }, openSession).unref()
+  monitor.on('listening', () => {
+    if (starting !== state) return void monitor.close() // stopped while a name was looked up
+    const at = monitor.address() ?? ''
+    log('info', `listening on ${typeof at === 'string' ? at : `${inUrl(at.address)}:${at.port}`}`)
+    state.settle(at)
+  }).on('error', (error: NodeJS.ErrnoException) => {
+    if (starting !== state || monitor.listening) return // a connection that it could not accept
+    const text = `cannot listen: ${wording(error)}`
+    if (error.code !== 'EADDRINUSE') return giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
+    if (!isRetry) log('warn', `${text}; tries every second; an older process may hold it; ` +
+      'cluster workers need FTW_MONITOR_LISTEN each; remove a dead path')
+    state.settle(false)
+    later(LISTEN_RETRY_MS, () => listen(true))
+  })
+  try { monitor.listen(state.endpoint) } catch (error) { monitor.emit('error', error) } // forbidden
+}
+/** What the environment does not allow is warned of; a caller's mistake rejects. */
+function giveUp(error: unknown): void {
+  if (error instanceof Refusal) log('warn', error.message)
+  else state.settle(Promise.reject(error))
+  void stop()
 }
 /** Where an instance is reached that is bound to no address in particular. */
 const LOOPBACK = new Map([['', 'localhost'], ['0.0.0.0', '127.0.0.1'], ['::', '::1']])
@@ -264,77 +272,31 @@ const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 /** What the environment says, as `read` understands it; undefined where it says nothing. */
 function env<T = string>(name: string, read = (text: string) => text as T | undefined) {
   const text = process.env[name]?.trim()
-  const value = text ? read(text) : undefined
-  if (text && value === undefined) throw new Unavailable(`cannot use ${name}=${text}; mend it`)
-  return value
+  return text ? read(text) ?? refuse(`cannot use ${name}=${text}; mend it`) : undefined
 }
 const isOff = (name: string): boolean => /^(0|false|no|off)$/i.test(env(name) ?? '')
-const toUrl = (text: string): string | undefined => isUrl(text) ? text : undefined
-const toPort = (text: string): number | undefined =>
-  /^[1-9]\d*$/.test(text) && isPort(Number(text)) ? Number(text) : undefined
+const toPort = (text: string) => (isPort(Number(text)) && Number(text)) || undefined
 /** `8160`, `host:8160`, `[::1]:8160`, or a path. */
 function toEndpoint(text: string): StartOptions['listen'] {
-  const [, ipv6, name, digits] = /^(?:\[([^\]]+)\]:|([^:/[\]]+):)?(\d+)$/.exec(text) ?? []
-  if (!digits) return /[/\\]/.test(text) ? { path: text } : undefined
-  const host = ipv6 ?? name
-  return isPort(Number(digits)) ? { port: Number(digits), ...host && { host } } : undefined
-}
-
-function listen(): void {
-  const starting = state
-  const monitor = state.monitor = net.createServer({ allowHalfOpen: true }, openSession).unref()
-  monitor.on('listening', () => {
-    if (starting !== state) return void monitor.close() // stopped while a name was looked up
-    const at = monitor.address() ?? ''
-    log('info', `listening on ${typeof at === 'string' ? at : `${inUrl(at.address)}:${at.port}`}`)
-    state.settle(at)
-  }).on('error', (error) => { // also where a connection cannot be accepted, which passes
-    if (starting === state && !monitor.listening) cannotListen(error)
-  })
-  try { // exclusive: cluster workers would share the port, and answer for each other
-    monitor.listen({ ...state.endpoint, exclusive: true })
-  } catch (error) { cannotListen(error) } // Node.js 26 under --permission
-}
-function cannotListen(error: unknown): void {
-  const { path, host = '*', port } = state.endpoint
-  const where = path ?? `${inUrl(host)}:${port}`
-  if (Object(error).code !== 'EADDRINUSE') return giveUp(new Unavailable(
-    `cannot listen on ${where}: ${wording(error)}; set FTW_MONITOR_LISTEN`))
-  if (state.settle !== quiet) log('warn', `finds ${where} in use, and tries it every second; an ` +
-    'older process may hold it; cluster workers need FTW_MONITOR_LISTEN each; remove a dead path')
-  state.settle(false)
-  state.settle = quiet
-  later(LISTEN_RETRY_MS, listen)
-}
-/** With PORT alone, only connecting tells whether the instance accepts connections. */
-function connect({ host, port }: NonNullable<State['instance']>): void {
-  const starting = state
-  const socket = net.connect({ host, port }).unref()
-  socket.setTimeout(TICK_MS, () => socket.destroy()).on('error', quiet).on('connect', () => {
-    socket.destroy()
-    if (starting === state && !state.accepting) accept()
-  })
-}
-function accept(): void {
-  state.accepting = true
-  if (state.warmup !== 'off') void warmUpAutomatically()
+  if (/[/\\]/.test(text)) return { path: text }
+  const [, host, port] = /^(?:\[?([^[\]]+)\]?:)?(\d+)$/.exec(text) ?? []
+  return isPort(Number(port)) ? { port: Number(port), ...host && { host } } : undefined
 }
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
 function hook(server: net.Server): () => void {
   const [starting, inner, isOwn] = [state, server.emit, Object.hasOwn(server, 'emit')]
-  function emit(this: net.Server, ...all: unknown[]): boolean { // a 'request' may be none
+  const emit = server.emit = function (this: net.Server, ...all: unknown[]): boolean {
     const isTaken = starting === state && attempt(() => takesOver(...all as [string, never, never]))
     return isTaken || Reflect.apply(inner, this, all)
   }
-  server.emit = emit
   return () => {
     if (server.emit !== emit) return // whoever hooked in later still calls us
     server.emit = inner
     if (!isOwn) Reflect.deleteProperty(server, 'emit')
   }
 }
-/** Sees the server's events first; true for a request that the application is not to see. */
+/** Sees all events first, of which a 'request' may be none; true for a request to us alone. */
 function takesOver(event: string, request: http.IncomingMessage, response: http.ServerResponse) {
   if (event === 'listening') boot()
   if (event === 'close' && isShuttingDown()) void stop() // close() before listen() emits it, too
@@ -365,39 +327,34 @@ export async function health(): Promise<{ healthy: boolean, reason: string }> {
 function verdict(asker?: Asker, worth = 1): string | Promise<string> {
   if (asker) noteProber(asker, worth)
   if (databases.size === 0 || state.draining || isShuttingDown()) return judge()
-  const troubles = Array.from(databases.values(), trouble)
-  return Promise.all(troubles).then((texts) => judge(texts.find(Boolean)))
+  return Promise.all([...databases.values()].map(trouble)).then((all) => judge(all.find(Boolean)))
 }
 /** Judges when the answer is due: what held when the databases were asked may be over. */
 function judge(databaseTrouble = ''): string {
   if (state.draining) return red(state.draining.reason)
-  if (isShuttingDown()) return red('Instance is shutting down')
+  if (isShuttingDown()) return 'Instance is shutting down'
   if (databaseTrouble) return red(`Error: ${databaseTrouble}`)
-  if (!state.accepting) return red('Instance is booting')
-  if (state.runs.length > 0) return red('Warmup in progress')
-  if (state.warmup === 'cold') return red('Instance is booting')
+  if (!state.accepting || (state.warmup === 'cold' && !state.runs[0])) return 'Instance is booting'
+  if (state.runs.length > 0) return 'Warmup in progress'
   return state.warmup === 'failed' ? red(`Warmup failed: ${state.failure}`) : 'OK'
 }
 /** Known at once, where `close` would tell only when the last slow request is gone. */
 const isShuttingDown = (): boolean => state.accepting && state.options.server?.listening === false
 /** What is not healthy becomes one line in which HAProxy's `expect string OK` finds nothing. */
-const red = (text: string): string =>
-  clean(text.slice(0, REASON_MAX)).replaceAll('OK', 'O K').slice(0, REASON_MAX)
+const red = (text: string): string => clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
 /** A blank, never nothing, for each character that could forge a line or steer a terminal. */
 const clean = (text: string): string => text.replace(CONTROL, ' ')
 const CONTROL = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
 /** What is wrong with a database; '' where nothing is. */
-async function trouble(registered: Registered): Promise<string> {
-  const text = await ask(registered, 'isConnected').then(
-    (answer) => answer === true ? '' : 'disconnected.',
-    (error: unknown) => error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`)
-  return text && `Database '${registered.name}' ${text}`
-}
+const trouble = (registered: Registered): Promise<string> => ask(registered, 'isConnected').then(
+  (answer) => answer === true ? '' : 'disconnected.',
+  (error: unknown) => error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`
+).then((text) => text && `Database '${registered.name}' ${text}`)
 const TIMED_OUT = new Error('no answer in time')
 /** Asks a database. Who comes while a question is out shares it, so nobody multiplies queries. */
-function ask({ database, asked }: Registered, method: keyof Database): Promise<unknown> {
-  return asked[method] ??= new Promise((resolve, reject) => {
+const ask = ({ database, asked }: Registered, method: keyof Database): Promise<unknown> =>
+  asked[method] ??= new Promise((resolve, reject) => {
     // setImmediate: after the host blocked, what came in time is still to be read
     const timer = setTimeout(() => setImmediate(reject, TIMED_OUT), DATABASE_MS).unref()
     Promise.resolve().then(() => database[method]?.()).finally(() => {
@@ -405,17 +362,14 @@ function ask({ database, asked }: Registered, method: keyof Database): Promise<u
       delete asked[method]
     }).then(resolve, reject)
   })
-}
 
 /** An error in words, never none: fetch hides them in `cause`, a refused localhost in `code`. */
 const wording = (error: unknown): string => attempt(() => {
   if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
   const { message, cause, code = '', name } = error as Error & { code?: string }
   if (message === 'fetch failed' && cause) return wording(cause)
-  const advice = code === 'ERR_TLS_CERT_ALTNAME_INVALID'
-    ? '; set FTW_MONITOR_URL, or url, to a name that it has'
-    : /^(UNABLE_TO_|SELF_SIGNED_|DEPTH_ZERO_)/.test(code)
-      ? "; set NODE_EXTRA_CA_CERTS to its issuer's file" : ''
+  const advice = /_ALTNAME_/.test(code) ? '; set FTW_MONITOR_URL, or url, to a name that it has'
+    : /^(UNABLE_|SELF_|DEPTH_)/.test(code) ? "; set NODE_EXTRA_CA_CERTS to its issuer's file" : ''
   return `${message || code || name}`.slice(0, REASON_MAX) + advice
 }) || 'an error that cannot be put into words'
 /** What others made may throw at every look. */
@@ -425,8 +379,7 @@ function attempt<T>(look: () => T): T | undefined {
 /** Logs one line, and a stack if need be. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, text: string, stack = ''): void {
   const { logger = console } = state.options
-  const logged: unknown = attempt(() => logger[level](`ftw-monitor ${clean(text)}${stack}`))
-  Promise.resolve(logged).catch(quiet)
+  new Promise((done) => done(logger[level](`ftw-monitor ${clean(text)}${stack}`))).catch(quiet)
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -686,7 +639,7 @@ interface Asker extends Connection {
   refuse(text: string, status: number): void
   end(): void
 }
-/** What the asker did wrong: told in these words, and not logged. */
+/** What the asker, or the environment, did wrong: told in these words, without a stack. */
 class Refusal extends Error {}
 const refuse = (text: string): never => { throw new Refusal(text) }
 
