@@ -129,7 +129,7 @@ class State {
   tried = new Map<string, string>() // sites: why each failed to warm up, '' where it did not
   runs: Run[] = [] // the first one is running
   token: string = crypto.randomUUID() // for the view
-  asking = new AbortController()
+  controller = new AbortController() // of the question to the view
   isViewAsked = false
   draining: { reason: string, waitFor: Prober[] } | undefined
   probers = new Map<string, Prober>() // the longest silent one first
@@ -383,7 +383,6 @@ function log(level: keyof Logger, text: string, stack = ''): void {
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
-const VIEW = '/@@warmup'
 const TOKEN = 'x-ftw-monitor-token'
 
 /** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
@@ -396,112 +395,88 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
 }
 const allSites = (): string[] => performers.size > 0 ? [...performers.keys()] : ['/']
 
-/** Joins a run that covers these sites, or has one follow those that there are. Resolves to why
- *  they failed, '' where they did not. */
+/** Joins a run that covers these sites, or queues one. Resolves to why they failed, '' if not. */
 function warmUp(sites: string[]): Promise<string> {
   const covering = state.runs.find((run) => sites.every((site) => run.sites.includes(site)))
   if (covering) return covering.done
   const controller = new AbortController()
-  const done = perform(sites, controller, state.runs.at(-1)?.done)
+  const done = perform(sites, controller)
   state.runs.push({ sites, controller, done })
   return done
 }
-async function perform(sites: string[], controller: AbortController, before?: Promise<string>) {
-  const starting = state
-  const { signal } = controller
-  const aborted = new Promise((_, reject) => {
-    signal.addEventListener('abort', () => reject(signal.reason))
-  })
-  aborted.catch(quiet)
-  await before
-  const tooLong = new Error(`no end after ${WARMUP_MS / 60_000} minutes`)
-  if (starting === state) later(WARMUP_MS, () => controller.abort(tooLong))
+async function perform(sites: string[], controller: AbortController): Promise<string> {
+  const [starting, { signal }] = [state, controller]
+  const aborted = new Promise((go) => signal.addEventListener('abort', go))
+  await starting.runs.at(-1)?.done
+  later(WARMUP_MS, () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`)))
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
-    const startedAt = performance.now()
-    const url = `${starting.instance?.url}${site}`
-    let reason = ''
-    try {
-      signal.throwIfAborted()
-      const performer = performers.get(site) ?? loadPage
-      await Promise.race([performer({ site, url, signal }), aborted]) // it may not heed the signal
-    } catch (error) { reason = wording(error) }
-    starting.tried.set(site, reason)
+    const [startedAt, url] = [performance.now(), `${starting.instance?.url}${site}`]
+    const performer = performers.get(site) ?? loadPage
+    const work = async () => signal.aborted || performer({ site, url, signal })
+    const reason = await Promise.race([work(), aborted]) // it may not heed the signal
+      .then(() => signal.throwIfAborted()).then(() => '', wording)
+    starting.tried.set(site, reason && site !== '/' ? `${site}: ${reason}` : reason)
     const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1)
-    const outcome = `${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
-    const text = `(${index + 1}/${sites.length}) ${site} ${outcome}`
-    if (starting === state) log(reason ? 'warn' : 'info', text)
+    const text = `${site} ${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
+    if (starting === state) log(reason ? 'warn' : 'info', `(${index + 1}/${sites.length}) ${text}`)
   }
   starting.runs.shift()
   const failure = failureOf(sites, starting)
-  const isWhole = allSites().every((site) => sites.includes(site))
-  if (isWhole && !failure) starting.warmup = 'done'
+  if (!failure && allSites().every((site) => sites.includes(site))) starting.warmup = 'done'
   return failure
 }
 const failureOf = (sites: string[], { tried } = state): string =>
-  sites.filter((site) => tried.get(site))
-    .map((site) => site === '/' ? tried.get(site) : `${site}: ${tried.get(site)}`).join('; ')
+  sites.map((site) => tried.get(site)).filter(Boolean).join('; ')
 function abort(reason: string): void {
-  state.asking.abort()
-  for (const { controller } of state.runs) controller.abort(new Error(reason))
+  for (const { controller } of [state, ...state.runs]) controller.abort(new Error(reason))
 }
 
-/** The default performer: loads the page that the first visitor would have waited for, if it can by
- *  node:http: fetch refuses some ports, goes through proxies, and gives up after 300 s. */
+/** After boot, until it succeeds: one passing error must not keep an instance out for good. The
+ *  view begins, as then performers run as a request's work does. No answer proves that it is there,
+ *  since a catch-all route, another worker or the old process give one too; our token does. */
+async function warmUpAutomatically(): Promise<void> {
+  const starting = state
+  const { instance, token, controller, tried } = state
+  later(VIEW_MS, () => state.isViewAsked || controller.abort())
+  await visit(`${instance?.url}/@@warmup`, controller.signal, { [TOKEN]: token }).catch(quiet)
+  let pauseMs = WARMUP_RETRY_MS
+  while (starting === state && state.warmup !== 'done' && !isShuttingDown()) {
+    const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
+    const failure = failureOf(allSites())
+    if (untried.length > 0) await warmUp(untried) // which the view may have begun
+    else Object.assign(state, { warmup: failure ? 'failed' : 'done', failure })
+    if (untried.length > 0 || !failure) continue
+    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
+    await new Promise<void>((go) => later(pauseMs, go))
+    for (const [site, reason] of tried) if (reason) tried.delete(site)
+    pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
+  }
+}
+/** The default performer: loads the page that the first visitor would have waited for. */
 async function loadPage({ site, url, signal }: Parameters<WarmupPerformer>[0]): Promise<void> {
-  const socketPath = state.instance?.path
-  const status = url.startsWith('https:') ? await fetchStatus(url, signal)
-    : await new Promise<number>((resolve, reject) => {
-      http.get(url, { agent: false, signal, ...socketPath && { socketPath } }, (response) => {
-        response.on('error', reject).on('end', () => resolve(response.statusCode ?? 0)).resume()
-      }).on('error', reject)
-    })
+  const status = await visit(url, signal)
   if (status >= 500) throw new Error(`it answered ${status}`)
   if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
 }
-async function fetchStatus(url: string, signal: AbortSignal): Promise<number> {
-  const { status, body } = await fetch(url, { redirect: 'manual', signal })
-  await body?.pipeTo(new WritableStream())
-  return status
-}
-
-/** After boot, until it succeeds: one passing error must not keep an instance out for good. */
-async function warmUpAutomatically(): Promise<void> {
-  const starting = state
-  const { tried } = state
-  let pauseMs = WARMUP_RETRY_MS
-  await askView()
-  while (starting === state && state.warmup !== 'done' && !isShuttingDown()) {
-    const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
-    const failed = allSites().filter((site) => tried.get(site))
-    if (untried.length > 0) await warmUp(untried) // which the view may have begun
-    else if (failed.length === 0) state.warmup = 'done'
-    else {
-      Object.assign(state, { warmup: 'failed', failure: failureOf(failed) })
-      log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${state.failure}`)
-      await new Promise<void>((go) => later(pauseMs, go))
-      for (const site of failed) tried.delete(site)
-      pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
-    }
+/** The status of a page, when all of it has come; by node:http where that can be, as fetch refuses
+ *  some ports, goes through proxies, and gives up after 300 s. */
+async function visit(url: string, signal: AbortSignal, headers = {}): Promise<number> {
+  if (url.startsWith('https:')) {
+    const { status, body } = await fetch(url, { headers, redirect: 'manual', signal })
+    await body?.pipeTo(new WritableStream())
+    return status
   }
-}
-/** Has the view warm the instance up, as then performers run as a request's work does. No answer
- *  proves that the view is there, since a catch-all route, another worker or the old process give
- *  one too; only our token does, when it arrives. */
-async function askView(): Promise<void> {
-  const { instance, token, asking } = state
-  if (instance?.path !== undefined) return // fetch knows no Unix sockets
-  later(VIEW_MS, () => state.isViewAsked || asking.abort())
-  await fetch(`${instance?.url}${VIEW}`, {
-    headers: { [TOKEN]: token }, redirect: 'manual', signal: asking.signal
-  }).then(({ body }) => body?.cancel()).catch(quiet)
+  const options = { agent: false, headers, signal, socketPath: state.instance?.path }
+  return new Promise((resolve, reject) => http.get(url, options, (page) => page.on('error', reject)
+    .on('end', () => resolve(page.statusCode ?? 0)).resume()).on('error', reject)
+    .on('upgrade', (page) => reject(new Error(`it answered ${page.destroy().statusCode}`))))
 }
 
-/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` from this machine when the warm-up is over: 200
- *  `Warmup successful` or 500 `Warmup failed: REASON`. With a server given to `start` it is there
- *  by itself; else mount it: `app.use(warmupView)` in Express and Connect, or
- *  `http.createServer((request, response) => warmupView(request, response, () => …))`.
- *  Other requests go to `next`; without one, they are answered 404. */
+/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
+ *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
+ *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
+ *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
 export function warmupView(
   request: http.IncomingMessage, response: http.ServerResponse, next?: () => void
 ): void {
@@ -512,77 +487,67 @@ export function warmupView(
     response.writeHead(status, { 'Content-Type': PLAIN }).end(text)
   }
   if (site === undefined) return next ? next() : answer(404, 'Not found')
-  const token = request.headers[TOKEN]
-  const isOurs = token === state.token
-  const isHere = token === undefined && isLocal(request.socket) && !isForwarded(request)
+  const isOurs = request.headers[TOKEN] === state.token
+  const isHere = !(TOKEN in request.headers) && isLocal(request.socket) && !isForwarded(request)
   if (!isOurs && !isHere) return answer(403, 'Only this machine may ask for a warm-up')
   if (request.method !== 'GET') return answer(405, 'A warm-up is asked for by GET')
   if (!state.instance) return answer(503, 'The monitor is not started')
-  const isWhole = isOurs || site === '/'
-  if (!isWhole && !performers.has(site)) return answer(404, 'No such site is registered')
-  if (isOurs) state.isViewAsked = true
-  warmUp(isWhole ? allSites() : [site])
-    .then((failure) => failure ? answer(500, red(`Warmup failed: ${failure}`))
-      : answer(200, 'Warmup successful'))
-    .catch(quiet) // the application may have answered meanwhile
+  const sites = allSites().filter((each) => isOurs || /^\/?$/.test(site) || site === each)
+  if (sites.length === 0) return answer(404, 'No such site is registered')
+  state.isViewAsked ||= isOurs
+  warmUp(sites).then((failure) => failure ? answer(500, red(`Warmup failed: ${failure}`))
+    : answer(200, 'Warmup successful')).catch(quiet) // the application may have answered meanwhile
 }
-/** `/shop` for `/shop/@@warmup?now`; undefined where the view is not meant. */
-function warmupSite(url: string): string | undefined {
-  const [, site] = /^([^?]*)\/@@warmup(?:\?|$)/.exec(url) ?? []
-  return site === '' ? '/' : site
-}
+/** `/shop` for `/shop/@@warmup?now`, '' for all; undefined where the view is not meant. */
+const warmupSite = (url: string): string | undefined =>
+  /^([^?]*)\/@@warmup(?:\?|$)/.exec(url)?.[1]
 const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
 /** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
-function isForwarded({ headers }: http.IncomingMessage): boolean {
-  const isBrowser = headers['user-agent']?.startsWith('Mozilla/') // some leave the next one out
-  return (headers['sec-fetch-site'] ?? (isBrowser ? '?' : 'none')) !== 'none' ||
-    /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
-}
+const isForwarded = ({ headers }: http.IncomingMessage): boolean => // some say no more than Mozilla
+  (headers['sec-fetch-site'] ?? headers['user-agent']?.match(/^Mozilla\//) ?? 'none') !== 'none' ||
+  /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
 
 // --- Draining ------------------------------------------------------------------------------------
-/** Takes the instance out: every verdict is the reason, while requests are still served, with
- *  `Connection: close`. Resolves when every prober has been told `fall` times and no request is in
- *  flight any more, at the latest after `timeoutMs`, and at once where no monitor runs. Rejects
- *  with a `TypeError` or `RangeError` for wrong options. */
-export async function drain(options: DrainOptions = {}): Promise<void> {
-  await untilDrained(options, quiet)
-}
+/** Takes the instance out: every verdict is the reason; requests are served with `Connection:
+ *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
+ *  `timeoutMs` at most, at once without a monitor; rejects with a `TypeError` or `RangeError`. */
+export async function drain(options?: DrainOptions): Promise<void> { await untilDrained(options) }
 /** Takes the instance in again. */
 export function resume(): void { state.draining = undefined }
 
 /** Drains, reports each change of what it waits for, and gives the outcome. */
-async function untilDrained(options: DrainOptions, tell: (text: string) => void): Promise<string> {
+async function untilDrained(options: DrainOptions = {}, tell: (text: string) => void = quiet) {
   const { reason = 'Draining', fall = 3, timeoutMs = 25_000 } = options
   must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
   must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
   must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
   if (!state.ticker) return 'Drained'
-  const [starting, startedAt] = [state, performance.now()]
-  const { waitFor } = state.draining ??= { reason, waitFor: activeProbers() }
-  state.draining.reason = reason
+  const waitFor = state.draining?.waitFor ?? [...state.probers.values()]
+    .filter(({ askedAt }) => state.clock - (askedAt.at(-PROBER_ASKS) ?? -Infinity) <= PROBER_MS)
+    .map((prober) => Object.assign(prober, { told: 0 }))
+  state.draining = { reason, waitFor }
   const last = new Map(Array.from(state.inFlight, ([response, { socket }]) => [socket, response]))
   for (const response of last.values()) closeAfter(response) // the last of those pipelined
-  for (let said = '', requests = -1, quietSince = startedAt; ;) {
+  const startedAt = performance.now()
+  for (let said = '', seen = -1, quietSince = startedAt; state.draining?.waitFor === waitFor;) {
+    const { requests, inFlight: { size }, options: { server } } = state
     const know = waitFor.filter(({ told }) => told >= fall).length
-    const inFlight = state.options.server ? `, ${state.inFlight.size} requests in flight` : ''
-    const progress = `${know} of ${waitFor.length} probers know${inFlight}`
+    const progress = `${know} of ${waitFor.length} probers know` +
+      (server ? `, ${size} requests in flight` : '')
     if (progress !== said) tell(`Draining: ${said = progress}`)
     const now = performance.now()
-    const isQuiet = know === waitFor.length && !state.inFlight.size && state.requests === requests
-    if (!isQuiet) quietSince = now
-    requests = state.requests
+    if (know < waitFor.length || size > 0 || requests !== seen) [quietSince, seen] = [now, requests]
     if (now - quietSince >= QUIET_MS) return 'Drained'
     if (now - startedAt >= timeoutMs) return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
     await new Promise((resolve) => setTimeout(resolve, DRAIN_POLL_MS).unref())
-    if (starting !== state || !state.draining) return 'Not drained: resumed meanwhile'
   }
+  return 'Not drained: resumed meanwhile'
 }
 /** A keep-alive client goes elsewhere next time. HTTP/2 has no such header, but says GOAWAY. */
 function closeAfter(response: http.ServerResponse): void {
   const { stream } = response as { stream?: { session?: { close(): void } } }
-  if (stream) return stream.session?.close()
-  if (response.headersSent !== false) return
+  if (stream || response.headersSent !== false) return stream?.session?.close()
   for (const method of ['setHeader', 'appendHeader'] as const) { // a gateway passes its upstream's
     const inner = response[method]
     response[method] = (name: string, value: string & string[]) =>
@@ -590,26 +555,20 @@ function closeAfter(response: http.ServerResponse): void {
   }
   response.setHeader('Connection', 'close')
 }
-function activeProbers(): Prober[] {
-  const active = [...state.probers.values()].filter(({ askedAt: [first = 0, ...others] }) =>
-    others.length === PROBER_ASKS - 1 && state.clock - first <= PROBER_MS)
-  for (const prober of active) prober.told = 0
-  return active
-}
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
   if (asker.mode === 'interactive') return // people do, and `ftw-monitor wait`
-  const isFlood = !state.draining && ++state.lookups > LOOKUPS_PER_TICK
+  const { probers, draining, clock } = state
+  const isFlood = !draining && ++state.lookups > LOOKUPS_PER_TICK
   const address = isFlood ? 'whoever' : asker.remoteAddress ?? state.endpoint.path
   if (address === undefined) return
-  const prober = state.probers.get(address) ?? { askedAt: [], told: 0 }
+  const prober = probers.get(address) ?? { askedAt: [], told: 0 }
   prober.told += worth
-  prober.askedAt = [...prober.askedAt.slice(1 - PROBER_ASKS), state.clock]
-  if (state.draining) return // nobody who is waited for is to make room
-  state.probers.delete(address)
-  state.probers.set(address, prober)
-  const [silent = ''] = state.probers.keys()
-  if (state.probers.size > PROBERS_MAX) state.probers.delete(silent)
+  prober.askedAt = [...prober.askedAt.slice(1 - PROBER_ASKS), clock]
+  if (draining) return // nobody who is waited for is to make room
+  probers.delete(address)
+  probers.set(address, prober)
+  if (probers.size > PROBERS_MAX) probers.delete(probers.keys().next().value ?? '')
 }
 
 // --- Commands ------------------------------------------------------------------------------------
