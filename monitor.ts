@@ -1040,140 +1040,108 @@ class Exchange implements Asker {
 
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
 async function main(words: string[]): Promise<number> {
-  const [name = 'help'] = words
-  if (name === 'demo') return demo()
-  if (name === 'dump-perf-metrics') {
-    const deployment = takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, '')
-    return dumpPerfMetrics(words.slice(1), deployment)
-  }
-  const monitor = findMonitor(words)
-  if (words[0]?.startsWith('-')) fail(`knows no ${words[0]}; try ftw-monitor help`)
-  if (words[0] !== 'wait') return send(monitor, words)
-  const timeout = Number(takeOption(words, 'timeout') ?? 300)
-  return timeout >= 0 ? wait(monitor, timeout) : fail('--timeout needs a number of seconds')
+  if (words[0] === 'demo') return demo().then(() => 0)
+  if (words[0] === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
+  const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
+  if (words[0] === 'wait') return wait(monitor, Number(takeOption(words, 'timeout') ?? 300))
+  if (words[0]?.startsWith('-')) refuse(`knows no ${words[0]}; try ftw-monitor help`)
+  const line = words.join(' ').trim() || 'help'
+  if (/[\r\n]/.test(line)) refuse('a command is one line')
+  const [name] = line.split(/\s+/)
+  const isJoined = name === 'interactive' // to the terminal
+  const socket = net.connect(monitor)
+  if (isJoined) process.stdin.pipe(socket.on('close', () => process.stdin.destroy()))
+  const reply = await talk(socket, `${line}\n`, isJoined ? SILENCE_MS : COMMAND_MS, true)
+  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
 }
-const fail = (text: string): never => { throw new Error(text) }
 /** Takes `--name value` or `--name=value` out of the words. */
 function takeOption(words: string[], name: string): string | undefined {
   const at = words.findIndex((word) => word.split('=')[0] === `--${name}`)
   if (at < 0) return undefined
-  const [word = ''] = words.splice(at, 1)
-  return word.includes('=') ? word.slice(name.length + 3)
-    : words.splice(at, 1)[0] ?? fail(`--${name} needs a value`)
+  const option = words.splice(at, words[at]?.includes('=') ? 1 : 2).join('=')
+  return option.includes('=') ? option.slice(name.length + 3) : refuse(`--${name} needs a value`)
 }
 /** Where the monitor listens: as the options say, else as the instance itself would find out. */
-function findMonitor(words: string[]): net.NetConnectOpts {
-  const [port, host] = [takeOption(words, 'port'), takeOption(words, 'host')]
-  const told = port === undefined ? env('FTW_MONITOR_LISTEN', toEndpoint) : undefined
-  if (told?.path !== undefined && host === undefined) return { path: told.path }
-  const bound = told?.host ?? env('HOST') ?? ''
-  const own = told?.port ?? monitorPort(port ?? env('PORT') ?? '8080')
-  return { host: host ?? LOOPBACK.get(bound) ?? bound, port: own }
-}
-function monitorPort(text: string): number {
-  const port = (toPort(text) ?? NaN) + PORT_OFFSET
-  return isPort(port) ? port : fail(`${text} is no port of an instance`)
+function findMonitor(port?: string, host?: string): net.NetConnectOpts {
+  const told = (port === undefined && env('FTW_MONITOR_LISTEN', toEndpoint)) || {}
+  if (told.path && host === undefined) return { path: told.path }
+  const bound = host ?? told.host ?? env('HOST') ?? ''
+  const its = port ?? env('PORT') ?? '8080'
+  const own = told.port ?? toPort(`${Number(toPort(its)) + PORT_OFFSET}`)
+  return { host: LOOPBACK.get(bound) ?? bound, port: own ?? refuse(`${its} is no instance port`) }
 }
 
-/** Sends text and gives the reply, for which there is a second; or shows it as it comes, with a
- *  patience that starts anew with each part. */
-async function talk(to: net.NetConnectOpts, text: string, patienceMs = 0, isJoined = false) {
-  const limitMs = patienceMs || 1_000
-  const socket = net.connect(to).setEncoding('utf8')
+/** Gives the reply, for which there is this time; or, where it is shown, for each part of it. */
+async function talk(socket: net.Socket, text: string, limitMs = 1_000, isShown = false) {
   const late = new Error(`no answer within ${limitMs / 1_000} s`)
   const timer = setTimeout(() => socket.destroy(late), limitMs).unref()
-  if (isJoined) process.stdin.pipe(socket.on('close', () => process.stdin.destroy()))
-  socket.write(text)
+  socket.setEncoding('utf8').write(text)
   let reply = ''
   for await (const part of socket as AsyncIterable<string>) {
     reply = (reply + part).slice(0, UNSENT_MAX)
-    if (patienceMs === 0) continue
-    timer.refresh()
-    process.stdout.write(part.replace(CONTROL, (sign) => /[\n\t]/.test(sign) ? sign : ' '))
+    if (isShown) process.stdout.write(part.replace(/[^\n\t]+/g, clean))
+    if (isShown) timer.refresh()
   }
   return reply
 }
-async function send(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const line = words.join(' ').trim() || 'help'
-  if (/[\r\n]/.test(line)) fail('a command is one line')
-  const [name] = line.split(/\s+/)
-  const isJoined = name === 'interactive' // to the terminal
-  const reply = await talk(to, `${line}\n`, isJoined ? SILENCE_MS : COMMAND_MS, isJoined)
-  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
-}
 /** Waits until the instance is healthy, and prints why it is not. */
 async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<number> {
-  const startedAt = performance.now()
-  for (let said = '', seconds = 0; seconds <= timeoutSeconds;) {
-    const reply = await talk(to, 'interactive\nhealth_check\nquit\n') // see noteProber
+  if (!(timeoutSeconds >= 0)) refuse('--timeout needs a number of seconds')
+  let said = ''
+  do {
+    if (said) await new Promise((resolve) => setTimeout(resolve, TICK_MS))
+    const reply = await talk(net.connect(to), 'interactive\nhealth_check\nquit\n') // see noteProber
       .catch((error: unknown) => `\n${wording(error)}`)
     const reason = clean(reply.split('\n')[1] || 'no answer')
-    seconds = (performance.now() - startedAt) / 1_000
-    if (reason !== said) process.stdout.write(`${seconds.toFixed(1)} s  ${said = reason}\n`)
-    if (reason === 'OK') return 0
-    await new Promise((resolve) => setTimeout(resolve, TICK_MS))
-  }
-  return 1
+    if (reason !== said) console.log(`${process.uptime().toFixed(1)} s  ${said = reason}`)
+  } while (said !== 'OK' && process.uptime() <= timeoutSeconds)
+  return said === 'OK' ? 0 : 1
 }
 
 /** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
-async function dumpPerfMetrics(instances: string[], deployment: string): Promise<number> {
+async function dumpPerfMetrics(words: string[]): Promise<number> {
+  const fleet = escaped(takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, ''))
   const toLine = async (instance: string): Promise<string> => {
     const [, name = instance, at = ''] = /^(?:([^=]+)=)?([^]*)$/.exec(instance) ?? []
     const { host = 'localhost', port = at } = toEndpoint(at) ?? {}
-    const json = await talk({ host, port: monitorPort(`${port}`) }, 'perf_metrics\n')
-    const tags = `deployment=${escaped(deployment)},process=${escaped(name)}`
-    return `deployments,${tags} ${toFields(JSON.parse(json))}\n`
+    const json = await talk(net.connect(findMonitor(`${port}`, host)), 'perf_metrics\n')
+    return `deployments,deployment=${fleet},process=${escaped(name)} ${toFields(json)}\n`
   }
-  const lines = await Promise.all(instances.map((instance) => toLine(instance).catch(
-    (error: unknown) => complain(`${instance}: ${wording(error)}`))))
+  const lines = await Promise.all(words.map((instance) =>
+    toLine(instance).catch((error: unknown) => complain(`${instance}: ${wording(error)}`))))
   process.stdout.write(lines.sort().join(''))
   return lines.some(Boolean) ? 0 : 1
 }
-function complain(text: string): string {
-  process.stderr.write(`ftw-monitor: ${clean(text)}\n`)
-  return ''
-}
+const complain = (error: unknown): void => console.error(`ftw-monitor: ${clean(wording(error))}`)
 /** `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
-function toFields(figures: unknown): string {
-  const { error = 'no figures', ...groups } = isObject(figures) ? figures : {}
-  const fields: string[] = []
-  for (const [group, values] of Object.entries(groups)) {
-    for (const [name, value] of Object.entries(isObject(values) ? values : {})) {
-      const key = escaped(`${group}.${name}`)
-      if (Number.isFinite(value)) fields.push(`${key}=${value}`)
-      if (typeof value === 'string') fields.push(`${key}=${JSON.stringify(clean(value))}`)
-    }
-  }
-  return fields.sort().join(',') || fail(wording(error))
+function toFields(json: string): string {
+  const figures = JSON.parse(json, (_, value) => typeof value === 'string' ? clean(value) : value)
+  const { error = 'no figures', ...groups }: Record<string, unknown> = Object(figures)
+  const fields = Object.entries(groups).flatMap(([group, values]) =>
+    Object.entries(isObject(values) ? values : {})
+      .filter(([, value]) => typeof value === 'string' || Number.isFinite(value))
+      .map(([name, value]) => `${escaped(`${group}.${name}`)}=${JSON.stringify(value)}`))
+  return fields.sort().join(',') || refuse(wording(error))
 }
 const escaped = (text: string): string =>
   clean(text).replace(/\\+$/, '').replace(/[,= ]/g, '\\$&') || 'unnamed'
 
 /** A small instance to try everything on. */
-async function demo(): Promise<number> {
+function demo(): Promise<unknown> {
   const { loads } = registerDatabase('main', { isConnected: () => true })
   registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
-  const server = http.createServer((_, response) => {
-    loads()
-    response.end('Hello from the demo of ftw-monitor\n')
-  })
+  const server = http.createServer(() => loads()).on('request', (_, response) =>
+    response.end('Hello from the demo of ftw-monitor\n'))
   process.once('SIGTERM', () => drain().then(() => server.close()))
-  await new Promise<void>((resolve, reject) =>
-    server.on('error', reject).listen(Number(env('PORT') ?? 8080), env('HOST'), resolve))
-  await start(server)
-  return 0
+  server.on('error', complain).listen(Number(env('PORT') ?? 8080), env('HOST'))
+  return start(server)
 }
 
-/** Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it. */
-function isProgram(): boolean {
-  if (!/\/monitor\.[jt]s$/.test(import.meta.url)) return false // part of somebody's bundle
-  if (typeof import.meta.main === 'boolean') return import.meta.main
-  const pathname = process.argv[1]?.replaceAll('%', '%25') ?? ''
-  return import.meta.resolve(Object.assign(new URL('file:'), { pathname }).href) === import.meta.url
-}
-if (isProgram()) {
+// Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it
+const called = `file:${process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)}`
+if (/\/monitor\.[jt]s$/.test(import.meta.url) && // else part of somebody's bundle
+  (import.meta.main ?? import.meta.resolve(called) === import.meta.url)) {
+  process.exitCode = 2 // until main() tells better
   process.stdout.on('error', quiet) // `| head -1`
-  main(process.argv.slice(2)).catch((error: unknown) => complain(wording(error)) || 2)
-    .then((status) => { process.exitCode = Number(status) })
+  main(process.argv.slice(2)).then((status) => { process.exitCode = status }, complain)
 }
