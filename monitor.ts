@@ -139,8 +139,8 @@ let state = new State()
 
 // --- Start and stop ------------------------------------------------------------------------------
 /** Starts the monitor: `start(server)`, `start({ server, … })`, or `start()` where `PORT` is set.
- *  Resolves once the server listens (never await it before) to the bound address, as
- *  `net.Server.address()` gives it, or to `false`, after one warning, where the environment forbids
+ *  Do not await it before `server.listen()`: it waits for that. Resolves to the bound address, as
+ *  `net.Server.address()` gives it, or, after one warning, to `false` where the environment forbids
  *  it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for misuse. */
 export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
   const options: StartOptions = isServer(instance) ? { server: instance } : instance
@@ -234,7 +234,8 @@ function locate(): NonNullable<State['instance']> {
   const base = String(url ?? origin).replace(/\/+$/, '')
   const { path, host = address, port: own = port + PORT_OFFSET } =
     at ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
-  must(path ?? (isPort(own) || (own > 0 && !given)), 'port + 80 is no port: say listen', RangeError)
+  must(path ?? (isPort(own) || (own > 0 && !given)), // else it is PORT's fault, and told later
+    'the monitor belongs at port + 80, which is no port: say port or listen', RangeError)
   // exclusive: cluster workers would share the port, and answer for each other
   state.endpoint = { exclusive: true, ...path ? { path } : { port: own, ...host && { host } } }
   listen()
@@ -408,8 +409,10 @@ async function perform(sites: string[], controller: AbortController): Promise<st
   const [starting, { signal }] = [state, controller]
   const aborted = new Promise((go) => signal.addEventListener('abort', go))
   await starting.runs.at(-1)?.done
-  later(WARMUP_MS, () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`)))
-  if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
+  if (!signal.aborted) {
+    log('info', `warms up ${sites.join(', ')}`)
+    later(WARMUP_MS, () => controller.abort(new Error(`no end after ${WARMUP_MS / 6e4} minutes`)))
+  }
   for (const [index, site] of sites.entries()) {
     const [startedAt, url] = [performance.now(), `${starting.instance?.url}${site}`]
     const performer = performers.get(site) ?? loadPage
@@ -437,9 +440,11 @@ function abort(reason: string): void {
  *  since a catch-all route, another worker or the old process give one too; our token does. */
 async function warmUpAutomatically(): Promise<void> {
   const starting = state
-  const { instance, token, controller, tried } = state
-  later(VIEW_MS, () => state.isViewAsked || controller.abort())
-  await visit(`${instance?.url}/@@warmup`, controller.signal, { [TOKEN]: token }).catch(quiet)
+  const { instance, token, tried, controller: { signal } } = state
+  later(VIEW_MS, () => state.isViewAsked || state.controller.abort())
+  const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
+  if (!instance?.path) await fetch(`${instance?.url}/@@warmup`, options)
+    .then(({ body }) => body?.cancel()).catch(quiet)
   let pauseMs = WARMUP_RETRY_MS
   while (starting === state && state.warmup !== 'done' && !isShuttingDown()) {
     const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
@@ -461,13 +466,13 @@ async function loadPage({ site, url, signal }: Parameters<WarmupPerformer>[0]): 
 }
 /** The status of a page, when all of it has come; by node:http where that can be, as fetch refuses
  *  some ports, goes through proxies, and gives up after 300 s. */
-async function visit(url: string, signal: AbortSignal, headers = {}): Promise<number> {
-  if (url.startsWith('https:')) {
-    const { status, body } = await fetch(url, { headers, redirect: 'manual', signal })
+async function visit(url: string, signal: AbortSignal): Promise<number> {
+  if (/^https:/i.test(url)) {
+    const { status, body } = await fetch(url, { redirect: 'manual', signal })
     await body?.pipeTo(new WritableStream())
     return status
   }
-  const options = { agent: false, headers, signal, socketPath: state.instance?.path }
+  const options = { agent: false, signal, socketPath: state.instance?.path }
   return new Promise((resolve, reject) => http.get(url, options, (page) => page.on('error', reject)
     .on('end', () => resolve(page.statusCode ?? 0)).resume()).on('error', reject)
     .on('upgrade', (page) => reject(new Error(`it answered ${page.destroy().statusCode}`))))
@@ -1130,8 +1135,10 @@ const escaped = (text: string): string =>
 function demo(): Promise<unknown> {
   const { loads } = registerDatabase('main', { isConnected: () => true })
   registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
-  const server = http.createServer(() => loads()).on('request', (_, response) =>
-    response.end('Hello from the demo of ftw-monitor\n'))
+  const server = http.createServer((_, response) => {
+    loads()
+    response.end('Hello from the demo of ftw-monitor\n')
+  })
   process.once('SIGTERM', () => drain().then(() => server.close()))
   server.on('error', complain).listen(Number(env('PORT') ?? 8080), env('HOST'))
   return start(server)
