@@ -68,8 +68,8 @@ export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: numb
 type Address = net.AddressInfo | string | false
 type Run = { sites: string[], controller: AbortController, done: Promise<string> }
 type Prober = { askedAt: number[], told: number }
-type Entry =
-  Required<CommandOptions> & { name: string, doc: string, command: Command, loggedAt: number }
+type Entry = CommandOptions & { doc: string, command: (asker: Asker, ...args: string[]) => unknown,
+  isReport?: true, mode?: Mode, loggedAt?: number }
 type Registered = { name: string, database: Database, counters: Record<keyof Activity, Counter>,
   asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
 
@@ -377,10 +377,11 @@ const wording = (error: unknown): string => attempt(() => {
 function attempt<T>(look: () => T): T | undefined {
   try { return look() } catch { return undefined }
 }
-/** Logs one line, and a stack if need be. A logger that fails must not be the host's end. */
-function log(level: keyof Logger, text: string, stack = ''): void {
+/** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
+function log(level: keyof Logger, ...lines: string[]): void {
   const { logger = console } = state.options
-  new Promise((done) => done(logger[level](`ftw-monitor ${clean(text)}${stack}`))).catch(quiet)
+  const text = lines.map(clean).join('\n')
+  new Promise((done) => done(logger[level](`ftw-monitor ${text}`))).catch(quiet)
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -562,7 +563,7 @@ function closeAfter(response: http.ServerResponse): void {
 }
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
-  if (asker.mode === 'interactive') return // people do, and `ftw-monitor wait`
+  if ('mode' in asker && asker.mode === 'interactive') return // people do, and `ftw-monitor wait`
   const { probers, draining, clock } = state
   const isFlood = !draining && ++state.lookups > LOOKUPS_PER_TICK
   const address = isFlood ? 'whoever' : asker.remoteAddress ?? state.endpoint.path
@@ -583,26 +584,16 @@ export function register(
   name: string, doc: string, command: Command, { http = false, local = false }: CommandOptions = {}
 ): void {
   must(isWord(name), 'a command has a name without white space')
-  must(typeof doc === 'string', 'the documentation of a command is text')
-  must(typeof command === 'function', 'a command is a function')
+  must(typeof doc === 'string' && typeof command === 'function', 'doc is text, command a function')
   must(!http || !local, 'a command is http or local: a browser here is local to all pages it shows')
-  commands.set(name, { name, doc, command, http, local, loggedAt: -Infinity })
+  commands.set(name, { doc, command, http, local })
 }
 const isWord = (name: unknown): boolean => typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
-/** Registers a command that only reads, and gives what it has to say; `_` is who asks. */
-function report(name: string, doc: string, read: (_: Asker, ...args: string[]) => unknown): void {
-  register(name, doc, (connection, ...args) => {
-    const text = read(connection as Asker, ...args)
-    if (!(text instanceof Promise)) return connection.write(`${text}\n`)
-    return text.then((late) => connection.write(`${late}\n`))
-  }, { http: true })
-}
-/** Who asks, as the wire knows it; `refuse` says what went wrong, with a status for HTTP. */
-interface Asker extends Connection {
-  readonly mode?: Mode | 'http'
-  refuse(text: string, status: number): void
-  end(): void
-}
+/** Registers a command that gives the text that it has to say, after which `mode` follows. */
+const report = (
+  name: string, doc: string, command: Entry['command'], how: Partial<Entry> = { http: true }
+) => commands.set(name, { doc, command, isReport: true, ...how })
+type Asker = Session | Exchange // its `refuse` says what went wrong, with a status for HTTP
 /** What the asker, or the environment, did wrong: told in these words, without a stack. */
 class Refusal extends Error {}
 const refuse = (text: string): never => { throw new Refusal(text) }
@@ -613,13 +604,15 @@ function run(name: string, args: string[], asker: Asker): Mode | void | Promise<
   if (!entry) return refuseUnknown(name, asker)
   if (entry.local && !asker.local) return asker.refuse(`${name} is for this machine only\n`, 403)
   try {
-    const answer: unknown = entry.command(asker, ...args)
-    if (!isObject(answer)) return toMode(name, answer)
-    return Promise.resolve(answer).then((settled) => toMode(name, settled))
-      .catch((error: unknown) => refuseFailed(entry, error, asker))
-  } catch (error) { refuseFailed(entry, error, asker) }
+    const answer = entry.command(asker, ...args)
+    if (!isObject(answer)) return finish(name, entry, answer, asker)
+    return Promise.resolve(answer).then((settled) => finish(name, entry, settled, asker))
+      .catch((error: unknown) => refuseFailed(name, entry, error, asker))
+  } catch (error) { refuseFailed(name, entry, error, asker) }
 }
-function toMode(name: string, answer: unknown): Mode | void {
+function finish(name: string, entry: Entry, answer: unknown, asker: Asker): Mode | void {
+  if (entry.isReport && answer !== undefined) asker.write(`${answer}\n`)
+  if (entry.isReport) return entry.mode
   if (MODES.includes(answer)) return answer as Mode | void
   refuse(`${name} returned ${wording(answer)} instead of a mode; reply with connection.write`)
 }
@@ -627,168 +620,139 @@ const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
 const refuseUnknown = (name: string, asker: Asker): void =>
   asker.refuse(`${red(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
 /** The asker gets one line; the frames, which tell of the host's files, go to the log. */
-function refuseFailed(entry: Entry, error: unknown, asker: Asker): void {
-  const isRefusal = attempt(() => error instanceof Refusal) ?? false
-  const name = attempt(() => error instanceof Error && String(error.name)) || 'Error'
-  const line = isRefusal ? wording(error) : `${name}: ${wording(error)}`
+function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
+  const isRefusal = attempt(() => error instanceof Refusal)
+  const kind = attempt(() => error instanceof Error && String(error.name)) || 'Error'
+  const line = isRefusal ? wording(error) : `${kind}: ${wording(error)}`
   asker.refuse(`${red(line)}\n`, 500)
   const now = performance.now()
-  if (isRefusal || now - entry.loggedAt < LOG_MS) return
+  if (isRefusal || now - (entry.loggedAt ?? -Infinity) < LOG_MS) return
   entry.loggedAt = now
-  log('error', `got ${line} from ${entry.name}`, framesOf(error))
+  log('error', `got ${line} from ${name}`, ...attempt(() => framesOf(error as Error)) ?? [])
 }
 /** Without the message, which may come from outside and look like a frame. */
-const framesOf = (error: unknown): string => attempt(() => {
-  const { message, stack = '' } = error as Error
-  return stack.split(message).slice(1).join(message).split('\n')
-    .filter((frame) => /^ +at /.test(frame)).map((frame) => `\n${clean(frame)}`).join('')
-}) ?? ''
+const framesOf = ({ message, stack = '' }: Error): string[] =>
+  `${stack}`.split(`${message}`).slice(1).join(`${message}`).match(/(?<=\n) +at [^\n]*/g) ?? []
 
-register('help', `Get help about server commands\n
+report('help', `Get help about server commands\n
     help lists the commands, help NAME shows what is written about one.
-`, (connection, name) => {
+`, (asker, name) => {
   const entry = commands.get(name ?? '')
-  if (entry) return connection.write(`Help for ${name}:\n\n${entry.doc || '?'}\n`)
-  if (name !== undefined) return refuseUnknown(name, connection as Asker)
-  const lines = Array.from(commands.values(),
-    (each) => `  ${each.name} -- ${each.doc.split('\n')[0] || '?'}\n`)
-  connection.write(`Supported commands:\n${lines.sort().join('')}`)
-}, { http: true })
-register('interactive', "Turn on monitor's interactive mode", (connection) => {
-  connection.write('Interactive mode on.  Use "quit" To exit.\n')
-  return 'interactive'
+  if (entry) return `Help for ${name}:\n\n${entry.doc || '?'}`
+  if (name !== undefined) return refuseUnknown(name, asker)
+  const all = [...commands].map(([word, { doc }]) => `\n  ${word} -- ${doc.split('\n')[0] || '?'}`)
+  return `Supported commands:${all.sort().join('')}`
 })
-register('quit', 'Quit the monitor', (connection) => {
-  connection.write('Goodbye.\n')
-  return 'quit'
-})
+report('interactive', "Turn on monitor's interactive mode",
+  () => 'Interactive mode on.  Use "quit" To exit.', { mode: 'interactive' })
+report('quit', 'Quit the monitor', () => 'Goodbye.', { mode: 'quit' })
 report('health_check', 'Check whether the instance is alive and ready to serve requests.',
   (asker) => verdict(asker))
 report('agent_check', "Answer HAProxy's agent check", async (asker) => {
   const reason = await verdict(asker, Infinity)
-  const leftOver = Math.round(100 - 100 * state.load) // at least 10: who fails fast is idle, too
-  return reason === 'OK' ? `up ${Math.min(100, Math.max(10, leftOver))}%`
-    : `${state.draining ? 'stopped' : 'down'} #${reason}`
+  if (reason !== 'OK') return `${state.draining ? 'stopped' : 'down'} #${reason}`
+  const idle = Math.round(100 - 100 * Math.max(0, state.load))
+  return `up ${Math.max(10, idle)}%` // who fails fast is idle, too
 })
-report('warmup_state', 'Get instance warmup state.', () => {
-  const isWarming = state.runs.length > 0
-  return `${Number(state.warmup === 'done' && !isWarming)} ${Number(isWarming)}`
-})
-register('drain', 'Take the instance out: drain [REASON...]', async (connection, ...words) => {
-  const tell = (text: string): void => connection.write(`${text}\n`)
-  tell(await untilDrained(words.length > 0 ? { reason: words.join(' ') } : {}, tell))
-}, { local: true })
-register('resume', 'Take the instance into service again', (connection) => {
+report('warmup_state', 'Get instance warmup state.',
+  () => state.runs.length > 0 ? '0 1' : state.warmup === 'done' ? '1 0' : '0 0')
+report('drain', 'Take the instance out: drain [REASON...]', (asker, ...words) => untilDrained(
+  words.length > 0 ? { reason: words.join(' ') } : {}, (text) => asker.write(`${text}\n`)
+), { local: true })
+report('resume', 'Take the instance into service again', () => {
   resume()
-  connection.write('Resumed\n')
+  return 'Resumed'
 }, { local: true })
 
 // --- Figures -------------------------------------------------------------------------------------
 /** Counts events, and remembers an hour of them by the second. */
 class Counter {
   total = 0
-  #counts = new Float64Array(HISTORY_SECONDS)
-  #seconds = new Float64Array(HISTORY_SECONDS) // in which these were counted
+  #counts = new Map<number, number>() // by the second, the oldest first
   add = (count = 1): void => {
     must(count >= 0 && count < Infinity, 'a count must be a number from 0', RangeError)
     const second = Math.floor(performance.now() / 1_000)
-    const place = second % HISTORY_SECONDS
-    if (this.#seconds[place] !== second) this.#counts[place] = 0
-    this.#seconds[place] = second
-    this.#counts[place]! += count
-    this.total += count
+    this.#counts.set(second, (this.#counts.get(second) ?? 0) + Number(count))
+    if (this.#counts.size > HISTORY_SECONDS) this.#counts.delete(this.#counts.keys().next().value!)
+    this.total += Number(count) // JavaScript may say '3', which is not to be appended
   }
   last(seconds: number): number {
     const now = Math.floor(performance.now() / 1_000)
-    const counts = this.#counts.filter((_, place) => now - (this.#seconds[place] ?? 0) < seconds)
-    return counts.reduce((sum, count) => sum + count, 0)
+    return [...this.#counts].reduce((sum, [at, count]) => now - at < seconds ? sum + count : sum, 0)
   }
 }
 
 /** Registers a database, or replaces it, and gives the counters on which the service tells what it
  *  does with it. Throws a `TypeError` for a name with white space, and for what is no method. */
 export function registerDatabase(name: string, database: Database): Activity {
+  const { isConnected, connections: list = quiet, figures = quiet } = Object(database)
   must(isWord(name), 'a database has a name without white space')
-  must(can(database, 'isConnected'), 'a database has isConnected()')
-  must([database.connections, database.figures].every((method) => method === undefined ||
-    typeof method === 'function'), 'connections and figures of a database are methods')
-  const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
-  databases.set(name, { name, database, counters, asked: {} })
-  const { loads, stores, connections } = counters
+  must([isConnected, list, figures].every((method) => typeof method === 'function'),
+    'a database has isConnected(), and may have connections() and figures()')
+  const [loads, stores, connections] = [new Counter(), new Counter(), new Counter()]
+  databases.set(name, { name, database, counters: { loads, stores, connections }, asked: {} })
   return { loads: loads.add, stores: stores.add, connections: connections.add }
 }
 
 /** The database that is meant; `-` and nothing mean `main`, else the first one. */
-function named(name = '-'): Registered {
-  const [first] = databases.values()
-  const meant = databases.get(name) ?? (name === '-' ? databases.get('main') ?? first : undefined)
-  return meant ?? refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
-}
+const named = (name = '-'): Registered => databases.get(name) ??
+  (name === '-' ? databases.get('main') ?? [...databases.values()][0] : undefined) ??
+  refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
 const toNumber = (text: string, name: string, max: number): number =>
   /^\d+(\.\d+)?$/.test(text) && Number(text) <= max ? Number(text)
     : refuse(`Error: ${name} must be a number from 0 to ${max}`)
-/** Loads, stores and connections in the last seconds. */
-function lastOf(registered: Registered | undefined, text: string): number[] {
+type Figure = keyof Activity | keyof Figures
+/** What was counted in the last seconds, and integers that the database gives; -1 for neither. */
+async function gather(registered: Registered | undefined, text: string, ...names: Figure[]) {
   const seconds = toNumber(text, 'SECONDS', HISTORY_SECONDS)
-  return Object.values(registered?.counters ?? {}).map((counter) => counter.last(seconds))
-}
-/** Integers, -1 for whatever the database does not give, or gives as something else. */
-async function figuresOf(registered: Registered | undefined, ...names: (keyof Figures)[]) {
+  const counters: Partial<Record<string, Counter>> = registered?.counters ?? {}
   const figures: Record<string, unknown> = Object(registered && await ask(registered, 'figures'))
-  return names.map((name) => figures[name])
-    .map((value) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1)
+  const integer = (value: unknown) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1
+  return names.map((name) => counters[name]?.last(seconds) ?? integer(figures[name]))
 }
 
 report('dbinfo', `Get database statistics\n
     dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
     the caches, and those of them that are loaded. "-" is the main database.
-`, async (_, name, seconds = '300') => [
-  ...lastOf(named(name), seconds), ...await figuresOf(named(name), 'size', 'nonGhost')].join(' '))
+`, async (_, name, seconds = '300') => (await gather(named(name), seconds,
+  'loads', 'stores', 'connections', 'size', 'nonGhost')).join(' '))
 report('zeocache', `Get ZEO client cache statistics\n
     zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
-`, async (_, name) => (await figuresOf(named(name),
+`, async (_, name) => (await gather(named(name), '0',
   'recordsAdded', 'bytesAdded', 'recordsEvicted', 'bytesEvicted', 'accesses')).join(' '))
 report('zeostatus', 'Get ZEO client status information', async (_, name) =>
   await trouble(named(name)) === '' ? 'True' : 'False')
-
 report('monitor', `Get general process info\n
     monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
     open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
 `, async (asker, age = '100', name) => {
   const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
-  const open = name === undefined ? requestsInFlight() : await connectionsOf(named(name))
-  const listed = open?.filter(([seconds]) => asker.local && (!least || seconds > least)) ?? []
-  const lines = listed.sort(([one], [other]) => one - other)
-    .map(([seconds, info]) => `\n${seconds.toFixed(1)} ${clean(info)}`).join('')
+  const open = name === undefined ? requestAges() : agesOf(await ask(named(name), 'connections'))
+  const lines = open?.filter(([seconds]) => asker.local && (!least || seconds > least))
+    .sort(([one], [other]) => one - other)
+    .map(([seconds, info]) => `\n${seconds.toFixed(1)} ${clean(info)}`) ?? []
   const rss = String(Math.round(process.memoryUsage.rss() / 1_024)).padStart(8)
-  return `${open?.length ?? -1}\nVmRSS:\t${rss} kB${lines}`
+  return `${open?.length ?? -1}\nVmRSS:\t${rss} kB${lines.join('')}`
 })
 /** Ages in seconds, and lines without their query strings, which carry secrets. */
-const requestsInFlight = (): [number, string][] | undefined => state.options.server &&
+const requestAges = (): [number, string][] | undefined => state.options.server &&
   Array.from(state.inFlight.values(), ({ startedAt, line }) =>
     [(performance.now() - startedAt) / 1_000, line.split('?')[0] ?? ''])
-async function connectionsOf(registered: Registered): Promise<[number, string][] | undefined> {
-  const open: unknown = await ask(registered, 'connections')
-  return Array.isArray(open) ? open.map(Object).map(({ openedAt, info }: OpenConnection) =>
+const agesOf = (open: unknown): [number, string][] | undefined => Array.isArray(open)
+  ? open.map(Object).map(({ openedAt, info }: OpenConnection) =>
     [(Date.now() - Number(openedAt)) / 1_000 || 0, wording(info)]) : undefined
-}
 
 /** Once a tick, so that several probers get the same answer and none spoils another's. */
 function measureLoad(): void {
-  const loop = performance as unknown as { // not typed, missing on Bun, always 0 on Deno
-    eventLoopUtilization?(...span: object[]): { active: number, idle: number, utilization: number }
-  }
-  const now = loop.eventLoopUtilization?.()
-  if (!now || now.active + now.idle === 0) return
+  const { eventLoopUtilization: measure = () => ({}) } = Object(performance) // not typed
+  const now = measure()
+  if (!now.active) return // it is missing on Bun, and always 0 on Deno
   state.loads = [...state.loads.slice(-LOAD_SAMPLES), now]
-  state.load = loop.eventLoopUtilization?.(now, state.loads[0] ?? now).utilization || 0
+  state.load = measure(now, state.loads[0]).utilization || 0
 }
 /** Without a server given, nothing is known of requests. */
-function httpFigures() {
-  const { options: { server }, inFlight, requests, errors } = state
-  return server ? { in_flight: inFlight.size, requests, errors }
-    : { in_flight: -1, requests: -1, errors: -1 }
-}
+const httpState = ({ options: { server }, inFlight, requests, errors } = state) => server
+  ? { in_flight: inFlight.size, requests, errors } : { in_flight: -1, requests: -1, errors: -1 }
 
 report('perf_metrics', `Get performance related metrics\n
     perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
@@ -796,10 +760,9 @@ report('perf_metrics', `Get performance related metrics\n
   const registered = databases.size > 0 || name !== '-' ? named(name) : undefined
   const error = registered && await trouble(registered)
   if (error) return JSON.stringify({ error: red(error) })
-  const [loads = -1, stores = -1, connections = -1] = lastOf(registered, seconds)
-  const [size, ngsize, max_size, conflicts, unresolved_conflicts, total_objs, size_in_bytes] =
-    await figuresOf(registered, 'size', 'nonGhost', 'maxSize', 'conflicts', 'unresolvedConflicts',
-      'objects', 'bytes')
+  const [loads, stores, connections, size, ngsize, max_size, conflicts, unresolved_conflicts,
+    total_objs, size_in_bytes] = await gather(registered, seconds, 'loads', 'stores', 'connections',
+    'size', 'nonGhost', 'maxSize', 'conflicts', 'unresolvedConflicts', 'objects', 'bytes')
   const { rss, heapUsed: heap_used, heapTotal: heap_total, external, arrayBuffers: array_buffers } =
     process.memoryUsage()
   return JSON.stringify({
@@ -807,51 +770,44 @@ report('perf_metrics', `Get performance related metrics\n
     cache: { size, ngsize, max_size },
     db: { loads, stores, connections, conflicts, unresolved_conflicts, total_objs, size_in_bytes },
     memory: { rss, uss: -1, pss: -1, heap_used, heap_total, external, array_buffers },
-    cpu: process.cpuUsage(), loop: { utilization: Number(state.load.toFixed(4)) },
-    http: httpFigures()
+    cpu: process.cpuUsage(), loop: { utilization: Number(state.load.toFixed(4)) }, http: httpState()
   })
 })
-
 report('metrics', 'Get metrics for Prometheus, in its text exposition format', async () => {
   const all = [...databases.values()]
   const troubles = await Promise.all(all.map(trouble))
+  const connected = troubles.map((text) => Number(text === ''))
+  const healthy = Number(judge(troubles.find(Boolean)) === 'OK')
   const { user, system } = process.cpuUsage()
   const { rss, heapUsed, heapTotal, external } = process.memoryUsage()
-  const { in_flight, requests, errors } = httpFigures()
-  const healthy = Number(judge(troubles.find(Boolean)) === 'OK')
-  const ofEach = (value: (each: Registered, index: number) => number) => all.map((each, index) =>
-    [value(each, index), `{database=${JSON.stringify(each.name)}}`] as const)
-  return [
-    family('process_cpu_user_seconds_total', 'CPU time in user mode.', [user / 1e6]),
-    family('process_cpu_system_seconds_total', 'CPU time in the kernel.', [system / 1e6]),
-    family('process_cpu_seconds_total', 'CPU time.', [(user + system) / 1e6]),
-    family('process_start_time_seconds', 'Start, since 1970.', [performance.timeOrigin / 1e3]),
-    family('process_resident_memory_bytes', 'Resident memory.', [rss]),
-    family('nodejs_heap_size_total_bytes', 'Size of the heap.', [heapTotal]),
-    family('nodejs_heap_size_used_bytes', 'Used part of the heap.', [heapUsed]),
-    family('nodejs_external_memory_bytes', 'Memory outside the heap.', [external]),
-    family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', [state.load]),
-    family('nodejs_version_info', 'Version of Node.js.', [1, `{version="${process.version}"}`]),
-    family('ftw_monitor_healthy', 'Whether it may be sent requests.', [healthy]),
-    family('ftw_monitor_warmup_done', 'Whether it is warm.', [Number(state.warmup === 'done')]),
-    family('ftw_monitor_http_requests_total', 'Requests so far.', [requests]),
-    family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', [in_flight]),
-    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', [errors]),
-    family('ftw_monitor_database_connected', 'Whether it is connected.',
-      ...ofEach((_, index) => Number(troubles[index] === ''))),
-    ...(['loads', 'stores', 'connections'] as const).map((kind) => family(
-      `ftw_monitor_database_${kind}_total`, `What the service counted as ${kind}.`,
-      ...ofEach(({ counters }) => counters[kind].total)))
-  ].filter(Boolean).join('\n')
+  const { in_flight, requests, errors } = httpState()
+  const labels = all.map(({ name }) => `{database=${JSON.stringify(name)}}`)
+  const families: [name: string, help: string, values: number[], labels?: string[]][] = [
+    ['process_cpu_user_seconds_total', 'CPU time in user mode.', [user / 1e6]],
+    ['process_cpu_system_seconds_total', 'CPU time in the kernel.', [system / 1e6]],
+    ['process_cpu_seconds_total', 'CPU time.', [(user + system) / 1e6]],
+    ['process_start_time_seconds', 'Start, since 1970.', [performance.timeOrigin / 1e3]],
+    ['process_resident_memory_bytes', 'Resident memory.', [rss]],
+    ['nodejs_heap_size_total_bytes', 'Size of the heap.', [heapTotal]],
+    ['nodejs_heap_size_used_bytes', 'Used part of the heap.', [heapUsed]],
+    ['nodejs_external_memory_bytes', 'Memory outside the heap.', [external]],
+    ['nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', [state.load]],
+    ['nodejs_version_info', 'Version of Node.js.', [1], [`{version="${process.version}"}`]],
+    ['ftw_monitor_healthy', 'Whether it may be sent requests.', [healthy]],
+    ['ftw_monitor_warmup_done', 'Whether it is warm.', [Number(state.warmup === 'done')]],
+    ['ftw_monitor_http_requests_total', 'Requests so far.', [requests]],
+    ['ftw_monitor_http_requests_in_flight', 'Requests in flight.', [in_flight]],
+    ['ftw_monitor_http_errors_total', 'Answers of 500 and more.', [errors]],
+    ['ftw_monitor_database_connected', 'Whether it is connected.', connected, labels]
+  ]
+  for (const kind of ['loads', 'stores', 'connections'] as const) families.push([
+    `ftw_monitor_database_${kind}_total`, `What the service counted as ${kind}.`,
+    all.map(({ counters }) => counters[kind].total), labels])
+  return families.filter(([, , [first = -1]]) => first >= 0) // else it cannot be had
+    .flatMap(([name, help, values, labels = ['']]) => [`# HELP ${name} ${help}`,
+      `# TYPE ${name} ${name.endsWith('_total') ? 'counter' : 'gauge'}`,
+      ...values.map((value, index) => `${name}${labels[index]} ${value}`)]).join('\n')
 })
-/** A metric with its samples; what is negative cannot be had, and is left out. */
-function family(name: string, help: string, ...all: (readonly [number, string?])[]): string {
-  const samples = all.filter(([value]) => value >= 0)
-  const type = name.endsWith('_total') ? 'counter' : 'gauge'
-  const lines = samples.map(([value, labels = '']) => `${name}${labels} ${value}`)
-  return lines.length === 0 ? '' :
-    [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...lines].join('\n')
-}
 
 // --- The wire: lines -----------------------------------------------------------------------------
 const SESSION = Symbol('session')
@@ -886,7 +842,7 @@ function makeRoom(): number {
 const idleSince = ({ running, since }: Session): number => running ? Infinity : since
 
 /** One connection. It begins in quit mode: a command, its reply, the end. */
-class Session implements Asker {
+class Session {
   readonly socket: net.Socket
   place = -1 // among all sessions
   readonly openedAt = performance.now()
@@ -1010,7 +966,7 @@ function answerRequest(request: http.IncomingMessage, response: http.ServerRespo
 }
 
 /** One request: the path names the command; the answer is sent when it is complete. */
-class Exchange implements Asker {
+class Exchange {
   declare readonly session: Session
   declare readonly response: http.ServerResponse
   declare readonly name: string
