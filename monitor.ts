@@ -69,7 +69,7 @@ type Address = net.AddressInfo | string | false
 type Run = { sites: string[], controller: AbortController, done: Promise<string> }
 type Prober = { askedAt: number[], told: number }
 type Entry = CommandOptions & { doc: string, command: (asker: Asker, ...args: string[]) => unknown,
-  isReport?: true, mode?: Mode, loggedAt?: number }
+  isReport?: true, mode?: Mode, type?: string, loggedAt?: number }
 type Registered = { name: string, database: Database, counters: Record<keyof Activity, Counter>,
   asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
 
@@ -84,8 +84,7 @@ const REASON_MAX = 500 // characters; balancers show less
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
 const [WARMUP_RETRY_MS, WARMUP_RETRY_MAX_MS] = [1_000, 30_000] // doubled from try to try
-const [PROBER_ASKS, PROBER_MS] = [3, 60_000] // so often in that time: who asks less is no balancer
-const PROBERS_MAX = 64
+const [PROBER_ASKS, PROBER_MS, PROBERS_MAX] = [3, 60_000, 64] // who asks less is no balancer
 const LOOKUPS_PER_TICK = 128 // an address is dear to look up; under a flood, drain waits longer
 const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
 const HISTORY_SECONDS = 3_600
@@ -118,19 +117,16 @@ class State {
   accepting = false
   endpoint: net.ListenOptions = {}
   monitor: net.Server | undefined
-  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // no Map keeps so little
+  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // Maps keep the dead
   inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
-  requests = 0
-  errors = 0
+  served = { requests: 0, errors: 0 }
   loads: object[] = []
   load = -1 // of the event loop, 0 to 1
   warmup: 'off' | 'cold' | 'done' | 'failed' = 'cold'
   failure = ''
   tried = new Map<string, string>() // sites: why each failed to warm up, '' where it did not
   runs: Run[] = [] // the first one is running
-  token: string = crypto.randomUUID() // for the view
-  controller = new AbortController() // of the question to the view
-  isViewAsked = false
+  view = { token: `${crypto.randomUUID()}`, controller: new AbortController(), isAsked: false }
   draining: { reason: string, waitFor: Prober[] } | undefined
   probers = new Map<string, Prober>() // the longest silent one first
   lookups = 0
@@ -157,9 +153,9 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
   if (state.ticker) log('warn', 'is started already; stop() it first')
   if (state.ticker) return state.monitor?.address() ?? false
   return new Promise((settle) => {
-    const warmup = isOff('FTW_MONITOR_AUTOWARMUP') ? 'off' : 'cold'
-    const ticker = setInterval(tick, TICK_MS).unref()
-    Object.assign(state, { options, settle, warmup, ticker, unhook: server ? hook(server) : quiet })
+    const unhook = server ? hook(server) : quiet
+    Object.assign(state, { options, settle, unhook, ticker: setInterval(tick, TICK_MS).unref() })
+    if (isOff('FTW_MONITOR_AUTOWARMUP')) state.warmup = 'off'
     later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, () => state.accepting || log('warn',
       server ? 'waits for the server to listen' : `finds nothing at ${state.instance?.url}`))
     boot()
@@ -266,7 +262,6 @@ function giveUp(error: unknown): void {
   else state.settle(Promise.reject(error))
   void stop()
 }
-/** Where an instance is reached that is bound to no address in particular. */
 const LOOPBACK = new Map([['', 'localhost'], ['0.0.0.0', '127.0.0.1'], ['::', '::1']])
 const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 
@@ -308,12 +303,12 @@ function takesOver(event: string, request: http.IncomingMessage, response: http.
   if (isView || state.inFlight.has(response)) return isView
   response.on('close', requestEnded)
   state.inFlight.set(response, { startedAt: performance.now(), line: `${method} ${url}`, socket })
-  state.requests++
+  state.served.requests++
   if (state.draining) closeAfter(response)
   return false
 }
 function requestEnded(this: http.ServerResponse): void {
-  if (state.inFlight.delete(this) && this.statusCode >= 500) state.errors++
+  if (state.inFlight.delete(this) && this.statusCode >= 500) state.served.errors++
 }
 
 // --- The verdict ---------------------------------------------------------------------------------
@@ -385,8 +380,6 @@ function log(level: keyof Logger, ...lines: string[]): void {
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
-const TOKEN = 'x-ftw-monitor-token'
-
 /** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
  *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
  *  `TypeError` for what is no path or no function. */
@@ -433,16 +426,17 @@ async function perform(sites: string[], controller: AbortController): Promise<st
 const failureOf = (sites: string[], { tried } = state): string =>
   sites.map((site) => tried.get(site)).filter(Boolean).join('; ')
 function abort(reason: string): void {
-  for (const { controller } of [state, ...state.runs]) controller.abort(new Error(reason))
+  for (const { controller } of [state.view, ...state.runs]) controller.abort(new Error(reason))
 }
 
+const TOKEN = 'x-ftw-monitor-token'
 /** After boot, until it succeeds: one passing error must not keep an instance out for good. The
  *  view begins, as then performers run as a request's work does. No answer proves that it is there,
  *  since a catch-all route, another worker or the old process give one too; our token does. */
 async function warmUpAutomatically(): Promise<void> {
   const starting = state
-  const { instance, token, tried, controller: { signal } } = state
-  later(VIEW_MS, () => state.isViewAsked || state.controller.abort())
+  const { instance, tried, view: { token, controller: { signal } } } = state
+  later(VIEW_MS, () => state.view.isAsked || state.view.controller.abort())
   const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
   if (!instance?.path) await fetch(`${instance?.url}/@@warmup`, options)
     .then(({ body }) => body?.cancel()).catch(quiet)
@@ -473,19 +467,20 @@ async function visit(url: string, signal: AbortSignal): Promise<number> {
     await body?.pipeTo(new WritableStream())
     return status
   }
-  const options = { agent: false, signal, socketPath: state.instance?.path }
-  return new Promise((resolve, reject) => http.get(url, options, (page) => page.on('error', reject)
-    .on('end', () => resolve(page.statusCode ?? 0)).resume()).on('error', reject)
-    .on('upgrade', (page) => reject(new Error(`it answered ${page.destroy().statusCode}`))))
+  return new Promise((resolve, reject) => {
+    http.get(url, { agent: false, signal, socketPath: state.instance?.path }, (page) => {
+      page.on('error', reject).on('end', () => resolve(page.statusCode ?? 0)).resume()
+    }).on('error', reject)
+      .on('upgrade', (page) => reject(new Error(`it answered ${page.destroy().statusCode}`)))
+  })
 }
 
 /** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
  *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
  *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
  *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
-export function warmupView(
-  request: http.IncomingMessage, response: http.ServerResponse, next?: () => void
-): void {
+export function warmupView(request: http.IncomingMessage, response: http.ServerResponse,
+  next?: () => void): void {
   const { url = '', originalUrl = url } = request as { url?: string, originalUrl?: string }
   const site = warmupSite(originalUrl) // Express cuts url
   const answer = (status: number, text: string) => {
@@ -493,14 +488,14 @@ export function warmupView(
     response.writeHead(status, { 'Content-Type': PLAIN }).end(text)
   }
   if (site === undefined) return next ? next() : answer(404, 'Not found')
-  const isOurs = request.headers[TOKEN] === state.token
+  const isOurs = request.headers[TOKEN] === state.view.token
   const isHere = !(TOKEN in request.headers) && isLocal(request.socket) && !isForwarded(request)
   if (!isOurs && !isHere) return answer(403, 'Only this machine may ask for a warm-up')
   if (request.method !== 'GET') return answer(405, 'A warm-up is asked for by GET')
   if (!state.instance) return answer(503, 'The monitor is not started')
   const sites = allSites().filter((each) => isOurs || /^\/?$/.test(site) || site === each)
   if (sites.length === 0) return answer(404, 'No such site is registered')
-  state.isViewAsked ||= isOurs
+  state.view.isAsked ||= isOurs
   warmUp(sites).then((failure) => failure ? answer(500, red(`Warmup failed: ${failure}`))
     : answer(200, 'Warmup successful')).catch(quiet) // the application may have answered meanwhile
 }
@@ -510,7 +505,7 @@ const warmupSite = (url: string): string | undefined =>
 const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
 /** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
-const isForwarded = ({ headers }: http.IncomingMessage): boolean => // some say no more than Mozilla
+const isForwarded = ({ headers }: http.IncomingMessage): boolean => // some only say Mozilla
   (headers['sec-fetch-site'] ?? headers['user-agent']?.match(/^Mozilla\//) ?? 'none') !== 'none' ||
   /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
 
@@ -537,7 +532,7 @@ async function untilDrained(options: DrainOptions = {}, tell: (text: string) => 
   for (const response of last.values()) closeAfter(response) // the last of those pipelined
   const startedAt = performance.now()
   for (let said = '', seen = -1, quietSince = startedAt; state.draining?.waitFor === waitFor;) {
-    const { requests, inFlight: { size }, options: { server } } = state
+    const { served: { requests }, inFlight: { size }, options: { server } } = state
     const know = waitFor.filter(({ told }) => told >= fall).length
     const progress = `${know} of ${waitFor.length} probers know` +
       (server ? `, ${size} requests in flight` : '')
@@ -580,9 +575,8 @@ function noteProber(asker: Asker, worth: number): void {
 // --- Commands ------------------------------------------------------------------------------------
 /** Adds a command, or replaces it. The first line of `doc` is what `help` lists. Throws a
  *  `TypeError` for a name that is empty or has white space in it, and for wrong options. */
-export function register(
-  name: string, doc: string, command: Command, { http = false, local = false }: CommandOptions = {}
-): void {
+export function register(name: string, doc: string, command: Command,
+  { http = false, local = false }: CommandOptions = {}): void {
   must(isWord(name), 'a command has a name without white space')
   must(typeof doc === 'string' && typeof command === 'function', 'doc is text, command a function')
   must(!http || !local, 'a command is http or local: a browser here is local to all pages it shows')
@@ -601,7 +595,7 @@ const refuse = (text: string): never => { throw new Refusal(text) }
 /** The one way to run a command: whatever goes wrong becomes a line for the asker. */
 function run(name: string, args: string[], asker: Asker): Mode | void | Promise<Mode | void> {
   const entry = commands.get(name)
-  if (!entry) return refuseUnknown(name, asker)
+  if (!entry || (asker instanceof Exchange && !entry.http)) return refuseUnknown(name, asker)
   if (entry.local && !asker.local) return asker.refuse(`${name} is for this machine only\n`, 403)
   try {
     const answer = entry.command(asker, ...args)
@@ -751,8 +745,8 @@ function measureLoad(): void {
   state.load = measure(now, state.loads[0]).utilization || 0
 }
 /** Without a server given, nothing is known of requests. */
-const httpState = ({ options: { server }, inFlight, requests, errors } = state) => server
-  ? { in_flight: inFlight.size, requests, errors } : { in_flight: -1, requests: -1, errors: -1 }
+const httpState = () => state.options.server ? { in_flight: state.inFlight.size, ...state.served }
+  : { in_flight: -1, requests: -1, errors: -1 }
 
 report('perf_metrics', `Get performance related metrics\n
     perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
@@ -772,7 +766,7 @@ report('perf_metrics', `Get performance related metrics\n
     memory: { rss, uss: -1, pss: -1, heap_used, heap_total, external, array_buffers },
     cpu: process.cpuUsage(), loop: { utilization: Number(state.load.toFixed(4)) }, http: httpState()
   })
-})
+}, { http: true, type: 'application/json' })
 report('metrics', 'Get metrics for Prometheus, in its text exposition format', async () => {
   const all = [...databases.values()]
   const troubles = await Promise.all(all.map(trouble))
@@ -807,7 +801,7 @@ report('metrics', 'Get metrics for Prometheus, in its text exposition format', a
     .flatMap(([name, help, values, labels = ['']]) => [`# HELP ${name} ${help}`,
       `# TYPE ${name} ${name.endsWith('_total') ? 'counter' : 'gauge'}`,
       ...values.map((value, index) => `${name}${labels[index]} ${value}`)]).join('\n')
-})
+}, { http: true, type: 'text/plain; version=0.0.4; charset=utf-8' })
 
 // --- The wire: lines -----------------------------------------------------------------------------
 const SESSION = Symbol('session')
@@ -853,7 +847,6 @@ class Session {
   since = state.clock
   ending = false // by us
   exchange: Exchange | undefined // over HTTP
-
   constructor(socket: net.Socket) { this.socket = socket }
   get remoteAddress(): string | undefined { return this.socket.remoteAddress }
   get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
@@ -945,9 +938,6 @@ const httpServer = Object.assign(http.createServer(answerRequest), {
   maxRequestsPerSocket: REQUESTS_PER_CONNECTION, httpAllowHalfOpen: true // as `nc -N` does
 }).on('dropRequest', (_, socket) => socket.destroy())
 const PLAIN = 'text/plain; charset=utf-8'
-const TYPES = new Map([
-  ['perf_metrics', 'application/json'], ['metrics', 'text/plain; version=0.0.4; charset=utf-8']
-])
 
 function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
   const session = (request.socket as Wire)[SESSION]
@@ -957,9 +947,8 @@ function answerRequest(request: http.IncomingMessage, response: http.ServerRespo
   const segments = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
   const [name = 'help', ...args] = segments ?? [path] // no command is called that
   const exchange = new Exchange({ session, response, name })
-  const answer = !/^(GET|HEAD)$/.test(method)
-    ? exchange.refuse('Only GET and HEAD are answered here\n', 405)
-    : commands.get(name)?.http ? run(name, args, exchange) : refuseUnknown(name, exchange)
+  const answer = /^(GET|HEAD)$/.test(method) ? run(name, args, exchange)
+    : exchange.refuse('Only GET and HEAD are answered here\n', 405)
   if (!(answer instanceof Promise)) return exchange.end()
   Object.assign(session, { running: name, since: state.clock, exchange })
   void answer.then(() => exchange.end())
@@ -972,7 +961,6 @@ class Exchange {
   declare readonly name: string
   status = 200
   body = ''
-
   constructor(of: Pick<Exchange, 'session' | 'response' | 'name'>) { Object.assign(this, of) }
   get remoteAddress(): string | undefined { return this.session.remoteAddress }
   get local(): boolean { return this.session.local && !isForwarded(this.response.req) }
@@ -992,7 +980,7 @@ class Exchange {
     if (response.headersSent) return
     if (name === 'health_check' && this.status === 200 && body !== 'OK\n') this.status = 503
     response.writeHead(this.status, {
-      'Content-Type': this.status === 200 ? TYPES.get(name) ?? PLAIN : PLAIN,
+      'Content-Type': (this.status === 200 && commands.get(name)?.type) || PLAIN,
       'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
       'X-Content-Type-Options': 'nosniff', ...this.status === 405 && { Allow: 'GET, HEAD' }
     }).end(body)
