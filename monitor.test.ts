@@ -1003,6 +1003,25 @@ test('stop() aborts a warm-up, ends a start that waits, and may be called twice'
   assert.equal(Object.hasOwn(later, 'emit'), false)
 })
 
+test('start() as soon as stop() aborts a warm-up begins anew', async (t) => {
+  environ(t)
+  const [monitor, server] = [await fresh(t), await serve(t)]
+  const options = { server, listen: { port: 0, host: '127.0.0.1' }, logger: recorder() }
+  const begun = latch()
+  let again: ReturnType<Monitor['start']> | undefined
+  monitor.registerWarmup('/', ({ signal }) => {
+    begun.open()
+    if (!again) signal.addEventListener('abort', () => { again = monitor.start(options) })
+    return again ? undefined : new Promise(() => {})
+  })
+  await monitor.start(options)
+  await begun.opened
+  await monitor.stop()
+  const address = await again
+  assert.ok(typeof address === 'object')
+  await untilHealthy(address.port)
+})
+
 test('stop() leaves alone what somebody hooked into the server later', async (t) => {
   const { monitor, server } = await bootInstance(t, ({ registerWarmup }) => {
     registerWarmup('/', () => {})
@@ -1602,6 +1621,22 @@ test('warmupView mounts in http, Connect and Express', async (t) => {
   }
 })
 
+test('a view answers behind a middleware whose writeHead() gives nothing', { timeout: 10_000 },
+  async (t) => {
+    const monitor = await fresh(t)
+    monitor.registerWarmup('/', () => { throw new Error('broken') })
+    const instance = await serve(t, (request, response) => {
+      const { writeHead } = response
+      const noGood = (...all: unknown[]) => void Reflect.apply(writeHead, response, all)
+      response.writeHead = noGood as unknown as typeof writeHead
+      monitor.warmupView(request, response)
+    })
+    const listen = { port: 0, host: '127.0.0.1' }
+    await monitor.start({ port: portOf(instance), listen, logger: recorder() })
+    const { status, body } = await getPage(portOf(instance), '/@@warmup')
+    assert.deepEqual([status, body], [500, 'Warmup failed: broken'])
+  })
+
 test('where the view is not mounted, only the performers make an instance green', async (t) => {
   const handlers: Record<string, http.RequestListener> = {
     'a catch-all route': (_, response) => { response.end('Warmup successful') },
@@ -1820,6 +1855,50 @@ test('server.close() during a warm-up of 60 s ends the process within seconds', 
     server.listen(0, '127.0.0.1')
     await monitor.start({ server, listen: { port: 0 } })`)
   assert.equal(await inTime(child.exit, 'it has exited'), 0, child.output)
+})
+
+test('a server that closes, and listens again before it has closed, is warmed up', async (t) => {
+  environ(t)
+  quicken(t, 5)
+  const [monitor, server, hanging] = [await fresh(t), await serve(t, () => {}), latch()]
+  let tries = 0
+  monitor.registerWarmup('/', async () => { if (++tries === 1) await hanging.opened })
+  const port = await startFor(monitor, server)
+  const client = net.connect(portOf(server), '127.0.0.1').on('error', () => {})
+  t.after(() => client.destroy())
+  client.write('GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n') // which keeps it from closing
+  await until(async () => await ask(port, 'monitor\n') !== '0\n' && tries === 1, 'both run')
+  const instancePort = portOf(server)
+  server.close()
+  await until(async () => await ask(port, 'warmup_state\n') === '0 0\n', 'it is aborted')
+  assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+  await once(server.listen(instancePort, '127.0.0.1'), 'listening')
+  await untilHealthy(port)
+  assert.equal(tries, 2)
+})
+
+test('the signal of a warm-up aborts it after 30 minutes, and never once it is over', async (t) => {
+  const ticks = takeTicks(t)
+  environ(t)
+  const [monitor, server] = [await fresh(t), await serve(t)]
+  const signals: AbortSignal[] = []
+  monitor.registerWarmup('/', ({ signal }) => { signals.push(signal) })
+  monitor.registerWarmup('/slow', ({ signal }) => {
+    signals.push(signal)
+    return signals.length === 2 ? undefined : new Promise(() => {})
+  })
+  const port = await startFor(monitor, server)
+  await untilHealthy(port)
+  const asked = getPage(portOf(server), '/slow/@@warmup')
+  await until(() => signals.length === 3, 'the second one runs')
+  ticks.pass(30 * 60_000 - 500)
+  assert.equal(signals[2]?.aborted, false)
+  ticks.pass(1_000)
+  assert.equal(signals[2]?.aborted, true)
+  const { status, body } = await asked
+  assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes'])
+  ticks.pass(30 * 60_000)
+  assert.deepEqual(signals.map(({ aborted }) => aborted), [false, false, true])
 })
 
 test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
@@ -3769,11 +3848,14 @@ test('while drained, `Connection: close` outdoes what the application says', asy
     if (request.url === '/gateway') response.writeHead(200, upstream).end()
     else if (request.url === '/list') {
       response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
+    } else if (request.url === '/bare') { // as Koa does before it answers an error
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.setHeader('X-Kept', 'yes').end()
     } else response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
   })
   await startFor(monitor, server)
   await monitor.drain()
-  for (const path of ['/gateway', '/list', '/header']) {
+  for (const path of ['/gateway', '/list', '/bare', '/header']) {
     const { status, headers } = await requestFrom(portOf(server), path)
     assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
   }

@@ -69,7 +69,7 @@ type Address = net.AddressInfo | string | false
 type Run = { sites: string[], controller: AbortController, done: Promise<string> }
 type Prober = { askedAt: number[], told: number }
 type Entry = CommandOptions & { doc: string, command: (asker: Asker, ...args: string[]) => unknown,
-  isReport?: true, mode?: Mode, type?: string, loggedAt?: number }
+  isReport?: true, mode?: Mode, type?: string | undefined, loggedAt?: number }
 type Registered = { name: string, database: Database, counters: Record<keyof Activity, Counter>,
   asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
 
@@ -77,8 +77,7 @@ type Registered = { name: string, database: Database, counters: Record<keyof Act
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
 const LISTEN_RETRY_MS = 1_000 // an old process holds our port a little longer
-const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
-const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
+const [LISTEN_WARNING_MS, ACCEPT_WARNING_MS] = [10_000, 20_000] // the latter is ftw.monitor's
 const DATABASE_MS = 900 // Kubernetes waits for one second
 const REASON_MAX = 500 // characters; balancers show less
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
@@ -165,9 +164,9 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
 /** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
  *  Resolves when the port is free. What was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { ticker, due, unhook, settle, monitor, sessions } = state
-  abort('the monitor was stopped')
+  const { ticker, due, unhook, settle, monitor, sessions, view, runs } = state
   state = new State()
+  abort('the monitor was stopped', { view, runs })
   clearInterval(ticker)
   due.clear()
   unhook()
@@ -275,21 +274,23 @@ const toPort = (text: string) => (isPort(Number(text)) && Number(text)) || undef
 /** `8160`, `host:8160`, `[::1]:8160`, or a path. */
 function toEndpoint(text: string): StartOptions['listen'] {
   if (/[/\\]/.test(text)) return { path: text }
-  const [, host, port] = /^(?:\[?([^[\]]+)\]?:)?(\d+)$/.exec(text) ?? []
+  const [, ipv6, host = ipv6, port] = /^(?:\[(.+)\]:|([^:[\]]+):)?(\d+)$/.exec(text) ?? []
   return isPort(Number(port)) ? { port: Number(port), ...host && { host } } : undefined
 }
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
 function hook(server: net.Server): () => void {
-  const [starting, inner, isOwn] = [state, server.emit, Object.hasOwn(server, 'emit')]
-  const emit = server.emit = function (this: net.Server, ...all: unknown[]): boolean {
+  const [starting, inner] = [state, server.emit]
+  const own = Object.getOwnPropertyDescriptor(server, 'emit')
+  const emit = function (this: net.Server, ...all: unknown[]): boolean {
     const isTaken = starting === state && attempt(() => takesOver(...all as [string, never, never]))
     return isTaken || Reflect.apply(inner, this, all)
   }
+  Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
   return () => {
     if (server.emit !== emit) return // whoever hooked in later still calls us
-    server.emit = inner
-    if (!isOwn) Reflect.deleteProperty(server, 'emit')
+    Reflect.deleteProperty(server, 'emit')
+    if (own) Object.defineProperty(server, 'emit', own)
   }
 }
 /** Sees all events first, of which a 'request' may be none; true for a request to us alone. */
@@ -374,9 +375,8 @@ function attempt<T>(look: () => T): T | undefined {
 }
 /** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, ...lines: string[]): void {
-  const { logger = console } = state.options
-  const text = lines.map(clean).join('\n')
-  new Promise((done) => done(logger[level](`ftw-monitor ${text}`))).catch(quiet)
+  const text = `ftw-monitor ${lines.map(clean).join('\n')}`
+  new Promise((done) => done((state.options.logger ?? console)[level](text))).catch(quiet)
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -403,10 +403,9 @@ async function perform(sites: string[], controller: AbortController): Promise<st
   const [starting, { signal }] = [state, controller]
   const aborted = new Promise((go) => signal.addEventListener('abort', go))
   await starting.runs.at(-1)?.done
-  if (!signal.aborted) {
-    log('info', `warms up ${sites.join(', ')}`)
-    later(WARMUP_MS, () => controller.abort(new Error(`no end after ${WARMUP_MS / 6e4} minutes`)))
-  }
+  const end = () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
+  starting.due.set(end, starting.clock + WARMUP_MS)
+  if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
     const [startedAt, url] = [performance.now(), `${starting.instance?.url}${site}`]
     const performer = performers.get(site) ?? loadPage
@@ -418,6 +417,7 @@ async function perform(sites: string[], controller: AbortController): Promise<st
     const text = `${site} ${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
     if (starting === state) log(reason ? 'warn' : 'info', `(${index + 1}/${sites.length}) ${text}`)
   }
+  starting.due.delete(end) // else what outlives the warm-up would end by its signal
   starting.runs.shift()
   const failure = failureOf(sites, starting)
   if (!failure && allSites().every((site) => sites.includes(site))) starting.warmup = 'done'
@@ -425,8 +425,8 @@ async function perform(sites: string[], controller: AbortController): Promise<st
 }
 const failureOf = (sites: string[], { tried } = state): string =>
   sites.map((site) => tried.get(site)).filter(Boolean).join('; ')
-function abort(reason: string): void {
-  for (const { controller } of [state.view, ...state.runs]) controller.abort(new Error(reason))
+function abort(reason: string, { view, runs }: Pick<State, 'view' | 'runs'> = state): void {
+  for (const { controller } of [view, ...runs]) controller.abort(new Error(reason))
 }
 
 const TOKEN = 'x-ftw-monitor-token'
@@ -441,7 +441,8 @@ async function warmUpAutomatically(): Promise<void> {
   if (!instance?.path) await fetch(`${instance?.url}/@@warmup`, options)
     .then(({ body }) => body?.cancel()).catch(quiet)
   let pauseMs = WARMUP_RETRY_MS
-  while (starting === state && state.warmup !== 'done' && !isShuttingDown()) {
+  while (starting === state && state.warmup !== 'done') {
+    while (isShuttingDown()) await new Promise<void>((go) => later(TICK_MS, go)) // or until stop()
     const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
     const failure = failureOf(allSites())
     if (untried.length > 0) await warmUp(untried) // which the view may have begun
@@ -485,7 +486,8 @@ export function warmupView(request: http.IncomingMessage, response: http.ServerR
   const site = warmupSite(originalUrl) // Express cuts url
   const answer = (status: number, text: string) => {
     closeAfter(response)
-    response.writeHead(status, { 'Content-Type': PLAIN }).end(text)
+    response.writeHead(status, { 'Content-Type': PLAIN })
+    response.end(text)
   }
   if (site === undefined) return next ? next() : answer(404, 'Not found')
   const isOurs = request.headers[TOKEN] === state.view.token
@@ -549,12 +551,12 @@ async function untilDrained(options: DrainOptions = {}, tell: (text: string) => 
 function closeAfter(response: http.ServerResponse): void {
   const { stream } = response as { stream?: { session?: { close(): void } } }
   if (stream || response.headersSent !== false) return stream?.session?.close()
-  for (const method of ['setHeader', 'appendHeader'] as const) { // a gateway passes its upstream's
-    const inner = response[method]
-    response[method] = (name: string, value: string & string[]) =>
-      inner.call(response, name, /^connection$/i.test(name) ? 'close' : value)
+  response.setHeader('Connection', 'close') // and a gateway's upstream may not say otherwise
+  for (const method of ['setHeader', 'appendHeader', 'removeHeader'] as const) {
+    const inner = response[method] as (...all: string[]) => never
+    response[method] = (...all: string[]): never =>
+      /^connection$/i.test(`${all[0]}`) ? response as never : Reflect.apply(inner, response, all)
   }
-  response.setHeader('Connection', 'close')
 }
 /** Remembers who asks, and how often who asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
@@ -580,7 +582,7 @@ export function register(name: string, doc: string, command: Command,
   must(isWord(name), 'a command has a name without white space')
   must(typeof doc === 'string' && typeof command === 'function', 'doc is text, command a function')
   must(!http || !local, 'a command is http or local: a browser here is local to all pages it shows')
-  commands.set(name, { doc, command, http, local })
+  commands.set(name, { doc, command, http, local, type: commands.get(name)?.type })
 }
 const isWord = (name: unknown): boolean => typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
 /** Registers a command that gives the text that it has to say, after which `mode` follows. */
@@ -806,7 +808,6 @@ report('metrics', 'Get metrics for Prometheus, in its text exposition format', a
 // --- The wire: lines -----------------------------------------------------------------------------
 const SESSION = Symbol('session')
 type Wire = net.Socket & { [SESSION]?: Session }
-
 function openSession(socket: Wire): void {
   const session = socket[SESSION] = new Session(socket)
   const free = state.sessions.indexOf(undefined)
