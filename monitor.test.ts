@@ -816,6 +816,7 @@ test('what the caller passed wrongly rejects, and start works again', async (t) 
     [{ port: 8080, listen: { port: 70_000 }, logger }, undefined],
     [{ port: 8080, listen: { host: 1 }, logger }, undefined],
     [{ port: 8080, listen: { path: 1 }, logger }, undefined],
+    [{ port: 8080, listen: () => {}, logger }, TypeError],
     [{ port: 8080, logger: 'console' }, TypeError], [{ port: 8080, logger: {} }, TypeError],
     [{ server: onSocket, logger }, undefined], [onSocket, undefined]
   ]
@@ -823,6 +824,7 @@ test('what the caller passed wrongly rejects, and start works again', async (t) 
     await assert.rejects(start(argument), (error) => Kind ? error instanceof Kind
       : error instanceof TypeError || error instanceof RangeError)
   }
+  await assert.rejects(start(null), /start\(\) takes an http\.Server/)
   assert.deepEqual(logger.lines, [])
   assert.equal(Object.hasOwn(onSocket, 'emit'), false)
   const port = await startFor(monitor, await serve(t))
@@ -1699,6 +1701,22 @@ test('a route that never answers is given up, and the performers run', SLOW, asy
   closeLater(t, instance)
   await monitor.start({ logger: recorder() })
   await untilHealthy(port + 80, 30_000)
+})
+
+test('an instance whose fetch throws at once warms up', async (t) => {
+  environ(t)
+  t.mock.method(globalThis, 'fetch', () => { throw new Error('no fetch here') })
+  const [monitor, server] = [await freshAndWarm(t), await serve(t)]
+  await untilHealthy(await startFor(monitor, server))
+})
+
+test('what cannot listen does not connect, either', async (t) => {
+  environ(t)
+  const monitor = await fresh(t)
+  t.mock.method(net.Server.prototype, 'listen', () => { throw new Error('not permitted') })
+  const connect = t.mock.method(net.Socket.prototype, 'connect')
+  assert.equal(await monitor.start({ port: 8080, logger: recorder() }), false)
+  assert.equal(connect.mock.callCount(), 0)
 })
 
 test('an instance on a port that fetch refuses warms up', async (t) => {

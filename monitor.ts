@@ -77,7 +77,8 @@ type Registered = { name: string, database: Database, counters: Record<keyof Act
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
 const LISTEN_RETRY_MS = 1_000 // an old process holds our port a little longer
-const [LISTEN_WARNING_MS, ACCEPT_WARNING_MS] = [10_000, 20_000] // the latter is ftw.monitor's
+const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
+const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
 const DATABASE_MS = 900 // Kubernetes waits for one second
 const REASON_MAX = 500 // characters; balancers show less
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
@@ -86,16 +87,16 @@ const [WARMUP_RETRY_MS, WARMUP_RETRY_MAX_MS] = [1_000, 30_000] // doubled from t
 const [PROBER_ASKS, PROBER_MS, PROBERS_MAX] = [3, 60_000, 64] // who asks less is no balancer
 const LOOKUPS_PER_TICK = 128 // an address is dear to look up; under a flood, drain waits longer
 const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
-const HISTORY_SECONDS = 3_600
+const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
 const LOG_MS = 1_000 // between failures of a command, so that nobody can flood the host's log
-const LINE_MAX = 4_096 // bytes
+const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
 const LINES_PER_TURN = 16 // of one connection, then the host has its turn
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
 const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are the host's
 const SEND_MS = 60_000 // for a line or an HTTP head: people type
-const SILENCE_MS = 15 * 60_000 // in interactive mode
-const COMMAND_MS = 30_000
+const SILENCE_MS = 15 * 60_000 // in interactive mode: people think
+const COMMAND_MS = 30_000 // by then every prober has given up
 const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody takes
 
@@ -116,7 +117,7 @@ class State {
   accepting = false
   endpoint: net.ListenOptions = {}
   monitor: net.Server | undefined
-  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // Maps keep the dead
+  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // a Map keeps the dead
   inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
   served = { requests: 0, errors: 0 }
   loads: object[] = []
@@ -139,8 +140,8 @@ let state = new State()
  *  it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for misuse. */
 export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
   const options: StartOptions = isServer(instance) ? { server: instance } : instance
-  const { server, port, url, listen, logger = console, ...others } = options
-  must(typeof options === 'object' && Object.keys(others).length === 0, 'start() takes an ' +
+  const { server, port, url, listen, logger = console, ...others }: StartOptions = Object(options)
+  must(isObject(options) && Object.keys(others).length === 0, 'start() takes an ' +
     'http.Server (app.listen() of Express, fastify.server), or server, port, url, listen, logger')
   must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
   must(port === undefined || (isPort(port) && port > 0), 'port must be a number from 1 to 65535',
@@ -178,7 +179,8 @@ export async function stop(): Promise<void> {
 function must(holds: unknown, sentence: string, Kind = TypeError): asserts holds {
   if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
 }
-const isObject = (value: unknown): value is Record<string, unknown> => Object(value) === value
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null
 const can = (value: unknown, ...methods: string[]): boolean =>
   isObject(value) && methods.every((name) => typeof value[name] === 'function')
 // https and http2 servers are no http.Server, but do the same; a net.Server has no setTimeout
@@ -214,7 +216,7 @@ function boot(): void {
     state.accepting = true
     if (state.warmup !== 'off') void warmUpAutomatically()
   }
-  if (server) return accept() // else only connecting tells
+  if (server || starting !== state) return accept() // else only connecting tells
   const socket = net.connect(starting.instance, accept).unref().on('error', quiet)
   socket.end().setTimeout(TICK_MS, () => socket.destroy())
 }
@@ -261,6 +263,7 @@ function giveUp(error: unknown): void {
   else state.settle(Promise.reject(error))
   void stop()
 }
+/** Where an instance is reached that is bound to no address in particular. */
 const LOOPBACK = new Map([['', 'localhost'], ['0.0.0.0', '127.0.0.1'], ['::', '::1']])
 const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 
@@ -290,7 +293,7 @@ function hook(server: net.Server): () => void {
   return () => {
     if (server.emit !== emit) return // whoever hooked in later still calls us
     Reflect.deleteProperty(server, 'emit')
-    if (own) Object.defineProperty(server, 'emit', own)
+    if (own) Reflect.defineProperty(server, 'emit', own) // must not throw, whatever befell it
   }
 }
 /** Sees all events first, of which a 'request' may be none; true for a request to us alone. */
@@ -403,8 +406,8 @@ async function perform(sites: string[], controller: AbortController): Promise<st
   const [starting, { signal }] = [state, controller]
   const aborted = new Promise((go) => signal.addEventListener('abort', go))
   await starting.runs.at(-1)?.done
-  const end = () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
-  starting.due.set(end, starting.clock + WARMUP_MS)
+  const expire = () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
+  starting.due.set(expire, starting.clock + WARMUP_MS)
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
     const [startedAt, url] = [performance.now(), `${starting.instance?.url}${site}`]
@@ -417,7 +420,7 @@ async function perform(sites: string[], controller: AbortController): Promise<st
     const text = `${site} ${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
     if (starting === state) log(reason ? 'warn' : 'info', `(${index + 1}/${sites.length}) ${text}`)
   }
-  starting.due.delete(end) // else what outlives the warm-up would end by its signal
+  starting.due.delete(expire) // else what outlives the warm-up would end by its signal
   starting.runs.shift()
   const failure = failureOf(sites, starting)
   if (!failure && allSites().every((site) => sites.includes(site))) starting.warmup = 'done'
@@ -438,8 +441,8 @@ async function warmUpAutomatically(): Promise<void> {
   const { instance, tried, view: { token, controller: { signal } } } = state
   later(VIEW_MS, () => state.view.isAsked || state.view.controller.abort())
   const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
-  if (!instance?.path) await fetch(`${instance?.url}/@@warmup`, options)
-    .then(({ body }) => body?.cancel()).catch(quiet)
+  const askView = async () => (await fetch(`${instance?.url}/@@warmup`, options)).body?.cancel()
+  if (!instance?.path) await askView().catch(quiet) // fetch knows no Unix sockets
   let pauseMs = WARMUP_RETRY_MS
   while (starting === state && state.warmup !== 'done') {
     while (isShuttingDown()) await new Promise<void>((go) => later(TICK_MS, go)) // or until stop()
@@ -502,11 +505,10 @@ export function warmupView(request: http.IncomingMessage, response: http.ServerR
     : answer(200, 'Warmup successful')).catch(quiet) // the application may have answered meanwhile
 }
 /** `/shop` for `/shop/@@warmup?now`, '' for all; undefined where the view is not meant. */
-const warmupSite = (url: string): string | undefined =>
-  /^([^?]*)\/@@warmup(?:\?|$)/.exec(url)?.[1]
+const warmupSite = (url: string): string | undefined => /^([^?]*)\/@@warmup(?:\?|$)/.exec(url)?.[1]
 const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
   peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
-/** Behind a proxy everybody looks local; so does a browser here that shows a stranger's page. */
+/** Behind a proxy everybody looks local; so do browsers here that show a stranger's page. */
 const isForwarded = ({ headers }: http.IncomingMessage): boolean => // some only say Mozilla
   (headers['sec-fetch-site'] ?? headers['user-agent']?.match(/^Mozilla\//) ?? 'none') !== 'none' ||
   /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
@@ -943,12 +945,11 @@ const PLAIN = 'text/plain; charset=utf-8'
 function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
   const session = (request.socket as Wire)[SESSION]
   if (!session) return void response.destroy() // stopped meanwhile
-  const { method = '', url = '' } = request
-  const [path = ''] = url.split('?')
+  const [path = ''] = (request.url ?? '').split('?')
   const segments = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
   const [name = 'help', ...args] = segments ?? [path] // no command is called that
   const exchange = new Exchange({ session, response, name })
-  const answer = /^(GET|HEAD)$/.test(method) ? run(name, args, exchange)
+  const answer = /^(GET|HEAD)$/.test(request.method ?? '') ? run(name, args, exchange)
     : exchange.refuse('Only GET and HEAD are answered here\n', 405)
   if (!(answer instanceof Promise)) return exchange.end()
   Object.assign(session, { running: name, since: state.clock, exchange })
