@@ -817,8 +817,7 @@ test('what the caller passed wrongly rejects, and start works again', async (t) 
     [{ port: 8080, listen: { host: 1 }, logger }, undefined],
     [{ port: 8080, listen: { path: 1 }, logger }, undefined],
     [{ port: 8080, listen: () => {}, logger }, TypeError],
-    [{ port: 8080, logger: 'console' }, TypeError], [{ port: 8080, logger: {} }, TypeError],
-    [{ server: onSocket, logger }, undefined], [onSocket, undefined]
+    [{ port: 8080, logger: 'console' }, TypeError], [{ port: 8080, logger: {} }, TypeError]
   ]
   for (const [argument, Kind] of wrong) {
     await assert.rejects(start(argument), (error) => Kind ? error instanceof Kind
@@ -826,6 +825,8 @@ test('what the caller passed wrongly rejects, and start works again', async (t) 
   }
   await assert.rejects(start(null), /start\(\) takes an http\.Server/)
   assert.deepEqual(logger.lines, [])
+  assert.equal(await start({ server: onSocket, logger }), false)
+  assert.match(logger.lines.join(), /^warn ftw-monitor .*set FTW_MONITOR_LISTEN$/)
   assert.equal(Object.hasOwn(onSocket, 'emit'), false)
   const port = await startFor(monitor, await serve(t))
   await untilHealthy(port)

@@ -8,88 +8,193 @@
 //   start(server)                                  OK
 //   server.listen(8080)
 //
-// One verdict, "may this instance be sent requests, and if not, why", stands behind every reply.
-// In the order of the file: types, limits, state, start and stop, the verdict, warm-up, draining,
-// commands, figures, the wire (lines, then HTTP), and the program, which may be deleted.
+// A line, or a request over HTTP, names a command of the command table. Behind every command that
+// tells how the instance is stands one verdict: "may it be sent requests, and if not, why".
+//
+// The order of the file: types, limits, state, start and stop, addresses, listening, the hook on
+// the server, the verdict, databases, warm-up, draining, the command table, commands, figures, the
+// wire (lines, then HTTP), helpers, and the program, which may be deleted.
 
 import * as http from 'node:http'
 import * as net from 'node:net'
 
-// --- Types ---------------------------------------------------------------------------------------
+// --- Public types --------------------------------------------------------------------------------
+
 /** What follows on a connection: its end, commands until `quit`, or lines for the same command. */
 export type Mode = 'quit' | 'interactive' | 'more'
-/** Who asks: `local` is on this machine; no address is known on a Unix socket and after a reset. */
+
+/** Who asked a command. */
 export interface Connection {
+  /** Sends text to the asker, just as it is. */
   write(text: string): void
+  /** The asker's IP address; `undefined` on a Unix socket, and after the asker's reset. */
   readonly remoteAddress: string | undefined
+  /** Whether the asker is on this machine. */
   readonly local: boolean
 }
-/** Replies by `connection.write`, has 30 s for that, and may return the mode that follows. */
-export type Command =
-  (connection: Connection, ...args: string[]) => Mode | void | Promise<Mode | void>
-/** `http` offers a command as `GET /NAME/ARG…`, which any web page can make a browser send;
- *  `local` refuses askers that are not on this machine. Neither by default, and never both. */
-export interface CommandOptions { http?: boolean, local?: boolean }
 
-/** An open connection of a database: since when (ms since 1970, or a Date), and for what. */
-export interface OpenConnection { openedAt: number | Date, info: string }
-/** What a database knows of itself, -1 where left out: objects in its caches, those of them that
- *  are loaded, and how many there may be; the cache's totals; conflicts in all and those not
- *  resolved, objects in the storage, and its size in bytes. */
-export type Figures = Partial<Record<'size' | 'nonGhost' | 'maxSize' | 'recordsAdded' |
-  'bytesAdded' | 'recordsEvicted' | 'bytesEvicted' | 'accesses' | 'conflicts' |
-  'unresolvedConflicts' | 'objects' | 'bytes', number>>
-/** Whatever the instance cannot serve without, with 900 ms to answer; only `true` is connected. */
+/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow. */
+export type Command = (
+  connection: Connection,
+  ...args: string[]
+) => Mode | void | Promise<Mode | void>
+
+/** Who may run a command besides those who connect to the monitor port and send its line. */
+export interface CommandOptions {
+  /** Offer it as `GET /NAME/ARG…` too (default: no). Any web page can make a browser send a GET, so
+   *  only for commands that change nothing. */
+  http?: boolean
+  /** Refuse askers that are not on this machine (default: no). Not together with `http`. */
+  local?: boolean
+}
+
+/** An open connection of a database. */
+export interface OpenConnection {
+  /** Since when it is open: milliseconds since 1970, or a `Date`. */
+  openedAt: number | Date
+  /** What it is open for, in a few words. */
+  info: string
+}
+
+/** What a database knows of itself, in whole numbers. What is left out is shown as -1. */
+export interface Figures {
+  /** Objects in the caches. */
+  size?: number
+  /** Objects in the caches that are loaded. */
+  nonGhost?: number
+  /** How many objects the caches may hold. */
+  maxSize?: number
+  /** Records that the cache has taken in so far. */
+  recordsAdded?: number
+  /** Bytes that the cache has taken in so far. */
+  bytesAdded?: number
+  /** Records that the cache has thrown out so far. */
+  recordsEvicted?: number
+  /** Bytes that the cache has thrown out so far. */
+  bytesEvicted?: number
+  /** How often the cache was asked so far. */
+  accesses?: number
+  /** Conflicts between writers so far. */
+  conflicts?: number
+  /** Conflicts that were not resolved. */
+  unresolvedConflicts?: number
+  /** Objects in the storage. */
+  objects?: number
+  /** The size of the storage in bytes. */
+  bytes?: number
+}
+
+/** Whatever the instance cannot serve without. */
 export interface Database {
+  /** Has 900 ms to answer; only `true` is connected. A check shares a question that is out. */
   isConnected(): boolean | Promise<boolean>
+  /** Lists the open connections, for the command `monitor`. */
   connections?(): OpenConnection[] | Promise<OpenConnection[]>
+  /** Gives figures, for `dbinfo`, `zeocache` and `perf_metrics`. */
   figures?(): Figures | Promise<Figures>
 }
-/** Count what the service does with a database; a `RangeError` for what is no number from 0. */
-export type Activity = Record<'loads' | 'stores' | 'connections', (count?: number) => void>
 
-/** Warms a site whose address on this instance is `url`; fails by throwing or rejecting. */
-export type WarmupPerformer =
-  (warmup: { site: string, url: string, signal: AbortSignal }) => unknown
+/** Counts `count` (1) more of what the service does; a `RangeError` for what is no number from 0. */
+export type Count = (count?: number) => void
+
+/** Where the service counts what it does with a database. */
+export interface Activity {
+  /** Counts objects, rows or records that were read. */
+  loads: Count
+  /** Counts objects, rows or records that were written. */
+  stores: Count
+  /** Counts connections that were opened. */
+  connections: Count
+}
+
+/** What a warm-up performer is told. */
+export interface Warmup {
+  /** The path of the site, as it was registered: `/` or `/shop`. */
+  site: string
+  /** The site's address on this very instance. */
+  url: string
+  /** Aborts when the instance shuts down, or after 30 minutes. */
+  signal: AbortSignal
+}
+
+/** Warms a site. It fails by throwing or rejecting. */
+export type WarmupPerformer = (warmup: Warmup) => unknown
+
 /** Takes the few lines that the monitor has to say. */
 export type Logger = Pick<Console, 'info' | 'warn' | 'error'>
-/** An http, https or http2 `server`, listening or not yet; the instance's `port` (default: the
- *  server's, without one `PORT`); the `url` with scheme, name, port and path at which the instance
- *  reaches itself (`FTW_MONITOR_URL`); where to `listen` (`FTW_MONITOR_LISTEN`, else port + 80 on
- *  the instance's host); and a `logger` (`console`). */
-export interface StartOptions {
-  server?: net.Server, port?: number, url?: string, logger?: Logger,
-  listen?: { host?: string, port?: number, path?: string }
-}
-/** The `reason` for probers (default `Draining`); how many red answers make a balancer act, its
- *  `fall` (3); and how many milliseconds to wait at most (25,000: Kubernetes kills at 30 s). */
-export interface DrainOptions { reason?: string, fall?: number, timeoutMs?: number }
 
-type Address = net.AddressInfo | string | false
-type Run = { sites: string[], controller: AbortController, done: Promise<string> }
-type Prober = { askedAt: number[], told: number }
-type Entry = CommandOptions & { doc: string, command: (asker: Asker, ...args: string[]) => unknown,
-  isReport?: true, mode?: Mode, type?: string | undefined, loggedAt?: number }
-type Registered = { name: string, database: Database, counters: Record<keyof Activity, Counter>,
-  asked: Partial<Record<keyof Database, Promise<unknown>>> } // the questions that are out
+/** Where the monitor is to listen: on a host and port, or on a Unix socket. */
+export interface Endpoint {
+  /** An address of this machine, or a name of it. */
+  host?: string
+  /** A port, 0 for any free one. */
+  port?: number
+  /** The path of a Unix socket, in place of both. */
+  path?: string
+}
+
+/** What `start` may be told. */
+export interface StartOptions {
+  /** An http, https or http2 server, listening or not yet. */
+  server?: net.Server
+  /** The instance's port. Default: the server's; without a server, `PORT`. */
+  port?: number
+  /** Scheme, name, port and path at which the instance reaches itself. Default: `FTW_MONITOR_URL`,
+   *  else the address that the server is bound to. */
+  url?: string
+  /** Where the monitor listens. Default: `FTW_MONITOR_LISTEN`, else port + 80 on the instance's
+   *  host. */
+  listen?: Endpoint
+  /** Default: `console`. */
+  logger?: Logger
+}
+
+/** Where the monitor listens, as `net.Server.address()` gives it; `false` where it does not. */
+export type Address = net.AddressInfo | string | false
+
+/** What `drain` may be told. */
+export interface DrainOptions {
+  /** What probers are told (default: `Draining`). */
+  reason?: string
+  /** How many red answers in a row make a balancer act: its own `fall` (default: 3). */
+  fall?: number
+  /** The longest wait in milliseconds (default: 25,000, since Kubernetes kills after 30 s). */
+  timeoutMs?: number
+}
 
 // --- Limits --------------------------------------------------------------------------------------
+
+// Of the instance
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
-const LISTEN_RETRY_MS = 1_000 // an old process holds our port a little longer
+const LISTEN_RETRY_MS = 1_000 // an old process may hold our port a little longer
 const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
 const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
-const DATABASE_MS = 900 // Kubernetes waits for one second
+
+// Of the verdict
+const DATABASE_MS = 900 // to answer; Kubernetes waits for one second
 const REASON_MAX = 500 // characters; balancers show less
+
+// Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
-const [WARMUP_RETRY_MS, WARMUP_RETRY_MAX_MS] = [1_000, 30_000] // doubled from try to try
-const [PROBER_ASKS, PROBER_MS, PROBERS_MAX] = [3, 60_000, 64] // who asks less is no balancer
-const LOOKUPS_PER_TICK = 128 // an address is dear to look up; under a flood, drain waits longer
-const [QUIET_MS, DRAIN_POLL_MS] = [100, 25] // a balancer must still read the last answer
+const WARMUP_RETRY_MS = 1_000 // doubled from try to try
+const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
+
+// Of draining
+const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a balancer
+const PROBER_MS = 60_000
+const PROBERS_MAX = 64 // more than anybody has balancers
+const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
+const QUIET_MS = 100 // without a request: a balancer must still read the last answer
+const DRAIN_POLL_MS = 25
+
+// Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
-const LOG_MS = 1_000 // between failures of a command, so that nobody can flood the host's log
+const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
+
+// Of a connection
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
 const LINES_PER_TURN = 16 // of one connection, then the host has its turn
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
@@ -101,381 +206,881 @@ const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody takes
 
 // --- State ---------------------------------------------------------------------------------------
+
 const commands = new Map<string, Entry>()
-const databases = new Map<string, Registered>()
+const databases = new Map<string, RegisteredDatabase>()
 const performers = new Map<string, WarmupPerformer>()
-const quiet = (): void => {}
-/** What `start` sets. `stop` puts a new one in its place, by which whatever comes late knows. */
+
+/** Where the instance is reached. */
+interface Instance {
+  host: string
+  port: number | undefined
+  /** Its Unix socket, if it is on one. */
+  path: string | undefined
+  url: string
+}
+
+/** A request of the host's that is being served. */
+interface RequestInFlight {
+  startedAtMs: number
+  /** Method and URL. */
+  line: string
+  socket: net.Socket
+}
+
+/** The server that `start` was given, and what passes through it. */
+class Host {
+  server: net.Server | undefined
+  unhook: () => void = doNothing
+  readonly inFlight = new Map<http.ServerResponse, RequestInFlight>()
+  requests = 0
+  errors = 0
+}
+
+/** Counts time by ticks: it stands still while the host blocks, which is no prober's fault. */
+class Clock {
+  ticker: ReturnType<typeof setInterval> | undefined
+  nowMs = 0
+  /** What is to be done, and when. */
+  readonly due = new Map<() => void, number>()
+}
+
+/** Our own server. */
+class Monitor {
+  endpoint: net.ListenOptions = {}
+  server: net.Server | undefined
+  /** Places, since a Map kept closed sockets alive until its next rehash. */
+  readonly sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
+}
+
+/** How busy the event loop is. */
+class Load {
+  samples: object[] = []
+  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
+  utilization = -1
+}
+
+/** The warm-up of some sites, one after the other. */
+interface Run {
+  sites: string[]
+  controller: AbortController
+  /** Resolves to why it failed, '' if it did not. */
+  done: Promise<string>
+}
+
+class WarmupState {
+  /** What holds while nothing runs. */
+  outcome: 'off' | 'cold' | 'done' | 'failed' = 'cold'
+  failure = ''
+  /** For each site that was tried: why it failed, '' if it did not. */
+  readonly tried = new Map<string, string>()
+  /** The first one is running, the others wait. */
+  readonly runs: Run[] = []
+  /** Our own request for the view bears this token. */
+  readonly token: string = crypto.randomUUID()
+  readonly viewController = new AbortController()
+  isViewSeen = false
+}
+
+/** An address that asks for the verdict. */
+interface Prober {
+  /** The last few times, by our clock. */
+  askedAtMs: number[]
+  /** How many drained answers it had. */
+  told: number
+}
+
+class Probers {
+  /** The longest silent one comes first. */
+  readonly known = new Map<string, Prober>()
+  lookupsInTick = 0
+}
+
+interface Draining {
+  reason: string
+  /** Whoever must be told. */
+  waitFor: Prober[]
+}
+
+/** All that `start` fills. `stop` puts a new one in its place, by which late callbacks know. */
 class State {
   options: StartOptions = {}
-  settle: (address: Address | Promise<never>) => void = quiet // what start() promised
-  ticker: ReturnType<typeof setInterval> | undefined
-  clock = 0 // ms by ticks: it stands still while the host blocks, which is no prober's fault
-  due = new Map<() => unknown, number>() // by that clock
-  unhook = quiet
-  instance: { host: string, port: number, path: string | undefined, url: string } | undefined
-  accepting = false
-  endpoint: net.ListenOptions = {}
-  monitor: net.Server | undefined
-  sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined) // a Map keeps the dead
-  inFlight = new Map<http.ServerResponse, { startedAt: number, line: string, socket: net.Socket }>()
-  served = { requests: 0, errors: 0 }
-  loads: object[] = []
-  load = -1 // of the event loop, 0 to 1
-  warmup: 'off' | 'cold' | 'done' | 'failed' = 'cold'
-  failure = ''
-  tried = new Map<string, string>() // sites: why each failed to warm up, '' where it did not
-  runs: Run[] = [] // the first one is running
-  view = { token: `${crypto.randomUUID()}`, controller: new AbortController(), isAsked: false }
-  draining: { reason: string, waitFor: Prober[] } | undefined
-  probers = new Map<string, Prober>() // the longest silent one first
-  lookups = 0
+  /** Resolves what `start` promised. */
+  settleStart: (address: Address) => void = doNothing
+  instance: Instance | undefined
+  isAccepting = false
+  draining: Draining | undefined
+  readonly host = new Host()
+  readonly clock = new Clock()
+  readonly monitor = new Monitor()
+  readonly load = new Load()
+  readonly warmup = new WarmupState()
+  readonly probers = new Probers()
 }
+
 let state = new State()
 
+function isCurrent(begun: State): boolean {
+  return begun === state
+}
+
 // --- Start and stop ------------------------------------------------------------------------------
+
 /** Starts the monitor: `start(server)`, `start({ server, … })`, or `start()` where `PORT` is set.
- *  Do not await it before `server.listen()`: it waits for that. Resolves to the bound address, as
- *  `net.Server.address()` gives it, or, after one warning, to `false` where the environment forbids
- *  it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for misuse. */
+ *  Do not await it before `server.listen()`, since it waits for that. Resolves to the address at
+ *  which the monitor listens, or, after one warning, to `false` where the environment does not
+ *  allow it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for what
+ *  the caller passed wrongly. */
 export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
-  const options: StartOptions = isServer(instance) ? { server: instance } : instance
-  const { server, port, url, listen, logger = console, ...others }: StartOptions = Object(options)
-  must(isObject(options) && Object.keys(others).length === 0, 'start() takes an ' +
-    'http.Server (app.listen() of Express, fastify.server), or server, port, url, listen, logger')
-  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
-  must(port === undefined || (isPort(port) && port > 0), 'port must be a number from 1 to 65535',
-    typeof port === 'number' ? RangeError : TypeError)
-  must(url === undefined || toUrl(url), 'url must be an http or https URL')
-  must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
-  must(can(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
-  if (isOff('FTW_MONITOR')) return false
-  if (state.ticker) log('warn', 'is started already; stop() it first')
-  if (state.ticker) return state.monitor?.address() ?? false
-  return new Promise((settle) => {
-    const unhook = server ? hook(server) : quiet
-    Object.assign(state, { options, settle, unhook, ticker: setInterval(tick, TICK_MS).unref() })
-    if (isOff('FTW_MONITOR_AUTOWARMUP')) state.warmup = 'off'
-    later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, () => state.accepting || log('warn',
-      server ? 'waits for the server to listen' : `finds nothing at ${state.instance?.url}`))
-    boot()
-  })
+  const options = toStartOptions(instance)
+  if (isSwitchedOff('FTW_MONITOR')) return false
+
+  if (state.clock.ticker) {
+    log('warn', 'is started already; stop() it first')
+    return state.monitor.server?.address() ?? false
+  }
+  return new Promise((resolve) => begin(options, resolve))
+}
+
+function begin(options: StartOptions, settleStart: (address: Address) => void): void {
+  const { server } = options
+  state.options = options
+  state.settleStart = settleStart
+  state.clock.ticker = setInterval(tick, TICK_MS).unref()
+  state.host.server = server
+  if (server) state.host.unhook = hook(server)
+  if (isSwitchedOff('FTW_MONITOR_AUTOWARMUP')) state.warmup.outcome = 'off'
+
+  later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
+  boot()
+}
+
+function warnUnlessAccepting(): void {
+  if (state.isAccepting) return
+  if (state.host.server) log('warn', 'waits for the server to listen')
+  else log('warn', `finds nothing at ${state.instance?.url}`)
 }
 
 /** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
  *  Resolves when the port is free. What was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { ticker, due, unhook, settle, monitor, sessions, view, runs } = state
+  const stopped = state
   state = new State()
-  abort('the monitor was stopped', { view, runs })
-  clearInterval(ticker)
-  due.clear()
-  unhook()
-  for (const session of sessions) session?.socket.destroy()
-  if (monitor?.listening) await new Promise((resolve) => monitor.close(resolve))
-  settle(false)
+
+  abortWarmups(stopped.warmup, 'the monitor was stopped')
+  clearInterval(stopped.clock.ticker)
+  stopped.clock.due.clear()
+  stopped.host.unhook()
+  for (const session of stopped.monitor.sessions) session?.socket.destroy()
+  await closed(stopped.monitor.server)
+  stopped.settleStart(false)
 }
 
-function must(holds: unknown, sentence: string, Kind = TypeError): asserts holds {
-  if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
+async function closed(server: net.Server | undefined): Promise<void> {
+  if (!server?.listening) return
+  await new Promise((resolve) => server.close(resolve))
 }
-const isObject = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null
-const can = (value: unknown, ...methods: string[]): boolean =>
-  isObject(value) && methods.every((name) => typeof value[name] === 'function')
-// https and http2 servers are no http.Server, but do the same; a net.Server has no setTimeout
-const isServer = (value: unknown): value is net.Server => can(value, 'listen', 'emit', 'setTimeout')
-const isPort = (value: unknown): value is number => (Number(value) & 0xffff) === value // 16 bits
-const toUrl = (url: string) => /^https?:/i.test(url) && URL.canParse(url) ? url : undefined
-const isEndpoint = (value: unknown): boolean => isObject(value) && Object.entries(value).every(
-  ([name, part]) => part === undefined || (name === 'port' ? isPort(part)
-    : /^(host|path)$/.test(name) && typeof part === 'string' && part !== ''))
+
+const START_OPTIONS = ['server', 'port', 'url', 'listen', 'logger']
+
+function toStartOptions(instance: unknown): StartOptions {
+  const options: unknown = isServer(instance) ? { server: instance } : instance
+  must(
+    isObject(options) && Object.keys(options).every((name) => START_OPTIONS.includes(name)),
+    'start() takes an http.Server (app.listen() of Express, fastify.server), or server, port, ' +
+      'url, listen, logger'
+  )
+
+  const { server, port, url, listen, logger = console } = options
+  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
+  must(url === undefined || toUrl(url), 'url must be an http or https URL')
+  must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
+  must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
+  checkPort(port, listen)
+  return options
+}
+
+function checkPort(port: unknown, listen: unknown): void {
+  if (port === undefined) return
+  const Kind = typeof port === 'number' ? RangeError : TypeError
+  must(isPort(port) && port > 0, 'port must be a number from 1 to 65535', Kind)
+
+  if (listen !== undefined || readEnv('FTW_MONITOR_LISTEN') !== undefined) return
+  must(
+    isPort(port + PORT_OFFSET),
+    'the monitor belongs at port + 80, which is no port: say port or listen',
+    RangeError
+  )
+}
+
+/** https and http2 servers are no `http.Server`, but do the same; a `net.Server` lacks setTimeout. */
+function isServer(value: unknown): value is net.Server {
+  return hasMethods(value, 'listen', 'emit', 'setTimeout')
+}
+
+function isEndpoint(value: unknown): boolean {
+  if (!isObject(value)) return false
+  return Object.entries(value).every(([name, part]) => {
+    if (part === undefined) return true
+    if (name === 'port') return isPort(part)
+    return (name === 'host' || name === 'path') && typeof part === 'string' && part !== ''
+  })
+}
 
 function tick(): void {
-  state.clock += TICK_MS
-  state.lookups = 0
+  state.clock.nowMs += TICK_MS
+  state.probers.lookupsInTick = 0
   measureLoad()
   boot()
-  if (isShuttingDown()) abort('the instance is shutting down')
-  for (const [act, at] of state.due) if (at <= state.clock && state.due.delete(act)) act()
-  for (const session of state.sessions) session?.enforceLimits()
-  for (const [response, { socket }] of state.inFlight) { // some never get their 'close'
-    if (!socket || socket.destroyed || response.destroyed) state.inFlight.delete(response)
+  if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
+  doWhatIsDue()
+  for (const session of state.monitor.sessions) session?.enforceLimit()
+  forgetDeadRequests()
+}
+
+function doWhatIsDue(): void {
+  const { clock } = state
+  for (const [task, dueAtMs] of clock.due) {
+    if (dueAtMs > clock.nowMs) continue
+    clock.due.delete(task)
+    task()
   }
 }
-/** Has the ticker act, unless a stop() comes first. */
-const later = (ms: number, act: () => unknown): unknown => state.due.set(act, state.clock + ms)
+
+/** Does something after some time, unless stop() comes first. */
+function later(ms: number, task: () => void): void {
+  state.clock.due.set(task, state.clock.nowMs + ms)
+}
+
+/** Resolves after some time; never after stop(). */
+function pause(ms: number): Promise<void> {
+  return new Promise((resolve) => later(ms, resolve))
+}
 
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
-  const [starting, { server }] = [state, state.options]
-  if (server?.listening === false || state.accepting) return
-  try { starting.instance ??= locate() } catch (error) { return giveUp(error) }
-  const accept = (): void => {
-    if (starting !== state || state.accepting) return
-    state.accepting = true
-    if (state.warmup !== 'off') void warmUpAutomatically()
+  const { server } = state.host
+  if (state.isAccepting || server?.listening === false) return
+
+  if (!state.instance && !foundInstance()) return
+  if (server) acceptRequests(state)
+  else lookForInstance(state)
+}
+
+/** Finds out where the instance is, and opens the monitor port beside it. */
+function foundInstance(): boolean {
+  try {
+    const bound = boundAddress(state.options)
+    state.instance = locateInstance(state.options, bound)
+    state.monitor.endpoint = monitorEndpoint(state.options, bound)
+  } catch (error) {
+    giveUp(error)
+    return false
   }
-  if (server || starting !== state) return accept() // else only connecting tells
-  const socket = net.connect(starting.instance, accept).unref().on('error', quiet)
-  socket.end().setTimeout(TICK_MS, () => socket.destroy())
+  openMonitor()
+  return true
 }
-function locate(): NonNullable<State['instance']> {
-  const { server, port: given, url = env('FTW_MONITOR_URL', toUrl), listen: at } = state.options
-  const bound = server ? server.address() : { address: env('HOST'),
-    port: given ?? env('PORT', toPort) ?? refuse('needs a port: set PORT, or start(server)') }
-  const { address = '', port: its = NaN }: { address?: string, port?: number } = Object(bound)
-  const [port, reached] = [given ?? its, LOOPBACK.get(address) ?? address]
-  const scheme = server && 'setSecureContext' in server ? 'https' : 'http'
-  const origin = `${scheme}://${inUrl(reached)}${port ? `:${port}` : ''}`
-  const base = String(url ?? origin).replace(/\/+$/, '')
-  const { path, host = address, port: own = port + PORT_OFFSET } =
-    at ?? env('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
-  must(path ?? (isPort(own) || (own > 0 && !given)), // else it is PORT's fault, and told later
-    'the monitor belongs at port + 80, which is no port: say port or listen', RangeError)
-  // exclusive: cluster workers would share the port, and answer for each other
-  state.endpoint = { exclusive: true, ...path ? { path } : { port: own, ...host && { host } } }
-  listen()
-  return { host: reached, port, path: typeof bound === 'string' ? bound : undefined, url: base }
+
+/** Without the server, only a connection tells whether the instance accepts them. */
+function lookForInstance(begun: State): void {
+  const { instance } = begun
+  if (!instance) return
+  const socket = net.connect(toConnectOptions(instance), () => acceptRequests(begun))
+  socket.unref().on('error', doNothing)
+  socket.setTimeout(TICK_MS, () => socket.destroy())
+  socket.end()
 }
-function listen(isRetry = false): void {
-  const starting = state
-  const monitor = state.monitor = net.createServer({ allowHalfOpen: true }, openSession).unref()
-  monitor.on('listening', () => {
-    if (starting !== state) return void monitor.close() // stopped while a name was looked up
-    const at = monitor.address() ?? ''
-    log('info', `listening on ${typeof at === 'string' ? at : `${inUrl(at.address)}:${at.port}`}`)
-    state.settle(at)
-  }).on('error', (error: NodeJS.ErrnoException) => {
-    if (starting !== state || monitor.listening) return // a connection that it could not accept
-    const text = `cannot listen: ${wording(error)}`
-    if (error.code !== 'EADDRINUSE') return giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
-    if (!isRetry) log('warn', `${text}; tries every second; an older process may hold it; ` +
-      'cluster workers need FTW_MONITOR_LISTEN each; remove a dead path')
-    state.settle(false)
-    later(LISTEN_RETRY_MS, () => listen(true))
-  })
-  try { monitor.listen(state.endpoint) } catch (error) { monitor.emit('error', error) } // forbidden
+
+function acceptRequests(begun: State): void {
+  if (!isCurrent(begun) || begun.isAccepting) return
+  begun.isAccepting = true
+  if (begun.warmup.outcome !== 'off') void warmUpAutomatically()
 }
-/** What the environment does not allow is warned of; a caller's mistake rejects. */
+
+/** What a deployment decides is warned of, and is never the host's end. */
 function giveUp(error: unknown): void {
-  if (error instanceof Refusal) log('warn', error.message)
-  else state.settle(Promise.reject(error))
+  log('warn', wording(error))
+  state.settleStart(false)
   void stop()
 }
-/** Where an instance is reached that is bound to no address in particular. */
-const LOOPBACK = new Map([['', 'localhost'], ['0.0.0.0', '127.0.0.1'], ['::', '::1']])
-const inUrl = (host: string): string => net.isIPv6(host) ? `[${host}]` : host
 
-/** What the environment says, as `read` understands it; undefined where it says nothing. */
-function env<T = string>(name: string, read = (text: string) => text as T | undefined) {
-  const text = process.env[name]?.trim()
-  return text ? read(text) ?? refuse(`cannot use ${name}=${text}; mend it`) : undefined
+// --- Addresses -----------------------------------------------------------------------------------
+
+/** What the instance is bound to; the address is '' where it is bound to none in particular. */
+interface Bound {
+  address: string
+  port: number | undefined
+  path: string | undefined
 }
-const isOff = (name: string): boolean => /^(0|false|no|off)$/i.test(env(name) ?? '')
-const toPort = (text: string) => (isPort(Number(text)) && Number(text)) || undefined
-/** `8160`, `host:8160`, `[::1]:8160`, or a path. */
-function toEndpoint(text: string): StartOptions['listen'] {
+
+/** Gives the host at which this machine reaches what is bound to an address, or to all of them. */
+function hostReaching(address: string): string {
+  if (address === '') return 'localhost'
+  if (address === '0.0.0.0') return '127.0.0.1'
+  return address === '::' ? '::1' : address
+}
+
+function boundAddress({ server, port }: StartOptions): Bound {
+  if (!server) {
+    const instancePort = port ?? readEnvAs('PORT', toPort)
+    if (instancePort === undefined) refuse('needs a port: set PORT, or start(server)')
+    return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
+  }
+
+  const bound = server.address()
+  if (typeof bound === 'string') return { address: '', port, path: bound }
+  return { address: bound?.address ?? '', port: port ?? bound?.port, path: undefined }
+}
+
+function locateInstance({ server, url }: StartOptions, { address, port, path }: Bound): Instance {
+  const host = hostReaching(address)
+  const isSecure = server !== undefined && 'setSecureContext' in server
+  const origin = `${isSecure ? 'https' : 'http'}://${hostInUrl(host)}`
+  const ownUrl = port ? `${origin}:${port}` : origin
+  const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl)
+  return { host, port, path, url: (toldUrl ?? ownUrl).replace(/\/+$/, '') }
+}
+
+/** Where the monitor is to listen. */
+function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOptions {
+  const told = listen ?? endpointInEnvironment()
+  // exclusive: the workers of a cluster would share the port, and answer for each other
+  if (told.path !== undefined) return { exclusive: true, path: told.path }
+
+  const host = told.host ?? bound.address
+  const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
+  if (!isPort(port)) refuse('finds no port beside the instance: set FTW_MONITOR_LISTEN')
+  return host ? { exclusive: true, port, host } : { exclusive: true, port }
+}
+
+function toConnectOptions({ host, port, path }: Instance): net.NetConnectOpts {
+  return path === undefined ? { host, port: port ?? 0 } : { path }
+}
+
+function endpointInEnvironment(): Endpoint {
+  return readEnvAs('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
+}
+
+/** Reads `8160`, `host:8160`, `[::1]:8160`, or a path. */
+function toEndpoint(text: string): Endpoint | undefined {
   if (/[/\\]/.test(text)) return { path: text }
-  const [, ipv6, host = ipv6, port] = /^(?:\[(.+)\]:|([^:[\]]+):)?(\d+)$/.exec(text) ?? []
-  return isPort(Number(port)) ? { port: Number(port), ...host && { host } } : undefined
+
+  const [, ipv6, name, digits] = HOST_AND_PORT.exec(text) ?? []
+  const port = Number(digits)
+  if (!isPort(port)) return undefined
+  const host = ipv6 ?? name
+  return host ? { host, port } : { port }
 }
+
+const HOST_AND_PORT = /^(?:\[(.+)\]:|([^:[\]]+):)?(\d+)$/ // [::1]:8160, host:8160, 8160
+
+function isPort(value: unknown): value is number {
+  return Number.isInteger(value) && Number(value) >= 0 && Number(value) <= 65_535
+}
+
+/** A port that can be connected to. */
+function toPort(text: string): number | undefined {
+  const port = Number(text)
+  return isPort(port) && port > 0 ? port : undefined
+}
+
+function toUrl(text: unknown): string | undefined {
+  const url = String(text)
+  return /^https?:/i.test(url) && URL.canParse(url) ? url : undefined
+}
+
+function hostInUrl(host: string): string {
+  return net.isIPv6(host) ? `[${host}]` : host
+}
+
+// --- Listening -----------------------------------------------------------------------------------
+
+function openMonitor(isRetry = false): void {
+  const begun = state
+  const server = net.createServer({ allowHalfOpen: true }, openSession).unref()
+  begun.monitor.server = server
+  server.on('listening', () => onMonitorListening(begun, server))
+  server.on('error', (error) => onMonitorError(begun, server, error, isRetry))
+  try {
+    server.listen(begun.monitor.endpoint)
+  } catch (error) {
+    server.emit('error', error) // thrown by Node.js where its permissions forbid listening
+  }
+}
+
+function onMonitorListening(begun: State, server: net.Server): void {
+  if (!isCurrent(begun)) {
+    server.close() // stopped while a name was looked up
+    return
+  }
+  const address = server.address() ?? ''
+  const isPath = typeof address === 'string'
+  log('info', `listening on ${isPath ? address : `${hostInUrl(address.address)}:${address.port}`}`)
+  begun.settleStart(address)
+}
+
+function onMonitorError(
+  begun: State,
+  server: net.Server,
+  error: NodeJS.ErrnoException,
+  isRetry: boolean
+): void {
+  if (!isCurrent(begun) || server.listening) return // it could not accept a connection
+
+  const text = `cannot listen: ${wording(error)}`
+  if (error.code !== 'EADDRINUSE') {
+    giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
+    return
+  }
+  if (!isRetry) {
+    const advice =
+      'tries every second; an older process may hold it; cluster workers need ' +
+      'FTW_MONITOR_LISTEN each; remove a dead path'
+    log('warn', `${text}; ${advice}`)
+  }
+  begun.settleStart(false)
+  later(LISTEN_RETRY_MS, () => openMonitor(true))
+}
+
+// --- The hook on the server ----------------------------------------------------------------------
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
 function hook(server: net.Server): () => void {
-  const [starting, inner] = [state, server.emit]
-  const own = Object.getOwnPropertyDescriptor(server, 'emit')
-  const emit = function (this: net.Server, ...all: unknown[]): boolean {
-    const isTaken = starting === state && attempt(() => takesOver(...all as [string, never, never]))
-    return isTaken || Reflect.apply(inner, this, all)
+  const begun = state
+  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
+  const innerEmit = server.emit
+  const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
+
+  function emit(this: net.Server, ...all: [string, ...unknown[]]): boolean {
+    if (isCurrent(begun) && attempt(() => onServerEvent(...all)) === 'taken') return true
+    return Reflect.apply(innerEmit, this, all)
   }
   Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
+
   return () => {
     if (server.emit !== emit) return // whoever hooked in later still calls us
     Reflect.deleteProperty(server, 'emit')
-    if (own) Reflect.defineProperty(server, 'emit', own) // must not throw, whatever befell it
+    // Reflect's function never throws, whatever became of the server.
+    if (ownEmit) Reflect.defineProperty(server, 'emit', ownEmit)
   }
 }
-/** Sees all events first, of which a 'request' may be none; true for a request to us alone. */
-function takesOver(event: string, request: http.IncomingMessage, response: http.ServerResponse) {
-  if (event === 'listening') boot()
-  if (event === 'close' && isShuttingDown()) void stop() // close() before listen() emits it, too
-  if (event !== 'request' && event !== 'checkContinue') return false
-  const { method, url = '', socket } = request
-  const isView = warmupSite(url) !== undefined
-  if (isView) warmupView(request, response)
-  if (isView || state.inFlight.has(response)) return isView
-  response.on('close', requestEnded)
-  state.inFlight.set(response, { startedAt: performance.now(), line: `${method} ${url}`, socket })
-  state.served.requests++
-  if (state.draining) closeAfter(response)
-  return false
+
+/** Sees each event before the host does; what is taken, the host does not see. */
+function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
+  switch (event) {
+    case 'listening':
+      return boot()
+    case 'close':
+      return onServerClose()
+    case 'request':
+    case 'checkContinue':
+      return onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
+  }
 }
-function requestEnded(this: http.ServerResponse): void {
-  if (state.inFlight.delete(this) && this.statusCode >= 500) state.served.errors++
+
+function onServerClose(): void {
+  if (isShuttingDown()) void stop() // else it was closed before it ever listened
+}
+
+/** The application may emit a request that is none, so everything here may throw. */
+function onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
+  const { method, url = '', socket } = request
+  if (warmupSite(url) !== undefined) {
+    warmupView(request, response)
+    return 'taken'
+  }
+  const { host } = state
+  if (host.inFlight.has(response)) return // emitted again, after checkContinue
+
+  response.on('close', onResponseClose)
+  const line = `${method} ${url}`
+  host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
+  host.requests++
+  if (state.draining) closeAfter(response)
+}
+
+function onResponseClose(this: http.ServerResponse): void {
+  const { host } = state
+  const wasInFlight = host.inFlight.delete(this)
+  if (wasInFlight && this.statusCode >= 500) host.errors++
+}
+
+/** Some responses never get their 'close'. */
+function forgetDeadRequests(): void {
+  const { inFlight } = state.host
+  for (const [response, { socket }] of inFlight) {
+    if (!socket || socket.destroyed || response.destroyed) inFlight.delete(response)
+  }
 }
 
 // --- The verdict ---------------------------------------------------------------------------------
+
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
-export async function health(): Promise<{ healthy: boolean, reason: string }> {
-  const reason = await verdict()
+export async function health(): Promise<{ healthy: boolean; reason: string }> {
+  await inspect()
+  const reason = verdict()
   return { healthy: reason === 'OK', reason }
 }
 
-/** `OK` or why not; every prober's reply is a rendering of it. A promise only if it must be. */
-function verdict(asker?: Asker, worth = 1): string | Promise<string> {
-  if (asker) noteProber(asker, worth)
-  if (databases.size === 0 || state.draining || isShuttingDown()) return judge()
-  return Promise.all([...databases.values()].map(trouble)).then((all) => judge(all.find(Boolean)))
-}
-/** Judges when the answer is due: what held when the databases were asked may be over. */
-function judge(databaseTrouble = ''): string {
+/** Judges by what is known, and does nothing else; `inspect` comes before it. */
+function verdict(): string {
   if (state.draining) return red(state.draining.reason)
   if (isShuttingDown()) return 'Instance is shutting down'
-  if (databaseTrouble) return red(`Error: ${databaseTrouble}`)
-  if (!state.accepting || (state.warmup === 'cold' && !state.runs[0])) return 'Instance is booting'
-  if (state.runs.length > 0) return 'Warmup in progress'
-  return state.warmup === 'failed' ? red(`Warmup failed: ${state.failure}`) : 'OK'
-}
-/** Known at once, where `close` would tell only when the last slow request is gone. */
-const isShuttingDown = (): boolean => state.accepting && state.options.server?.listening === false
-/** What is not healthy becomes one line in which HAProxy's `expect string OK` finds nothing. */
-const red = (text: string): string => clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
-/** A blank, never nothing, for each character that could forge a line or steer a terminal. */
-const clean = (text: string): string => text.replace(CONTROL, ' ')
-const CONTROL = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
-/** What is wrong with a database; '' where nothing is. */
-const trouble = (registered: Registered): Promise<string> => ask(registered, 'isConnected').then(
-  (answer) => answer === true ? '' : 'disconnected.',
-  (error: unknown) => error === TIMED_OUT ? 'timed out.' : `failed: ${wording(error)}`
-).then((text) => text && `Database '${registered.name}' ${text}`)
+  const trouble = firstTrouble()
+  if (trouble) return red(`Error: ${trouble}`)
+
+  const status = warmupStatus()
+  if (!state.isAccepting || status === 'cold') return 'Instance is booting'
+  if (status === 'running') return 'Warmup in progress'
+  if (status === 'failed') return red(`Warmup failed: ${state.warmup.failure}`)
+  return 'OK'
+}
+
+/** Asks what the verdict has to know. A promise only if there is something to wait for, since a
+ *  promise is 15 % of a check. */
+function inspect(): Promise<unknown> | undefined {
+  if (databases.size === 0 || state.draining || isShuttingDown()) return undefined
+  return Promise.all(Array.from(databases.values(), inspectDatabase))
+}
+
+/** Known at once after `server.close()`, where `close` comes only when the last request is gone. */
+function isShuttingDown(): boolean {
+  return state.isAccepting && state.host.server?.listening === false
+}
+
+/** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
+function red(text: string): string {
+  return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
+}
+
+// --- Databases and counters ----------------------------------------------------------------------
+
+type DatabaseMethod = 'isConnected' | 'connections' | 'figures'
+
+interface RegisteredDatabase {
+  name: string
+  database: Database
+  counters: Record<keyof Activity, Counter>
+  /** What was asked and is not answered yet. */
+  questions: Map<DatabaseMethod, Question>
+  /** What was wrong with it when it was last asked, '' if nothing. */
+  trouble: string
+}
+
+/** Registers a database, or replaces it. Gives the counters on which the service tells what it does
+ *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
+export function registerDatabase(name: string, database: Database): Activity {
+  must(isWord(name), 'a database has a name without white space')
+  must(
+    hasMethods(database, 'isConnected') &&
+      mayHaveMethod(database, 'connections') &&
+      mayHaveMethod(database, 'figures'),
+    'a database has isConnected(), and may have connections() and figures()'
+  )
+  const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
+  databases.set(name, { name, database, counters, questions: new Map(), trouble: '' })
+  return {
+    loads: (count) => counters.loads.add(count),
+    stores: (count) => counters.stores.add(count),
+    connections: (count) => counters.connections.add(count)
+  }
+}
+
+function mayHaveMethod(database: Database, name: 'connections' | 'figures'): boolean {
+  return database[name] === undefined || hasMethods(database, name)
+}
+
+/** Asks a database whether it is connected, and keeps what is wrong with it. */
+async function inspectDatabase(registered: RegisteredDatabase): Promise<string> {
+  registered.trouble = await findTrouble(registered)
+  return registered.trouble
+}
+
+async function findTrouble(registered: RegisteredDatabase): Promise<string> {
+  const subject = `Database '${registered.name}'`
+  try {
+    const answer = await ask(registered, 'isConnected')
+    return answer === true ? '' : `${subject} disconnected.`
+  } catch (error) {
+    return error === TIMED_OUT ? `${subject} timed out.` : `${subject} failed: ${wording(error)}`
+  }
+}
+
+/** What is wrong with the first database with which something is. */
+function firstTrouble(): string {
+  for (const { trouble } of databases.values()) {
+    if (trouble) return trouble
+  }
+  return ''
+}
+
 const TIMED_OUT = new Error('no answer in time')
-/** Asks a database. Who comes while a question is out shares it, so nobody multiplies queries. */
-const ask = ({ database, asked }: Registered, method: keyof Database): Promise<unknown> =>
-  asked[method] ??= new Promise((resolve, reject) => {
-    // setImmediate: after the host blocked, what came in time is still to be read
-    const timer = setTimeout(() => setImmediate(reject, TIMED_OUT), DATABASE_MS).unref()
-    Promise.resolve().then(() => database[method]?.()).finally(() => {
-      clearTimeout(timer)
-      delete asked[method]
-    }).then(resolve, reject)
-  })
 
-/** An error in words, never none: fetch hides them in `cause`, a refused localhost in `code`. */
-const wording = (error: unknown): string => attempt(() => {
-  if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
-  const { message, cause, code = '', name } = error as Error & { code?: string }
-  if (message === 'fetch failed' && cause) return wording(cause)
-  const advice = /_ALTNAME_/.test(code) ? '; set FTW_MONITOR_URL, or url, to a name that it has'
-    : /^(UNABLE_|SELF_|DEPTH_)/.test(code) ? "; set NODE_EXTRA_CA_CERTS to its issuer's file" : ''
-  return `${message || code || name}`.slice(0, REASON_MAX) + advice
-}) || 'an error that cannot be put into words'
-/** What others made may throw at every look. */
-function attempt<T>(look: () => T): T | undefined {
-  try { return look() } catch { return undefined }
+/** A question to a database. */
+class Question {
+  readonly askedAtMs = performance.now()
+  readonly answer: Promise<unknown>
+  readonly resolve: (answer: unknown) => void
+  readonly reject: (error: unknown) => void
+  readonly #timer: ReturnType<typeof setTimeout>
+
+  constructor() {
+    const { promise, resolve, reject } = deferred<unknown>()
+    this.answer = promise
+    this.resolve = resolve
+    this.reject = reject
+    // setImmediate: after the host has blocked, read first what came in time.
+    this.#timer = setTimeout(() => setImmediate(reject, TIMED_OUT), DATABASE_MS).unref()
+  }
+
+  settled(): void {
+    clearTimeout(this.#timer)
+  }
 }
-/** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
-function log(level: keyof Logger, ...lines: string[]): void {
-  const text = `ftw-monitor ${lines.map(clean).join('\n')}`
-  new Promise((done) => done((state.options.logger ?? console)[level](text))).catch(quiet)
+
+/** Asks a database. Whoever comes while a question is out shares it, so nobody multiplies queries. */
+function ask(registered: RegisteredDatabase, method: DatabaseMethod): Promise<unknown> {
+  const open = registered.questions.get(method)
+  if (open) return open.answer
+
+  const question = new Question()
+  registered.questions.set(method, question)
+  void pose(registered, method, question)
+  return question.answer
+}
+
+async function pose(
+  { database, questions }: RegisteredDatabase,
+  method: DatabaseMethod,
+  question: Question
+): Promise<void> {
+  try {
+    question.resolve(await database[method]?.())
+  } catch (error) {
+    question.reject(error)
+  }
+  question.settled()
+  questions.delete(method)
+}
+
+/** Counts events, and remembers an hour of them by the second. */
+class Counter {
+  total = 0
+  /** The oldest second comes first. */
+  readonly #countBySecond = new Map<number, number>()
+
+  /** JavaScript may pass '3', which is not to be appended to the number. */
+  add(count: unknown = 1): void {
+    const events = Number(count)
+    must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
+    const second = Math.floor(performance.now() / 1_000)
+    this.total += events
+    this.#countBySecond.set(second, (this.#countBySecond.get(second) ?? 0) + events)
+    if (this.#countBySecond.size > HISTORY_SECONDS) this.#forgetOldest()
+  }
+
+  last(seconds: number): number {
+    const now = Math.floor(performance.now() / 1_000)
+    let sum = 0
+    for (const [second, count] of this.#countBySecond) {
+      if (now - second < seconds) sum += count
+    }
+    return sum
+  }
+
+  #forgetOldest(): void {
+    const [oldest] = this.#countBySecond.keys()
+    if (oldest !== undefined) this.#countBySecond.delete(oldest)
+  }
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
+
 /** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
  *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
  *  `TypeError` for what is no path or no function. */
 export function registerWarmup(site: string, performer: WarmupPerformer): void {
-  must(typeof site === 'string' && /^\/(?![/\\])[^\s?#]*$/.test(site), 'a site is / or /a/path')
+  must(typeof site === 'string' && SITE.test(site), 'a site is / or /a/path')
   must(typeof performer === 'function', 'a warm-up performer is a function')
-  performers.set(new URL(site, 'http://localhost').pathname.replace(/\/+$/, '') || '/', performer)
+  performers.set(withoutSlashes(new URL(site, 'http://localhost').pathname) || '/', performer)
 }
-const allSites = (): string[] => performers.size > 0 ? [...performers.keys()] : ['/']
 
-/** Joins a run that covers these sites, or queues one. Resolves to why they failed, '' if not. */
+const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
+
+function allSites(): string[] {
+  return performers.size > 0 ? [...performers.keys()] : ['/']
+}
+
+function warmupStatus(): 'off' | 'cold' | 'running' | 'done' | 'failed' {
+  return state.warmup.runs.length > 0 ? 'running' : state.warmup.outcome
+}
+
+/** Joins a run that covers these sites, or queues one. Resolves to why it failed, '' if not. */
 function warmUp(sites: string[]): Promise<string> {
-  const covering = state.runs.find((run) => sites.every((site) => run.sites.includes(site)))
+  const { runs } = state.warmup
+  const covering = runs.find((run) => sites.every((site) => run.sites.includes(site)))
   if (covering) return covering.done
+
   const controller = new AbortController()
-  const done = perform(sites, controller)
-  state.runs.push({ sites, controller, done })
+  const done = performRun(sites, controller, runs.at(-1)?.done)
+  runs.push({ sites, controller, done })
   return done
 }
-async function perform(sites: string[], controller: AbortController): Promise<string> {
-  const [starting, { signal }] = [state, controller]
-  const aborted = new Promise((go) => signal.addEventListener('abort', go))
-  await starting.runs.at(-1)?.done
-  const expire = () => controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
-  starting.due.set(expire, starting.clock + WARMUP_MS)
+
+async function performRun(
+  sites: string[],
+  controller: AbortController,
+  runBefore: Promise<string> | undefined
+): Promise<string> {
+  const begun = state
+  const { clock, warmup } = begun
+  const { signal } = controller
+  await runBefore
+
+  const expire = (): void => {
+    controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
+  }
+  clock.due.set(expire, clock.nowMs + WARMUP_MS)
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
-    const [startedAt, url] = [performance.now(), `${starting.instance?.url}${site}`]
-    const performer = performers.get(site) ?? loadPage
-    const work = async () => signal.aborted || performer({ site, url, signal })
-    const reason = await Promise.race([work(), aborted]) // it may not heed the signal
-      .then(() => signal.throwIfAborted()).then(() => '', wording)
-    starting.tried.set(site, reason && site !== '/' ? `${site}: ${reason}` : reason)
-    const seconds = ((performance.now() - startedAt) / 1_000).toFixed(1)
-    const text = `${site} ${reason ? `failed (${reason})` : 'is warm'} after ${seconds} s`
-    if (starting === state) log(reason ? 'warn' : 'info', `(${index + 1}/${sites.length}) ${text}`)
+    const outcome = await warmSite(begun, site, signal)
+    if (!isCurrent(begun)) continue
+    const level = warmup.tried.get(site) ? 'warn' : 'info'
+    log(level, `(${index + 1}/${sites.length}) ${outcome}`)
   }
-  starting.due.delete(expire) // else what outlives the warm-up would end by its signal
-  starting.runs.shift()
-  const failure = failureOf(sites, starting)
-  if (!failure && allSites().every((site) => sites.includes(site))) starting.warmup = 'done'
+  clock.due.delete(expire) // else what outlives the warm-up would end by its signal
+
+  warmup.runs.shift()
+  const failure = failureOf(warmup, sites)
+  const isWhole = allSites().every((site) => sites.includes(site))
+  if (failure === '' && isWhole) warmup.outcome = 'done'
   return failure
 }
-const failureOf = (sites: string[], { tried } = state): string =>
-  sites.map((site) => tried.get(site)).filter(Boolean).join('; ')
-function abort(reason: string, { view, runs }: Pick<State, 'view' | 'runs'> = state): void {
-  for (const { controller } of [view, ...runs]) controller.abort(new Error(reason))
+
+/** Warms one site, remembers whether it failed, and gives what is to be logged. */
+async function warmSite(begun: State, site: string, signal: AbortSignal): Promise<string> {
+  const startedAtMs = performance.now()
+  const failure = await tryPerformer(site, `${begun.instance?.url}${site}`, signal)
+  begun.warmup.tried.set(site, failure && site !== '/' ? `${site}: ${failure}` : failure)
+
+  const seconds = ((performance.now() - startedAtMs) / 1_000).toFixed(1)
+  const outcome = failure ? `failed (${failure})` : 'is warm'
+  return `${site} ${outcome} after ${seconds} s`
 }
 
-const TOKEN = 'x-ftw-monitor-token'
-/** After boot, until it succeeds: one passing error must not keep an instance out for good. The
- *  view begins, as then performers run as a request's work does. No answer proves that it is there,
- *  since a catch-all route, another worker or the old process give one too; our token does. */
+/** Why the performer failed, '' if it did not. A performer may not heed the signal. */
+async function tryPerformer(site: string, url: string, signal: AbortSignal): Promise<string> {
+  const performer = performers.get(site) ?? loadPage
+  const { promise: aborted, resolve: endWait } = deferred<void>()
+  signal.addEventListener('abort', () => endWait())
+  try {
+    signal.throwIfAborted()
+    await Promise.race([performer({ site, url, signal }), aborted])
+    signal.throwIfAborted()
+    return ''
+  } catch (error) {
+    return wording(error)
+  }
+}
+
+/** Why these sites are not warm, '' if they are. */
+function failureOf({ tried }: WarmupState, sites: string[]): string {
+  const failures = sites.map((site) => tried.get(site))
+  return failures.filter(Boolean).join('; ')
+}
+
+function abortWarmups({ viewController, runs }: WarmupState, reason: string): void {
+  viewController.abort(new Error(reason))
+  for (const { controller } of runs) controller.abort(new Error(reason))
+}
+
+/** After boot, until all is warm: one passing error must not keep an instance out for good. */
 async function warmUpAutomatically(): Promise<void> {
-  const starting = state
-  const { instance, tried, view: { token, controller: { signal } } } = state
-  later(VIEW_MS, () => state.view.isAsked || state.view.controller.abort())
-  const options = { headers: { [TOKEN]: token }, redirect: 'manual', signal } as const
-  const askView = async () => (await fetch(`${instance?.url}/@@warmup`, options)).body?.cancel()
-  if (!instance?.path) await askView().catch(quiet) // fetch knows no Unix sockets
+  const begun = state
+  const { warmup } = begun
+  await askView(begun)
+
   let pauseMs = WARMUP_RETRY_MS
-  while (starting === state && state.warmup !== 'done') {
-    while (isShuttingDown()) await new Promise<void>((go) => later(TICK_MS, go)) // or until stop()
-    const untried = allSites().filter((site) => !tried.has(site)) // or registered meanwhile
-    const failure = failureOf(allSites())
-    if (untried.length > 0) await warmUp(untried) // which the view may have begun
-    else Object.assign(state, { warmup: failure ? 'failed' : 'done', failure })
-    if (untried.length > 0 || !failure) continue
-    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
-    await new Promise<void>((go) => later(pauseMs, go))
-    for (const [site, reason] of tried) if (reason) tried.delete(site)
+  while (isCurrent(begun) && warmup.outcome !== 'done') {
+    while (isShuttingDown()) await pause(TICK_MS)
+
+    const untried = allSites().filter((site) => !warmup.tried.has(site))
+    if (untried.length > 0) {
+      await warmUp(untried) // joins the run that the view may have begun
+      continue
+    }
+    warmup.failure = failureOf(warmup, allSites())
+    if (warmup.failure === '') {
+      warmup.outcome = 'done'
+      return
+    }
+    warmup.outcome = 'failed'
+    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${warmup.failure}`)
+    await pause(pauseMs)
+    forgetFailures(warmup)
     pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
   }
 }
+
+function forgetFailures({ tried }: WarmupState): void {
+  for (const [site, failure] of tried) {
+    if (failure) tried.delete(site)
+  }
+}
+
+const TOKEN_HEADER = 'x-ftw-monitor-token'
+
+/** Begins at the view, since performers then run as the work of a request does. That the view is
+ *  there is proved by our token alone: a catch-all route, or another worker, answers too. */
+async function askView({ instance, warmup }: State): Promise<void> {
+  if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
+
+  later(VIEW_MS, () => {
+    if (!warmup.isViewSeen) warmup.viewController.abort()
+  })
+  try {
+    const answer = await fetch(`${instance.url}/@@warmup`, {
+      headers: { [TOKEN_HEADER]: warmup.token },
+      redirect: 'manual',
+      signal: warmup.viewController.signal
+    })
+    await answer.body?.cancel()
+  } catch {
+    // What nobody answered is warmed up all the same, by the performers alone.
+  }
+}
+
 /** The default performer: loads the page that the first visitor would have waited for. */
-async function loadPage({ site, url, signal }: Parameters<WarmupPerformer>[0]): Promise<void> {
-  const status = await visit(url, signal)
+async function loadPage({ site, url, signal }: Warmup): Promise<void> {
+  const isSecure = /^https:/i.test(url)
+  const status = isSecure ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
   if (status >= 500) throw new Error(`it answered ${status}`)
   if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
 }
-/** The status of a page, when all of it has come; by node:http where that can be, as fetch refuses
- *  some ports, goes through proxies, and gives up after 300 s. */
-async function visit(url: string, signal: AbortSignal): Promise<number> {
-  if (/^https:/i.test(url)) {
-    const { status, body } = await fetch(url, { redirect: 'manual', signal })
-    await body?.pipeTo(new WritableStream())
-    return status
-  }
+
+/** Gives the status of a page when all of it has come. */
+async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
+  const { status, body } = await fetch(url, { redirect: 'manual', signal })
+  await body?.pipeTo(new WritableStream())
+  return status
+}
+
+/** As fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
+function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
+  const socketPath = state.instance?.path
   return new Promise((resolve, reject) => {
-    http.get(url, { agent: false, signal, socketPath: state.instance?.path }, (page) => {
-      page.on('error', reject).on('end', () => resolve(page.statusCode ?? 0)).resume()
-    }).on('error', reject)
-      .on('upgrade', (page) => reject(new Error(`it answered ${page.destroy().statusCode}`)))
+    const request = http.get(url, { agent: false, signal, socketPath }, (page) => {
+      page.on('error', reject)
+      page.on('end', () => resolve(page.statusCode ?? 0))
+      page.resume()
+    })
+    request.on('error', reject)
+    request.on('upgrade', (page) => {
+      page.destroy()
+      reject(new Error(`it answered ${page.statusCode}`))
+    })
   })
 }
 
@@ -483,618 +1088,1540 @@ async function visit(url: string, signal: AbortSignal): Promise<number> {
  *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
  *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
  *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
-export function warmupView(request: http.IncomingMessage, response: http.ServerResponse,
-  next?: () => void): void {
-  const { url = '', originalUrl = url } = request as { url?: string, originalUrl?: string }
+export function warmupView(
+  request: http.IncomingMessage,
+  response: http.ServerResponse,
+  next?: () => void
+): void {
+  const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
   const site = warmupSite(originalUrl) // Express cuts url
-  const answer = (status: number, text: string) => {
-    closeAfter(response)
-    response.writeHead(status, { 'Content-Type': PLAIN })
-    response.end(text)
+  if (site === undefined) {
+    if (next) next()
+    else answerView(response, 404, 'Not found')
+    return
   }
-  if (site === undefined) return next ? next() : answer(404, 'Not found')
-  const isOurs = request.headers[TOKEN] === state.view.token
-  const isHere = !(TOKEN in request.headers) && isLocal(request.socket) && !isForwarded(request)
-  if (!isOurs && !isHere) return answer(403, 'Only this machine may ask for a warm-up')
-  if (request.method !== 'GET') return answer(405, 'A warm-up is asked for by GET')
-  if (!state.instance) return answer(503, 'The monitor is not started')
-  const sites = allSites().filter((each) => isOurs || /^\/?$/.test(site) || site === each)
-  if (sites.length === 0) return answer(404, 'No such site is registered')
-  state.view.isAsked ||= isOurs
-  warmUp(sites).then((failure) => failure ? answer(500, red(`Warmup failed: ${failure}`))
-    : answer(200, 'Warmup successful')).catch(quiet) // the application may have answered meanwhile
-}
-/** `/shop` for `/shop/@@warmup?now`, '' for all; undefined where the view is not meant. */
-const warmupSite = (url: string): string | undefined => /^([^?]*)\/@@warmup(?:\?|$)/.exec(url)?.[1]
-const isLocal = ({ remoteAddress: peer, localAddress }: net.Socket): boolean =>
-  peer !== undefined && (peer === localAddress || /^((::ffff:)?127\.|::1$)/.test(peer))
-/** Behind a proxy everybody looks local; so do browsers here that show a stranger's page. */
-const isForwarded = ({ headers }: http.IncomingMessage): boolean => // some only say Mozilla
-  (headers['sec-fetch-site'] ?? headers['user-agent']?.match(/^Mozilla\//) ?? 'none') !== 'none' ||
-  /,(forwarded|x-forwarded-[^,]*|x-real-ip|via|origin),/.test(`,${Object.keys(headers)},`)
 
-// --- Draining ------------------------------------------------------------------------------------
-/** Takes the instance out: every verdict is the reason; requests are served with `Connection:
+  const isOurs = request.headers[TOKEN_HEADER] === state.warmup.token
+  const refusal = viewRefusal(request, isOurs)
+  if (refusal) {
+    answerView(response, ...refusal)
+    return
+  }
+  const sites = isOurs || site === '/' ? allSites() : allSites().filter((each) => each === site)
+  if (sites.length === 0) {
+    answerView(response, 404, 'No such site is registered')
+    return
+  }
+  if (isOurs) state.warmup.isViewSeen = true
+  void answerWhenWarm(response, sites)
+}
+
+function viewRefusal(
+  request: http.IncomingMessage,
+  isOurs: boolean
+): [status: number, text: string] | undefined {
+  if (!isOurs && !isFromHere(request)) return [403, 'Only this machine may ask for a warm-up']
+  if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
+  if (!state.instance) return [503, 'The monitor is not started']
+  return undefined
+}
+
+async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
+  const failure = await warmUp(sites)
+  try {
+    if (failure) answerView(response, 500, red(`Warmup failed: ${failure}`))
+    else answerView(response, 200, 'Warmup successful')
+  } catch {
+    // The application may have answered meanwhile.
+  }
+}
+
+function answerView(response: http.ServerResponse, status: number, text: string): void {
+  closeAfter(response)
+  response.writeHead(status, { 'Content-Type': PLAIN_TEXT })
+  response.end(text)
+}
+
+/** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
+function warmupSite(url: string): string | undefined {
+  const [, site] = WARMUP_URL.exec(url) ?? []
+  return site === '' ? '/' : site
+}
+
+const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
+
+function isFromHere(request: http.IncomingMessage): boolean {
+  if (TOKEN_HEADER in request.headers) return false // of another instance
+  return isLocal(request.socket) && !isForwarded(request)
+}
+
+function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
+  if (remoteAddress === undefined) return false
+  return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
+}
+
+const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
+
+/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser. */
+function isForwarded({ headers }: http.IncomingMessage): boolean {
+  if (isFromWebPage(headers)) return true
+  return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
+}
+
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
+
+function isFromWebPage(headers: http.IncomingHttpHeaders): boolean {
+  const fetchSite = headers['sec-fetch-site']
+  if (fetchSite !== undefined) return fetchSite !== 'none'
+
+  // Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla.
+  return (headers['user-agent'] ?? '').startsWith('Mozilla/')
+}
+
+// --- Draining and shutdown -----------------------------------------------------------------------
+
+/** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
  *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
- *  `timeoutMs` at most, at once without a monitor; rejects with a `TypeError` or `RangeError`. */
-export async function drain(options?: DrainOptions): Promise<void> { await untilDrained(options) }
+ *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
+ *  wrong options. */
+export async function drain(options: DrainOptions = {}): Promise<void> {
+  await untilDrained(options)
+}
+
 /** Takes the instance in again. */
-export function resume(): void { state.draining = undefined }
+export function resume(): void {
+  state.draining = undefined
+}
 
 /** Drains, reports each change of what it waits for, and gives the outcome. */
-async function untilDrained(options: DrainOptions = {}, tell: (text: string) => void = quiet) {
-  const { reason = 'Draining', fall = 3, timeoutMs = 25_000 } = options
-  must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
-  must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
-  must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
-  if (!state.ticker) return 'Drained'
-  const waitFor = state.draining?.waitFor ?? [...state.probers.values()]
-    .filter(({ askedAt }) => state.clock - (askedAt.at(-PROBER_ASKS) ?? -Infinity) <= PROBER_MS)
-    .map((prober) => Object.assign(prober, { told: 0 }))
-  state.draining = { reason, waitFor }
-  const last = new Map(Array.from(state.inFlight, ([response, { socket }]) => [socket, response]))
-  for (const response of last.values()) closeAfter(response) // the last of those pipelined
-  const startedAt = performance.now()
-  for (let said = '', seen = -1, quietSince = startedAt; state.draining?.waitFor === waitFor;) {
-    const { served: { requests }, inFlight: { size }, options: { server } } = state
-    const know = waitFor.filter(({ told }) => told >= fall).length
-    const progress = `${know} of ${waitFor.length} probers know` +
-      (server ? `, ${size} requests in flight` : '')
-    if (progress !== said) tell(`Draining: ${said = progress}`)
-    const now = performance.now()
-    if (know < waitFor.length || size > 0 || requests !== seen) [quietSince, seen] = [now, requests]
-    if (now - quietSince >= QUIET_MS) return 'Drained'
-    if (now - startedAt >= timeoutMs) return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
-    await new Promise((resolve) => setTimeout(resolve, DRAIN_POLL_MS).unref())
+async function untilDrained(
+  options: DrainOptions,
+  report: (progress: string) => void = doNothing
+): Promise<string> {
+  const { reason, fall, timeoutMs } = toDrainOptions(options)
+  if (!state.clock.ticker) return 'Drained'
+
+  const waitFor = beginDraining(reason)
+  const startedAtMs = performance.now()
+  let quietSinceMs = startedAtMs
+  let requestsBefore = state.host.requests
+  let progressBefore = ''
+  while (state.draining?.waitFor === waitFor) {
+    const progress = describeProgress(waitFor, fall)
+    if (progress !== progressBefore) report(`Draining: ${progress}`)
+    progressBefore = progress
+
+    const { inFlight, requests } = state.host
+    const nowMs = performance.now()
+    const isBusy = inFlight.size > 0 || requests !== requestsBefore
+    if (isBusy || !allKnow(waitFor, fall)) quietSinceMs = nowMs
+    requestsBefore = requests
+    if (nowMs - quietSinceMs >= QUIET_MS) return 'Drained'
+    if (nowMs - startedAtMs >= timeoutMs) {
+      return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
+    }
+    await pollingPause()
   }
   return 'Not drained: resumed meanwhile'
 }
+
+function toDrainOptions({
+  reason = 'Draining',
+  fall = 3,
+  timeoutMs = 25_000
+}: DrainOptions): Required<DrainOptions> {
+  must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
+  must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
+  must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
+  return { reason, fall, timeoutMs }
+}
+
+/** Gives the probers that must be told; a second `drain` waits for the same as the first. */
+function beginDraining(reason: string): Prober[] {
+  const waitFor = state.draining?.waitFor ?? frequentProbers()
+  state.draining = { reason, waitFor }
+
+  // Of the requests pipelined on a connection only the last may close it.
+  const lastOfSocket = new Map<net.Socket, http.ServerResponse>()
+  for (const [response, { socket }] of state.host.inFlight) lastOfSocket.set(socket, response)
+  for (const response of lastOfSocket.values()) closeAfter(response)
+  return waitFor
+}
+
+/** Whoever asks often enough to be a balancer; from now on their drained answers count. */
+function frequentProbers(): Prober[] {
+  const { clock, probers } = state
+  const frequent = [...probers.known.values()].filter(({ askedAtMs }) => {
+    const thirdLast = askedAtMs.at(-PROBER_ASKS)
+    return thirdLast !== undefined && clock.nowMs - thirdLast <= PROBER_MS
+  })
+  for (const prober of frequent) prober.told = 0
+  return frequent
+}
+
+function describeProgress(waitFor: Prober[], fall: number): string {
+  const informed = waitFor.filter(({ told }) => told >= fall).length
+  const probers = `${informed} of ${waitFor.length} probers know`
+  if (!state.host.server) return probers
+  return `${probers}, ${state.host.inFlight.size} requests in flight`
+}
+
+function allKnow(waitFor: Prober[], fall: number): boolean {
+  return waitFor.every(({ told }) => told >= fall)
+}
+
+function pollingPause(): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, DRAIN_POLL_MS).unref()
+  })
+}
+
 /** A keep-alive client goes elsewhere next time. HTTP/2 has no such header, but says GOAWAY. */
 function closeAfter(response: http.ServerResponse): void {
   const { stream } = response as { stream?: { session?: { close(): void } } }
-  if (stream || response.headersSent !== false) return stream?.session?.close()
-  response.setHeader('Connection', 'close') // and a gateway's upstream may not say otherwise
+  if (stream) {
+    stream.session?.close()
+    return
+  }
+  if (response.headersSent) return
+  response.setHeader('Connection', 'close')
   for (const method of ['setHeader', 'appendHeader', 'removeHeader'] as const) {
-    const inner = response[method] as (...all: string[]) => never
-    response[method] = (...all: string[]): never =>
-      /^connection$/i.test(`${all[0]}`) ? response as never : Reflect.apply(inner, response, all)
+    protectConnectionHeader(response, method)
   }
 }
-/** Remembers who asks, and how often who asked was told that the instance drains. */
-function noteProber(asker: Asker, worth: number): void {
-  if ('mode' in asker && asker.mode === 'interactive') return // people do, and `ftw-monitor wait`
-  const { probers, draining, clock } = state
-  const isFlood = !draining && ++state.lookups > LOOKUPS_PER_TICK
-  const address = isFlood ? 'whoever' : asker.remoteAddress ?? state.endpoint.path
-  if (address === undefined) return
-  const prober = probers.get(address) ?? { askedAt: [], told: 0 }
-  prober.told += worth
-  prober.askedAt = [...prober.askedAt.slice(1 - PROBER_ASKS), clock]
-  if (draining) return // nobody who is waited for is to make room
-  probers.delete(address)
-  probers.set(address, prober)
-  if (probers.size > PROBERS_MAX) probers.delete(probers.keys().next().value ?? '')
+
+/** A gateway's upstream, say, must not have the last word on our connections. */
+function protectConnectionHeader(
+  response: http.ServerResponse,
+  method: 'setHeader' | 'appendHeader' | 'removeHeader'
+): void {
+  const inner = response[method] as (...all: string[]) => never
+  response[method] = (...all: string[]): never => {
+    if (/^connection$/i.test(`${all[0]}`)) return response as never
+    return Reflect.apply(inner, response, all)
+  }
 }
 
-// --- Commands ------------------------------------------------------------------------------------
+/** Remembers who asks, and how often whoever asked was told that the instance drains. */
+function noteProber(asker: Asker, worth: number): void {
+  if (asker.isPerson) return
+  const { probers, clock, draining } = state
+  const address = addressOf(asker)
+  if (address === undefined) return
+
+  const prober = probers.known.get(address) ?? { askedAtMs: [], told: 0 }
+  prober.told += worth
+  prober.askedAtMs = [...prober.askedAtMs.slice(1 - PROBER_ASKS), clock.nowMs]
+  if (draining) return // no prober that we wait for may have to make room
+
+  probers.known.delete(address)
+  probers.known.set(address, prober)
+  if (probers.known.size <= PROBERS_MAX) return
+  const [longestSilent] = probers.known.keys()
+  if (longestSilent !== undefined) probers.known.delete(longestSilent)
+}
+
+/** All whose address is not looked up in a flood count as one prober. */
+function addressOf(asker: Asker): string | undefined {
+  const { probers, draining, monitor } = state
+  probers.lookupsInTick++
+  if (!draining && probers.lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
+  return asker.remoteAddress ?? monitor.endpoint.path
+}
+
+// --- The command table ---------------------------------------------------------------------------
+
+/** Whoever sent a line or a request. */
+interface Asker extends Connection {
+  /** Over HTTP a command has to be offered there. */
+  readonly isHttp: boolean
+  /** Whether a person sits there, in interactive mode; else it is a program. */
+  readonly isPerson: boolean
+  /** Writes what went wrong, with a status for HTTP. */
+  refuse(text: string, status: number): void
+}
+
+type Answer = Mode | void | Promise<Mode | void>
+
+interface Entry {
+  doc: string
+  http: boolean
+  local: boolean
+  /** The media type of what it writes. */
+  type: string
+  run(asker: Asker, args: string[]): Answer
+  /** When a failure of it was logged last. */
+  loggedAtMs: number
+}
+
+const PLAIN_TEXT = 'text/plain; charset=utf-8'
+const JSON_TEXT = 'application/json'
+const PROMETHEUS_TEXT = 'text/plain; version=0.0.4; charset=utf-8'
+
 /** Adds a command, or replaces it. The first line of `doc` is what `help` lists. Throws a
  *  `TypeError` for a name that is empty or has white space in it, and for wrong options. */
-export function register(name: string, doc: string, command: Command,
-  { http = false, local = false }: CommandOptions = {}): void {
+export function register(
+  name: string,
+  doc: string,
+  command: Command,
+  options: CommandOptions = {}
+): void {
+  const { http: overHttp = false, local = false } = options
   must(isWord(name), 'a command has a name without white space')
   must(typeof doc === 'string' && typeof command === 'function', 'doc is text, command a function')
-  must(!http || !local, 'a command is http or local: a browser here is local to all pages it shows')
-  commands.set(name, { doc, command, http, local, type: commands.get(name)?.type })
+  must(
+    !overHttp || !local,
+    'a command is http or local: a browser here is local to all pages it shows'
+  )
+  addEntry(name, {
+    doc,
+    http: overHttp,
+    local,
+    type: commands.get(name)?.type ?? PLAIN_TEXT, // a replaced `metrics` is still for Prometheus
+    run: (asker, args) => goOnWith(command(asker, ...args), (mode) => checkedMode(name, mode))
+  })
 }
-const isWord = (name: unknown): boolean => typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
-/** Registers a command that gives the text that it has to say, after which `mode` follows. */
-const report = (
-  name: string, doc: string, command: Entry['command'], how: Partial<Entry> = { http: true }
-) => commands.set(name, { doc, command, isReport: true, ...how })
-type Asker = Session | Exchange // its `refuse` says what went wrong, with a status for HTTP
-/** What the asker, or the environment, did wrong: told in these words, without a stack. */
-class Refusal extends Error {}
-const refuse = (text: string): never => { throw new Refusal(text) }
 
-/** The one way to run a command: whatever goes wrong becomes a line for the asker. */
-function run(name: string, args: string[], asker: Asker): Mode | void | Promise<Mode | void> {
-  const entry = commands.get(name)
-  if (!entry || (asker instanceof Exchange && !entry.http)) return refuseUnknown(name, asker)
-  if (entry.local && !asker.local) return asker.refuse(`${name} is for this machine only\n`, 403)
-  try {
-    const answer = entry.command(asker, ...args)
-    if (!isObject(answer)) return finish(name, entry, answer, asker)
-    return Promise.resolve(answer).then((settled) => finish(name, entry, settled, asker))
-      .catch((error: unknown) => refuseFailed(name, entry, error, asker))
-  } catch (error) { refuseFailed(name, entry, error, asker) }
+/** Adds a command of ours that writes its reply, and leaves the mode as it is. */
+function addCommand(
+  name: string,
+  doc: string,
+  write: (asker: Asker, ...args: string[]) => void | Promise<void>
+): void {
+  addEntry(name, { doc, run: (asker, args) => write(asker, ...args) })
 }
-function finish(name: string, entry: Entry, answer: unknown, asker: Asker): Mode | void {
-  if (entry.isReport && answer !== undefined) asker.write(`${answer}\n`)
-  if (entry.isReport) return entry.mode
+
+/** Adds a command of ours that gives the text of its reply, without the last line feed. */
+function addReport(
+  name: string,
+  doc: string,
+  report: (asker: Asker, ...args: string[]) => string | Promise<string>,
+  how: Partial<Entry> & { mode?: Mode } = {}
+): void {
+  const { mode, ...options } = how
+  const write = (asker: Asker, text: string): Mode | void => {
+    asker.write(`${text}\n`)
+    return mode
+  }
+  const run = (asker: Asker, args: string[]): Answer =>
+    goOnWith(report(asker, ...args), (text) => write(asker, text))
+  addEntry(name, { doc, run, ...options })
+}
+
+function addEntry(name: string, entry: Partial<Entry> & Pick<Entry, 'doc' | 'run'>): void {
+  commands.set(name, {
+    http: true,
+    local: false,
+    type: PLAIN_TEXT,
+    loggedAtMs: -Infinity,
+    ...entry
+  })
+}
+
+/** Goes on with a value at once where it is there, since a promise is 15 % of a check. */
+function goOnWith<T, R>(value: T | Promise<T>, next: (value: T) => R): R | Promise<R> {
+  if (!isObject(value)) return next(value as T)
+  return Promise.resolve<T>(value).then(next)
+}
+
+const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
+
+function checkedMode(name: string, answer: unknown): Mode | void {
   if (MODES.includes(answer)) return answer as Mode | void
   refuse(`${name} returned ${wording(answer)} instead of a mode; reply with connection.write`)
 }
-const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
-const refuseUnknown = (name: string, asker: Asker): void =>
+
+/** Runs a command, for lines and HTTP alike; whatever goes wrong becomes a line for the asker. */
+function runCommand(name: string, args: string[], asker: Asker): Answer {
+  const entry = commands.get(name)
+  if (!entry || (asker.isHttp && !entry.http)) return refuseUnknown(name, asker)
+  if (entry.local && !asker.local) {
+    return asker.refuse(`${name} is for this machine only\n`, 403)
+  }
+  try {
+    const answer = entry.run(asker, args)
+    if (!(answer instanceof Promise)) return answer
+    return answer.catch((error: unknown) => refuseFailed(name, entry, error, asker))
+  } catch (error) {
+    return refuseFailed(name, entry, error, asker)
+  }
+}
+
+function refuseUnknown(name: string, asker: Asker): void {
   asker.refuse(`${red(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
+}
+
 /** The asker gets one line; the frames, which tell of the host's files, go to the log. */
 function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
-  const isRefusal = attempt(() => error instanceof Refusal)
-  const kind = attempt(() => error instanceof Error && String(error.name)) || 'Error'
-  const line = isRefusal ? wording(error) : `${kind}: ${wording(error)}`
+  if (isRefusal(error)) {
+    asker.refuse(`${red(error.message)}\n`, 500)
+    return
+  }
+  const line = `${kindOf(error)}: ${wording(error)}`
   asker.refuse(`${red(line)}\n`, 500)
-  const now = performance.now()
-  if (isRefusal || now - (entry.loggedAt ?? -Infinity) < LOG_MS) return
-  entry.loggedAt = now
-  log('error', `got ${line} from ${name}`, ...attempt(() => framesOf(error as Error)) ?? [])
-}
-/** Without the message, which may come from outside and look like a frame. */
-const framesOf = ({ message, stack = '' }: Error): string[] =>
-  `${stack}`.split(`${message}`).slice(1).join(`${message}`).match(/(?<=\n) +at [^\n]*/g) ?? []
 
-report('help', `Get help about server commands\n
+  const nowMs = performance.now()
+  if (nowMs - entry.loggedAtMs < LOG_MS) return
+  entry.loggedAtMs = nowMs
+  log('error', `got ${line} from ${name}`, ...framesOf(error))
+}
+
+function kindOf(error: unknown): string {
+  const name: unknown = attempt(() => error instanceof Error && error.name)
+  return typeof name === 'string' && name !== '' ? name : 'Error'
+}
+
+// --- Commands ------------------------------------------------------------------------------------
+
+addCommand(
+  'help',
+  `Get help about server commands
+
     help lists the commands, help NAME shows what is written about one.
-`, (asker, name) => {
-  const entry = commands.get(name ?? '')
-  if (entry) return `Help for ${name}:\n\n${entry.doc || '?'}`
-  if (name !== undefined) return refuseUnknown(name, asker)
-  const all = [...commands].map(([word, { doc }]) => `\n  ${word} -- ${doc.split('\n')[0] || '?'}`)
-  return `Supported commands:${all.sort().join('')}`
-})
-report('interactive', "Turn on monitor's interactive mode",
-  () => 'Interactive mode on.  Use "quit" To exit.', { mode: 'interactive' })
-report('quit', 'Quit the monitor', () => 'Goodbye.', { mode: 'quit' })
-report('health_check', 'Check whether the instance is alive and ready to serve requests.',
-  (asker) => verdict(asker))
-report('agent_check', "Answer HAProxy's agent check", async (asker) => {
-  const reason = await verdict(asker, Infinity)
-  if (reason !== 'OK') return `${state.draining ? 'stopped' : 'down'} #${reason}`
-  const idle = Math.round(100 - 100 * Math.max(0, state.load))
-  return `up ${Math.max(10, idle)}%` // who fails fast is idle, too
-})
-report('warmup_state', 'Get instance warmup state.',
-  () => state.runs.length > 0 ? '0 1' : state.warmup === 'done' ? '1 0' : '0 0')
-report('drain', 'Take the instance out: drain [REASON...]', (asker, ...words) => untilDrained(
-  words.length > 0 ? { reason: words.join(' ') } : {}, (text) => asker.write(`${text}\n`)
-), { local: true })
-report('resume', 'Take the instance into service again', () => {
-  resume()
-  return 'Resumed'
-}, { local: true })
-
-// --- Figures -------------------------------------------------------------------------------------
-/** Counts events, and remembers an hour of them by the second. */
-class Counter {
-  total = 0
-  #counts = new Map<number, number>() // by the second, the oldest first
-  add = (count = 1): void => {
-    must(count >= 0 && count < Infinity, 'a count must be a number from 0', RangeError)
-    const second = Math.floor(performance.now() / 1_000)
-    this.#counts.set(second, (this.#counts.get(second) ?? 0) + Number(count))
-    if (this.#counts.size > HISTORY_SECONDS) this.#counts.delete(this.#counts.keys().next().value!)
-    this.total += Number(count) // JavaScript may say '3', which is not to be appended
+`,
+  (asker, name) => {
+    if (name === undefined) asker.write(`${listOfCommands()}\n`)
+    else tellAbout(name, asker)
   }
-  last(seconds: number): number {
-    const now = Math.floor(performance.now() / 1_000)
-    return [...this.#counts].reduce((sum, [at, count]) => now - at < seconds ? sum + count : sum, 0)
+)
+
+function listOfCommands(): string {
+  const lines = Array.from(commands, ([name, { doc }]) => `  ${name} -- ${summaryOf(doc)}`)
+  return ['Supported commands:', ...lines.sort()].join('\n')
+}
+
+function summaryOf(doc: string): string {
+  const [summary] = doc.split('\n')
+  return summary || '?'
+}
+
+function tellAbout(name: string, asker: Asker): void {
+  const entry = commands.get(name)
+  if (entry) asker.write(`Help for ${name}:\n\n${entry.doc || '?'}\n`)
+  else refuseUnknown(name, asker)
+}
+
+addReport(
+  'interactive',
+  "Turn on monitor's interactive mode",
+  () => 'Interactive mode on.  Use "quit" To exit.',
+  { http: false, mode: 'interactive' }
+)
+
+addReport('quit', 'Quit the monitor', () => 'Goodbye.', { http: false, mode: 'quit' })
+
+addCommand(
+  'health_check',
+  'Check whether the instance is alive and ready to serve requests.',
+  checkHealth
+)
+
+/** Awaits nothing where there is nothing to be asked: a promise is 15 % of a check. */
+function checkHealth(asker: Asker): void | Promise<void> {
+  noteProber(asker, 1)
+  const inspection = inspect()
+  if (!inspection) return tellVerdict(asker)
+  return inspection.then(() => tellVerdict(asker))
+}
+
+function tellVerdict(asker: Asker): void {
+  const reason = verdict()
+  if (reason === 'OK') asker.write('OK\n')
+  else asker.refuse(`${reason}\n`, 503)
+}
+
+addReport('agent_check', "Answer HAProxy's agent check", async (asker) => {
+  noteProber(asker, Infinity) // one answer is enough for an agent
+  await inspect()
+  const reason = verdict()
+  if (reason === 'OK') return `up ${idlePercentage()}%`
+  return `${state.draining ? 'stopped' : 'down'} #${reason}`
+})
+
+/** What the event loop has left over, but never nothing: an instance that fails fast is idle too. */
+function idlePercentage(): number {
+  const idle = Math.round(100 - 100 * Math.max(0, state.load.utilization))
+  return Math.max(10, idle)
+}
+
+addReport('warmup_state', 'Get instance warmup state.', () => {
+  const status = warmupStatus()
+  if (status === 'running') return '0 1'
+  return status === 'done' ? '1 0' : '0 0'
+})
+
+addReport(
+  'drain',
+  'Take the instance out: drain [REASON...]',
+  (asker, ...words) => {
+    const options = words.length > 0 ? { reason: words.join(' ') } : {}
+    return untilDrained(options, (progress) => asker.write(`${progress}\n`))
+  },
+  { http: false, local: true }
+)
+
+addReport(
+  'resume',
+  'Take the instance into service again',
+  () => {
+    resume()
+    return 'Resumed'
+  },
+  { http: false, local: true }
+)
+
+// --- Figures, metrics and status -----------------------------------------------------------------
+
+/** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
+function databaseNamed(name = '-'): RegisteredDatabase {
+  const [first] = databases.values()
+  const isMain = name === '-'
+  const found = databases.get(name) ?? (isMain ? (databases.get('main') ?? first) : undefined)
+  return found ?? refuse(`Error: no database '${isMain ? 'main' : name}' is registered`)
+}
+
+function toNumber(text: string, name: string, max: number): number {
+  const number = Number(text)
+  if (DECIMAL.test(text) && number <= max) return number
+  return refuse(`Error: ${name} must be a number from 0 to ${max}`)
+}
+
+const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
+
+/** Gives what was counted in the last seconds. */
+function countsOf(
+  { counters }: RegisteredDatabase,
+  seconds: number
+): Record<keyof Activity, number> {
+  return {
+    loads: counters.loads.last(seconds),
+    stores: counters.stores.last(seconds),
+    connections: counters.connections.last(seconds)
   }
 }
 
-/** Registers a database, or replaces it, and gives the counters on which the service tells what it
- *  does with it. Throws a `TypeError` for a name with white space, and for what is no method. */
-export function registerDatabase(name: string, database: Database): Activity {
-  const { isConnected, connections: list = quiet, figures = quiet } = Object(database)
-  must(isWord(name), 'a database has a name without white space')
-  must([isConnected, list, figures].every((method) => typeof method === 'function'),
-    'a database has isConnected(), and may have connections() and figures()')
-  const [loads, stores, connections] = [new Counter(), new Counter(), new Counter()]
-  databases.set(name, { name, database, counters: { loads, stores, connections }, asked: {} })
-  return { loads: loads.add, stores: stores.add, connections: connections.add }
+/** Gives a database's own figures, -1 for each that it leaves out. */
+async function figuresOf(
+  registered: RegisteredDatabase | undefined
+): Promise<(name: keyof Figures) => number> {
+  const figures: unknown = registered && (await ask(registered, 'figures'))
+  return (name) => {
+    const value = isObject(figures) ? figures[name] : undefined
+    return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
+  }
 }
 
-/** The database that is meant; `-` and nothing mean `main`, else the first one. */
-const named = (name = '-'): Registered => databases.get(name) ??
-  (name === '-' ? databases.get('main') ?? [...databases.values()][0] : undefined) ??
-  refuse(`Error: no database '${name === '-' ? 'main' : name}' is registered`)
-const toNumber = (text: string, name: string, max: number): number =>
-  /^\d+(\.\d+)?$/.test(text) && Number(text) <= max ? Number(text)
-    : refuse(`Error: ${name} must be a number from 0 to ${max}`)
-type Figure = keyof Activity | keyof Figures
-/** What was counted in the last seconds, and integers that the database gives; -1 for neither. */
-async function gather(registered: Registered | undefined, text: string, ...names: Figure[]) {
-  const seconds = toNumber(text, 'SECONDS', HISTORY_SECONDS)
-  const counters: Partial<Record<string, Counter>> = registered?.counters ?? {}
-  const figures: Record<string, unknown> = Object(registered && await ask(registered, 'figures'))
-  const integer = (value: unknown) => Number.isFinite(value) ? Math.trunc(Number(value)) : -1
-  return names.map((name) => counters[name]?.last(seconds) ?? integer(figures[name]))
-}
+addReport(
+  'dbinfo',
+  `Get database statistics
 
-report('dbinfo', `Get database statistics\n
     dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
     the caches, and those of them that are loaded. "-" is the main database.
-`, async (_, name, seconds = '300') => (await gather(named(name), seconds,
-  'loads', 'stores', 'connections', 'size', 'nonGhost')).join(' '))
-report('zeocache', `Get ZEO client cache statistics\n
+`,
+  async (_, name, seconds = '300') => {
+    const registered = databaseNamed(name)
+    const counts = countsOf(registered, toNumber(seconds, 'SECONDS', HISTORY_SECONDS))
+    const figure = await figuresOf(registered)
+    const { loads, stores, connections } = counts
+    return [loads, stores, connections, figure('size'), figure('nonGhost')].join(' ')
+  }
+)
+
+addReport(
+  'zeocache',
+  `Get ZEO client cache statistics
+
     zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
-`, async (_, name) => (await gather(named(name), '0',
-  'recordsAdded', 'bytesAdded', 'recordsEvicted', 'bytesEvicted', 'accesses')).join(' '))
-report('zeostatus', 'Get ZEO client status information', async (_, name) =>
-  await trouble(named(name)) === '' ? 'True' : 'False')
-report('monitor', `Get general process info\n
+`,
+  async (_, name) => {
+    const figure = await figuresOf(databaseNamed(name))
+    const added = [figure('recordsAdded'), figure('bytesAdded')]
+    const evicted = [figure('recordsEvicted'), figure('bytesEvicted')]
+    return [...added, ...evicted, figure('accesses')].join(' ')
+  }
+)
+
+addReport('zeostatus', 'Get ZEO client status information', async (_, name) => {
+  const trouble = await inspectDatabase(databaseNamed(name))
+  return trouble === '' ? 'True' : 'False'
+})
+
+addReport(
+  'monitor',
+  `Get general process info
+
     monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
     open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
-`, async (asker, age = '100', name) => {
-  const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
-  const open = name === undefined ? requestAges() : agesOf(await ask(named(name), 'connections'))
-  const lines = open?.filter(([seconds]) => asker.local && (!least || seconds > least))
-    .sort(([one], [other]) => one - other)
-    .map(([seconds, info]) => `\n${seconds.toFixed(1)} ${clean(info)}`) ?? []
-  const rss = String(Math.round(process.memoryUsage.rss() / 1_024)).padStart(8)
-  return `${open?.length ?? -1}\nVmRSS:\t${rss} kB${lines.join('')}`
-})
-/** Ages in seconds, and lines without their query strings, which carry secrets. */
-const requestAges = (): [number, string][] | undefined => state.options.server &&
-  Array.from(state.inFlight.values(), ({ startedAt, line }) =>
-    [(performance.now() - startedAt) / 1_000, line.split('?')[0] ?? ''])
-const agesOf = (open: unknown): [number, string][] | undefined => Array.isArray(open)
-  ? open.map(Object).map(({ openedAt, info }: OpenConnection) =>
-    [(Date.now() - Number(openedAt)) / 1_000 || 0, wording(info)]) : undefined
+`,
+  async (asker, age = '100', name) => {
+    const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
+    const open = name === undefined ? openRequests() : await openConnections(databaseNamed(name))
+    const kilobytes = Math.round(process.memoryUsage.rss() / 1_024)
+    const head = [`${open?.length ?? -1}`, `VmRSS:\t${String(kilobytes).padStart(8)} kB`]
+    if (!asker.local || !open) return head.join('\n')
 
-/** Once a tick, so that several probers get the same answer and none spoils another's. */
-function measureLoad(): void {
-  const { eventLoopUtilization: measure = () => ({}) } = Object(performance) // not typed
-  const now = measure()
-  if (!now.active) return // it is missing on Bun, and always 0 on Deno
-  state.loads = [...state.loads.slice(-LOAD_SAMPLES), now]
-  state.load = measure(now, state.loads[0]).utilization || 0
+    const old = open.filter(({ seconds }) => least === 0 || seconds > least)
+    old.sort((one, other) => one.seconds - other.seconds)
+    const lines = old.map(({ seconds, info }) => `${seconds.toFixed(1)} ${clean(info)}`)
+    return [...head, ...lines].join('\n')
+  }
+)
+
+interface Open {
+  seconds: number
+  info: string
 }
-/** Without a server given, nothing is known of requests. */
-const httpState = () => state.options.server ? { in_flight: state.inFlight.size, ...state.served }
-  : { in_flight: -1, requests: -1, errors: -1 }
 
-report('perf_metrics', `Get performance related metrics\n
-    perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
-`, async (_, name = '-', seconds = '300') => {
-  const registered = databases.size > 0 || name !== '-' ? named(name) : undefined
-  const error = registered && await trouble(registered)
-  if (error) return JSON.stringify({ error: red(error) })
-  const [loads, stores, connections, size, ngsize, max_size, conflicts, unresolved_conflicts,
-    total_objs, size_in_bytes] = await gather(registered, seconds, 'loads', 'stores', 'connections',
-    'size', 'nonGhost', 'maxSize', 'conflicts', 'unresolvedConflicts', 'objects', 'bytes')
-  const { rss, heapUsed: heap_used, heapTotal: heap_total, external, arrayBuffers: array_buffers } =
-    process.memoryUsage()
-  return JSON.stringify({
-    instance: { uptime: Math.floor(process.uptime()), pid: process.pid, version: process.version },
-    cache: { size, ngsize, max_size },
-    db: { loads, stores, connections, conflicts, unresolved_conflicts, total_objs, size_in_bytes },
-    memory: { rss, uss: -1, pss: -1, heap_used, heap_total, external, array_buffers },
-    cpu: process.cpuUsage(), loop: { utilization: Number(state.load.toFixed(4)) }, http: httpState()
+/** The requests in flight, without their query strings, which carry secrets. */
+function openRequests(): Open[] | undefined {
+  if (!state.host.server) return undefined
+  return Array.from(state.host.inFlight.values(), ({ startedAtMs, line }) => ({
+    seconds: (performance.now() - startedAtMs) / 1_000,
+    info: line.replace(/\?.*/s, '')
+  }))
+}
+
+async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
+  if (!registered.database.connections) return undefined
+  const open = await ask(registered, 'connections')
+  if (!Array.isArray(open)) return undefined
+  return open.map((connection: unknown) => {
+    const { openedAt, info } = Object(connection) as OpenConnection
+    return { seconds: (Date.now() - Number(openedAt)) / 1_000 || 0, info: wording(info) }
   })
-}, { http: true, type: 'application/json' })
-report('metrics', 'Get metrics for Prometheus, in its text exposition format', async () => {
-  const all = [...databases.values()]
-  const troubles = await Promise.all(all.map(trouble))
-  const connected = troubles.map((text) => Number(text === ''))
-  const healthy = Number(judge(troubles.find(Boolean)) === 'OK')
+}
+
+/** Not every version of Node.js's types has it on `performance`. */
+type MeasureLoad = (now?: object, before?: object) => { active: number; utilization: number }
+
+/** Measured once a tick, so that probers get the same answer and none spoils another's. */
+function measureLoad(): void {
+  const { load } = state
+  const { eventLoopUtilization }: { eventLoopUtilization?: MeasureLoad } = Object(performance)
+  const now = eventLoopUtilization?.()
+  if (!now?.active) return // it is missing on Bun, and always 0 on Deno
+  load.samples = [...load.samples.slice(-LOAD_SAMPLES), now]
+  load.utilization = eventLoopUtilization?.(now, load.samples[0]).utilization || 0
+}
+
+/** Without a server given, nothing is known of requests. */
+function httpFigures(): { in_flight: number; requests: number; errors: number } {
+  const { server, inFlight, requests, errors } = state.host
+  if (!server) return { in_flight: -1, requests: -1, errors: -1 }
+  return { in_flight: inFlight.size, requests, errors }
+}
+
+addReport(
+  'perf_metrics',
+  `Get performance related metrics
+
+    perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
+`,
+  async (_, name = '-', seconds = '300') => {
+    const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
+    const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
+    const trouble = registered && (await inspectDatabase(registered))
+    if (trouble) return JSON.stringify({ error: red(trouble) })
+
+    return JSON.stringify({
+      instance: {
+        uptime: Math.floor(process.uptime()),
+        pid: process.pid,
+        version: process.version
+      },
+      ...(await databaseFigures(registered, span)),
+      memory: memoryFigures(),
+      cpu: process.cpuUsage(),
+      loop: { utilization: Number(state.load.utilization.toFixed(4)) },
+      http: httpFigures()
+    })
+  },
+  { type: JSON_TEXT }
+)
+
+/** Under the names that ftw.monitor gives them. */
+async function databaseFigures(
+  registered: RegisteredDatabase | undefined,
+  seconds: number
+): Promise<{ cache: object; db: object }> {
+  const counts = registered && countsOf(registered, seconds)
+  const figure = await figuresOf(registered)
+  return {
+    cache: { size: figure('size'), ngsize: figure('nonGhost'), max_size: figure('maxSize') },
+    db: {
+      loads: counts?.loads ?? -1,
+      stores: counts?.stores ?? -1,
+      connections: counts?.connections ?? -1,
+      conflicts: figure('conflicts'),
+      unresolved_conflicts: figure('unresolvedConflicts'),
+      total_objs: figure('objects'),
+      size_in_bytes: figure('bytes')
+    }
+  }
+}
+
+/** In bytes. What is -1 cannot be read with the modules that this file restricts itself to. */
+function memoryFigures(): object {
+  const { rss, heapUsed, heapTotal, external, arrayBuffers } = process.memoryUsage()
+  return {
+    rss,
+    uss: -1,
+    pss: -1,
+    heap_used: heapUsed,
+    heap_total: heapTotal,
+    external,
+    array_buffers: arrayBuffers
+  }
+}
+
+/** Metrics of one name, in the text format of Prometheus. */
+interface Family {
+  name: string
+  help: string
+  /** By their labels, as `{database="main"}`; '' for none. What is less than 0 is not known. */
+  values: Map<string, number>
+}
+
+addReport(
+  'metrics',
+  'Get metrics for Prometheus, in its text exposition format',
+  async () => {
+    await Promise.all(Array.from(databases.values(), inspectDatabase))
+    const families = [...processFamilies(), ...instanceFamilies(), ...databaseFamilies()]
+    return families.flatMap(linesOfFamily).join('\n')
+  },
+  { type: PROMETHEUS_TEXT }
+)
+
+function linesOfFamily({ name, help, values }: Family): string[] {
+  const known = [...values].filter(([, value]) => value >= 0)
+  if (known.length === 0) return []
+  const type = name.endsWith('_total') ? 'counter' : 'gauge'
+  const lines = known.map(([labels, value]) => `${name}${labels} ${value}`)
+  return [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...lines]
+}
+
+function family(name: string, help: string, value: number, labels = ''): Family {
+  return { name, help, values: new Map([[labels, value]]) }
+}
+
+/** Under the names that Prometheus's clients have made customary. */
+function processFamilies(): Family[] {
   const { user, system } = process.cpuUsage()
   const { rss, heapUsed, heapTotal, external } = process.memoryUsage()
-  const { in_flight, requests, errors } = httpState()
-  const labels = all.map(({ name }) => `{database=${JSON.stringify(name)}}`)
-  const families: [name: string, help: string, values: number[], labels?: string[]][] = [
-    ['process_cpu_user_seconds_total', 'CPU time in user mode.', [user / 1e6]],
-    ['process_cpu_system_seconds_total', 'CPU time in the kernel.', [system / 1e6]],
-    ['process_cpu_seconds_total', 'CPU time.', [(user + system) / 1e6]],
-    ['process_start_time_seconds', 'Start, since 1970.', [performance.timeOrigin / 1e3]],
-    ['process_resident_memory_bytes', 'Resident memory.', [rss]],
-    ['nodejs_heap_size_total_bytes', 'Size of the heap.', [heapTotal]],
-    ['nodejs_heap_size_used_bytes', 'Used part of the heap.', [heapUsed]],
-    ['nodejs_external_memory_bytes', 'Memory outside the heap.', [external]],
-    ['nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', [state.load]],
-    ['nodejs_version_info', 'Version of Node.js.', [1], [`{version="${process.version}"}`]],
-    ['ftw_monitor_healthy', 'Whether it may be sent requests.', [healthy]],
-    ['ftw_monitor_warmup_done', 'Whether it is warm.', [Number(state.warmup === 'done')]],
-    ['ftw_monitor_http_requests_total', 'Requests so far.', [requests]],
-    ['ftw_monitor_http_requests_in_flight', 'Requests in flight.', [in_flight]],
-    ['ftw_monitor_http_errors_total', 'Answers of 500 and more.', [errors]],
-    ['ftw_monitor_database_connected', 'Whether it is connected.', connected, labels]
+  const { utilization } = state.load
+  const version = `{version="${process.version}"}`
+  return [
+    family('process_cpu_user_seconds_total', 'CPU time in user mode.', user / 1e6),
+    family('process_cpu_system_seconds_total', 'CPU time in the kernel.', system / 1e6),
+    family('process_cpu_seconds_total', 'CPU time.', (user + system) / 1e6),
+    family('process_start_time_seconds', 'Start, since 1970.', performance.timeOrigin / 1e3),
+    family('process_resident_memory_bytes', 'Resident memory.', rss),
+    family('nodejs_heap_size_total_bytes', 'Size of the heap.', heapTotal),
+    family('nodejs_heap_size_used_bytes', 'Used part of the heap.', heapUsed),
+    family('nodejs_external_memory_bytes', 'Memory outside the heap.', external),
+    family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', utilization),
+    family('nodejs_version_info', 'Version of Node.js.', 1, version)
   ]
-  for (const kind of ['loads', 'stores', 'connections'] as const) families.push([
-    `ftw_monitor_database_${kind}_total`, `What the service counted as ${kind}.`,
-    all.map(({ counters }) => counters[kind].total), labels])
-  return families.filter(([, , [first = -1]]) => first >= 0) // else it cannot be had
-    .flatMap(([name, help, values, labels = ['']]) => [`# HELP ${name} ${help}`,
-      `# TYPE ${name} ${name.endsWith('_total') ? 'counter' : 'gauge'}`,
-      ...values.map((value, index) => `${name}${labels[index]} ${value}`)]).join('\n')
-}, { http: true, type: 'text/plain; version=0.0.4; charset=utf-8' })
+}
+
+function instanceFamilies(): Family[] {
+  const isHealthy = Number(verdict() === 'OK')
+  const isWarm = Number(state.warmup.outcome === 'done')
+  const { requests, in_flight, errors } = httpFigures()
+  return [
+    family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
+    family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
+    family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
+    family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
+    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors)
+  ]
+}
+
+function databaseFamilies(): Family[] {
+  const ofEach = (
+    name: string,
+    help: string,
+    value: (of: RegisteredDatabase) => number
+  ): Family => {
+    const all = Array.from(databases.values(), (each): [string, number] => [
+      `{database=${JSON.stringify(each.name)}}`,
+      value(each)
+    ])
+    return { name: `ftw_monitor_database_${name}`, help, values: new Map(all) }
+  }
+  const counted = (kind: keyof Activity): Family =>
+    ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
+
+  const isConnected = ({ trouble }: RegisteredDatabase): number => Number(trouble === '')
+  return [
+    ofEach('connected', 'Whether it is connected.', isConnected),
+    counted('loads'),
+    counted('stores'),
+    counted('connections')
+  ]
+}
 
 // --- The wire: lines -----------------------------------------------------------------------------
+
+/** What a connection waits for, each with a limit of its own. */
+type Phase = 'sending' | 'thinking' | 'running' | 'taking' | 'ending'
+
+const PHASE_MS: Record<Phase, number> = {
+  sending: SEND_MS, // the client its line or its request
+  thinking: SILENCE_MS, // the person at it, in interactive mode
+  running: COMMAND_MS, // we a command
+  taking: COMMAND_MS, // the client our replies
+  ending: LINGER_MS // the client to close after us
+}
+
 const SESSION = Symbol('session')
-type Wire = net.Socket & { [SESSION]?: Session }
-function openSession(socket: Wire): void {
-  const session = socket[SESSION] = new Session(socket)
-  const free = state.sessions.indexOf(undefined)
-  session.place = free < 0 ? makeRoom() : free
-  state.sessions[session.place] = session
-  socket.unref().on('error', quiet) // HAProxy resets every check
-  socket.on('data', receive).on('end', halfClose).on('close', forget)
+type ClientSocket = net.Socket & { [SESSION]?: Session }
+
+function openSession(socket: ClientSocket): void {
+  const session = new LineSession(socket, findPlace())
+  keepSession(session)
+  socket.unref()
+  socket.on('error', doNothing) // HAProxy resets every check
+  socket.on('data', onData)
+  socket.on('end', onEnd)
+  socket.on('close', onSocketClose)
 }
-// The same functions for all sockets: closures for each would cost more than the rest of this
-function receive(this: Wire, chunk: Buffer): void { this[SESSION]?.receive(chunk) }
-function halfClose(this: Wire): void { this[SESSION]?.serve() }
-function forget(this: Wire): void {
-  const place = this[SESSION]?.place ?? -1 // another's, after makeRoom() or a stop()
-  if (state.sessions[place]?.socket === this) state.sessions[place] = undefined
+
+function keepSession(session: Session): void {
+  const { socket, place } = session
+  const client: ClientSocket = socket
+  client[SESSION] = session
+  state.monitor.sessions[place] = session
 }
-/** Whoever holds most makes room: what is idle longest, or else what is oldest. Gives its place. */
+
+// The same functions for all sockets: closures for each would cost more than all else in a check.
+function onData(this: ClientSocket, chunk: Buffer): void {
+  const session = this[SESSION]
+  if (session instanceof LineSession) session.receive(chunk)
+}
+
+function onEnd(this: ClientSocket): void {
+  const session = this[SESSION]
+  if (session instanceof LineSession) session.serve()
+}
+
+function onSocketClose(this: ClientSocket): void {
+  const { sessions } = state.monitor
+  const place = this[SESSION]?.place ?? -1
+  if (sessions[place]?.socket === this) sessions[place] = undefined // else another's by now
+}
+
+function findPlace(): number {
+  const free = state.monitor.sessions.indexOf(undefined)
+  return free >= 0 ? free : makeRoom()
+}
+
+/** Whoever holds most makes room: what is idle longest, or else what is oldest. */
 function makeRoom(): number {
-  const sessions = state.sessions as Session[]
-  const held = new Map<string | undefined, number>()
-  for (const { remoteAddress: at } of sessions) held.set(at, (held.get(at) ?? 0) + 1)
-  const most = Math.max(...held.values())
-  const [leaving] = sessions.filter(({ remoteAddress }) => held.get(remoteAddress) === most).sort(
-    (one, other) => idleSince(one) - idleSince(other) || one.openedAt - other.openedAt)
+  const sessions = state.monitor.sessions.filter((session) => session !== undefined)
+  const countByAddress = new Map<string | undefined, number>()
+  for (const { remoteAddress } of sessions) {
+    countByAddress.set(remoteAddress, (countByAddress.get(remoteAddress) ?? 0) + 1)
+  }
+  const most = Math.max(...countByAddress.values())
+  const candidates = sessions.filter(
+    ({ remoteAddress }) => countByAddress.get(remoteAddress) === most
+  )
+  candidates.sort(
+    (one, other) => one.idleSinceMs - other.idleSinceMs || one.openedAtMs - other.openedAtMs
+  )
+  const [leaving] = candidates
   leaving?.socket.destroy()
   return leaving?.place ?? 0
 }
-const idleSince = ({ running, since }: Session): number => running ? Infinity : since
 
-/** One connection. It begins in quit mode: a command, its reply, the end. */
-class Session {
+/** A connection: its place among all, and its limits. */
+abstract class Session {
   readonly socket: net.Socket
-  place = -1 // among all sessions
-  readonly openedAt = performance.now()
-  mode: Mode | 'http' = 'quit'
-  unread: Buffer = NOTHING
-  last: string[] = [] // the words of the last command
-  running = '' // what the next line waits for
-  since = state.clock
-  ending = false // by us
-  exchange: Exchange | undefined // over HTTP
-  constructor(socket: net.Socket) { this.socket = socket }
-  get remoteAddress(): string | undefined { return this.socket.remoteAddress }
-  get local(): boolean { return state.endpoint.path !== undefined || isLocal(this.socket) }
+  readonly place: number
+  openedAtMs = performance.now()
+  phase: Phase = 'sending'
+  phaseSinceMs = state.clock.nowMs
 
-  write(text: string): void {
-    if (this.ending || this.socket.destroyed) return
-    this.socket.write(text)
-    if (this.socket.writableLength > UNSENT_MAX) this.socket.destroy()
+  constructor(socket: net.Socket, place: number) {
+    this.socket = socket
+    this.place = place
   }
-  refuse(text: string): void { this.write(text) }
+
+  get remoteAddress(): string | undefined {
+    return this.socket.remoteAddress
+  }
+
+  /** Whoever reaches our Unix socket is on this machine. */
+  get local(): boolean {
+    return state.monitor.endpoint.path !== undefined || isLocal(this.socket)
+  }
+
+  get idleSinceMs(): number {
+    return this.phase === 'running' ? Infinity : this.phaseSinceMs
+  }
+
+  enter(phase: Phase): void {
+    this.phase = phase
+    this.phaseSinceMs = state.clock.nowMs
+  }
+
   end(): void {
-    if (this.ending) return // a second end() would build an error with its stack
-    this.ending = true
-    this.since = state.clock
+    if (this.phase === 'ending') return // a second end() would build an error with its stack
+    this.enter('ending')
     this.socket.end()
   }
 
+  enforceLimit(): void {
+    if (state.clock.nowMs - this.phaseSinceMs < PHASE_MS[this.phase]) return
+    if (this.phase === 'running') this.giveUpCommand()
+    else this.socket.destroy()
+  }
+
+  /** Tells the asker that its command takes too long, and ends the connection. */
+  abstract giveUpCommand(): void
+}
+
+/** A connection that sends lines. It begins in quit mode: a command, its reply, the end. */
+class LineSession extends Session implements Asker {
+  readonly isHttp = false
+  mode: Mode = 'quit'
+  unread: Buffer = NOTHING
+  /** The words of the last command. */
+  lastWords: string[] = []
+  /** Whether the next line has to wait. */
+  isBusy = false
+
+  get isPerson(): boolean {
+    return this.mode === 'interactive'
+  }
+
+  write(text: string): void {
+    if (this.phase === 'ending' || this.socket.destroyed) return
+    this.socket.write(text)
+    if (this.socket.writableLength > UNSENT_MAX) this.socket.destroy()
+  }
+
+  refuse(text: string): void {
+    this.write(text)
+  }
+
   receive(chunk: Buffer): void {
-    if (this.ending) return
+    if (this.phase === 'ending') return
     this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
-    if (this.running && this.unread.length > LINE_MAX) this.socket.pause()
+    if (this.isBusy && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
   }
+
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
-    for (let turn = 0; !this.running && !this.ending; turn++) {
-      const { unread, socket } = this
-      if (turn === LINES_PER_TURN) return this.waitFor('its turn', setImmediate)
-      if (socket.writableNeedDrain) return this.waitFor('reader', (go) => socket.once('drain', go))
-      const feed = unread.indexOf(0x0a)
-      const length = feed < 0 ? unread.length : feed
-      const line = unread.toString('utf8', 0, length)
-      if (this.last.length === 0 && isHttp(line, feed < 0)) return this.becomeHttp(unread)
-      if (feed < 0 && length <= LINE_MAX && !socket.readableEnded) return void socket.resume()
-      if (length > LINE_MAX) this.write('Line too long\n')
-      if (length > LINE_MAX || unread.length === 0) return this.end()
-      this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
+    for (let turn = 0; !this.isBusy && this.phase !== 'ending'; turn++) {
+      if (turn === LINES_PER_TURN) {
+        this.isBusy = true
+        setImmediate(() => this.goOn())
+        return
+      }
+      if (this.socket.writableNeedDrain) {
+        this.waitForReader()
+        return
+      }
+      const line = this.takeLine()
+      if (line === undefined) return
       this.execute(line.match(/\S+/g) ?? [])
     }
   }
-  waitFor(what: string, event: (go: () => void) => unknown): void {
-    this.running = what
-    event(() => {
-      this.running = ''
-      this.serve()
+
+  waitForReader(): void {
+    const { phase } = this
+    this.isBusy = true
+    this.enter('taking')
+    this.socket.once('drain', () => {
+      this.enter(phase)
+      this.goOn()
     })
   }
+
+  goOn(): void {
+    this.isBusy = false
+    this.serve()
+  }
+
+  /** Gives the next line; nothing where it is not complete, not for us, or the last. */
+  takeLine(): string | undefined {
+    const { unread, socket } = this
+    const feedAt = unread.indexOf(LINE_FEED)
+    const isComplete = feedAt >= 0
+    const length = isComplete ? feedAt : unread.length
+    const line = unread.toString('utf8', 0, length)
+
+    if (this.lastWords.length === 0 && looksLikeHttp(line, isComplete)) {
+      becomeHttp(this)
+      return undefined
+    }
+    if (length > LINE_MAX) {
+      this.write('Line too long\n')
+      this.end()
+      return undefined
+    }
+    if (!isComplete && !socket.readableEnded) {
+      socket.resume()
+      return undefined
+    }
+    if (unread.length === 0) {
+      this.end()
+      return undefined
+    }
+    this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
+    return line
+  }
+
   /** An empty line repeats the last command; in `more` mode every line is its arguments. */
   execute(words: string[]): void {
-    if (this.mode !== 'more' && words.length > 0) this.last = words
-    const [name, ...args] = this.last
+    const isMore = this.mode === 'more'
+    if (!isMore && words.length > 0) this.lastWords = words
+    const [name, ...args] = this.lastWords
     if (name === undefined) return
-    this.since = state.clock
-    const answer = run(name, this.mode === 'more' ? words : args, this)
-    if (!(answer instanceof Promise)) return this.follow(answer)
-    this.waitFor(name, (go) => answer.then((mode) => this.follow(mode)).then(go))
+
+    this.enter('running')
+    const answer = runCommand(name, isMore ? words : args, this)
+    if (answer instanceof Promise) {
+      this.isBusy = true
+      void this.followLater(answer)
+      return
+    }
+    this.follow(answer)
   }
+
+  async followLater(answer: Promise<Mode | void>): Promise<void> {
+    this.follow(await answer)
+    this.goOn()
+  }
+
   follow(mode: Mode | void): void {
     if (mode) this.mode = mode
-    if (this.mode === 'quit') this.end()
-    else this.socket.setNoDelay() // else replies to pipelined lines would wait for ACKs
+    if (this.mode === 'quit') {
+      this.end()
+      return
+    }
+    if (this.phase === 'ending') return
+    this.enter('thinking')
+    this.socket.setNoDelay() // else replies to pipelined lines would wait for the client's ACKs
   }
-  becomeHttp(unread: Buffer): void {
-    this.mode = 'http'
-    this.socket.off('data', receive).off('end', halfClose).unshift(unread)
-    httpServer.emit('connection', this.socket)
-  }
-  enforceLimits(): void {
-    const { running, ending, mode, socket } = this
-    const isOpen = mode === 'interactive' || mode === 'more'
-    const limit = ending ? LINGER_MS : running ? COMMAND_MS : isOpen ? SILENCE_MS : SEND_MS
-    if (state.clock - this.since < limit) return
-    if (!running || ending || socket.writableNeedDrain) return void socket.destroy()
-    const asker: Asker = this.exchange ?? this
-    asker.refuse(`${red(`Error: ${running} timed out`)}\n`, 500)
-    asker.end()
+
+  giveUpCommand(): void {
+    const [name] = this.lastWords
+    this.write(`${red(`Error: ${name} timed out`)}\n`)
     this.end()
   }
 }
+
 const NOTHING = Buffer.alloc(0)
-/** A request line, whatever its method, since a browser may send `drain / HTTP/1.1`; or the start
- *  of one that is too long for a command. Node.js is to judge it. */
-const isHttp = (line: string, isPart: boolean): boolean => isPart
-  ? line.length > LINE_MAX && /^[A-Z]+ \S/.test(line) : /\sHTTP\/\d\S*\s*$/i.test(line)
+const LINE_FEED = 0x0a
 
-// --- The wire: HTTP ------------------------------------------------------------------------------
-/** Never listens, but takes sockets over: so all time limits but `keepAliveTimeout` are ours. */
-const httpServer = Object.assign(http.createServer(answerRequest), {
-  maxRequestsPerSocket: REQUESTS_PER_CONNECTION, httpAllowHalfOpen: true // as `nc -N` does
-}).on('dropRequest', (_, socket) => socket.destroy())
-const PLAIN = 'text/plain; charset=utf-8'
-
-function answerRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
-  const session = (request.socket as Wire)[SESSION]
-  if (!session) return void response.destroy() // stopped meanwhile
-  const [path = ''] = (request.url ?? '').split('?')
-  const segments = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
-  const [name = 'help', ...args] = segments ?? [path] // no command is called that
-  const exchange = new Exchange({ session, response, name })
-  const answer = /^(GET|HEAD)$/.test(request.method ?? '') ? run(name, args, exchange)
-    : exchange.refuse('Only GET and HEAD are answered here\n', 405)
-  if (!(answer instanceof Promise)) return exchange.end()
-  Object.assign(session, { running: name, since: state.clock, exchange })
-  void answer.then(() => exchange.end())
+/** Any method, since a browser may send `drain / HTTP/1.1`, and the start of what is too long for a
+ *  command, are for Node.js to judge. */
+function looksLikeHttp(line: string, isComplete: boolean): boolean {
+  if (isComplete) return HTTP_REQUEST_LINE.test(line)
+  return line.length > LINE_MAX && HTTP_REQUEST_START.test(line)
 }
 
-/** One request: the path names the command; the answer is sent when it is complete. */
-class Exchange {
-  declare readonly session: Session
-  declare readonly response: http.ServerResponse
-  declare readonly name: string
+const HTTP_REQUEST_LINE = /\sHTTP\/\d\S*\s*$/i // GET /health_check HTTP/1.1
+const HTTP_REQUEST_START = /^[A-Z]+ \S/ // GET /health_che
+
+// --- The wire: HTTP ------------------------------------------------------------------------------
+
+/** Never listens, but takes sockets over: so all time limits but `keepAliveTimeout` are ours. */
+const httpServer: http.Server & { httpAllowHalfOpen?: boolean } =
+  http.createServer(onMonitorRequest)
+httpServer.httpAllowHalfOpen = true // as `nc -N` does
+httpServer.maxRequestsPerSocket = REQUESTS_PER_CONNECTION
+httpServer.on('dropRequest', (_, socket) => socket.destroy())
+
+/** Hands the connection over to Node.js's HTTP server, with all that was read of it. */
+function becomeHttp(lines: LineSession): void {
+  const { socket, unread } = lines
+  keepSession(new HttpSession(lines))
+  socket.off('data', onData)
+  socket.off('end', onEnd)
+  socket.unshift(unread)
+  httpServer.emit('connection', socket)
+}
+
+function onMonitorRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
+  const session = (request.socket as ClientSocket)[SESSION]
+  if (session instanceof HttpSession) session.accept(new Exchange(session, response))
+  else response.destroy() // stopped meanwhile
+}
+
+/** A connection that sends HTTP. Its requests are answered one after the other. */
+class HttpSession extends Session {
+  readonly waiting: Exchange[] = []
+  current: Exchange | undefined
+
+  constructor({ socket, place, openedAtMs, phaseSinceMs }: LineSession) {
+    super(socket, place)
+    this.openedAtMs = openedAtMs
+    this.phaseSinceMs = phaseSinceMs // the head has its 60 s from its first byte on
+  }
+
+  accept(exchange: Exchange): void {
+    this.waiting.push(exchange)
+    if (!this.current) this.answerWaiting()
+  }
+
+  answerWaiting(): void {
+    while (!this.current && this.phase !== 'ending' && !this.socket.destroyed) {
+      const exchange = this.waiting.shift()
+      if (!exchange) return
+      this.enter('running')
+      const answer = exchange.run()
+      if (answer instanceof Promise) {
+        this.current = exchange
+        void this.finishLater(exchange, answer)
+        return
+      }
+      this.finish(exchange)
+    }
+  }
+
+  async finishLater(exchange: Exchange, answer: Promise<unknown>): Promise<void> {
+    await answer
+    if (this.current !== exchange) return // given up meanwhile
+    this.finish(exchange)
+    this.answerWaiting()
+  }
+
+  finish(exchange: Exchange): void {
+    exchange.send()
+    this.current = undefined
+    this.enter('sending')
+  }
+
+  giveUpCommand(): void {
+    const { current } = this
+    this.current = undefined
+    current?.refuse(`${red(`Error: ${current.name} timed out`)}\n`, 500)
+    current?.send()
+    this.end()
+  }
+}
+
+/** One request: its path names the command; the answer is sent when it is complete. */
+class Exchange implements Asker {
+  readonly isHttp = true
+  readonly isPerson = false
+  readonly session: HttpSession
+  readonly response: http.ServerResponse
+  readonly name: string
+  readonly args: string[]
   status = 200
   body = ''
-  constructor(of: Pick<Exchange, 'session' | 'response' | 'name'>) { Object.assign(this, of) }
-  get remoteAddress(): string | undefined { return this.session.remoteAddress }
-  get local(): boolean { return this.session.local && !isForwarded(this.response.req) }
+
+  constructor(session: HttpSession, response: http.ServerResponse) {
+    const [path = ''] = (response.req.url ?? '').split('?')
+    const [name = 'help', ...args] = segmentsOf(path) ?? [path] // no command has such a name
+    this.session = session
+    this.response = response
+    this.name = name
+    this.args = args
+  }
+
+  get remoteAddress(): string | undefined {
+    return this.session.remoteAddress
+  }
+
+  get local(): boolean {
+    return this.session.local && !isForwarded(this.response.req)
+  }
+
+  run(): Answer {
+    const { method = '' } = this.response.req
+    if (method === 'GET' || method === 'HEAD') return runCommand(this.name, this.args, this)
+    this.refuse('Only GET and HEAD are answered here\n', 405)
+  }
+
   write(text: string): void {
     if (this.response.headersSent) return
     this.body += text
     if (this.body.length > UNSENT_MAX) this.session.socket.destroy()
   }
+
   refuse(text: string, status: number): void {
     this.write(text)
     this.status = status
   }
-  end(): void {
-    const { session, response, name, body } = this
-    session.running = ''
-    session.since = state.clock
+
+  send(): void {
+    const { response, status, body, name } = this
     if (response.headersSent) return
-    if (name === 'health_check' && this.status === 200 && body !== 'OK\n') this.status = 503
-    response.writeHead(this.status, {
-      'Content-Type': (this.status === 200 && commands.get(name)?.type) || PLAIN,
-      'Content-Length': Buffer.byteLength(body), 'Cache-Control': 'no-store',
-      'X-Content-Type-Options': 'nosniff', ...this.status === 405 && { Allow: 'GET, HEAD' }
-    }).end(body)
+    const type = status === 200 ? commands.get(name)?.type : undefined
+    response.writeHead(status, {
+      'Content-Type': type ?? PLAIN_TEXT,
+      'Content-Length': Buffer.byteLength(body),
+      'Cache-Control': 'no-store',
+      'X-Content-Type-Options': 'nosniff',
+      ...(status === 405 && { Allow: 'GET, HEAD' })
+    })
+    response.end(body)
+  }
+}
+
+/** Gives the parts of a path, decoded; undefined where they cannot be decoded. */
+function segmentsOf(path: string): string[] | undefined {
+  return attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
+}
+
+// --- Helpers -------------------------------------------------------------------------------------
+
+function doNothing(): void {}
+
+function must(
+  holds: unknown,
+  sentence: string,
+  Kind: new (message: string) => Error = TypeError
+): asserts holds {
+  if (!holds) throw new Kind(`ftw-monitor: ${sentence}`)
+}
+
+/** What an asker, or the environment, did wrong: told in these words, without a stack. */
+class Refusal extends Error {}
+
+function refuse(text: string): never {
+  throw new Refusal(text)
+}
+
+function isRefusal(error: unknown): error is Refusal {
+  return attempt(() => error instanceof Refusal) ?? false
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null
+}
+
+function hasMethods(value: unknown, ...names: string[]): boolean {
+  return isObject(value) && names.every((name) => typeof value[name] === 'function')
+}
+
+/** One word that stands in a line. */
+function isWord(name: unknown): boolean {
+  return typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
+}
+
+/** What others made may throw at every look. */
+function attempt<T>(look: () => T): T | undefined {
+  try {
+    return look()
+  } catch {
+    return undefined
+  }
+}
+
+interface Deferred<T> {
+  promise: Promise<T>
+  resolve: (value: T) => void
+  reject: (error: unknown) => void
+}
+
+function deferred<T>(): Deferred<T> {
+  let resolve: Deferred<T>['resolve'] = doNothing
+  let reject: Deferred<T>['reject'] = doNothing
+  const promise = new Promise<T>((...settlers) => {
+    resolve = settlers[0]
+    reject = settlers[1]
+  })
+  return { promise, resolve, reject }
+}
+
+function readEnv(name: string): string | undefined {
+  return process.env[name]?.trim() || undefined
+}
+
+/** What the environment says, as `read` understands it; undefined where it says nothing. */
+function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | undefined {
+  const text = readEnv(name)
+  if (text === undefined) return undefined
+  return read(text) ?? refuse(`cannot use ${name}=${text}; mend it`)
+}
+
+function isSwitchedOff(name: string): boolean {
+  return /^(0|false|no|off)$/i.test(readEnv(name) ?? '')
+}
+
+function withoutSlashes(path: string): string {
+  return path.replace(/\/+$/, '')
+}
+
+/** Leaves a blank, never nothing, for each character that could forge a line or steer a terminal. */
+function clean(text: string): string {
+  return text.replace(CONTROL_CHARACTER, ' ')
+}
+
+const CONTROL_CHARACTER = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
+
+/** Puts an error in words, never in none, whatever was thrown. */
+function wording(error: unknown): string {
+  return attempt(() => describeError(error)) || 'an error that cannot be put into words'
+}
+
+function describeError(error: unknown): string {
+  if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
+
+  const { message, cause, code, name } = error as NodeJS.ErrnoException
+  if (message === 'fetch failed' && cause) return wording(cause)
+  const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
+  return String(text).slice(0, REASON_MAX) + adviceFor(String(code))
+}
+
+function adviceFor(code: string): string {
+  if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
+  if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
+  return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
+}
+
+/** The frames of a stack, without its message, which may come from outside and look like one. */
+function framesOf(error: unknown): string[] {
+  const frames = attempt(() => {
+    const { message, stack = '' } = error as Error
+    const messageAt = stack.indexOf(message)
+    return messageAt < 0 ? [] : stack.slice(messageAt + message.length).match(STACK_FRAME)
+  })
+  return frames ?? []
+}
+
+const STACK_FRAME = /(?<=\n) +at [^\n]*/g //     at main (server.js:1:1)
+
+/** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
+function log(level: keyof Logger, ...lines: string[]): void {
+  const text = `ftw-monitor ${lines.map(clean).join('\n')}`
+  const { logger = console } = state.options
+  void logSafely(logger, level, text)
+}
+
+async function logSafely(logger: Logger, level: keyof Logger, text: string): Promise<void> {
+  try {
+    const logged: unknown = logger[level](text) // which may be a promise
+    await logged
+  } catch {
+    // There is nobody left to tell.
   }
 }
 
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
+
+/** Runs the program, and gives its exit status. */
 async function main(words: string[]): Promise<number> {
-  if (words[0] === 'demo') return demo().then(() => 0)
+  if (words[0] === 'demo') return runDemo()
   if (words[0] === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
+
   const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
-  if (words[0] === 'wait') return wait(monitor, Number(takeOption(words, 'timeout') ?? 300))
-  if (words[0]?.startsWith('-')) refuse(`knows no ${words[0]}; try ftw-monitor help`)
-  const line = words.join(' ').trim() || 'help'
-  if (/[\r\n]/.test(line)) refuse('a command is one line')
-  const [name] = line.split(/\s+/)
-  const isJoined = name === 'interactive' // to the terminal
-  const socket = net.connect(monitor)
-  if (isJoined) process.stdin.pipe(socket.on('close', () => process.stdin.destroy()))
-  const reply = await talk(socket, `${line}\n`, isJoined ? SILENCE_MS : COMMAND_MS, true)
-  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
-}
-/** Takes `--name value` or `--name=value` out of the words. */
-function takeOption(words: string[], name: string): string | undefined {
-  const at = words.findIndex((word) => word.split('=')[0] === `--${name}`)
-  if (at < 0) return undefined
-  const option = words.splice(at, words[at]?.includes('=') ? 1 : 2).join('=')
-  return option.includes('=') ? option.slice(name.length + 3) : refuse(`--${name} needs a value`)
-}
-/** Where the monitor listens: as the options say, else as the instance itself would find out. */
-function findMonitor(port?: string, host?: string): net.NetConnectOpts {
-  const told = (port === undefined && env('FTW_MONITOR_LISTEN', toEndpoint)) || {}
-  if (told.path && host === undefined) return { path: told.path }
-  const bound = host ?? told.host ?? env('HOST') ?? ''
-  const its = port ?? env('PORT') ?? '8080'
-  const own = told.port ?? toPort(`${Number(toPort(its)) + PORT_OFFSET}`)
-  return { host: LOOPBACK.get(bound) ?? bound, port: own ?? refuse(`${its} is no instance port`) }
+  const [name] = words
+  if (name === 'wait') return waitUntilHealthy(monitor, takeOption(words, 'timeout') ?? '300')
+  if (name?.startsWith('-')) refuse(`knows no ${name}; try ftw-monitor help`)
+  return sendCommand(monitor, words)
 }
 
-/** Gives the reply, for which there is this time; or, where it is shown, for each part of it. */
-async function talk(socket: net.Socket, text: string, limitMs = 1_000, isShown = false) {
+async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
+  const line = words.join(' ').trim() || 'help'
+  if (/[\r\n]/.test(line)) refuse('a command is one line')
+
+  const [name] = line.split(/\s+/)
+  const isInteractive = name === 'interactive'
+  const socket = net.connect(monitor)
+  if (isInteractive) joinTerminal(socket)
+  const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
+  const reply = await talk(socket, `${line}\n`, limitMs, printPart)
+  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
+}
+
+function joinTerminal(socket: net.Socket): void {
+  socket.on('close', () => process.stdin.destroy())
+  process.stdin.pipe(socket)
+}
+
+function printPart(part: string): void {
+  process.stdout.write(part.replace(/[^\n\t]+/g, clean))
+}
+
+/** Takes `--name value` or `--name=value` out of the words. */
+function takeOption(words: string[], name: string): string | undefined {
+  const prefix = `--${name}=`
+  const at = words.findIndex((word) => word === `--${name}` || word.startsWith(prefix))
+  const word = words[at]
+  if (word === undefined) return undefined
+
+  if (word.startsWith(prefix)) {
+    words.splice(at, 1)
+    return word.slice(prefix.length)
+  }
+  const [, value] = words.splice(at, 2)
+  return value ?? refuse(`--${name} needs a value`)
+}
+
+/** Where the monitor listens: as the options say, else as the instance itself would find out. */
+function findMonitor(instancePort?: string, instanceHost?: string): net.NetConnectOpts {
+  const told = instancePort === undefined ? endpointInEnvironment() : {}
+  if (told.path !== undefined && instanceHost === undefined) return { path: told.path }
+
+  const bound = instanceHost ?? told.host ?? readEnv('HOST') ?? ''
+  const port = told.port ?? portBeside(instancePort ?? readEnv('PORT') ?? '8080')
+  return { host: hostReaching(bound), port }
+}
+
+function portBeside(instancePort: string): number {
+  const port = toPort(instancePort)
+  const monitorPort = port === undefined ? undefined : toPort(String(port + PORT_OFFSET))
+  return monitorPort ?? refuse(`${instancePort} is no instance port`)
+}
+
+/** Sends text, and gives all that comes back until the other side closes. The limit is for the
+ *  whole reply; or, where its parts are shown as they come, for each of them. */
+async function talk(
+  socket: net.Socket,
+  text: string,
+  limitMs: number,
+  showPart?: (part: string) => void
+): Promise<string> {
   const late = new Error(`no answer within ${limitMs / 1_000} s`)
   const timer = setTimeout(() => socket.destroy(late), limitMs).unref()
   socket.setEncoding('utf8').write(text)
+
   let reply = ''
   for await (const part of socket as AsyncIterable<string>) {
     reply = (reply + part).slice(0, UNSENT_MAX)
-    if (isShown) process.stdout.write(part.replace(/[^\n\t]+/g, clean))
-    if (isShown) timer.refresh()
+    if (!showPart) continue
+    showPart(part)
+    timer.refresh()
   }
   return reply
 }
+
+const POLL_ANSWER_MS = 1_000 // of one instance among many, and of one try among many
+
 /** Waits until the instance is healthy, and prints why it is not. */
-async function wait(to: net.NetConnectOpts, timeoutSeconds: number): Promise<number> {
+async function waitUntilHealthy(to: net.NetConnectOpts, timeout: string): Promise<number> {
+  const timeoutSeconds = Number(timeout)
   if (!(timeoutSeconds >= 0)) refuse('--timeout needs a number of seconds')
-  let said = ''
-  do {
-    if (said) await new Promise((resolve) => setTimeout(resolve, TICK_MS))
-    const reply = await talk(net.connect(to), 'interactive\nhealth_check\nquit\n') // see noteProber
-      .catch((error: unknown) => `\n${wording(error)}`)
-    const reason = clean(reply.split('\n')[1] || 'no answer')
-    if (reason !== said) console.log(`${process.uptime().toFixed(1)} s  ${said = reason}`)
-  } while (said !== 'OK' && process.uptime() <= timeoutSeconds)
-  return said === 'OK' ? 0 : 1
+
+  let reasonBefore = ''
+  for (;;) {
+    const reason = await askReason(to)
+    if (reason !== reasonBefore) console.log(`${process.uptime().toFixed(1)} s  ${reason}`)
+    reasonBefore = reason
+    if (reason === 'OK') return 0
+    if (process.uptime() > timeoutSeconds) return 1
+    await new Promise((resolve) => setTimeout(resolve, TICK_MS))
+  }
+}
+
+/** Asks in interactive mode, as a person does, so that `drain` does not wait for us. */
+async function askReason(to: net.NetConnectOpts): Promise<string> {
+  try {
+    const script = 'interactive\nhealth_check\nquit\n'
+    const reply = await talk(net.connect(to), script, POLL_ANSWER_MS)
+    return clean(reply.split('\n')[1] || 'no answer')
+  } catch (error) {
+    return clean(wording(error))
+  }
 }
 
 /** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
 async function dumpPerfMetrics(words: string[]): Promise<number> {
-  const fleet = escaped(takeOption(words, 'deployment') ?? process.cwd().replace(/.*[/\\]/, ''))
-  const toLine = async (instance: string): Promise<string> => {
-    const [, name = instance, at = ''] = /^(?:([^=]+)=)?([^]*)$/.exec(instance) ?? []
-    const { host = 'localhost', port = at } = toEndpoint(at) ?? {}
-    const json = await talk(net.connect(findMonitor(`${port}`, host)), 'perf_metrics\n')
-    return `deployments,deployment=${fleet},process=${escaped(name)} ${toFields(json)}\n`
-  }
-  const lines = await Promise.all(words.map((instance) =>
-    toLine(instance).catch((error: unknown) => complain(`${instance}: ${wording(error)}`))))
+  const folder = process.cwd().replace(/.*[/\\]/, '')
+  const deployment = escapeTag(takeOption(words, 'deployment') ?? folder)
+  const lines = await Promise.all(words.map((word) => dumpInstance(word, deployment)))
   process.stdout.write(lines.sort().join(''))
   return lines.some(Boolean) ? 0 : 1
 }
-const complain = (error: unknown): void => console.error(`ftw-monitor: ${clean(wording(error))}`)
-/** `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
+
+/** Gives the line of an instance, '' with a complaint where there is none. */
+async function dumpInstance(word: string, deployment: string): Promise<string> {
+  try {
+    const { name, monitor } = parseInstance(word)
+    const json = await talk(net.connect(monitor), 'perf_metrics\n', POLL_ANSWER_MS)
+    const tags = `deployment=${deployment},process=${escapeTag(name)}`
+    return `deployments,${tags} ${toFields(json)}\n`
+  } catch (error) {
+    complain(`${word}: ${wording(error)}`)
+    return ''
+  }
+}
+
+/** Reads `10301`, `host:10301` or `web1=10301`: a port of the instance, and its name. */
+function parseInstance(word: string): { name: string; monitor: net.NetConnectOpts } {
+  const [, name = word, address = ''] = NAMED_INSTANCE.exec(word) ?? []
+  const { host = 'localhost', port = address } = toEndpoint(address) ?? {}
+  return { name, monitor: findMonitor(String(port), host) }
+}
+
+const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
+
+function complain(error: unknown): void {
+  console.error(`ftw-monitor: ${clean(wording(error))}`)
+}
+
+/** Writes `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
 function toFields(json: string): string {
-  const figures = JSON.parse(json, (_, value) => typeof value === 'string' ? clean(value) : value)
-  const { error = 'no figures', ...groups }: Record<string, unknown> = Object(figures)
-  const fields = Object.entries(groups).flatMap(([group, values]) =>
-    Object.entries(isObject(values) ? values : {})
-      .filter(([, value]) => typeof value === 'string' || Number.isFinite(value))
-      .map(([name, value]) => `${escaped(`${group}.${name}`)}=${JSON.stringify(value)}`))
+  const { error = 'no figures', ...groups } = Object(JSON.parse(json)) as Record<string, unknown>
+  const fields: string[] = []
+  for (const [group, values] of Object.entries(groups)) {
+    if (!isObject(values)) continue
+    for (const [name, value] of Object.entries(values)) {
+      const text = toField(value)
+      if (text !== undefined) fields.push(`${escapeTag(`${group}.${name}`)}=${text}`)
+    }
+  }
   return fields.sort().join(',') || refuse(wording(error))
 }
-const escaped = (text: string): string =>
-  clean(text).replace(/\\+$/, '').replace(/[,= ]/g, '\\$&') || 'unnamed'
 
-/** A small instance to try everything on. */
-function demo(): Promise<unknown> {
+function toField(value: unknown): string | undefined {
+  if (typeof value === 'string') return JSON.stringify(clean(value))
+  return Number.isFinite(value) ? String(value) : undefined
+}
+
+function escapeTag(text: string): string {
+  const ended = clean(text).replace(/\\+$/, '') // a backslash would escape what follows
+  return ended.replace(/[,= ]/g, '\\$&') || 'unnamed'
+}
+
+/** Runs a small instance to try everything on. */
+async function runDemo(): Promise<number> {
   const { loads } = registerDatabase('main', { isConnected: () => true })
-  registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
+  registerWarmup('/', () => pause(3_000))
   const server = http.createServer((_, response) => {
     loads()
     response.end('Hello from the demo of ftw-monitor\n')
   })
-  process.once('SIGTERM', () => drain().then(() => server.close()))
-  server.on('error', complain).listen(Number(env('PORT') ?? 8080), env('HOST'))
-  return start(server)
+  process.once('SIGTERM', () => void drainAndClose(server))
+  server.on('error', complain)
+  server.listen(Number(readEnv('PORT') ?? 8080), readEnv('HOST'))
+  await start(server)
+  return 0
 }
 
-// Node.js 20 has no `import.meta.main`; there an installed program is called by a link to it
-const called = `file:${process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)}`
-if (/\/monitor\.[jt]s$/.test(import.meta.url) && // else part of somebody's bundle
-  (import.meta.main ?? import.meta.resolve(called) === import.meta.url)) {
-  process.exitCode = 2 // until main() tells better
-  process.stdout.on('error', quiet) // `| head -1`
-  main(process.argv.slice(2)).then((status) => { process.exitCode = status }, complain)
+async function drainAndClose(server: http.Server): Promise<void> {
+  await drain()
+  server.close()
 }
+
+/** Whether this file was called, and not imported. It may also be part of somebody's bundle. */
+function isProgram(): boolean {
+  if (!/\/monitor\.[jt]s$/.test(import.meta.url)) return false
+  if (import.meta.main !== undefined) return import.meta.main
+
+  // Node.js 20 has no import.meta.main; there an installed program is called by a link to it.
+  const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
+  return import.meta.resolve(`file:${path}`) === import.meta.url
+}
+
+async function runProgram(): Promise<void> {
+  process.exitCode = 2 // until main() tells better
+  process.stdout.on('error', doNothing) // `| head -1`
+  try {
+    process.exitCode = await main(process.argv.slice(2))
+  } catch (error) {
+    complain(error)
+  }
+}
+
+if (isProgram()) void runProgram()
