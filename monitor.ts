@@ -162,6 +162,24 @@ export interface DrainOptions {
   timeoutMs?: number
 }
 
+/** What `shutdown` and `shutdownOnSignal` may be told, besides what `drain` may. */
+export interface ShutdownOptions extends DrainOptions {
+  /** Called at once, beside all the rest: for consumers of queues and schedulers, which are to take
+   *  no more jobs. `signal` is what came, `undefined` for `shutdown()`. */
+  onSignal?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
+  /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets. May
+   *  return a promise. */
+  cleanUp?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
+  /** For draining and the requests in flight together, in milliseconds (default: 25,000); what is in
+   *  flight then is cut. */
+  timeoutMs?: number
+  /** For everything, in milliseconds (default: `timeoutMs` + 3,000, so below Kubernetes's 30 s). What
+   *  takes longer is named in the log, and the process exits with 1. */
+  exitAfterMs?: number
+  /** For `shutdownOnSignal`: what to listen for (default: `SIGTERM` and `SIGINT`). */
+  signals?: NodeJS.Signals[]
+}
+
 // --- Limits --------------------------------------------------------------------------------------
 
 // Of the instance
@@ -188,6 +206,12 @@ const PROBERS_MAX = 64 // more than anybody has balancers
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
 const DRAIN_POLL_MS = 25
+
+// Of a shutdown
+const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for cleanUp
+const GOODBYE_MS = 1_000 // for cleanUp to say goodbye, and for a peer to answer it
+const ALIVE_MS = 1_000 // for a process that is done to end by itself
+const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
@@ -228,13 +252,31 @@ interface RequestInFlight {
   socket: net.Socket
 }
 
-/** The server that `start` was given, and what passes through it. */
+/** An HTTP/2 session; its own type is in a module that we do not import. */
+interface Http2Session {
+  close(): void
+  once(event: 'close', listener: () => void): void
+}
+
+/** The server that `start` was given, and what passes through it. It is kept, and its requests are
+ *  seen, even where there is no monitor, since `shutdown` waits for them. */
 class Host {
-  server: net.Server | undefined
+  readonly server: net.Server | undefined
+  readonly logger: Logger
   unhook: () => void = doNothing
+  /** Once `shutdown` has closed the server. */
+  isClosing = false
   readonly inFlight = new Map<http.ServerResponse, RequestInFlight>()
+  /** Connections of WebSockets, say: no request is in flight there. */
+  readonly upgraded = new Set<net.Socket>()
+  readonly http2Sessions = new Set<Http2Session>()
   requests = 0
   errors = 0
+
+  constructor(server?: net.Server, logger: Logger = console) {
+    this.server = server
+    this.logger = logger
+  }
 }
 
 /** Counts time by ticks: it stands still while the host blocks, which is no prober's fault. */
@@ -302,15 +344,24 @@ interface Draining {
   waitFor: Prober[]
 }
 
+/** A shutdown: it has begun, or it is over. */
+class Shutdown {
+  isOver = false
+  /** What is still to be done, in words. */
+  readonly undone = new Set<string>()
+  done: Promise<void> = Promise.resolve()
+}
+
 /** All that `start` fills. `stop` puts a new one in its place, by which late callbacks know. */
 class State {
-  options: StartOptions = {}
+  /** There are none where there is no monitor: it was not started, is switched off, or gave up. */
+  options: StartOptions | undefined
   /** Resolves what `start` promised. */
   settleStart: (address: Address) => void = doNothing
   instance: Instance | undefined
   isAccepting = false
   draining: Draining | undefined
-  readonly host = new Host()
+  host = new Host()
   readonly clock = new Clock()
   readonly monitor = new Monitor()
   readonly load = new Load()
@@ -319,6 +370,18 @@ class State {
 }
 
 let state = new State()
+
+/** It outlives the state, since a monitor that gives up must not cost the clean-up. */
+let ending: Shutdown | undefined
+
+type SignalListener = (signal: NodeJS.Signals, number: number) => void
+
+/** What `shutdownOnSignal` has put onto the process. */
+const signalState = {
+  listeners: new Map<NodeJS.Signals, SignalListener>(),
+  /** Whether one has come: the next one ends the process. */
+  isSignalled: false
+}
 
 function isCurrent(begun: State): boolean {
   return begun === state
@@ -333,25 +396,34 @@ function isCurrent(begun: State): boolean {
  *  the caller passed wrongly. */
 export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
   const options = toStartOptions(instance)
-  if (isSwitchedOff('FTW_MONITOR')) return false
-
   if (state.clock.ticker) {
     log('warn', 'is started already; stop() it first')
     return state.monitor.server?.address() ?? false
   }
+  if (ending && !ending.isOver) {
+    log('warn', 'does not start: the instance is shutting down')
+    return false
+  }
+  ending = undefined
+  takeHost(options)
+  if (isSwitchedOff('FTW_MONITOR')) return false
   return new Promise((resolve) => begin(options, resolve))
 }
 
+/** Remembers the server, and sees its requests from now on. */
+function takeHost({ server, logger }: StartOptions): void {
+  state.host.unhook()
+  state.host = new Host(server, logger)
+  if (server) state.host.unhook = hook(server, state.host)
+}
+
 function begin(options: StartOptions, settleStart: (address: Address) => void): void {
-  const { server } = options
   state.options = options
   state.settleStart = settleStart
   state.clock.ticker = setInterval(tick, TICK_MS).unref()
-  state.host.server = server
-  if (server) state.host.unhook = hook(server)
   if (isSwitchedOff('FTW_MONITOR_AUTOWARMUP')) state.warmup.outcome = 'off'
 
-  later(server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
+  later(options.server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
   boot()
 }
 
@@ -361,19 +433,38 @@ function warnUnlessAccepting(): void {
   else log('warn', `finds nothing at ${state.instance?.url}`)
 }
 
-/** Closes the monitor and its connections, aborts what runs, and takes its hook off the server.
- *  Resolves when the port is free. What was registered stays, and `start()` works again. */
+/** Closes the monitor and its connections, aborts what runs, takes its hook off the server and,
+ *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
+ *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const stopped = state
-  state = new State()
+  if (!ending || ending.isOver) takeSignalListenersOff()
+  await stopMonitor()
+}
 
-  abortWarmups(stopped.warmup, 'the monitor was stopped')
-  clearInterval(stopped.clock.ticker)
-  stopped.clock.due.clear()
-  stopped.host.unhook()
-  for (const session of stopped.monitor.sessions) session?.socket.destroy()
-  await closed(stopped.monitor.server)
-  stopped.settleStart(false)
+async function stopMonitor(): Promise<void> {
+  const { host, settleStart } = state
+  host.unhook()
+  await closeMonitor(new State())
+  settleStart(false)
+}
+
+/** Puts another state in the place of the present one, and ends all that belonged to that. */
+async function closeMonitor(next: State): Promise<void> {
+  const closing = state
+  state = next
+
+  abortWarmups(closing.warmup, 'the monitor was stopped')
+  clearInterval(closing.clock.ticker)
+  closing.clock.due.clear()
+  for (const session of closing.monitor.sessions) session?.socket.destroy()
+  await closed(closing.monitor.server)
+}
+
+/** The state in which nothing but the server is known. */
+function stateOfHost(host: Host): State {
+  const next = new State()
+  next.host = host
+  return next
 }
 
 async function closed(server: net.Server | undefined): Promise<void> {
@@ -469,10 +560,11 @@ function boot(): void {
 
 /** Finds out where the instance is, and opens the monitor port beside it. */
 function foundInstance(): boolean {
+  const { options = {} } = state
   try {
-    const bound = boundAddress(state.options)
-    state.instance = locateInstance(state.options, bound)
-    state.monitor.endpoint = monitorEndpoint(state.options, bound)
+    const bound = boundAddress(options)
+    state.instance = locateInstance(options, bound)
+    state.monitor.endpoint = monitorEndpoint(options, bound)
   } catch (error) {
     giveUp(error)
     return false
@@ -499,9 +591,10 @@ function acceptRequests(begun: State): void {
 
 /** What a deployment decides is warned of, and is never the host's end. */
 function giveUp(error: unknown): void {
+  const { host, settleStart } = state
   log('warn', wording(error))
-  state.settleStart(false)
-  void stop()
+  void closeMonitor(stateOfHost(host))
+  settleStart(false)
 }
 
 // --- Addresses -----------------------------------------------------------------------------------
@@ -551,6 +644,13 @@ function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOpti
   const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
   if (!isPort(port)) refuse('finds no port beside the instance: set FTW_MONITOR_LISTEN')
   return host ? { exclusive: true, port, host } : { exclusive: true, port }
+}
+
+/** A server may close, and listen elsewhere before its `close` event. */
+function hasMoved(options: StartOptions, instance: Instance): boolean {
+  const { address, port, path } = boundAddress(options)
+  const isThere = port === instance.port && path === instance.path
+  return !isThere || hostReaching(address) !== instance.host
 }
 
 function toConnectOptions({ host, port, path }: Instance): net.NetConnectOpts {
@@ -645,14 +745,14 @@ function onMonitorError(
 // --- The hook on the server ----------------------------------------------------------------------
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
-function hook(server: net.Server): () => void {
-  const begun = state
+function hook(server: net.Server, host: Host): () => void {
   // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
   const innerEmit = server.emit
   const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
 
   function emit(this: net.Server, ...all: [string, ...unknown[]]): boolean {
-    if (isCurrent(begun) && attempt(() => onServerEvent(...all)) === 'taken') return true
+    const isOurs = state.host === host // else somebody else's hook kept us here
+    if (isOurs && attempt(() => onServerEvent(...all)) === 'taken') return true
     return Reflect.apply(innerEmit, this, all)
   }
   Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
@@ -669,34 +769,57 @@ function hook(server: net.Server): () => void {
 function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
   switch (event) {
     case 'listening':
-      return boot()
+      return onServerListening()
     case 'close':
       return onServerClose()
     case 'request':
     case 'checkContinue':
       return onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
+    case 'upgrade':
+    case 'connect':
+      return keepUntilClose(state.host.upgraded, args[1] as net.Socket)
+    case 'session':
+      return keepUntilClose(state.host.http2Sessions, args[0] as Http2Session)
   }
 }
 
+function onServerListening(): void {
+  const { options, host, settleStart } = state
+  if (!options) return
+  if (state.instance && hasMoved(options, state.instance)) void closeMonitor(stateOfHost(host))
+  if (state.clock.ticker) boot()
+  else begin(options, settleStart)
+}
+
+/** The monitor closes with the server, and comes back when that listens again. */
 function onServerClose(): void {
-  if (isShuttingDown()) void stop() // else it was closed before it ever listened
+  if (ending || !isShuttingDown()) return // a server also closes that has never listened
+  const { host, options } = state
+  log('info', 'is closed, as the server is')
+  void closeMonitor(stateOfHost(host))
+  state.options = options
+}
+
+function keepUntilClose<T extends Pick<Http2Session, 'once'>>(all: Set<T>, one: T): void {
+  all.add(one)
+  one.once('close', () => all.delete(one))
 }
 
 /** The application may emit a request that is none, so everything here may throw. */
 function onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
   const { method, url = '', socket } = request
-  if (warmupSite(url) !== undefined) {
+  const { host, options } = state
+  if (options && warmupSite(url) !== undefined) {
     warmupView(request, response)
     return 'taken'
   }
-  const { host } = state
   if (host.inFlight.has(response)) return // emitted again, after checkContinue
 
   response.on('close', onResponseClose)
   const line = `${method} ${url}`
   host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
   host.requests++
-  if (state.draining) closeAfter(response)
+  if (state.draining || host.isClosing) sendClientElsewhere(response)
 }
 
 function onResponseClose(this: http.ServerResponse): void {
@@ -786,10 +909,6 @@ export function registerDatabase(name: string, database: Database): Activity {
     stores: (count) => counters.stores.add(count),
     connections: (count) => counters.connections.add(count)
   }
-}
-
-function mayHaveMethod(database: Database, name: 'connections' | 'figures'): boolean {
-  return database[name] === undefined || hasMethods(database, name)
 }
 
 /** Asks a database whether it is connected, and keeps what is wrong with it. */
@@ -1137,7 +1256,7 @@ async function answerWhenWarm(response: http.ServerResponse, sites: string[]): P
 }
 
 function answerView(response: http.ServerResponse, status: number, text: string): void {
-  closeAfter(response)
+  sendClientElsewhere(response) // else our connection would outlive the server
   response.writeHead(status, { 'Content-Type': PLAIN_TEXT })
   response.end(text)
 }
@@ -1188,9 +1307,10 @@ export async function drain(options: DrainOptions = {}): Promise<void> {
   await untilDrained(options)
 }
 
-/** Takes the instance in again. */
+/** Takes the instance in again; not while it shuts down. */
 export function resume(): void {
-  state.draining = undefined
+  if (ending) log('warn', 'does not resume: the instance is shutting down')
+  else state.draining = undefined
 }
 
 /** Drains, reports each change of what it waits for, and gives the outcome. */
@@ -1240,11 +1360,7 @@ function toDrainOptions({
 function beginDraining(reason: string): Prober[] {
   const waitFor = state.draining?.waitFor ?? frequentProbers()
   state.draining = { reason, waitFor }
-
-  // Of the requests pipelined on a connection only the last may close it.
-  const lastOfSocket = new Map<net.Socket, http.ServerResponse>()
-  for (const [response, { socket }] of state.host.inFlight) lastOfSocket.set(socket, response)
-  for (const response of lastOfSocket.values()) closeAfter(response)
+  sendClientsElsewhere(state.host)
   return waitFor
 }
 
@@ -1262,8 +1378,10 @@ function frequentProbers(): Prober[] {
 function describeProgress(waitFor: Prober[], fall: number): string {
   const informed = waitFor.filter(({ told }) => told >= fall).length
   const probers = `${informed} of ${waitFor.length} probers know`
-  if (!state.host.server) return probers
-  return `${probers}, ${state.host.inFlight.size} requests in flight`
+  const { server, inFlight, upgraded } = state.host
+  if (!server) return probers
+  const progress = `${probers}, ${inFlight.size} requests in flight`
+  return upgraded.size > 0 ? `${progress}, ${upgraded.size} upgraded connections` : progress
 }
 
 function allKnow(waitFor: Prober[], fall: number): boolean {
@@ -1276,31 +1394,255 @@ function pollingPause(): Promise<void> {
   })
 }
 
-/** A keep-alive client goes elsewhere next time. HTTP/2 has no such header, but says GOAWAY. */
-function closeAfter(response: http.ServerResponse): void {
-  const { stream } = response as { stream?: { session?: { close(): void } } }
-  if (stream) {
-    stream.session?.close()
-    return
-  }
-  if (response.headersSent) return
-  response.setHeader('Connection', 'close')
-  for (const method of ['setHeader', 'appendHeader', 'removeHeader'] as const) {
-    protectConnectionHeader(response, method)
+/** Of the requests pipelined on a connection, only the last may close it. */
+function sendClientsElsewhere({ inFlight }: Host): void {
+  const lastOfSocket = new Map<net.Socket, http.ServerResponse>()
+  for (const [response, { socket }] of inFlight) lastOfSocket.set(socket, response)
+  for (const response of lastOfSocket.values()) sendClientElsewhere(response)
+}
+
+/** Has a keep-alive client go elsewhere with its next request; HTTP/2 knows GOAWAY for that. All
+ *  else that the application answers stays as it is, byte for byte. */
+function sendClientElsewhere(response: http.ServerResponse): void {
+  const { stream } = response as { stream?: { session?: Http2Session } }
+  attempt(() => {
+    if (stream) stream.session?.close()
+    else if (!response.headersSent) closeConnectionAfter(response)
+  })
+}
+
+/** A `Connection: keep-alive` of the application's own would keep the connection all the same. A
+ *  header set by us would change how `writeHead` treats the application's; so one that is there is
+ *  replaced in its place. */
+function closeConnectionAfter(response: http.ServerResponse): void {
+  response.shouldKeepAlive = false
+
+  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the response below
+  const innerWriteHead = response.writeHead
+  response.writeHead = (...args: unknown[]): http.ServerResponse => {
+    const names = response.getHeaderNames?.() ?? []
+    if (names.includes('connection')) replaceKeepAliveSet(response)
+    return Reflect.apply(innerWriteHead, response, args.map(withoutKeepAlive) as [number])
   }
 }
 
-/** A gateway's upstream, say, must not have the last word on our connections. */
-function protectConnectionHeader(
-  response: http.ServerResponse,
-  method: 'setHeader' | 'appendHeader' | 'removeHeader'
-): void {
-  const inner = response[method] as (...all: string[]) => never
-  response[method] = (...all: string[]): never => {
-    if (/^connection$/i.test(`${all[0]}`)) return response as never
-    return Reflect.apply(inner, response, all)
+function replaceKeepAliveSet(response: http.ServerResponse): void {
+  const value = response.getHeader('connection')
+  if (!KEEP_ALIVE.test(String(value))) return
+  const { getRawHeaderNames }: { getRawHeaderNames?: () => string[] } = Object(response) // untyped
+  const names = getRawHeaderNames?.call(response) ?? []
+  response.setHeader(names.find(isConnection) ?? 'Connection', 'close')
+}
+
+const KEEP_ALIVE = /keep-alive/i
+
+/** Replaces `Connection: keep-alive` in headers as `writeHead` takes them: an object, names and
+ *  values in turn, or pairs of them. */
+function withoutKeepAlive(headers: unknown): unknown {
+  if (!isObject(headers)) return headers
+  if (!Array.isArray(headers)) return withoutKeepAliveIn(headers)
+  return headers.map((part: unknown, index) => {
+    if (Array.isArray(part)) return withoutKeepAlive(part)
+    return isConnection(headers[index - 1]) && index % 2 === 1 ? unlessKeepAlive(part) : part
+  })
+}
+
+function withoutKeepAliveIn(headers: Record<string, unknown>): Record<string, unknown> {
+  const name = Object.keys(headers).find(isConnection)
+  if (name === undefined) return headers
+  return { ...headers, [name]: unlessKeepAlive(headers[name]) }
+}
+
+function isConnection(name: unknown): boolean {
+  return typeof name === 'string' && name.toLowerCase() === 'connection'
+}
+
+function unlessKeepAlive(value: unknown): unknown {
+  return KEEP_ALIVE.test(String(value)) ? 'close' : value
+}
+
+// Shutdown
+
+type CheckedShutdownOptions = ShutdownOptions & Required<DrainOptions> & { exitAfterMs: number }
+
+/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which the
+ *  process ends, even if something still keeps it alive (which is logged). A second one ends it at
+ *  once with 128 + the signal's number. Called again it replaces the options. May come before or
+ *  after `start`, and works without a monitor. `stop()` takes the listeners off. Throws a `TypeError`
+ *  or `RangeError` for wrong options. */
+export function shutdownOnSignal(options: ShutdownOptions = {}): void {
+  const checked = toShutdownOptions(options)
+  const { signals = ['SIGTERM', 'SIGINT'] } = options
+  must(
+    Array.isArray(signals) && signals.length > 0 && signals.every((name) => SIGNAL.test(name)),
+    'signals must be names of signals, as SIGTERM'
+  )
+  takeSignalListenersOff()
+  for (const signal of signals) {
+    const listener: SignalListener = (name, number) => onSignal(name, number, checked)
+    signalState.listeners.set(signal, listener)
+    process.on(signal, listener)
   }
 }
+
+const SIGNAL = /^SIG(?!KILL$|STOP$)[A-Z0-9]+$/ // SIGTERM; nobody can listen for SIGKILL
+
+function takeSignalListenersOff(): void {
+  for (const [signal, listener] of signalState.listeners) process.off(signal, listener)
+  signalState.listeners.clear()
+}
+
+function onSignal(signal: NodeJS.Signals, number: number, options: CheckedShutdownOptions): void {
+  if (signalState.isSignalled) process.exit(128 + number)
+  signalState.isSignalled = true
+  void shutDownAndExit(options, signal)
+}
+
+async function shutDownAndExit(
+  options: CheckedShutdownOptions,
+  signal: NodeJS.Signals
+): Promise<void> {
+  await beginShutdown(options, signal)
+  setTimeout(exitThoughAlive, ALIVE_MS).unref()
+}
+
+function exitThoughAlive(): void {
+  log('warn', `is done, but something keeps the process alive: ${aliveResources()}; exits`)
+  process.exit()
+}
+
+/** What keeps the process alive, by kind: `2 TCPSocketWrap, 1 Timeout`. */
+function aliveResources(): string {
+  const kinds = process.getActiveResourcesInfo?.() ?? [] // Bun has none
+  const countByKind = new Map<string, number>()
+  for (const kind of kinds) countByKind.set(kind, (countByKind.get(kind) ?? 0) + 1)
+  const counts = Array.from(countByKind, ([kind, count]) => `${count} ${kind}`)
+  return counts.join(', ') || 'a connection, a timer or the like'
+}
+
+/** Ends what the instance does, in an order in which no request meets a closed database: tells
+ *  `onSignal`, drains, closes the server, waits for its requests, calls `cleanUp`, ends upgraded
+ *  connections, and stops the monitor. Resolves when all that is done. Called twice it is one
+ *  shutdown. Rejects with a `TypeError` or `RangeError` for wrong options. */
+export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
+  await beginShutdown(toShutdownOptions(options))
+}
+
+function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
+  must(typeof options === 'object' && options, 'a shutdown takes options, as { cleanUp }')
+  const { reason, fall, timeoutMs } = toDrainOptions(options)
+  const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
+  must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
+  must(mayHaveMethod(options, 'cleanUp'), 'cleanUp must be a function')
+  must(
+    exitAfterMs > timeoutMs && exitAfterMs <= TIMER_MAX_MS,
+    `exitAfterMs must be a number greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
+    RangeError
+  )
+  return { ...options, reason, fall, timeoutMs, exitAfterMs }
+}
+
+function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
+  if (ending) return ending.done
+  ending = new Shutdown()
+  ending.done = performShutdown(ending, options, signal)
+  return ending.done
+}
+
+async function performShutdown(
+  shutting: Shutdown,
+  options: CheckedShutdownOptions,
+  signal: NodeJS.Signals | undefined
+): Promise<void> {
+  const { host } = state
+  const { timeoutMs, exitAfterMs } = options
+  const cutAtMs = performance.now() + timeoutMs
+  // The one timer that keeps the process alive: else that might end before cleanUp was called.
+  const deadline = setTimeout(() => exitUndone(shutting, exitAfterMs), exitAfterMs)
+
+  const told = doPart(shutting, 'onSignal', () => options.onSignal?.({ signal }))
+  await doPart(shutting, 'draining', () => untilDrained(options))
+  await doPart(shutting, 'the requests in flight', () => closeServer(host, cutAtMs, timeoutMs))
+  const cleaned = doPart(shutting, 'cleanUp', () => options.cleanUp?.({ signal }))
+  await doPart(shutting, 'upgraded connections', () => endUpgraded(host))
+  await Promise.all([told, cleaned])
+  await stopMonitor()
+
+  clearTimeout(deadline)
+  shutting.isOver = true
+}
+
+/** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
+async function doPart(shutting: Shutdown, name: string, part: () => unknown): Promise<void> {
+  shutting.undone.add(name)
+  try {
+    await part()
+  } catch (error) {
+    log('error', `failed to shut down: ${name}: ${wording(error)}`, ...framesOf(error))
+    process.exitCode ||= 1
+  }
+  shutting.undone.delete(name)
+}
+
+function exitUndone({ undone }: Shutdown, afterMs: number): void {
+  log('error', `exits after ${afterMs / 1_000} s; not done: ${[...undone].join(', ')}`)
+  process.exit(1)
+}
+
+/** Closes the server and its connections, each as soon as no request is in flight on it. */
+async function closeServer(host: Host, cutAtMs: number, timeoutMs: number): Promise<void> {
+  const { server, inFlight, http2Sessions } = host
+  if (!server) return
+
+  host.isClosing = true
+  sendClientsElsewhere(host)
+  attempt(() => server.close()) // it may be closed, or never have listened
+  for (const session of http2Sessions) attempt(() => session.close())
+  while (inFlight.size > 0 && performance.now() < cutAtMs) {
+    closeConnections(server, 'closeIdleConnections')
+    await pollingPause()
+    forgetDeadRequests()
+  }
+  if (inFlight.size > 0) {
+    log(
+      'warn',
+      `cuts ${inFlight.size} requests that are still in flight after ${timeoutMs / 1_000} s`
+    )
+    for (const [response, { socket }] of inFlight) cut(response, socket)
+  }
+  await pollingPause() // for a connection whose answer has just been sent
+  closeConnections(server, 'closeAllConnections')
+}
+
+/** Node.js 20's closeIdleConnections leaves those that never sent a request, and an http2 server has
+ *  neither method. */
+function closeConnections(
+  server: net.Server,
+  method: 'closeIdleConnections' | 'closeAllConnections'
+): void {
+  const { [method]: close } = server as { [name in typeof method]?: () => void }
+  attempt(() => close?.call(server))
+}
+
+function cut(response: http.ServerResponse, socket: net.Socket): void {
+  const { stream } = response as { stream?: { destroy(): void } }
+  attempt(() => (stream ?? socket).destroy())
+}
+
+/** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
+async function endUpgraded({ upgraded }: Host): Promise<void> {
+  await untilNoneOrAfter(upgraded, GOODBYE_MS)
+  for (const socket of upgraded) attempt(() => socket.end())
+  await untilNoneOrAfter(upgraded, GOODBYE_MS)
+  for (const socket of upgraded) attempt(() => socket.destroy())
+}
+
+async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<void> {
+  const startedAtMs = performance.now()
+  while (all.size > 0 && performance.now() - startedAtMs < limitMs) await pollingPause()
+}
+
+// Probers
 
 /** Remembers who asks, and how often whoever asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
@@ -1564,6 +1906,7 @@ addReport(
   'resume',
   'Take the instance into service again',
   () => {
+    if (ending) refuse('Error: not resumed, since the instance is shutting down')
     resume()
     return 'Resumed'
   },
@@ -1829,12 +2172,14 @@ function instanceFamilies(): Family[] {
   const isHealthy = Number(verdict() === 'OK')
   const isWarm = Number(state.warmup.outcome === 'done')
   const { requests, in_flight, errors } = httpFigures()
+  const upgraded = state.host.server ? state.host.upgraded.size : -1
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
     family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
     family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
-    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors)
+    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
+    family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded)
   ]
 }
 
@@ -2303,6 +2648,10 @@ function hasMethods(value: unknown, ...names: string[]): boolean {
   return isObject(value) && names.every((name) => typeof value[name] === 'function')
 }
 
+function mayHaveMethod(value: object, name: string): boolean {
+  return Reflect.get(value, name) === undefined || hasMethods(value, name)
+}
+
 /** One word that stands in a line. */
 function isWord(name: unknown): boolean {
   return typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
@@ -2394,8 +2743,7 @@ const STACK_FRAME = /(?<=\n) +at [^\n]*/g //     at main (server.js:1:1)
 /** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, ...lines: string[]): void {
   const text = `ftw-monitor ${lines.map(clean).join('\n')}`
-  const { logger = console } = state.options
-  void logSafely(logger, level, text)
+  void logSafely(state.host.logger, level, text)
 }
 
 async function logSafely(logger: Logger, level: keyof Logger, text: string): Promise<void> {
@@ -2431,7 +2779,13 @@ async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promis
   if (isInteractive) joinTerminal(socket)
   const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
   const reply = await talk(socket, `${line}\n`, limitMs, printPart)
-  return name === 'health_check' && reply !== 'OK\n' ? 1 : 0
+  return isSuccess(name, reply) ? 0 : 1
+}
+
+function isSuccess(name: string | undefined, reply: string): boolean {
+  if (name === 'health_check') return reply === 'OK\n'
+  if (name === 'drain') return reply.endsWith('Drained\n') // and not `Not drained after 25 s: …`
+  return true
 }
 
 function joinTerminal(socket: net.Socket): void {
@@ -2587,21 +2941,16 @@ function escapeTag(text: string): string {
 /** Runs a small instance to try everything on. */
 async function runDemo(): Promise<number> {
   const { loads } = registerDatabase('main', { isConnected: () => true })
-  registerWarmup('/', () => pause(3_000))
+  registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
   const server = http.createServer((_, response) => {
     loads()
     response.end('Hello from the demo of ftw-monitor\n')
   })
-  process.once('SIGTERM', () => void drainAndClose(server))
+  shutdownOnSignal()
   server.on('error', complain)
   server.listen(Number(readEnv('PORT') ?? 8080), readEnv('HOST'))
   await start(server)
   return 0
-}
-
-async function drainAndClose(server: http.Server): Promise<void> {
-  await drain()
-  server.close()
 }
 
 /** Whether this file was called, and not imported. It may also be part of somebody's bundle. */
