@@ -407,7 +407,7 @@ test('a peer that half-closed still gets the reply of an asynchronous command', 
 // --- Modes and commands --------------------------------------------------------------------------
 
 test('a command in more mode gets every following line, as calc does', async (t) => {
-  const calls: string[][] = []
+  const calls: (string | undefined)[][] = []
   const { port } = await bootInstance(t, (monitor) => {
     monitor.register('calc', 'Reckon', (connection, ...words) => {
       calls.push(words)
@@ -486,7 +486,7 @@ test('a command is registered, documented, replaced, and writes bit by bit', asy
   const { monitor, port } = await bootInstance(t)
   monitor.register('echo', 'Say it', () => assert.fail('was replaced'))
   monitor.register('echo', 'Say it again\n\n    Word by word.', async (connection, ...words) => {
-    for (const word of words) {
+    for (const word of words as string[]) {
       returned.push(connection.write(word))
       await new Promise(setImmediate)
     }

@@ -33,10 +33,11 @@ export interface Connection {
   readonly local: boolean
 }
 
-/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow. */
+/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow. The
+ *  asker may leave arguments out. */
 export type Command = (
   connection: Connection,
-  ...args: string[]
+  ...args: (string | undefined)[]
 ) => Mode | void | Promise<Mode | void>
 
 /** Who may run a command besides those who connect to the monitor port and send its line. */
@@ -191,10 +192,14 @@ const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
 
 // Of the verdict
 const DATABASE_MS = 900 // to answer; Kubernetes waits for one second
+const QUESTION_MS = 30_000 // until a database is asked anew: a cut connection never answers
+const LOOK_MS = 900 // to connect to the instance; the same second
+const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 const REASON_MAX = 500 // characters; balancers show less
 
 // Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
+const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
 const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
@@ -227,7 +232,7 @@ const SEND_MS = 60_000 // for a line or an HTTP head: people type
 const SILENCE_MS = 15 * 60_000 // in interactive mode: people think
 const COMMAND_MS = 30_000 // by then every prober has given up
 const LINGER_MS = 5_000 // for a peer to close after us
-const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody takes
+const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more is to be written
 
 // --- State ---------------------------------------------------------------------------------------
 
@@ -310,6 +315,13 @@ interface Run {
   done: Promise<string>
 }
 
+/** What connecting told of an instance whose server was not given. */
+class Look {
+  atMs = -Infinity
+  isRefused = false
+  pending: Promise<void> | undefined
+}
+
 class WarmupState {
   /** What holds while nothing runs. */
   outcome: 'off' | 'cold' | 'done' | 'failed' = 'cold'
@@ -362,6 +374,7 @@ class State {
   isAccepting = false
   draining: Draining | undefined
   host = new Host()
+  readonly look = new Look()
   readonly clock = new Clock()
   readonly monitor = new Monitor()
   readonly load = new Load()
@@ -451,12 +464,15 @@ async function stopMonitor(): Promise<void> {
 /** Puts another state in the place of the present one, and ends all that belonged to that. */
 async function closeMonitor(next: State): Promise<void> {
   const closing = state
+  if (closing.monitor.server?.listening) log('info', 'closed')
   state = next
 
   abortWarmups(closing.warmup, 'the monitor was stopped')
   clearInterval(closing.clock.ticker)
   closing.clock.due.clear()
-  for (const session of closing.monitor.sessions) session?.socket.destroy()
+  for (const session of closing.monitor.sessions) {
+    if (session) cutOff(session.socket)
+  }
   await closed(closing.monitor.server)
 }
 
@@ -523,6 +539,8 @@ function tick(): void {
   state.probers.lookupsInTick = 0
   measureLoad()
   boot()
+  // A page that hangs in its warm-up would keep alive a process that has closed its server.
+  if (warmupStatus() === 'running' && isLookDue(state)) void lookAtInstance(state)
   if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
   doWhatIsDue()
   for (const session of state.monitor.sessions) session?.enforceLimit()
@@ -555,7 +573,7 @@ function boot(): void {
 
   if (!state.instance && !foundInstance()) return
   if (server) acceptRequests(state)
-  else lookForInstance(state)
+  else void lookAtInstance(state)
 }
 
 /** Finds out where the instance is, and opens the monitor port beside it. */
@@ -573,14 +591,63 @@ function foundInstance(): boolean {
   return true
 }
 
-/** Without the server, only a connection tells whether the instance accepts them. */
-function lookForInstance(begun: State): void {
-  const { instance } = begun
+/** Without the server, only a connection tells whether the instance accepts them. Whoever comes
+ *  meanwhile shares it. */
+function lookAtInstance(begun: State): Promise<void> {
+  const { look } = begun
+  look.pending ??= tryConnection(begun)
+  return look.pending
+}
+
+async function tryConnection(begun: State): Promise<void> {
+  const { look, instance } = begun
   if (!instance) return
-  const socket = net.connect(toConnectOptions(instance), () => acceptRequests(begun))
-  socket.unref().on('error', doNothing)
-  socket.setTimeout(TICK_MS, () => socket.destroy())
-  socket.end()
+
+  const outcome = await connectionOutcome(toConnectOptions(instance))
+  look.pending = undefined
+  look.atMs = performance.now()
+  if (outcome === 'unknown') return // a full backlog, say: what was seen last still holds
+  look.isRefused = outcome === 'refused'
+  if (outcome === 'accepted') acceptRequests(begun)
+}
+
+function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refused' | 'unknown'> {
+  return new Promise((resolve) => {
+    const socket = net.connect(to).unref()
+    socket.setTimeout(LOOK_MS, () => {
+      socket.destroy()
+      resolve('unknown')
+    })
+    socket.on('connect', () => {
+      socket.destroy()
+      resolve('accepted')
+    })
+    socket.on('error', (error) => resolve(isRefused(error) ? 'refused' : 'unknown'))
+  })
+}
+
+/** A name may have several addresses, and an error for each. */
+function isRefused(error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }): boolean {
+  const { errors = [error] } = error
+  const relevant = errors.filter((each) => !isWithoutIpv6(each))
+  return relevant.length > 0 && relevant.every(({ code = '' }) => REFUSED.has(code))
+}
+
+const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
+
+function isWithoutIpv6({
+  code = '',
+  address
+}: NodeJS.ErrnoException & { address?: string }): boolean {
+  return address === '::1' && NO_IPV6.has(code)
+}
+
+const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
+
+/** Whether it is time to look again at an instance whose server was not given. */
+function isLookDue({ host, look, instance }: State): boolean {
+  if (host.server || !instance) return false
+  return performance.now() - look.atMs > LOOK_AGAIN_MS
 }
 
 function acceptRequests(begun: State): void {
@@ -610,11 +677,14 @@ interface Bound {
 function hostReaching(address: string): string {
   if (address === '') return 'localhost'
   if (address === '0.0.0.0') return '127.0.0.1'
-  return address === '::' ? '::1' : address
+  // A host without IPv6 binds :: all the same, but has no ::1; `localhost` does in both worlds.
+  return address === '::' ? 'localhost' : address
 }
 
 function boundAddress({ server, port }: StartOptions): Bound {
   if (!server) {
+    const text = readEnv('PORT')
+    if (port === undefined && isPath(text)) return { address: '', port, path: text }
     const instancePort = port ?? readEnvAs('PORT', toPort)
     if (instancePort === undefined) refuse('needs a port: set PORT, or start(server)')
     return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
@@ -642,7 +712,7 @@ function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOpti
 
   const host = told.host ?? bound.address
   const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
-  if (!isPort(port)) refuse('finds no port beside the instance: set FTW_MONITOR_LISTEN')
+  if (!isPort(port)) refuse('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
   return host ? { exclusive: true, port, host } : { exclusive: true, port }
 }
 
@@ -663,13 +733,17 @@ function endpointInEnvironment(): Endpoint {
 
 /** Reads `8160`, `host:8160`, `[::1]:8160`, or a path. */
 function toEndpoint(text: string): Endpoint | undefined {
-  if (/[/\\]/.test(text)) return { path: text }
+  if (isPath(text)) return { path: text }
 
   const [, ipv6, name, digits] = HOST_AND_PORT.exec(text) ?? []
   const port = Number(digits)
   if (!isPort(port)) return undefined
   const host = ipv6 ?? name
   return host ? { host, port } : { port }
+}
+
+function isPath(text = ''): boolean {
+  return /[/\\]/.test(text)
 }
 
 const HOST_AND_PORT = /^(?:\[(.+)\]:|([^:[\]]+):)?(\d+)$/ // [::1]:8160, host:8160, 8160
@@ -714,9 +788,13 @@ function onMonitorListening(begun: State, server: net.Server): void {
     return
   }
   const address = server.address() ?? ''
-  const isPath = typeof address === 'string'
-  log('info', `listening on ${isPath ? address : `${hostInUrl(address.address)}:${address.port}`}`)
+  log('info', `listening on ${describeAddress(address)}`)
   begun.settleStart(address)
+}
+
+function describeAddress(address: net.AddressInfo | string): string {
+  if (typeof address === 'string') return address
+  return `${hostInUrl(address.address)}:${address.port}`
 }
 
 function onMonitorError(
@@ -728,19 +806,24 @@ function onMonitorError(
   if (!isCurrent(begun) || server.listening) return // it could not accept a connection
 
   const text = `cannot listen: ${wording(error)}`
-  if (error.code !== 'EADDRINUSE') {
+  const advice = PASSING_ERRORS.get(error.code)
+  if (advice === undefined) {
     giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
     return
   }
-  if (!isRetry) {
-    const advice =
-      'tries every second; an older process may hold it; cluster workers need ' +
-      'FTW_MONITOR_LISTEN each; remove a dead path'
-    log('warn', `${text}; ${advice}`)
-  }
+  if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
   begun.settleStart(false)
   later(LISTEN_RETRY_MS, () => openMonitor(true))
 }
+
+/** What may pass, and what to do where it does not. */
+const PASSING_ERRORS = new Map<string | undefined, string>([
+  [
+    'EADDRINUSE',
+    'an older process may hold it; cluster workers need FTW_MONITOR_LISTEN each; remove a dead path'
+  ],
+  ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN']
+])
 
 // --- The hook on the server ----------------------------------------------------------------------
 
@@ -795,7 +878,6 @@ function onServerListening(): void {
 function onServerClose(): void {
   if (ending || !isShuttingDown()) return // a server also closes that has never listened
   const { host, options } = state
-  log('info', 'is closed, as the server is')
   void closeMonitor(stateOfHost(host))
   state.options = options
 }
@@ -864,13 +946,21 @@ function verdict(): string {
 /** Asks what the verdict has to know. A promise only if there is something to wait for, since a
  *  promise is 15 % of a check. */
 function inspect(): Promise<unknown> | undefined {
-  if (databases.size === 0 || state.draining || isShuttingDown()) return undefined
-  return Promise.all(Array.from(databases.values(), inspectDatabase))
+  if (state.draining) return undefined
+  const isLookNeeded = isLookDue(state)
+  if (databases.size === 0 || isShuttingDown()) {
+    return isLookNeeded ? lookAtInstance(state) : undefined
+  }
+  const questions: Promise<unknown>[] = Array.from(databases.values(), inspectDatabase)
+  if (isLookNeeded) questions.push(lookAtInstance(state))
+  return Promise.all(questions)
 }
 
 /** Known at once after `server.close()`, where `close` comes only when the last request is gone. */
 function isShuttingDown(): boolean {
-  return state.isAccepting && state.host.server?.listening === false
+  if (!state.isAccepting) return false
+  const { server } = state.host
+  return server ? !server.listening : state.look.isRefused
 }
 
 /** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
@@ -941,46 +1031,52 @@ const TIMED_OUT = new Error('no answer in time')
 class Question {
   readonly askedAtMs = performance.now()
   readonly answer: Promise<unknown>
-  readonly resolve: (answer: unknown) => void
-  readonly reject: (error: unknown) => void
+  readonly #settle: Deferred<unknown>
   readonly #timer: ReturnType<typeof setTimeout>
 
   constructor() {
-    const { promise, resolve, reject } = deferred<unknown>()
-    this.answer = promise
-    this.resolve = resolve
-    this.reject = reject
+    this.#settle = deferred()
+    this.answer = this.#settle.promise
     // setImmediate: after the host has blocked, read first what came in time.
-    this.#timer = setTimeout(() => setImmediate(reject, TIMED_OUT), DATABASE_MS).unref()
+    const timeOut = (): unknown => setImmediate(this.#settle.reject, TIMED_OUT)
+    this.#timer = setTimeout(timeOut, DATABASE_MS).unref()
   }
 
-  settled(): void {
+  resolve(answer: unknown): void {
     clearTimeout(this.#timer)
+    this.#settle.resolve(answer)
+  }
+
+  reject(error: unknown): void {
+    clearTimeout(this.#timer)
+    this.#settle.reject(error)
   }
 }
 
-/** Asks a database. Whoever comes while a question is out shares it, so nobody multiplies queries. */
+/** Asks a database. Whoever comes while a question is out shares it, so nobody multiplies queries;
+ *  after 30 s without an answer it is asked anew. */
 function ask(registered: RegisteredDatabase, method: DatabaseMethod): Promise<unknown> {
   const open = registered.questions.get(method)
-  if (open) return open.answer
+  if (open && performance.now() - open.askedAtMs < QUESTION_MS) return open.answer
 
   const question = new Question()
   registered.questions.set(method, question)
-  void pose(registered, method, question)
+  question.answer.catch(doNothing) // given up, nobody may be left to hear of its failure
+  void pose(registered, method)
   return question.answer
 }
 
+/** Settles the question that is open when the answer comes, be it this one or a later one. */
 async function pose(
   { database, questions }: RegisteredDatabase,
-  method: DatabaseMethod,
-  question: Question
+  method: DatabaseMethod
 ): Promise<void> {
   try {
-    question.resolve(await database[method]?.())
+    const answer: unknown = await database[method]?.()
+    questions.get(method)?.resolve(answer)
   } catch (error) {
-    question.reject(error)
+    questions.get(method)?.reject(error)
   }
-  question.settled()
   questions.delete(method)
 }
 
@@ -1173,13 +1269,26 @@ async function askView({ instance, warmup }: State): Promise<void> {
 
 /** The default performer: loads the page that the first visitor would have waited for. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
-  const isSecure = /^https:/i.test(url)
-  const status = isSecure ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
+  const status = await visit(url, signal)
   if (status >= 500) throw new Error(`it answered ${status}`)
   if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
 }
 
-/** Gives the status of a page when all of it has come. */
+/** Gives the status of a page when all of it has come. Some servers answer nothing but upgrades. */
+async function visit(url: string, signal: AbortSignal): Promise<number> {
+  const { clock } = state
+  const warn = (): void => {
+    log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
+  }
+  later(PAGE_WARNING_MS, warn)
+  try {
+    const isSecure = /^https:/i.test(url)
+    return isSecure ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
+  } finally {
+    clock.due.delete(warn)
+  }
+}
+
 async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
   const { status, body } = await fetch(url, { redirect: 'manual', signal })
   await body?.pipeTo(new WritableStream())
@@ -1271,8 +1380,24 @@ const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
 
 function isFromHere(request: http.IncomingMessage): boolean {
   if (TOKEN_HEADER in request.headers) return false // of another instance
-  return isLocal(request.socket) && !isForwarded(request)
+  return isLocal(request.socket) && isOwnName(request) && !isForwarded(request)
 }
+
+/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its name. */
+function isOwnName({ headers }: http.IncomingMessage): boolean {
+  const host = headers.host ?? headers[':authority']?.toString()
+  if (!host) return true // HTTP/1.0
+  const name = nameInHost(host)
+  if (name === 'localhost' || net.isIP(name) !== 0) return true
+  return state.instance !== undefined && name === nameInHost(new URL(state.instance.url).host)
+}
+
+function nameInHost(host: string): string {
+  const [, ipv6, name = ''] = HOST_HEADER.exec(host.toLowerCase()) ?? []
+  return ipv6 ?? name
+}
+
+const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
 
 function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
   if (remoteAddress === undefined) return false
@@ -1845,12 +1970,24 @@ function tellAbout(name: string, asker: Asker): void {
 
 addReport(
   'interactive',
-  "Turn on monitor's interactive mode",
+  `Turn on monitor's interactive mode
+
+    interactive keeps the connection open for further commands, until quit. An empty line repeats
+    the last command.
+`,
   () => 'Interactive mode on.  Use "quit" To exit.',
   { http: false, mode: 'interactive' }
 )
 
-addReport('quit', 'Quit the monitor', () => 'Goodbye.', { http: false, mode: 'quit' })
+addReport(
+  'quit',
+  `Quit the monitor
+
+    quit closes the connection. Outside of interactive mode each command does so after its reply.
+`,
+  () => 'Goodbye.',
+  { http: false, mode: 'quit' }
+)
 
 addCommand(
   'health_check',
@@ -2069,8 +2206,7 @@ addReport(
     return JSON.stringify({
       instance: {
         uptime: Math.floor(process.uptime()),
-        pid: process.pid,
-        version: process.version
+        pid: process.pid
       },
       ...(await databaseFigures(registered, span)),
       memory: memoryFigures(),
@@ -2277,8 +2413,15 @@ function makeRoom(): number {
     (one, other) => one.idleSinceMs - other.idleSinceMs || one.openedAtMs - other.openedAtMs
   )
   const [leaving] = candidates
-  leaving?.socket.destroy()
+  if (leaving) cutOff(leaving.socket)
   return leaving?.place ?? 0
+}
+
+/** Ends a connection at once; by a reset where something is unsent, so that nobody takes a part of a
+ *  reply for the whole. */
+function cutOff(socket: net.Socket): void {
+  if (socket.writableLength > 0) attempt(() => socket.resetAndDestroy()) // Unix sockets have none
+  socket.destroy()
 }
 
 /** A connection: its place among all, and its limits. */
@@ -2319,9 +2462,11 @@ abstract class Session {
   }
 
   enforceLimit(): void {
-    if (state.clock.nowMs - this.phaseSinceMs < PHASE_MS[this.phase]) return
+    const isSending = this.phase === 'ending' && this.socket.writableLength > 0
+    const limitMs = PHASE_MS[isSending ? 'taking' : this.phase]
+    if (state.clock.nowMs - this.phaseSinceMs < limitMs) return
     if (this.phase === 'running') this.giveUpCommand()
-    else this.socket.destroy()
+    else cutOff(this.socket)
   }
 
   /** Tells the asker that its command takes too long, and ends the connection. */
@@ -2344,8 +2489,8 @@ class LineSession extends Session implements Asker {
 
   write(text: string): void {
     if (this.phase === 'ending' || this.socket.destroyed) return
-    this.socket.write(text)
-    if (this.socket.writableLength > UNSENT_MAX) this.socket.destroy()
+    if (this.socket.writableLength > UNSENT_MAX) cutOff(this.socket)
+    else this.socket.write(text)
   }
 
   refuse(text: string): void {
@@ -2577,7 +2722,8 @@ class Exchange implements Asker {
   }
 
   get local(): boolean {
-    return this.session.local && !isForwarded(this.response.req)
+    const { req: request } = this.response
+    return this.session.local && isOwnName(request) && !isForwarded(request)
   }
 
   run(): Answer {
@@ -2588,8 +2734,8 @@ class Exchange implements Asker {
 
   write(text: string): void {
     if (this.response.headersSent) return
-    this.body += text
-    if (this.body.length > UNSENT_MAX) this.session.socket.destroy()
+    if (this.body.length > UNSENT_MAX) cutOff(this.session.socket)
+    else this.body += text
   }
 
   refuse(text: string, status: number): void {
@@ -2719,10 +2865,11 @@ function describeError(error: unknown): string {
   const { message, cause, code, name } = error as NodeJS.ErrnoException
   if (message === 'fetch failed' && cause) return wording(cause)
   const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
-  return String(text).slice(0, REASON_MAX) + adviceFor(String(code))
+  return String(text).slice(0, REASON_MAX) + adviceFor(message, String(code))
 }
 
-function adviceFor(code: string): string {
+function adviceFor(message: unknown, code: string): string {
+  if (message === 'bad port') return ' for fetch; register a warm-up performer that does without it'
   if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
   if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
   return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
@@ -2764,9 +2911,33 @@ async function main(words: string[]): Promise<number> {
 
   const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
   const [name] = words
+  if (name === '--help' || name === '-h') return print(USAGE)
+  if (name === '--version') return print(VERSION)
   if (name === 'wait') return waitUntilHealthy(monitor, takeOption(words, 'timeout') ?? '300')
-  if (name?.startsWith('-')) refuse(`knows no ${name}; try ftw-monitor help`)
+  if (name?.startsWith('-')) refuse(`knows no ${name}; try ftw-monitor --help`)
   return sendCommand(monitor, words)
+}
+
+const VERSION = '1.0.0'
+
+const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command to the monitor, and prints the reply
+ftw-monitor                       lists the commands, as ftw-monitor help does
+ftw-monitor interactive           joins the terminal to the monitor, until quit
+ftw-monitor wait [--timeout 300]  waits until the instance is healthy
+ftw-monitor dump-perf-metrics [--deployment NAME] [NAME=][HOST:]PORT…
+                                  prints the figures of instances for InfluxDB
+ftw-monitor demo                  runs a small instance to try everything on
+
+--port N    the instance's port (default: PORT, else 8080)
+--host H    the instance's host (default: HOST, else localhost)
+--help, -h, --version
+
+Exit status: 0; 1 where the instance is not healthy, or its reply is an error; 2 where the monitor
+cannot be reached, or does not know the command.`
+
+function print(text: string): number {
+  console.log(text)
+  return 0
 }
 
 async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
@@ -2779,14 +2950,17 @@ async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promis
   if (isInteractive) joinTerminal(socket)
   const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
   const reply = await talk(socket, `${line}\n`, limitMs, printPart)
-  return isSuccess(name, reply) ? 0 : 1
+  return exitStatus(name, reply)
 }
 
-function isSuccess(name: string | undefined, reply: string): boolean {
-  if (name === 'health_check') return reply === 'OK\n'
-  if (name === 'drain') return reply.endsWith('Drained\n') // and not `Not drained after 25 s: …`
-  return true
+function exitStatus(name: string | undefined, reply: string): number {
+  if (name === 'interactive') return 0
+  if (name === 'health_check') return reply === 'OK\n' ? 0 : 1
+  if (reply.startsWith("Invalid command '")) return 2
+  return FAILED_REPLY.test(reply) ? 1 : 0
 }
+
+const FAILED_REPLY = /(^|\n)(Not drained.*|\w*Error: .*|\S+ is for this machine only)\n$/
 
 function joinTerminal(socket: net.Socket): void {
   socket.on('close', () => process.stdin.destroy())
@@ -2955,12 +3129,13 @@ async function runDemo(): Promise<number> {
 
 /** Whether this file was called, and not imported. It may also be part of somebody's bundle. */
 function isProgram(): boolean {
-  if (!/\/monitor\.[jt]s$/.test(import.meta.url)) return false
-  if (import.meta.main !== undefined) return import.meta.main
+  const meta: ImportMeta & { main?: boolean } = import.meta
+  if (!/\/monitor\.[jt]s$/.test(meta.url)) return false
+  if (meta.main !== undefined) return meta.main
 
   // Node.js 20 has no import.meta.main; there an installed program is called by a link to it.
   const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
-  return import.meta.resolve(`file:${path}`) === import.meta.url
+  return meta.resolve(`file:${path}`) === meta.url
 }
 
 async function runProgram(): Promise<void> {
