@@ -337,21 +337,39 @@ class WarmupState {
 }
 
 /** An address that asks for the verdict. */
-interface Prober {
-  /** The last few times, by our clock. */
-  askedAtMs: number[]
+class Prober {
   /** How many drained answers it had. */
-  told: number
+  told = 0
+  asks = 0
+  /** When it asked the last few times, by our clock, in a ring: a new array each time, and a new
+   *  place in the Map, were 5 % of a check. */
+  readonly #askedAtMs = Array<number>(PROBER_ASKS).fill(-Infinity)
+
+  ask(nowMs: number): void {
+    this.#askedAtMs[this.asks % PROBER_ASKS] = nowMs
+    this.asks++
+  }
+
+  get lastAskedAtMs(): number {
+    return this.#askedAtMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
+  }
+
+  /** The ask before the one before the last, -Infinity where there is none. */
+  get thirdLastAskedAtMs(): number {
+    return this.#askedAtMs[this.asks % PROBER_ASKS] ?? -Infinity
+  }
 }
 
 class Probers {
-  /** The longest silent one comes first. */
   readonly known = new Map<string, Prober>()
   lookupsInTick = 0
 }
 
 interface Draining {
   reason: string
+  /** How many drained answers a prober needs. */
+  fall: number
+  sinceMs: number
   /** Whoever must be told. */
   waitFor: Prober[]
 }
@@ -1446,20 +1464,20 @@ async function untilDrained(
   const { reason, fall, timeoutMs } = toDrainOptions(options)
   if (!state.clock.ticker) return 'Drained'
 
-  const waitFor = beginDraining(reason)
+  const waitFor = beginDraining(reason, fall)
   const startedAtMs = performance.now()
   let quietSinceMs = startedAtMs
   let requestsBefore = state.host.requests
   let progressBefore = ''
   while (state.draining?.waitFor === waitFor) {
-    const progress = describeProgress(waitFor, fall)
+    const progress = describeProgress(state.draining)
     if (progress !== progressBefore) report(`Draining: ${progress}`)
     progressBefore = progress
 
     const { inFlight, requests } = state.host
     const nowMs = performance.now()
     const isBusy = inFlight.size > 0 || requests !== requestsBefore
-    if (isBusy || !allKnow(waitFor, fall)) quietSinceMs = nowMs
+    if (isBusy || informed(state.draining) < waitFor.length) quietSinceMs = nowMs
     requestsBefore = requests
     if (nowMs - quietSinceMs >= QUIET_MS) return 'Drained'
     if (nowMs - startedAtMs >= timeoutMs) {
@@ -1482,9 +1500,12 @@ function toDrainOptions({
 }
 
 /** Gives the probers that must be told; a second `drain` waits for the same as the first. */
-function beginDraining(reason: string): Prober[] {
-  const waitFor = state.draining?.waitFor ?? frequentProbers()
-  state.draining = { reason, waitFor }
+function beginDraining(reason: string, fall: number): Prober[] {
+  const { waitFor, sinceMs } = state.draining ?? {
+    waitFor: frequentProbers(),
+    sinceMs: performance.now()
+  }
+  state.draining = { reason, fall, waitFor, sinceMs }
   sendClientsElsewhere(state.host)
   return waitFor
 }
@@ -1492,25 +1513,24 @@ function beginDraining(reason: string): Prober[] {
 /** Whoever asks often enough to be a balancer; from now on their drained answers count. */
 function frequentProbers(): Prober[] {
   const { clock, probers } = state
-  const frequent = [...probers.known.values()].filter(({ askedAtMs }) => {
-    const thirdLast = askedAtMs.at(-PROBER_ASKS)
-    return thirdLast !== undefined && clock.nowMs - thirdLast <= PROBER_MS
-  })
+  const frequent = [...probers.known.values()].filter(
+    ({ thirdLastAskedAtMs }) => clock.nowMs - thirdLastAskedAtMs <= PROBER_MS
+  )
   for (const prober of frequent) prober.told = 0
   return frequent
 }
 
-function describeProgress(waitFor: Prober[], fall: number): string {
-  const informed = waitFor.filter(({ told }) => told >= fall).length
-  const probers = `${informed} of ${waitFor.length} probers know`
+/** How many probers have had drained answers enough. */
+function informed({ waitFor, fall }: Draining): number {
+  return waitFor.filter(({ told }) => told >= fall).length
+}
+
+function describeProgress(draining: Draining): string {
+  const probers = `${informed(draining)} of ${draining.waitFor.length} probers know`
   const { server, inFlight, upgraded } = state.host
   if (!server) return probers
   const progress = `${probers}, ${inFlight.size} requests in flight`
   return upgraded.size > 0 ? `${progress}, ${upgraded.size} upgraded connections` : progress
-}
-
-function allKnow(waitFor: Prober[], fall: number): boolean {
-  return waitFor.every(({ told }) => told >= fall)
 }
 
 function pollingPause(): Promise<void> {
@@ -1772,20 +1792,32 @@ async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<voi
 /** Remembers who asks, and how often whoever asked was told that the instance drains. */
 function noteProber(asker: Asker, worth: number): void {
   if (asker.isPerson) return
-  const { probers, clock, draining } = state
   const address = addressOf(asker)
   if (address === undefined) return
 
-  const prober = probers.known.get(address) ?? { askedAtMs: [], told: 0 }
+  const prober = state.probers.known.get(address) ?? addProber(address)
   prober.told += worth
-  prober.askedAtMs = [...prober.askedAtMs.slice(1 - PROBER_ASKS), clock.nowMs]
-  if (draining) return // no prober that we wait for may have to make room
+  prober.ask(state.clock.nowMs)
+}
 
-  probers.known.delete(address)
-  probers.known.set(address, prober)
-  if (probers.known.size <= PROBERS_MAX) return
-  const [longestSilent] = probers.known.keys()
-  if (longestSilent !== undefined) probers.known.delete(longestSilent)
+function addProber(address: string): Prober {
+  const { known } = state.probers
+  const prober = new Prober()
+  if (state.draining) return prober // no prober that we wait for may have to make room
+  if (known.size >= PROBERS_MAX) forgetLongestSilent(known)
+  known.set(address, prober)
+  return prober
+}
+
+function forgetLongestSilent(known: Map<string, Prober>): void {
+  let longestSilent = ''
+  let sinceMs = Infinity
+  for (const [address, { lastAskedAtMs }] of known) {
+    if (lastAskedAtMs >= sinceMs) continue
+    longestSilent = address
+    sinceMs = lastAskedAtMs
+  }
+  known.delete(longestSilent)
 }
 
 /** All whose address is not looked up in a flood count as one prober. */
