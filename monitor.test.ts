@@ -1,243 +1,252 @@
+// The tests of ftw-monitor. Each test imports a copy of the module of its own, and speaks to it as
+// its users do: by its exports, over lines and over HTTP.
+//
+//   Helpers                        waiting · what belongs to the whole process · servers, ports and
+//                                  files · an instance in this process · lines · HTTP · processes ·
+//                                  what commands reply · HAProxy · strangers · the README
+//   Start and stop                 by its callers, and by the server's close
+//   Addresses                      where the monitor listens, by options and environment
+//   Listening                      ports in use, clusters, permissions
+//   The hook on the server         what it sees, and that nobody sees it
+//   The verdict                    reasons, their order, and texts that look green
+//   Databases and counters         counts, figures, and databases that lie
+//   Warm-up                        performers, the view, retries
+//   Draining and shutdown          probers, requests in flight, time-outs
+//   The command table              registering, modes, failures, who may ask
+//   Commands                       what each replies
+//   Figures, metrics and status    memory, load, requests, Prometheus
+//   The wire: lines                framing, limits, time-outs
+//   The wire: HTTP                 the same over HTTP
+//   The program                    asking, waiting, dumping
+//   Real programs                  HAProxy, nc, curl, promtool, a rolling restart
+//   Attacks and limits             floods, resets, control characters, forged requests
+//   Endurance                      long and slow ones; most of them only with CI or SOAK set
+//
+// Each name is that of a suite: `node --test --test-name-pattern='The verdict'` runs one subject.
+// Where some of its tests cannot run beside others, a second suite of the same name has them.
+
 import assert from 'node:assert/strict'
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
-import {
-  existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, symlinkSync, writeFileSync
-} from 'node:fs'
+import * as fs from 'node:fs'
 import * as http from 'node:http'
 import * as http2 from 'node:http2'
 import * as https from 'node:https'
 import * as net from 'node:net'
 import { networkInterfaces, tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
-import { test, type TestContext } from 'node:test'
+import { text as readAll } from 'node:stream/consumers'
+import { describe, test, type TestContext } from 'node:test'
+import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import { promisify } from 'node:util'
+import type { Command, Database, Logger, StartOptions, WarmupPerformer } from './monitor.ts'
 
-// --- The bench: one helper asks a port and returns the transcript --------------------------------
+// --- Helpers -------------------------------------------------------------------------------------
 
 type Monitor = typeof import('./monitor.ts')
 
-const MODULE = new URL(`./monitor${import.meta.url.slice(-3)}`, import.meta.url)
-const ROOT = existsSync(new URL('./README.md', import.meta.url)) ? new URL('.', import.meta.url) :
-  new URL('..', import.meta.url)
-const SLOW = process.env['CI'] || process.env['SOAK'] ? {} : { skip: 'takes long: set CI or SOAK' }
+const EXTENSION = import.meta.url.slice(-3) // .ts, or .js where it is compiled
+const MODULE = new URL(`./monitor${EXTENSION}`, import.meta.url)
+const PROGRAM = fileURLToPath(MODULE)
+const IS_ROOT_HERE = fs.existsSync(new URL('./README.md', import.meta.url))
+const ROOT = new URL(IS_ROOT_HERE ? '.' : '..', import.meta.url)
+const README_TEXT = fs.readFileSync(new URL('README.md', ROOT), 'utf8')
 
-/** A monitor module of its own, whose state no other test has touched; stopped after the test. */
-let copies = 0
-async function fresh(t: TestContext): Promise<Monitor> {
-  const monitor = await import(`${MODULE.href}?copy=${++copies}`) as Monitor
-  t.after(() => monitor.stop())
-  return monitor
-}
+/** For a suite whose tests change nothing that belongs to the whole process. */
+const TOGETHER = { concurrency: 6 }
+/** For a suite whose tests start processes, or keep one busy: two of them fill two cores. */
+const PAIRWISE = { concurrency: 2 }
+/** The same for those which wait more than they work. */
+const SIDE_BY_SIDE = { concurrency: 3 }
+/**
+ * For a suite whose tests set the environment, the clock or the timers, which belong to the whole
+ * process, or measure times that neighbours would stretch.
+ */
+const ALONE = { concurrency: 1 }
 
-/** Keeps what is logged, as `level text`. */
-function recorder() {
-  const lines: string[] = []
-  const keep = (level: string) => (text: string) => { lines.push(`${level} ${text}`) }
-  return { lines, info: keep('info'), warn: keep('warn'), error: keep('error') }
-}
-
-/** An HTTP server on a free port of loopback, closed after the test. */
-const hello: http.RequestListener = (_, response) => { response.end('hello') }
-async function serve(t: TestContext, handler = hello): Promise<http.Server> {
-  const server = http.createServer(handler).listen(0, '127.0.0.1')
-  t.after(() => {
-    server.close()
-    server.closeAllConnections()
-  })
-  await once(server, 'listening')
-  return server
-}
-
-function portOf(server: net.Server): number {
-  return (server.address() as net.AddressInfo).port
-}
-
-/** Starts the monitor of a server on a free port of loopback, quietly, and gives the port. */
-async function startFor(
-  monitor: Monitor, server: net.Server, options: object = {}
-): Promise<number> {
-  const address = await monitor.start(
-    { server, listen: { host: '127.0.0.1', port: 0 }, logger: recorder(), ...options })
-  assert.ok(typeof address === 'object')
-  return address.port
-}
-
-/** Sends text, and gives all that comes back until the other side closes (or `limitMs` is over). */
-function ask(port: number, text: string | Buffer, options: {
-  end?: boolean, host?: string, from?: string, limitMs?: number
-} = {}) {
-  const { end = false, host = '127.0.0.1', from, limitMs = 10_000 } = options
-  return new Promise<string>((resolve, reject) => {
-    const socket = net.connect({ port, host, ...from && { localAddress: from } })
-    socket.setEncoding('utf8')
-    let transcript = ''
-    const timer = setTimeout(() => {
-      transcript += '[still open]'
-      socket.destroy()
-    }, limitMs)
-    socket.on('data', (part: string) => { transcript += part }).on('error', reject)
-    socket.on('close', () => {
-      clearTimeout(timer)
-      resolve(transcript)
-    })
-    if (end) socket.end(text)
-    else socket.write(text)
-  })
-}
-
-/** Polls until something holds, and fails with a sentence when it never does. */
-async function until(holds: () => unknown, what: string, limitMs = 10_000): Promise<void> {
-  for (const end = Date.now() + limitMs; !await holds();) {
-    assert.ok(Date.now() < end, `not within ${limitMs} ms: ${what}`)
-    await new Promise((resolve) => setTimeout(resolve, 20))
-  }
-}
-
-async function untilHealthy(port: number, limitMs?: number): Promise<void> {
-  const isHealthy = async () => await ask(port, 'health_check\n').catch(() => '') === 'OK\n'
-  await until(isHealthy, 'health_check is OK', limitMs)
-}
-
-/** A process of its own that runs a script, in which `monitor` is the module. */
-function run(
-  t: TestContext, script: string, env: Record<string, string> = {}, flags: string[] = []
-) {
-  const source = `import http from 'node:http'\nimport net from 'node:net'\n` +
-    `import * as monitor from ${JSON.stringify(MODULE.href)}\n${script}`
-  const { PORT, HOST, FTW_MONITOR, FTW_MONITOR_LISTEN, FTW_MONITOR_URL, ...rest } = process.env
-  return watch(t, spawn(process.execPath, [...flags, '--input-type=module', '-e', source],
-    { env: { ...rest, ...env } }))
-}
-
-/** Keeps what a process says, and ends it after the test. */
-function watch(t: TestContext, child: ChildProcess) {
-  const exit = once(child, 'close').then(([status]) => status as number | null)
-  const watched = { child, output: '', exit }
-  for (const stream of [child.stdout, child.stderr]) {
-    stream?.setEncoding('utf8').on('data', (text: string) => { watched.output += text })
-  }
-  t.after(async () => {
-    child.kill('SIGKILL')
-    await watched.exit
-  })
-  return watched
-}
-
-/** A free port whose +80 is free too. */
-async function freePort(): Promise<number> {
-  for (;;) {
-    const port = 20_000 + Math.floor(Math.random() * 12_000)
-    const servers = [port, port + 80].map((each) => net.createServer().listen(each, '127.0.0.1'))
-    const free = await Promise.all(servers.map((server) =>
-      once(server, 'listening').then(() => true, () => false)))
-    await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))))
-    if (free.every(Boolean)) return port
-  }
-}
+const IS_SLOW_WANTED = Boolean(process.env['CI'] || process.env['SOAK'])
+const SLOW = IS_SLOW_WANTED ? {} : { skip: 'takes long: set CI or SOAK' }
 
 /** Skips where a program is missing, unless in CI, where all are to be there. */
 function needs(program: string): { skip?: string } {
-  const found = spawnSync('sh', ['-c', `command -v ${program}`]).status === 0
-  return found || process.env['CI'] ? {} : { skip: `${program} is not installed` }
+  if (process.env['CI']) return {}
+  const { status } = spawnSync('sh', ['-c', `command -v ${program}`])
+  return status === 0 ? {} : { skip: `${program} is not installed` }
 }
 
-// --- Helpers of the tests below ------------------------------------------------------------------
+/** An address of this machine that is not loopback: connected from it, a peer looks foreign. */
+const OUTSIDE = Object.values(networkInterfaces())
+  .flat()
+  .find((each) => each?.family === 'IPv4' && !each.internal)?.address
+const NEEDS_OUTSIDE = OUTSIDE ? {} : { skip: 'this machine has no address but loopback' }
 
-/** Sets variables for a test; those that the module reads are unset unless given. */
-const VARIABLES = ['PORT', 'HOST', 'FTW_MONITOR', 'FTW_MONITOR_LISTEN', 'FTW_MONITOR_URL',
-  'FTW_MONITOR_AUTOWARMUP']
-const ENVIRONMENT = { ...process.env }
-function environ(t: TestContext, variables: Record<string, string> = {}): void {
-  const become = (all: NodeJS.ProcessEnv) => {
-    for (const name of VARIABLES) delete process.env[name]
-    for (const name of VARIABLES) if (all[name] !== undefined) process.env[name] = all[name]
+const HARD_LIMIT = Number(spawnSync('sh', ['-c', 'ulimit -Hn'], { encoding: 'utf8' }).stdout)
+const NEEDS_DESCRIPTORS =
+  HARD_LIMIT < 5_500 ? { skip: `5,000 clients need more than ${HARD_LIMIT} descriptors` } : {}
+
+const NODE_MAJOR = Number(process.versions.node.split('.')[0])
+const NEEDS_PERMISSIONS = NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' }
+
+// Helpers: waiting
+
+/** Polls until something holds, and fails with a sentence when it never does. */
+async function until(holds: () => unknown, what: string, limitMs = 10_000): Promise<void> {
+  const end = Date.now() + limitMs
+  while (!(await holds())) {
+    assert.ok(Date.now() < end, `not within ${limitMs} ms: ${what}`)
+    await pause(20)
   }
-  become(variables)
-  t.after(() => become(ENVIRONMENT))
 }
 
-/** Has the monitor's clock run faster, and so all that it does later. */
-function quicken(t: TestContext, pace: number): void {
-  const setForReal = setInterval
-  t.mock.method(globalThis, 'setInterval', ((callback: () => void, ms: number) =>
-    setForReal(callback, ms / pace)) as typeof setInterval)
+/** What a promise gives, if it does so in time. */
+async function inTime<T>(promise: Promise<T>, what: string, limitMs = 5_000): Promise<T> {
+  let timer: ReturnType<typeof setTimeout> | undefined
+  const late = new Promise<never>((_, reject) => {
+    const fail = () => reject(new Error(`not within ${limitMs} ms: ${what}`))
+    timer = setTimeout(fail, limitMs)
+  })
+  try {
+    return await Promise.race([promise, late])
+  } finally {
+    clearTimeout(timer)
+  }
 }
 
 /** A promise that is opened by hand. */
 function latch() {
   let open = (): void => {}
-  const opened = new Promise<void>((resolve) => { open = resolve })
+  const opened = new Promise<void>((resolve) => {
+    open = resolve
+  })
   return { opened, open }
 }
 
-/** A folder of its own, removed after the test. */
-function scratchFolder(t: TestContext): string {
-  const folder = mkdtempSync(join(tmpdir(), 'ftw-monitor-'))
-  t.after(() => rmSync(folder, { recursive: true, force: true }))
-  return folder
+/** A promise that never settles. */
+function hang(): Promise<never> {
+  return new Promise(() => {})
 }
 
-interface PageOptions {
-  from?: string, host?: string, headers?: Record<string, string>, method?: string
-  socketPath?: string
-}
-
-/** One HTTP request on a connection of its own. */
-function getPage(port: number, path: string, options: PageOptions = {}) {
-  const { from, host = '127.0.0.1', headers = {}, method = 'GET', socketPath } = options
-  type Page = { status: number, type: string | undefined, body: string }
-  return new Promise<Page>((resolve, reject) => {
-    http.request({
-      ...socketPath ? { socketPath } : { host, port }, path, method, headers, agent: false,
-      ...from && { localAddress: from }
-    }, (response) => {
-      let body = ''
-      response.setEncoding('utf8').on('data', (part: string) => { body += part })
-      response.on('end', () => resolve(
-        { status: response.statusCode ?? 0, type: response.headers['content-type'], body }))
-    }).on('error', reject).end()
-  })
-}
-
-/** A connection on which lines go back and forth. */
-function converse(t: TestContext, port: number) {
-  const socket = net.connect(port, '127.0.0.1').setNoDelay().setEncoding('utf8')
-  const talk = {
-    socket, heard: '', isClosed: false,
-    say: (text: string) => { socket.write(text) },
-    hear: async (text: string) => {
-      await until(() => talk.heard.length >= text.length, `hear ${JSON.stringify(text)}`)
-      assert.equal(talk.heard, text)
-      talk.heard = ''
+/** Asks in turn, with a pause after each answer, until told to stop; rejects as the asking does. */
+function keepAsking(everyMs: number, askOnce: () => Promise<unknown>) {
+  let isStopped = false
+  const askInTurn = async () => {
+    while (!isStopped) {
+      await askOnce()
+      asker.answers++
+      await pause(everyMs)
     }
   }
-  socket.on('data', (part: string) => { talk.heard += part }).on('error', () => {})
-  socket.on('close', () => { talk.isClosed = true })
-  t.after(() => socket.destroy())
-  return talk
+  const stop = () => {
+    isStopped = true
+    return done
+  }
+  const asker = { answers: 0, stop }
+  const done = askInTurn()
+  done.catch(() => {}) // stop() tells the failure
+  return asker
 }
 
-const isRefused = (port: number, host = '127.0.0.1') => ask(port, 'health_check\n', { host })
-  .then(() => false, (error: NodeJS.ErrnoException) => error.code === 'ECONNREFUSED')
+// Helpers: what belongs to the whole process, so that a test which uses them runs alone
 
-const warningsOf = ({ lines }: { lines: string[] }) => lines.filter((line) => /^warn /.test(line))
+const VARIABLES = [
+  'PORT',
+  'HOST',
+  'FTW_MONITOR',
+  'FTW_MONITOR_LISTEN',
+  'FTW_MONITOR_URL',
+  'FTW_MONITOR_AUTOWARMUP'
+]
 
-/** Occupies a port until it is closed. */
-async function occupy(t: TestContext, port: number) {
-  const occupant = net.createServer().listen(port, '127.0.0.1')
-  t.after(() => { occupant.close() })
-  await once(occupant, 'listening')
-  return occupant
+// The environment of whoever runs the tests must not change what they find.
+for (const name of VARIABLES) delete process.env[name]
+
+/** Sets variables for a test; the others that the module reads are unset. */
+function setEnvironment(t: TestContext, variables: Record<string, string>): void {
+  const unset = () => {
+    for (const name of VARIABLES) delete process.env[name]
+  }
+  unset()
+  for (const [name, value] of Object.entries(variables)) process.env[name] = value
+  t.after(unset)
 }
 
-/** What a promise gives, if it does so in time. */
-function inTime<T>(promise: Promise<T>, what: string, limitMs = 5_000): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const late = () => reject(new Error(`not within ${limitMs} ms: ${what}`))
-    const timer = setTimeout(late, limitMs)
-    promise.finally(() => clearTimeout(timer)).then(resolve, reject)
+/** Has the monitor's clock run faster, and so all that it does later. */
+function quicken(t: TestContext, pace: number): void {
+  const setForReal = setInterval
+  const setFaster = (callback: () => void, ms: number) => setForReal(callback, ms / pace)
+  t.mock.method(globalThis, 'setInterval', setFaster as typeof setInterval)
+}
+
+/** The clock that the module reads, set by hand; in milliseconds. */
+function fakeClock(t: TestContext, start = 10_000_250) {
+  const clock = { now: start }
+  t.mock.method(performance, 'now', () => clock.now)
+  return clock
+}
+
+/** The one timer behind the module's limits, moved by hand: `pass` lets its time pass at once. */
+function takeTicks(t: TestContext) {
+  const TICK_MS = 250
+  const ticks: (() => void)[] = []
+  const setForReal = setInterval
+  const keep = (callback: () => void, ms: number) => {
+    if (ms === TICK_MS) ticks.push(callback)
+    return setForReal(() => {}, 2 ** 30)
+  }
+  t.mock.method(globalThis, 'setInterval', keep as typeof setInterval)
+  const pass = (ms: number) => {
+    for (let passedMs = 0; passedMs < ms; passedMs += TICK_MS) {
+      for (const tick of ticks) tick()
+    }
+  }
+  return { pass }
+}
+
+/** How many listeners an emitter has of each kind. */
+function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
+  const counts = emitter.eventNames().map((name) => [String(name), emitter.listenerCount(name)])
+  return Object.fromEntries(counts)
+}
+
+/** How many descriptors a process holds; 0 where there is no procfs to tell it. */
+function descriptorsOf(pid: number | 'self'): number {
+  const folder = `/proc/${pid}/fd`
+  return fs.existsSync(folder) ? fs.readdirSync(folder).length : 0
+}
+
+// Helpers: servers, ports and files
+
+const hello: http.RequestListener = (_, response) => {
+  response.end('hello')
+}
+
+const LOOPBACK = { host: '127.0.0.1', port: 0 }
+
+/** An HTTP server that listens, on a free port of loopback unless told otherwise. */
+async function serve(
+  t: TestContext,
+  handler = hello,
+  where: net.ListenOptions = LOOPBACK
+): Promise<http.Server> {
+  const server = http.createServer(handler)
+  closeLater(t, server)
+  server.listen(where)
+  await once(server, 'listening')
+  return server
+}
+
+/** A server whose requests to /held wait until they are let go. */
+async function serveHeld(t: TestContext) {
+  const held: http.ServerResponse[] = []
+  const server = await serve(t, (request, response) => {
+    if (request.url === '/held') held.push(response)
+    else response.end('served')
   })
+  const letGo = () => {
+    for (const response of held.splice(0)) response.end('late')
+  }
+  return { server, held, letGo }
 }
 
 /** Closes a server after the test, whatever still hangs on it. */
@@ -248,520 +257,1389 @@ function closeLater(t: TestContext, server: net.Server): void {
   })
 }
 
-/** How many listeners an emitter has of each kind. */
-function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
-  return Object.fromEntries(emitter.eventNames().map(
-    (name) => [String(name), emitter.listenerCount(name)]))
+/** Closes a server, and waits until it is closed. */
+async function close(server: net.Server): Promise<void> {
+  await new Promise((resolve) => server.close(resolve))
+}
+
+function portOf(server: net.Server): number {
+  return (server.address() as net.AddressInfo).port
+}
+
+const givenPorts = new Set<number>()
+
+/** A free port whose +80 is free too, and which no other test has been given. */
+async function freePort(): Promise<number> {
+  for (;;) {
+    const port = 20_000 + Math.floor(Math.random() * 12_000)
+    if (givenPorts.has(port) || givenPorts.has(port + 80)) continue
+    givenPorts.add(port)
+    givenPorts.add(port + 80)
+    if ((await isFree(port)) && (await isFree(port + 80))) return port
+  }
+}
+
+async function isFree(port: number): Promise<boolean> {
+  const server = net.createServer().listen(port, '127.0.0.1')
+  try {
+    await once(server, 'listening')
+  } catch {
+    return false
+  }
+  await close(server)
+  return true
+}
+
+/** Occupies a port until it is closed. */
+async function occupy(t: TestContext, port: number): Promise<net.Server> {
+  const occupant = net.createServer().listen(port, '127.0.0.1')
+  closeLater(t, occupant)
+  await once(occupant, 'listening')
+  return occupant
+}
+
+/** A folder of its own, removed after the test. */
+function scratchFolder(t: TestContext, prefix = 'ftw-monitor-'): string {
+  const folder = fs.mkdtempSync(join(tmpdir(), prefix))
+  t.after(() => fs.rmSync(folder, { recursive: true, force: true }))
+  return folder
 }
 
 /** A self-signed certificate for a name. */
 function certify(t: TestContext, name: string) {
   const folder = scratchFolder(t)
-  const [keyFile, certFile] = [join(folder, 'key.pem'), join(folder, 'cert.pem')]
-  const { status, stderr } = spawnSync('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt',
-    'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2', '-subj', `/CN=${name}`, '-addext',
-    `subjectAltName=DNS:${name}`, '-keyout', keyFile, '-out', certFile], { encoding: 'utf8' })
+  const keyFile = join(folder, 'key.pem')
+  const certFile = join(folder, 'cert.pem')
+  const kind = '-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2'.split(' ')
+  const subject = ['-subj', `/CN=${name}`, '-addext', `subjectAltName=DNS:${name}`]
+  const files = ['-keyout', keyFile, '-out', certFile]
+  const words = ['req', ...kind, ...subject, ...files]
+  const { status, stderr } = spawnSync('openssl', words, { encoding: 'utf8' })
   assert.equal(status, 0, stderr)
-  return { keyFile, certFile, key: readFileSync(keyFile), cert: readFileSync(certFile) }
+  return { keyFile, certFile, key: fs.readFileSync(keyFile), cert: fs.readFileSync(certFile) }
 }
 
-/** Runs the program to its end, and gives its exit status and what it printed. */
-async function runProgram(t: TestContext, words: string[], options: {
-  cwd?: string, env?: Record<string, string>, input?: string, file?: string
-} = {}) {
-  const { PORT, HOST, FTW_MONITOR_LISTEN, ...rest } = process.env
-  const { cwd, env, input = '', file = fileURLToPath(MODULE) } = options
-  const child = spawn(process.execPath, ['--no-warnings', file, ...words],
-    { ...cwd && { cwd }, env: { ...rest, HOST: '127.0.0.1', ...env } })
-  t.after(() => child.kill('SIGKILL'))
-  const said = { stdout: '', stderr: '' }
-  child.stdout.setEncoding('utf8').on('data', (text: string) => { said.stdout += text })
-  child.stderr.setEncoding('utf8').on('data', (text: string) => { said.stderr += text })
-  child.stdin.on('error', () => {}).end(input)
-  const [status] = await once(child, 'close') as [number | null]
-  return { status, ...said }
+// Helpers: an instance in this process
+
+let copies = 0
+
+/** A monitor module of its own, whose state no other test has touched; stopped after the test. */
+async function importMonitor(t: TestContext): Promise<Monitor> {
+  copies++
+  const monitor = (await import(`${MODULE.href}?copy=${copies}`)) as Monitor
+  t.after(() => monitor.stop())
+  return monitor
 }
 
-/** An instance that is up: its module, server, and monitor port. */
-async function bootInstance(t: TestContext, prepare: (monitor: Monitor) => void = () => {}) {
-  const monitor = await fresh(t)
-  prepare(monitor)
-  const server = await serve(t)
-  const logger = recorder()
-  const port = await startFor(monitor, server, { logger })
-  await untilHealthy(port)
-  return { monitor, server, port, logger }
+/** Keeps what is logged, as `level text`. */
+function recorder() {
+  const lines: string[] = []
+  const keep = (level: string) => (text: string) => {
+    lines.push(`${level} ${text}`)
+  }
+  return { lines, info: keep('info'), warn: keep('warn'), error: keep('error') }
 }
 
-// --- The protocol --------------------------------------------------------------------------------
+function warningsOf({ lines }: { lines: string[] }): string[] {
+  return lines.filter((line) => line.startsWith('warn '))
+}
 
-test('every row of the protocol is answered byte for byte', async (t) => {
-  const invalid = 'Invalid command \'nope\'\nTry "help".\n'
-  const interactive = 'Interactive mode on.  Use "quit" To exit.\n'
-  const { port } = await bootInstance(t)
-  const rows = [
-    ['health_check\n', 'OK\n'],
-    ['health_check\r\n', 'OK\n'],
-    [' \t health_check \t \r\n', 'OK\n'],
-    ['help nope\n', invalid],
-    ['nope a b\n', invalid],
-    ['quit\n', 'Goodbye.\n'],
-    ['health_check\nquit\n', 'OK\n'], // a connection starts in quit mode
-    ['interactive\nquit\n', `${interactive}Goodbye.\n`],
-    ['interactive\nnope\nquit\n', `${interactive}${invalid}Goodbye.\n`],
-    ['interactive\nnope a b\n\nquit\n', `${interactive}${invalid}${invalid}Goodbye.\n`],
-    ['interactive\nhealth_check\n\n\r\n \nquit\n', `${interactive}OK\nOK\nOK\nOK\nGoodbye.\n`],
-    ['interactive\n\nquit\n', `${interactive}${interactive}Goodbye.\n`],
-    ['\n\r\n \nquit\n', 'Goodbye.\n'], // nothing to repeat yet
-    ['\nhealth_check\n', 'OK\n'],
-    ['warmup_state\n', '1 0\n']
-  ] as const
-  const replies = await Promise.all(rows.map(([text]) => ask(port, text)))
-  assert.deepEqual(rows.map(([text], index) => [text, replies[index]]), rows)
-})
+function errorsOf({ lines }: { lines: string[] }): string[] {
+  return lines.filter((line) => line.startsWith('error '))
+}
 
-test('each row ends, or stays open, as the protocol says', async (t) => {
-  const { port } = await bootInstance(t)
-  const talk = converse(t, port)
-  talk.say('\n')
-  talk.say('interactive\n')
-  await talk.hear('Interactive mode on.  Use "quit" To exit.\n')
-  talk.say('nope\n')
-  await talk.hear('Invalid command \'nope\'\nTry "help".\n')
-  talk.say('\n')
-  await talk.hear('Invalid command \'nope\'\nTry "help".\n')
-  talk.say('health_check\r\n')
-  await talk.hear('OK\n')
-  for (const sign of 'health_check') talk.say(sign)
-  talk.say('\n')
-  await talk.hear('OK\n')
-  assert.equal(talk.isClosed, false)
-  talk.say('quit\n')
-  await until(() => talk.isClosed, 'the connection is closed')
-  assert.equal(talk.heard, 'Goodbye.\n')
-})
+/** A warm-up that is over at once, so that every request which a server sees is a test's own. */
+const WARM: Record<string, WarmupPerformer> = { '/': () => {} }
 
-test('help lists every command with its summary, sorted by name', async (t) => {
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('aardvark', 'Come first\n\n    and not this', () => {})
-    monitor.register('untold', '', () => {})
-  })
-  const [title, ...lines] = (await ask(port, 'help\n')).split('\n')
-  assert.equal(title, 'Supported commands:')
-  assert.equal(lines.pop(), '')
-  const entries = lines.map((line) => /^ {2}(\S+) -- (\S.*)$/.exec(line)?.slice(1) ?? [line])
-  const names = entries.map(([name]) => name)
-  assert.deepEqual(names, [...names].sort())
-  const summaries = Object.fromEntries(entries) as Record<string, string>
-  const expected = {
-    aardvark: 'Come first',
-    dbinfo: 'Get database statistics',
-    health_check: 'Check whether the instance is alive and ready to serve requests.',
-    help: 'Get help about server commands',
-    interactive: "Turn on monitor's interactive mode",
-    monitor: 'Get general process info',
-    perf_metrics: 'Get performance related metrics',
-    quit: 'Quit the monitor',
-    untold: '?',
-    warmup_state: 'Get instance warmup state.',
-    zeocache: 'Get ZEO client cache statistics',
-    zeostatus: 'Get ZEO client status information'
+interface InstanceSetup {
+  /** One that was imported before; a new one by default. */
+  monitor?: Monitor
+  databases?: Record<string, Database>
+  performers?: Record<string, WarmupPerformer>
+  /** Whatever else is to be registered before the start. */
+  prepare?: (monitor: Monitor) => void
+  handler?: http.RequestListener
+  /** One that listens; by default there is a new one with the handler. */
+  server?: http.Server
+  /** By default, one that keeps what is logged. */
+  logger?: Logger
+  /** What start() is told besides: by default, to listen on a free port of loopback. */
+  options?: StartOptions
+  /** Whether to wait for OK, as by default, or for the address alone. */
+  until?: 'healthy' | 'started'
+}
+
+/** An instance with its monitor, whose port is `port`. */
+async function bootInstance(t: TestContext, setup: InstanceSetup = {}) {
+  const { databases = {}, performers = {}, prepare, handler, options } = setup
+  const record = recorder()
+  const logger = setup.logger ?? record
+  const monitor = setup.monitor ?? (await importMonitor(t))
+  const server = setup.server ?? (await serve(t, handler))
+
+  prepare?.(monitor)
+  for (const [name, database] of Object.entries(databases)) monitor.registerDatabase(name, database)
+  for (const [site, performer] of Object.entries(performers)) {
+    monitor.registerWarmup(site, performer)
   }
-  assert.deepEqual({ ...summaries, ...expected }, summaries)
-})
 
-test('help NAME prints what is written about a command', async (t) => {
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('tell', 'Tell something\n\n    In its own words.\n', () => {})
-  })
-  assert.match(await ask(port, 'help help\n'),
-    /^Help for help:\n\nGet help about server commands\n\n(?: {4}\S.*\n)+\n$/)
-  assert.equal(await ask(port, 'help tell\n'),
-    'Help for tell:\n\nTell something\n\n    In its own words.\n\n')
-  for (const name of ['health_check', 'interactive', 'quit', 'warmup_state']) {
-    assert.ok((await ask(port, `help ${name}\n`)).startsWith(`Help for ${name}:\n\n`), name)
-  }
-})
-
-test('a line without its line feed is ended by the peer\'s FIN', async (t) => {
-  const { port } = await bootInstance(t)
-  const rows = [['health_check', 'OK\n'], ['quit', 'Goodbye.\n'], ['', ''], ['\n', ''],
-    ['interactive\nhealth_check', 'Interactive mode on.  Use "quit" To exit.\nOK\n']] as const
-  for (const [text, reply] of rows) {
-    assert.equal(await ask(port, text, { end: true }), reply, JSON.stringify(text))
-  }
-})
-
-test('a peer that half-closed still gets the reply of an asynchronous command', async (t) => {
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('late', '', async (connection) => {
-      connection.write('at first\n')
-      await new Promise((resolve) => setTimeout(resolve, 100))
-      connection.write('at last\n')
-    })
-  })
-  assert.equal(await ask(port, 'late\n', { end: true }), 'at first\nat last\n')
-  assert.equal(await ask(port, 'late', { end: true }), 'at first\nat last\n')
-})
-
-// --- Modes and commands --------------------------------------------------------------------------
-
-test('a command in more mode gets every following line, as calc does', async (t) => {
-  const calls: (string | undefined)[][] = []
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('calc', 'Reckon', (connection, ...words) => {
-      calls.push(words)
-      if (words[0] === 'quit') return 'quit'
-      if (words[0] === 'leave') return 'interactive'
-      const [, one, sign, other] = /^(\d+)([+*])(\d+)$/.exec(words[0] ?? '') ?? []
-      const result = sign === '+' ? Number(one) + Number(other) : Number(one) * Number(other)
-      connection.write(sign ? `${result}\n.` : '.')
-      return 'more'
-    })
-  })
-  const talk = converse(t, port)
-  const session = [['calc', '.'], ['2+2', '4\n.'], ['4*2', '8\n.'], ['', '.']] as const
-  for (const [line, reply] of session) {
-    talk.say(`${line}\n`)
-    await talk.hear(reply)
-  }
-  talk.say('quit\n')
-  await until(() => talk.isClosed, 'the connection is closed')
-  assert.equal(talk.heard, '')
-  assert.deepEqual(calls, [[], ['2+2'], ['4*2'], [], ['quit']])
-  assert.equal(await ask(port, 'calc\n 2+2  or so\r\nleave\nhealth_check\nquit\n'),
-    '.4\n.OK\nGoodbye.\n')
-  assert.deepEqual(calls.slice(5), [[], ['2+2', 'or', 'so'], ['leave']])
-})
-
-test('what a command answers decides what follows on its connection', async (t) => {
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('answer', '', (connection, mode, when) => {
-      connection.write(`${mode}.`)
-      const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
-      return when === 'later' ? new Promise((resolve) => setTimeout(resolve, 5, answer)) : answer
-    })
-    monitor.register('fail', '', () => { throw new Error('on purpose') })
-    monitor.register('insist', '', (connection, word) => {
-      if (word === 'fail') throw new Error('on purpose')
-      connection.write(`${word}.`)
-      return word === 'end' ? 'quit' : 'more'
-    })
-  })
-  const on = 'Interactive mode on.  Use "quit" To exit.\n'
-  const rows = [
-    ['answer nothing\nquit\n', 'nothing.'],
-    ['answer nothing later\nquit\n', 'nothing.'],
-    ['answer quit\nquit\n', 'quit.'],
-    ['answer interactive\nquit\n', 'interactive.Goodbye.\n'],
-    ['answer interactive later\n\nquit\n', 'interactive.interactive.Goodbye.\n'],
-    ['interactive\nanswer nothing\nquit\n', `${on}nothing.Goodbye.\n`],
-    ['interactive\nanswer quit\nquit\n', `${on}quit.`],
-    ['interactive\nanswer quit later\nquit\n', `${on}quit.`],
-    ['fail\nquit\n', 'Error: on purpose\n'],
-    ['interactive\nfail\nquit\n', `${on}Error: on purpose\nGoodbye.\n`],
-    ['insist a\nfail\nquit\nend\nquit\n', 'a.Error: on purpose\nquit.end.']
-  ] as const
-  for (const [text, reply] of rows) assert.equal(await ask(port, text), reply, text)
-})
-
-test('lines of a connection are handled one after the other, to the end of each', async (t) => {
-  let running = 0
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('slow', '', async (connection, name) => {
-      assert.equal(++running, 1)
-      connection.write(`${name} begins, `)
-      await new Promise((resolve) => setTimeout(resolve, 20))
-      connection.write(`${name} ends\n`)
-      running--
-    })
-  })
-  assert.equal(await ask(port, 'interactive\nslow a\nslow b\nhealth_check\nslow c\nquit\n'),
-    'Interactive mode on.  Use "quit" To exit.\n' +
-    'a begins, a ends\nb begins, b ends\nOK\nc begins, c ends\nGoodbye.\n')
-})
-
-test('a command is registered, documented, replaced, and writes bit by bit', async (t) => {
-  const returned: unknown[] = []
-  const { monitor, port } = await bootInstance(t)
-  monitor.register('echo', 'Say it', () => assert.fail('was replaced'))
-  monitor.register('echo', 'Say it again\n\n    Word by word.', async (connection, ...words) => {
-    for (const word of words as string[]) {
-      returned.push(connection.write(word))
-      await new Promise(setImmediate)
-    }
-  })
-  assert.equal(await ask(port, 'echo  a\tb c\n'), 'abc')
-  assert.deepEqual(returned, [undefined, undefined, undefined])
-  assert.deepEqual((await ask(port, 'help\n')).match(/^ {2}echo -- .*$/gm),
-    ['  echo -- Say it again'])
-  monitor.register('health_check', 'Mine', (connection) => connection.write('my own\n'))
-  assert.equal(await ask(port, 'health_check\n'), 'my own\n')
-})
-
-test('a wrong name, documentation or command is a TypeError', async (t) => {
-  const { register } = await fresh(t)
-  const command = () => {}
-  const wrong = [['', 'doc', command], ['a b', 'doc', command], ['a\n', 'doc', command],
-    ['\t', 'doc', command], [undefined, 'doc', command], [42, 'doc', command],
-    ['a', 42, command], ['a', 'doc', 'command'], ['a', 'doc']]
-  for (const all of wrong) {
-    assert.throws(() => (register as (...all: unknown[]) => void)(...all), TypeError, String(all))
-  }
-})
-
-test('a command that fails answers one line; its stack goes to the logger alone', async (t) => {
-  const failures: [unknown, string][] = [
-    [new RangeError('boom x y'), 'RangeError: boom x y\n'],
-    [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
-    [new TypeError(''), 'TypeError: '],
-    ['only text', 'only text'],
-    [undefined, 'undefined'],
-    [null, 'null'],
-    [Symbol('odd'), 'odd'],
-    [Object.create(null), ':'],
-    [{ get message() { throw new Error('a trap') } }, ':']
-  ]
-  const { port, logger } = await bootInstance(t, (monitor) => {
-    for (const [index, [error]] of failures.entries()) {
-      monitor.register(`throw${index}`, '', () => { throw error })
-      monitor.register(`reject${index}`, '', () => Promise.reject(error))
-    }
-  })
-  for (const [index, [, text]] of failures.entries()) {
-    for (const way of ['throw', 'reject']) {
-      const reply = await ask(port, `${way}${index}\n`)
-      assert.match(reply, /^[^\n]+\n$/)
-      assert.ok(reply.includes(text), `${way} ${text}: ${reply}`)
-      assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
-    }
-  }
-  const errors = logger.lines.filter((line) => line.startsWith('error '))
-  assert.equal(errors.length, failures.length * 2)
-  assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-})
-
-test('a failing command is logged at most once a second, each one by itself', async (t) => {
-  const { port, logger } = await bootInstance(t, (monitor) => {
-    for (const name of ['one', 'other']) {
-      monitor.register(name, '', () => { throw new Error(`${name} is broken`) })
-    }
-  })
-  const logged = (name: string) => logger.lines.filter((line) => line.includes(`${name} is broken`))
-  const startedAt = performance.now()
-  await ask(port, `interactive\n${'one\nother\n'.repeat(500)}quit\n`)
-  const atMost = 1 + Math.floor((performance.now() - startedAt) / 1_000)
-  assert.ok(logged('one').length >= 1 && logged('one').length <= atMost)
-  assert.ok(logged('other').length >= 1 && logged('other').length <= atMost)
-  const before = logged('one').length
-  await until(async () => {
-    await ask(port, 'one\n')
-    return logged('one').length > before
-  }, 'it is logged again', 3_000)
-  assert.ok(performance.now() - startedAt >= 1_000)
-})
-
-test('the asker\'s own mistakes are not logged', async (t) => {
-  const { port, logger } = await bootInstance(t)
-  const before = logger.lines.length
-  for (const line of ['nope', 'help nope', 'dbinfo - 99999', '\x1b[31m', 'dbinfo nowhere']) {
-    await ask(port, `${line}\n`)
-  }
-  assert.deepEqual(logger.lines.slice(before), [])
-})
-
-test('anything but a mode that a command returns is answered with advice', async (t) => {
-  const returned: unknown[] =
-    [42, 'done', '', null, false, true, ['quit'], { mode: 'quit' }, Symbol('x')]
-  const { port } = await bootInstance(t, (monitor) => {
-    for (const [index, value] of returned.entries()) {
-      monitor.register(`now${index}`, '', () => value as undefined)
-      monitor.register(`later${index}`, '', () => Promise.resolve(value as undefined))
-    }
-  })
-  const advice = / returned .*instead of a mode; reply with connection\.write\n$/
-  for (const index of returned.keys()) {
-    for (const name of [`now${index}`, `later${index}`]) {
-      const reply = await ask(port, `${name}\n`)
-      assert.ok(reply.startsWith(`${name} returned `) && advice.test(reply), reply)
-    }
-  }
-  assert.equal(await ask(port, 'now0\n'),
-    'now0 returned 42 instead of a mode; reply with connection.write\n')
-})
-
-test('a command may write, fail and return after its asker has gone', async (t) => {
-  const [gone, finished] = [latch(), latch()]
-  const { port } = await bootInstance(t, (monitor) => {
-    monitor.register('gone', '', async (connection) => {
-      connection.write('begun\n')
-      await gone.opened
-      connection.write('nobody reads this\n')
-      finished.open()
-      throw new Error('nobody hears this')
-    })
-  })
-  const talk = converse(t, port)
-  talk.say('gone\n')
-  await talk.hear('begun\n')
-  talk.socket.resetAndDestroy()
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n') // by now the reset has arrived, too
-  gone.open()
-  await inTime(finished.opened, 'it has run to its end')
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-})
-
-// --- Start and stop ------------------------------------------------------------------------------
-
-test('with PORT alone the monitor listens at PORT + 80, on HOST', async (t) => {
-  const port = await freePort()
-  environ(t, { PORT: String(port), HOST: '127.0.0.1' })
-  const monitor = await fresh(t)
-  const logger = recorder()
-  assert.deepEqual(await monitor.start({ logger }),
-    { address: '127.0.0.1', family: 'IPv4', port: port + 80 })
-  assert.deepEqual(logger.lines, [`info ftw-monitor listening on 127.0.0.1:${port + 80}`])
-  assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
-})
-
-test('with PORT alone and no HOST the monitor listens on all interfaces', async (t) => {
-  const port = await freePort()
-  environ(t, { PORT: String(port) })
-  const monitor = await fresh(t)
-  const address = await monitor.start({ logger: recorder() })
+  const address = await monitor.start({ server, listen: LOOPBACK, logger, ...options })
   assert.ok(typeof address === 'object')
-  assert.match(address.address, /^(::|0\.0\.0\.0)$/)
-  for (const host of ['127.0.0.1', '127.0.0.2']) {
-    assert.equal(await ask(port + 80, 'health_check\n', { host }), 'Instance is booting\n')
-  }
-})
+  const { port } = address
+  if (setup.until !== 'started') await untilHealthy(port)
+  return { monitor, server, port, instancePort: portOf(server), logger: record }
+}
 
-test('a server that listens, or will, has its monitor at its port + 80, on its host', async (t) => {
-  environ(t)
-  for (const host of ['127.0.0.1', '127.0.0.2']) {
-    for (const isEarly of [true, false]) {
-      const monitor = await fresh(t)
-      const port = await freePort()
-      const server = http.createServer((_, response) => { response.end('hello') })
-      closeLater(t, server)
-      const started = isEarly ? monitor.start({ server, logger: recorder() }) : undefined
-      await once(server.listen(port, host), 'listening')
-      assert.deepEqual(await (started ?? monitor.start({ server, logger: recorder() })),
-        { address: host, family: 'IPv4', port: port + 80 })
-      await until(async () => (await monitor.health()).healthy, 'it is healthy')
+/** Waits for OK on the monitor's port. */
+async function untilHealthy(port: number, limitMs?: number): Promise<void> {
+  const isHealthy = async () => {
+    try {
+      return (await ask(port, 'health_check\n')) === 'OK\n'
+    } catch {
+      return false
     }
   }
-})
+  await until(isHealthy, 'health_check is OK', limitMs)
+}
 
-test('start(server) logs to the console where it listens', async (t) => {
+/** Waits for OK where nobody may count as one who asked for it. */
+async function untilVerdict(monitor: Monitor, expected: string | RegExp = 'OK'): Promise<void> {
+  const isExpected = async () => {
+    const { reason } = await monitor.health()
+    return typeof expected === 'string' ? reason === expected : expected.test(reason)
+  }
+  await until(isExpected, `the verdict is ${expected}`)
+}
+
+/** What answers at the monitor port of some instance; gives the port of the instance. */
+async function fakeInstance(t: TestContext, answer: (socket: net.Socket) => void): Promise<number> {
   const port = await freePort()
-  const instance = run(t, `
-    const server = http.createServer()
-    const started = monitor.start(server)
-    server.listen(${port}, '127.0.0.1')
-    console.log(JSON.stringify(await started))
-  `)
-  await until(() => instance.output.includes('}'), 'the address is printed')
-  assert.ok(instance.output.startsWith(`ftw-monitor listening on 127.0.0.1:${port + 80}\n`))
-  assert.ok(instance.output.includes(
-    JSON.stringify({ address: '127.0.0.1', family: 'IPv4', port: port + 80 })))
-})
-
-test('https and http2 servers are taken as http servers are', needs('openssl'), async (t) => {
-  environ(t)
-  const { key, cert } = certify(t, 'localhost')
-  const listener = (_: unknown, response: { end(text: string): void }) => { response.end('hello') }
-  const servers: Record<string, net.Server> = {
-    https: https.createServer({ key, cert }, listener),
-    http2: http2.createServer(listener),
-    https2: http2.createSecureServer({ key, cert }, listener)
-  }
-  const warmHttp2 = (url: string) => new Promise<string>((resolve, reject) => {
-    const session = http2.connect(url, { rejectUnauthorized: false }).on('error', reject)
-    const stream = session.request({ ':path': '/@@warmup' }).setEncoding('utf8').on('error', reject)
-    let body = ''
-    stream.on('data', (part: string) => { body += part }).on('end', () => {
-      session.close()
-      resolve(body)
-    })
+  const sockets = new Set<net.Socket>()
+  const server = net.createServer((socket) => {
+    sockets.add(socket)
+    socket.on('error', () => {})
+    answer(socket)
   })
-  const warmHttps = (port: number) => new Promise<string>((resolve, reject) => {
-    const to = { host: '127.0.0.1', port, path: '/@@warmup', rejectUnauthorized: false }
-    https.get({ ...to, agent: false }, (response) => {
-      response.setEncoding('utf8').once('data', resolve)
-    }).on('error', reject)
+  t.after(() => {
+    server.close()
+    for (const socket of sockets) socket.destroy()
   })
-  for (const [kind, server] of Object.entries(servers)) {
-    const monitor = await fresh(t)
-    let calls = 0
-    monitor.registerWarmup('/', () => { calls++ })
-    closeLater(t, server)
-    const started = monitor.start({ server: server as http.Server, logger: recorder(),
-      listen: { host: '127.0.0.1', port: 0 } })
-    await once(server.listen(0, '127.0.0.1'), 'listening')
-    const address = await started
-    assert.ok(typeof address === 'object', kind)
-    await untilHealthy(address.port)
-    assert.equal(calls, 1, kind)
-    const port = portOf(server)
-    const answer = kind === 'https' ? await warmHttps(port)
-      : await warmHttp2(`${kind === 'http2' ? 'http' : 'https'}://127.0.0.1:${port}`)
-    assert.equal(answer, 'Warmup successful', kind)
-    assert.equal(calls, 2, kind)
-  }
-})
-
-test('FTW_MONITOR_LISTEN, and listen, say where the monitor listens', async (t) => {
-  const [port, instancePort] = [await freePort(), await freePort()]
-  const path = join(scratchFolder(t), 'monitor')
-  const server = http.createServer((_, response) => { response.end() })
-    .listen(instancePort, '127.0.0.1')
-  closeLater(t, server)
+  server.listen(port + 80, '127.0.0.1')
   await once(server, 'listening')
-  const at = (address: string, family = 'IPv4', where = port) => ({ address, family, port: where })
-  const rows: [string | object, unknown, string][] = [
-    [String(port), at('127.0.0.1'), `127.0.0.1:${port}`],
-    [` ${port} `, at('127.0.0.1'), `127.0.0.1:${port}`],
-    [`127.0.0.2:${port}`, at('127.0.0.2'), `127.0.0.2:${port}`],
-    [`0.0.0.0:${port}`, at('0.0.0.0'), `0.0.0.0:${port}`],
-    [`[::1]:${port}`, at('::1', 'IPv6'), `[::1]:${port}`],
-    [`[::]:${port}`, at('::', 'IPv6'), `[::]:${port}`],
-    [path, path, path],
-    [{ port }, at('127.0.0.1'), `127.0.0.1:${port}`],
-    [{ host: '127.0.0.2' }, at('127.0.0.2', 'IPv4', instancePort + 80),
-      `127.0.0.2:${instancePort + 80}`],
-    [{ host: '127.0.0.2', port }, at('127.0.0.2'), `127.0.0.2:${port}`],
-    [{ path }, path, path]
-  ]
-  for (const [form, address, logged] of rows) {
-    environ(t, { FTW_MONITOR_LISTEN: typeof form === 'string' ? form : '1' })
-    const monitor = await fresh(t)
-    const logger = recorder()
-    const listen = typeof form === 'string' ? {} : { listen: form }
-    assert.deepEqual(await monitor.start({ server, logger, ...listen }), address)
-    assert.equal(logger.lines[0], `info ftw-monitor listening on ${logged}`)
-    await until(async () => (await monitor.health()).healthy, 'it is healthy')
-    await monitor.stop()
+  return port
+}
+
+// Helpers: the client for lines
+
+interface LineOptions {
+  host?: string
+  /** The local address to connect from. */
+  from?: string
+}
+
+interface AskOptions extends LineOptions {
+  /** Half-closes after the text. */
+  end?: boolean
+  limitMs?: number
+}
+
+/** A connection to a port, or to the path of a Unix socket. */
+function connectTo(where: number | string, options: LineOptions & { allowHalfOpen?: boolean }) {
+  const { host = '127.0.0.1', from, allowHalfOpen = false } = options
+  if (typeof where === 'string') return net.connect({ path: where, allowHalfOpen })
+  if (from === undefined) return net.connect({ port: where, host, allowHalfOpen })
+  return net.connect({ port: where, host, allowHalfOpen, localAddress: from })
+}
+
+/** Sends text, and gives all that comes back until the other side closes (or `limitMs` is over). */
+function ask(
+  where: number | string,
+  text: string | Buffer,
+  options: AskOptions = {}
+): Promise<string> {
+  const { end = false, limitMs = 10_000 } = options
+  return new Promise<string>((resolve, reject) => {
+    const socket = connectTo(where, options).setEncoding('utf8')
+    let transcript = ''
+    const giveUp = () => {
+      transcript += '[still open]'
+      socket.destroy()
+    }
+    const timer = setTimeout(giveUp, limitMs)
+    socket.on('data', (part: string) => {
+      transcript += part
+    })
+    socket.on('error', reject)
+    socket.on('close', () => {
+      clearTimeout(timer)
+      resolve(transcript)
+    })
+    if (end) socket.end(text)
+    else socket.write(text)
+  })
+}
+
+/** Asks so many times, one after the other. */
+async function askTimes(count: number, port: number, text: string, options: AskOptions = {}) {
+  for (let time = 0; time < count; time++) await ask(port, text, options)
+}
+
+/** A connection that stays open, on which lines go back and forth. */
+async function converse(
+  t: TestContext,
+  where: number | string,
+  options: LineOptions & { allowHalfOpen?: boolean } = {}
+) {
+  const socket = connectTo(where, options).setNoDelay().setEncoding('utf8')
+  const peer = {
+    socket,
+    /** What has come since the last `hear`. */
+    transcript: '',
+    isClosed: false,
+    say: (text: string) => {
+      socket.write(text)
+    },
+    hear: async (text: string) => {
+      const what = `hear ${JSON.stringify(text)}`
+      await until(() => peer.transcript.length >= text.length, what)
+      assert.equal(peer.transcript, text)
+      peer.transcript = ''
+    }
   }
+  socket.on('data', (part: string) => {
+    peer.transcript += part
+  })
+  socket.on('error', () => {})
+  socket.on('close', () => {
+    peer.isClosed = true
+  })
+  t.after(() => socket.destroy())
+  await once(socket, 'connect')
+  return peer
+}
+
+type Peer = Awaited<ReturnType<typeof converse>>
+
+/** Waits until the monitor has seen what was sent before: it takes things in their order. */
+async function untilSeen(port: number): Promise<void> {
+  await askTimes(5, port, 'quit\n')
+}
+
+async function isRefused(port: number, host = '127.0.0.1'): Promise<boolean> {
+  try {
+    await ask(port, 'health_check\n', { host })
+    return false
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === 'ECONNREFUSED'
+  }
+}
+
+// Helpers: the client for HTTP
+
+interface PageOptions extends LineOptions {
+  method?: string
+  headers?: Record<string, string>
+  body?: string
+  /** Keeps connections alive; without one, each request has a connection of its own. */
+  agent?: http.Agent
+  socketPath?: string
+  limitMs?: number
+}
+
+/** One HTTP request, and its answer. */
+function getPage(port: number, path: string, options: PageOptions = {}) {
+  const { host = '127.0.0.1', from, body = '', limitMs = 10_000, ...others } = options
+  type Page = { status: number; headers: http.IncomingHttpHeaders; body: string }
+  return new Promise<Page>((resolve, reject) => {
+    const to: http.RequestOptions = { host, port, path, agent: false, timeout: limitMs, ...others }
+    if (from !== undefined) to.localAddress = from
+    const request = http.request(to, (response) => {
+      let text = ''
+      response.setEncoding('utf8')
+      response.on('data', (part: string) => {
+        text += part
+      })
+      response.on('error', reject)
+      response.on('end', () => {
+        resolve({ status: response.statusCode ?? 0, headers: response.headers, body: text })
+      })
+    })
+    request.on('timeout', () => request.destroy(new Error(`${path} is not answered in time`)))
+    request.on('error', reject)
+    request.end(body)
+  })
+}
+
+/** The head of a GET request, its last empty line included. */
+function headOf(path: string, ...headers: string[]): string {
+  return [`GET ${path} HTTP/1.1`, 'Host: a', ...headers, '', ''].join('\r\n')
+}
+
+// Helpers: processes
+
+interface ProcessOptions {
+  cwd?: string
+  env?: Record<string, string>
+}
+
+/** Runs a program, keeps what it says, and ends it after the test. */
+function watch(t: TestContext, program: string, words: string[], options: ProcessOptions = {}) {
+  const env = { ...process.env, ...options.env }
+  const child: ChildProcess = spawn(program, words, { ...options, env })
+  const exit = once(child, 'close').then(([status]) => status as number | null)
+  const watched = { child, stdout: '', stderr: '', output: '', exit }
+  child.stdout?.setEncoding('utf8').on('data', (text: string) => {
+    watched.stdout += text
+    watched.output += text
+  })
+  child.stderr?.setEncoding('utf8').on('data', (text: string) => {
+    watched.stderr += text
+    watched.output += text
+  })
+  child.stdin?.on('error', () => {})
+  t.after(async () => {
+    child.kill('SIGKILL')
+    await watched.exit
+  })
+  return watched
+}
+
+/** Runs a program to its end with this input. */
+async function runToEnd(
+  t: TestContext,
+  program: string,
+  words: string[],
+  options: ProcessOptions & { input?: string } = {}
+) {
+  const { input = '', ...others } = options
+  const watched = watch(t, program, words, others)
+  watched.child.stdin?.end(input)
+  const status = await watched.exit
+  const { stdout, stderr } = watched
+  return { status, stdout, stderr }
+}
+
+/** The words by which Node.js runs ftw-monitor's program, from another file where one is given. */
+function programWords(words: string[], file = PROGRAM): string[] {
+  return ['--no-warnings', file, ...words]
+}
+
+/** Runs ftw-monitor's program, and keeps what it says. */
+function startProgram(t: TestContext, words: string[], env: Record<string, string> = {}) {
+  return watch(t, process.execPath, programWords(words), { env })
+}
+
+/** Runs ftw-monitor's program to its end, and gives its exit status and what it printed. */
+async function runProgram(
+  t: TestContext,
+  words: string[],
+  options: ProcessOptions & { input?: string; file?: string } = {}
+) {
+  const { file, ...others } = options
+  const env = { HOST: '127.0.0.1', ...options.env }
+  return await runToEnd(t, process.execPath, programWords(words, file), { ...others, env })
+}
+
+interface ProcessSetup {
+  script?: string
+  env?: Record<string, string>
+  /** Of Node.js. */
+  flags?: string[]
+  /** How many descriptors the process may have. */
+  descriptors?: number
+}
+
+/** A process of its own that runs a script, in which `monitor` is the module. */
+function runScript(t: TestContext, setup: ProcessSetup) {
+  const { script = '', env = {}, flags = [], descriptors } = setup
+  const source = `
+    import http from 'node:http'
+    import net from 'node:net'
+    import { setTimeout as pause, setImmediate as nextTurn } from 'node:timers/promises'
+    import * as monitor from ${JSON.stringify(MODULE.href)}
+    ${script}`
+  const words = [...flags, '--input-type=module', '-e', source]
+  if (descriptors === undefined) return watch(t, process.execPath, words, { env })
+  const limited = ['-c', `ulimit -n ${descriptors}; exec "$@"`, 'sh', process.execPath, ...words]
+  return watch(t, 'sh', limited, { env })
+}
+
+/** For a process in which the monitor's limits, all on one interval, pass so much faster. */
+function flagForPace(pace: number): string {
+  const source = `
+    const interval = setInterval
+    globalThis.setInterval = (act, ms, ...rest) => interval(act, ms / ${pace}, ...rest)`
+  return `--import=data:text/javascript,${encodeURIComponent(source)}`
+}
+
+/** An instance in a process of its own; the script has `server`, and may answer its requests. */
+async function bootProcess(t: TestContext, setup: ProcessSetup & { name?: string } = {}) {
+  const { name = '', script = '', ...options } = setup
+  const env = { NAME: name, ...options.env }
+  const whole = `
+    const server = http.createServer()
+    ${script}
+    const hello = (_, response) => response.end('hello')
+    if (server.listenerCount('request') === 0) server.on('request', hello)
+    server.listen(0, '127.0.0.1')
+    const logger = { ...console, info() {} }
+    const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
+    console.log('ports', port, server.address().port)`
+  const watched = runScript(t, { ...options, env, script: whole })
+  await until(() => /^ports \d+ \d+\n/m.test(watched.output), 'the instance tells its ports')
+  const [, port, instancePort] = /^ports (\d+) (\d+)\n/m.exec(watched.output) ?? []
+  await untilHealthy(Number(port))
+  return { name, watched, port: Number(port), instancePort: Number(instancePort) }
+}
+
+/** For an instance that can be asked for its memory, and for a reply of 64 KiB. */
+const MEASURED = {
+  flags: ['--expose-gc'],
+  script: `
+    monitor.registerWarmup('/', () => {})
+    monitor.register('big', '', (peer) => peer.write('x'.repeat(65_536)))
+    monitor.register('collected', '', (peer) => {
+      globalThis.gc()
+      const { heapUsed, external } = process.memoryUsage()
+      peer.write(heapUsed + external + '\\n')
+    })`
+}
+
+/** How many bytes are in use in a process that is MEASURED. */
+async function askMemory(port: number): Promise<number> {
+  return Number(await ask(port, 'collected\n'))
+}
+
+// Helpers: what commands reply, read as their users do
+
+/** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
+async function askMonitor(port: number, words: string, from?: string) {
+  const reply = await ask(port, `monitor ${words}\n`, from === undefined ? {} : { from })
+  assert.match(reply, /^-?\d+\nVmRSS:\t[ \d]{7}\d kB\n(\d+\.\d .+\n)*$/)
+  const [count, memory, ...lines] = reply.trimEnd().split('\n')
+  const [label, kilobytes, unit] = memory!.split(/\s+/)
+  assert.deepEqual([label, unit], ['VmRSS:', 'kB'])
+  const open = lines.map((line) => ({
+    age: Number(line.split(' ', 1)[0]),
+    info: line.slice(line.indexOf(' ') + 1)
+  }))
+  return { count: Number(count), rss: Number(kilobytes), open }
+}
+
+/** Asks for a reply of numbers, and reads them as Munin's plug-ins do: by a split at blanks. */
+async function askNumbers(port: number, line: string): Promise<number[]> {
+  const reply = await ask(port, `${line}\n`)
+  assert.match(reply, /^-?\d+( -?\d+)*\n$/)
+  return reply.split(/\s/).slice(0, -1).map(Number)
+}
+
+const NO_CACHE = { size: -1, ngsize: -1, max_size: -1 }
+const NO_DB = {
+  loads: -1,
+  stores: -1,
+  connections: -1,
+  conflicts: -1,
+  unresolved_conflicts: -1,
+  total_objs: -1,
+  size_in_bytes: -1
+}
+
+/** Asks for the figures, and holds the reply to its shape: one line, the keys in their order. */
+async function askPerfMetrics(port: number, words = '') {
+  const reply = await ask(port, `perf_metrics ${words}\n`)
+  assert.match(reply, /^\{[^\n]+\}\n$/)
+  const metrics = JSON.parse(reply)
+  const groups = Object.entries(metrics).map(
+    ([group, figures]) => `${group}: ${Object.keys(figures as object).join(' ')}`
+  )
+  assert.deepEqual(groups, [
+    'instance: uptime pid version',
+    `cache: ${Object.keys(NO_CACHE).join(' ')}`,
+    `db: ${Object.keys(NO_DB).join(' ')}`,
+    'memory: rss uss pss heap_used heap_total external array_buffers',
+    'cpu: user system',
+    'loop: utilization',
+    'http: in_flight requests errors'
+  ])
+  return metrics
+}
+
+/** The samples of Prometheus's text format, by name and labels. */
+function readSamples(text: string): Record<string, number> {
+  const lines = text.split('\n').filter((line) => line && !line.startsWith('#'))
+  const samples = lines.map((line) => {
+    const [, name = '', value] = /^([^ {]+(?:\{.*\})?) ([-+\d.e]+)$/.exec(line) ?? [line]
+    return [name, Number(value)]
+  })
+  return Object.fromEntries(samples)
+}
+
+/** What agent_check leaves to an instance, in per cent. */
+async function askShare(port: number): Promise<number> {
+  const reply = await ask(port, 'agent_check\n')
+  const [, percent] = /^up (\d+)%\n$/.exec(reply) ?? []
+  assert.ok(Number(percent) >= 10 && Number(percent) <= 100, reply)
+  return Number(percent)
+}
+
+/** Who `drain` waits for, by its first line; the instance is in service again after that. */
+async function askWhomItWaitsFor(port: number): Promise<number> {
+  const socket = connectTo(port, {}).setEncoding('utf8')
+  socket.write('drain\n')
+  const [line] = await once(socket, 'data')
+  socket.destroy()
+  await ask(port, 'resume\n')
+  const [, count] = /^Draining: 0 of (\d+) probers know/.exec(line) ?? []
+  return Number(count)
+}
+
+interface Point {
+  measurement: string
+  tags: Record<string, string>
+  fields: Record<string, number | string>
+}
+
+/** InfluxDB's line protocol, and nothing that only some of its readers put up with. */
+function parseLineProtocol(line: string): Point {
+  let at = 0
+
+  const fail = (what: string): never => assert.fail(`${what} at ${at} of ${JSON.stringify(line)}`)
+
+  const text = (special: string, ends: string) => {
+    let found = ''
+    while (at < line.length && !ends.includes(line[at]!)) {
+      const isEscape = line[at] === '\\' && at + 1 < line.length && special.includes(line[at + 1]!)
+      if (isEscape) at++
+      else if (special.includes(line[at]!)) fail('a sign that is not escaped')
+      if (/\p{Cc}/u.test(line[at]!)) fail('a control character')
+      found += line[at]
+      at++
+    }
+    return found || fail('nothing')
+  }
+
+  const take = (sign: string) => {
+    if (line[at] !== sign) fail(`no "${sign}"`)
+    at++
+  }
+
+  const put = <Value>(record: Record<string, Value>, key: string, value: Value) => {
+    if (key.startsWith('_') || key === 'time' || Object.hasOwn(record, key)) fail('a wrong key')
+    Object.defineProperty(record, key, { value, enumerable: true })
+  }
+
+  const value = (): number | string => {
+    const number = /[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?=[, ]|$)/y
+    const string = /"((?:[^"\\\p{Cc}]|\\["\\])*)"(?=[, ]|$)/uy
+    number.lastIndex = at
+    string.lastIndex = at
+    const [found = fail('no value'), quoted] = number.exec(line) ?? string.exec(line) ?? []
+    at += found.length
+    return quoted === undefined ? Number(found) : quoted.replace(/\\(["\\])/g, '$1')
+  }
+
+  const point: Point = { measurement: text(', ', ', '), tags: {}, fields: {} }
+  if (/^[_#]/.test(point.measurement)) fail('a wrong measurement')
+  while (line[at] === ',') {
+    take(',')
+    const key = text(',= ', '=')
+    take('=')
+    put(point.tags, key, text(',= ', ', '))
+  }
+  take(' ')
+  for (;;) {
+    const key = text(',= ', '=')
+    take('=')
+    put<number | string>(point.fields, key, value())
+    if (line[at] !== ',') break
+    take(',')
+  }
+  if (at < line.length) fail('more than fields')
+  return point
+}
+
+function parseDump(stdout: string): Point[] {
+  assert.match(stdout, /^(.+\n)*$/)
+  return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
+}
+
+// Helpers: HAProxy
+
+type Backend = { name: string; port: number; instancePort: number }
+
+/** Runs HAProxy, and gives what asks it for the state of its servers. */
+async function startHaproxy(t: TestContext, configuration: (socket: string) => string) {
+  const folder = scratchFolder(t)
+  const file = join(folder, 'haproxy.cfg')
+  const socket = join(folder, 'socket')
+  fs.writeFileSync(file, configuration(socket))
+  const haproxy = watch(t, 'haproxy', ['-db', '-f', file])
+
+  const command = (text: string) => ask(socket, `${text}\n`)
+  const isRunning = async () => {
+    assert.equal(haproxy.child.exitCode, null, haproxy.output)
+    return fs.existsSync(socket) && (await command('show info').catch(() => '')) !== ''
+  }
+  await until(isRunning, 'HAProxy runs')
+
+  /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
+  const stateOf = async (name: string): Promise<Record<string, string>> => {
+    const table = (await command('show stat')).replace(/^# /, '')
+    const [head = [], ...rows] = table.split('\n').map((row) => row.split(','))
+    const row = rows.find((each) => each[head.indexOf('svname')] === name) ?? []
+    return Object.fromEntries(head.map((column, index) => [column, row[index] ?? '']))
+  }
+  const statusOf = async (name: string) => (await stateOf(name))['status'] ?? ''
+  const untilState = async (name: string, state: RegExp) => {
+    await until(async () => state.test(await statusOf(name)), `HAProxy has ${name} ${state}`)
+  }
+  return { command, stateOf, statusOf, untilState }
+}
+
+/** The README's first configuration with one server that is there, short intervals and a socket. */
+function configure(front: number, instance: number, nowhere: number, socket: string): string {
+  const [, configuration = ''] = /^```haproxy\n([^]*?)^```$/m.exec(README_TEXT) ?? []
+  assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
+  const adapted = configuration
+    .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
+    .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
+    .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
+    .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
+      const port = name === 'app1' ? instance : nowhere
+      return `${before} 127.0.0.1:${port}${after.replace(/ port \d+/g, ` port ${port + 80}`)}`
+    })
+    .replace(/ (inter|downinter) \S+/g, ' $1 20ms')
+    .replace(/ (slowstart|fastinter) \S+/g, '')
+  return `global\n    stats socket ${socket} mode 600 level admin\n${adapted}`
+}
+
+const AGENT_INTERVAL_MS = 200
+
+/** HAProxy before these instances, told by their monitors; nothing is tried twice. */
+async function balanceByAgent(t: TestContext, instances: Backend[]) {
+  const frontPort = await freePort()
+  const lineOf = ({ name, port, instancePort }: Backend) =>
+    `      server ${name} 127.0.0.1:${instancePort} cookie ${name} check port ${port} ` +
+    `agent-check agent-port ${port} agent-send "agent_check\\n"\n`
+  const haproxy = await startHaproxy(
+    t,
+    (socket) => `
+    global
+      stats socket ${socket} level admin
+    defaults
+      mode http
+      timeout connect 2s
+      timeout client 20s
+      timeout server 20s
+      retries 0
+    frontend front
+      bind 127.0.0.1:${frontPort}
+      default_backend back
+    backend back
+      balance roundrobin
+      cookie INSTANCE insert indirect nocache
+      option tcp-check
+      tcp-check connect
+      tcp-check send "health_check\\n"
+      tcp-check expect string OK
+      default-server inter 300ms rise 1 fall 3 weight 100 agent-inter ${AGENT_INTERVAL_MS}ms
+${instances.map(lineOf).join('')}`
+  )
+  return { frontPort, ...haproxy }
+}
+
+/** HAProxy before one instance in this process. */
+async function balanceOne(t: TestContext) {
+  const instance = await bootInstance(t)
+  const haproxy = await balanceByAgent(t, [{ name: 'one', ...instance }])
+  await haproxy.untilState('one', /^UP$/)
+  const untilTold = async (text: RegExp) => {
+    const isTold = async () => text.test((await haproxy.stateOf('one'))['last_agt'] ?? '')
+    await until(isTold, `it is told ${text}`)
+  }
+  return { monitor: instance.monitor, haproxy, untilTold }
+}
+
+/** Answers with its name, and has the event loop busy between /busy and /relax. */
+const BUSY = `
+  let busy = false
+  const work = () => {
+    for (const end = performance.now() + 20; performance.now() < end;);
+    if (busy) setTimeout(work, 1)
+  }
+  server.on('request', ({ url }, response) => {
+    if (url === '/busy' && !busy) setTimeout(work)
+    if (url === '/busy' || url === '/relax') busy = url === '/busy'
+    response.end(process.env.NAME)
+  })`
+
+// Helpers: what strangers and a careless host do
+
+const UNSAFE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u
+
+/** Control characters that hide text, move the cursor or end a line. */
+const EVIL = 'a\x1b[31mred\x07\u009b2J\u202eright to left\u2028line\0nul\rreturn'
+
+/** Texts that might turn a red reply green. */
+const FORGED: Record<string, string> = {
+  OK: 'OK',
+  'O\\0K': 'O\0K',
+  'O\\nK': 'O\nK',
+  OOKK: 'OOKK',
+  'OK on a line': 'no\nOK\n',
+  'an escaped O': 'O\x1b[0mK',
+  'a soft hyphen': 'O\u00adK',
+  'a line separator': 'O\u2028K',
+  'OK at the limit': `${'x'.repeat(457)}${'OK'.repeat(30)}`,
+  'a megabyte': 'OK '.repeat(349_526)
+}
+
+const thrower = () => {
+  throw new Error('trap')
+}
+
+/** A handler for a Proxy which fails whatever is done with it. */
+const TRAPS = {
+  get: thrower,
+  has: thrower,
+  getPrototypeOf: thrower,
+  getOwnPropertyDescriptor: thrower,
+  ownKeys: thrower,
+  set: thrower,
+  apply: thrower,
+  construct: thrower
+}
+
+/** An object some of whose properties fail as soon as they are read. */
+function trapped(names: string[], target: object = {}): object {
+  const properties = names.map((name) => [name, { get: thrower }])
+  return Object.defineProperties(target, Object.fromEntries(properties))
+}
+
+const ownCause = new Error('fetch failed')
+ownCause.name = 'x'.repeat(1e6)
+ownCause.cause = ownCause
+
+/** What a command may throw: anything. */
+const THROWN: Record<string, unknown> = {
+  error: new Error('boom'),
+  text: 'boom',
+  nothing: undefined,
+  null: null,
+  bigint: 42n,
+  symbol: Symbol('boom'),
+  function: thrower,
+  bare: Object.create(null),
+  getters: trapped(['stack', 'name', 'message', 'cause', 'code', 'then', 'toString']),
+  proxy: new Proxy({}, TRAPS),
+  proxiedError: new Proxy(new Error('boom'), TRAPS),
+  errorWithGetters: trapped(['stack', 'name', 'message', 'cause', 'code'], new Error('boom')),
+  errorWithName: trapped(['name'], new Error('boom')),
+  errorWithStack: trapped(['stack'], new Error('boom')),
+  errorWithMessage: trapped(['message'], new Error('boom')),
+  oddError: Object.assign(new Error(), {
+    name: Symbol('name'),
+    message: { toString: thrower },
+    stack: 7
+  }),
+  ownCause
+}
+
+/** What a database may answer instead of true, and how that is called. */
+const NOT_CONNECTED: [answer: () => unknown, called: RegExp][] = [
+  ...[
+    false,
+    undefined,
+    null,
+    0,
+    1,
+    'true',
+    {},
+    [],
+    [true],
+    Symbol('true'),
+    thrower,
+    { then: true }
+  ].map((value): [() => unknown, RegExp] => [() => value, /disconnected\.$/]),
+  ...[1, 'true', null].map((value): [() => unknown, RegExp] => [
+    async () => value,
+    /disconnected\.$/
+  ]),
+  ...Object.values(THROWN).flatMap((thrown): [() => unknown, RegExp][] => [
+    [
+      () => {
+        throw thrown
+      },
+      / failed: /
+    ],
+    [() => Promise.reject(thrown), / failed: /]
+  ]),
+  [() => trapped(['then']), / failed: trap$/],
+  [() => ({ then: thrower }), / failed: trap$/],
+  [() => new Proxy({}, TRAPS), / failed: trap$/],
+  [() => ({ then: (_: unknown, reject: Function) => reject(new Error('no')) }), / failed: no$/],
+  [() => ({ then: (resolve: Function) => resolve({ then: thrower }) }), / failed: trap$/],
+  [
+    () => ({
+      then: (resolve: Function) => {
+        resolve(false)
+        resolve(true)
+      }
+    }),
+    /disconnected\.$/
+  ],
+  [hang, / timed out\.$/],
+  [() => ({ then() {} }), / timed out\.$/],
+  [() => ({ then: (resolve: Function) => resolve(hang()) }), / timed out\.$/]
+]
+
+/** How many connections a monitor holds. */
+const HELD = 256
+
+/** A small generator of numbers from 0 to 1, the same ones for the same seed. */
+function seeded(seed: number): () => number {
+  let state = seed
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+  }
+}
+
+/** Commands, heads of requests and greetings of other protocols, whole and in part. */
+const KNOWN_BYTES = [
+  'health_check\n',
+  'interactive\n',
+  'help\n',
+  '\n',
+  '\r\n',
+  'quit',
+  'dbinfo - 1\n',
+  'nope ',
+  'perf_metrics\n',
+  'GET /health_check HTTP/1.1\r\n',
+  'Host: a\r\n',
+  '\r\n\r\n',
+  'POST /%ff%00 HTTP/1.0\r\n',
+  'Content-Length: 9\r\n\r\n',
+  'Connection: Upgrade\r\n',
+  'Transfer-Encoding: chunked\r\n\r\nfff\r\n',
+  'Upgrade: h2c\r\n',
+  'Expect: 100-continue\r\n',
+  'GET / HTTP/1.1\r\n\r\n',
+  'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
+  'CONNECT a:1 HTTP/1.1\r\n\r\n',
+  '\x16\x03\x01',
+  'GET /../..//help?%0a HTTP/1.1\r\n\r\n'
+]
+
+/** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
+function hostileBytes(random: () => number): Buffer {
+  const noise = () => {
+    const length = Math.floor(random() ** 3 * 600)
+    return Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)))
+  }
+  const known = () => {
+    const text = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
+    return Buffer.from(text, 'latin1')
+  }
+  const length = 1 + Math.floor(random() * 5)
+  return Buffer.concat(Array.from({ length }, () => (random() < 0.5 ? noise() : known())))
+}
+
+/** Sends the bytes in pieces, and then resets the connection, or takes what comes until its end. */
+async function sendHostile(port: number, from: string, random: () => number): Promise<void> {
+  const bytes = hostileBytes(random)
+  const socket = connectTo(port, { from })
+  const reset = random() < 0.5
+  const closed = new Promise((resolve) => socket.on('close', resolve))
+  socket.on('error', () => {})
+  socket.setTimeout(20_000, () => socket.destroy())
+  socket.resume()
+  let sent = 0
+  while (sent < bytes.length && !socket.destroyed) {
+    const end = sent + 1 + Math.floor(random() * bytes.length)
+    const piece = bytes.subarray(sent, end)
+    await new Promise((resolve) => socket.write(piece, resolve))
+    sent = end
+  }
+  if (reset) socket.resetAndDestroy()
+  else socket.end()
+  await closed
+}
+
+// Helpers: the README
+
+const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
+// `$ printf … | nc …`, and the reply, up to the next command
+const NC_COMMAND = /^\$ (.*\| *nc .*)\n((?!\$ )[^]*?)(?=^\$ |(?![^]))/gm
+
+/** Commands and replies of the README's consoles, as far as nc asks for what is the same always. */
+const TRANSCRIPT = [...CONSOLES]
+  .flatMap(([, block = '']) => [...block.matchAll(NC_COMMAND)])
+  .map(([, command = '', reply = '']) => ({ command, reply }))
+  .filter(({ command }) => /health_check|warmup_state/.test(command))
+
+describe('Start and stop', TOGETHER, () => {
+  test('start(server) logs to the console where it listens', async (t) => {
+    const port = await freePort()
+    const instance = runScript(t, {
+      script: `
+        const server = http.createServer()
+        const started = monitor.start(server)
+        server.listen(${port}, '127.0.0.1')
+        console.log(JSON.stringify(await started))`
+    })
+    await until(() => instance.output.includes('}'), 'the address is printed')
+    assert.ok(instance.output.startsWith(`ftw-monitor listening on 127.0.0.1:${port + 80}\n`))
+    assert.ok(
+      instance.output.includes(
+        JSON.stringify({ address: '127.0.0.1', family: 'IPv4', port: port + 80 })
+      )
+    )
+  })
+
+  test('https and http2 servers are taken as http servers are', needs('openssl'), async (t) => {
+    const { key, cert } = certify(t, 'localhost')
+    const listener = (_: unknown, response: { end(text: string): void }) => {
+      response.end('hello')
+    }
+    const servers: Record<string, net.Server> = {
+      https: https.createServer({ key, cert }, listener),
+      http2: http2.createServer(listener),
+      https2: http2.createSecureServer({ key, cert }, listener)
+    }
+    const warmHttp2 = async (url: string) => {
+      const session = http2.connect(url, { rejectUnauthorized: false })
+      const stream = session.request({ ':path': '/@@warmup' })
+      const body = await readAll(stream)
+      session.close()
+      return body
+    }
+    const warmHttps = async (port: number) => {
+      const to = { host: '127.0.0.1', port, path: '/@@warmup', rejectUnauthorized: false }
+      const request = https.get({ ...to, agent: false })
+      const [response] = await once(request, 'response')
+      return await readAll(response)
+    }
+    const warm = async (kind: string, port: number) => {
+      if (kind === 'https') return await warmHttps(port)
+      const scheme = kind === 'http2' ? 'http' : 'https'
+      return await warmHttp2(`${scheme}://127.0.0.1:${port}`)
+    }
+    for (const [kind, server] of Object.entries(servers)) {
+      const monitor = await importMonitor(t)
+      let calls = 0
+      monitor.registerWarmup('/', () => {
+        calls++
+      })
+      closeLater(t, server)
+      const started = monitor.start({
+        server: server as http.Server,
+        logger: recorder(),
+        listen: LOOPBACK
+      })
+      await once(server.listen(0, '127.0.0.1'), 'listening')
+      const address = await started
+      assert.ok(typeof address === 'object', kind)
+      await untilHealthy(address.port)
+      assert.equal(calls, 1, kind)
+      assert.equal(await warm(kind, portOf(server)), 'Warmup successful', kind)
+      assert.equal(calls, 2, kind)
+    }
+  })
+
+  test('what the caller passed wrongly rejects, and start works again', async (t) => {
+    const monitor = await importMonitor(t)
+    const start = monitor.start as (...all: unknown[]) => Promise<unknown>
+    const path = join(scratchFolder(t), 'instance')
+    const onSocket = await serve(t, hello, { path })
+    const logger = recorder()
+    const wrong: [unknown, typeof TypeError | typeof RangeError | undefined][] = [
+      [42, TypeError],
+      ['8080', TypeError],
+      [null, TypeError],
+      [() => {}, TypeError],
+      [net.createServer(), TypeError],
+      [{ server: {}, logger }, TypeError],
+      [{ server: 8080, logger }, undefined],
+      [{ port: '8080', logger }, TypeError],
+      [{ port: 65_500, logger }, RangeError],
+      [{ port: 65_536, logger }, RangeError],
+      [{ port: -1, logger }, RangeError],
+      [{ port: 1.5, logger }, RangeError],
+      [{ port: NaN, logger }, RangeError],
+      [{ port: 8080, url: 'not a url', logger }, TypeError],
+      [{ port: 8080, url: 42, logger }, undefined],
+      [{ port: 8080, url: 'ftp://localhost', logger }, TypeError],
+      [{ port: 8080, listen: 'localhost', logger }, TypeError],
+      [{ port: 8080, listen: { port: '1' }, logger }, undefined],
+      [{ port: 8080, listen: { port: 70_000 }, logger }, undefined],
+      [{ port: 8080, listen: { host: 1 }, logger }, undefined],
+      [{ port: 8080, listen: { path: 1 }, logger }, undefined],
+      [{ port: 8080, listen: () => {}, logger }, TypeError],
+      [{ port: 8080, logger: 'console' }, TypeError],
+      [{ port: 8080, logger: {} }, TypeError],
+      [{ server: onSocket, logger }, undefined],
+      [onSocket, undefined]
+    ]
+    for (const [argument, Kind] of wrong) {
+      await assert.rejects(start(argument), (error) => {
+        if (Kind) return error instanceof Kind
+        return error instanceof TypeError || error instanceof RangeError
+      })
+    }
+    await assert.rejects(start(null), /start\(\) takes an http\.Server/)
+    assert.deepEqual(logger.lines, [])
+    assert.equal(Object.hasOwn(onSocket, 'emit'), false)
+    await bootInstance(t, { monitor })
+  })
+
+  test('a second start warns once and gives the address of the first', async (t) => {
+    const server = await serve(t)
+    const logger = recorder()
+    const { monitor, port } = await bootInstance(t, { server, logger, until: 'started' })
+    const again = await monitor.start({ server, logger: recorder() })
+    assert.deepEqual(again, { address: '127.0.0.1', family: 'IPv4', port })
+    assert.equal(warningsOf(logger).length, 1)
+    await untilHealthy(port)
+  })
+
+  test('stop() leaves nothing behind, and start works again', async (t) => {
+    const warmups: AbortSignal[] = []
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const before = { listeners: listenersOf(server), emit: server.emit }
+    monitor.registerWarmup('/', ({ signal }) => {
+      warmups.push(signal)
+    })
+    let isConnected = true
+    monitor.registerDatabase('main', { isConnected: () => isConnected })
+    monitor.register('mine', '', (connection) => connection.write('still here\n'))
+    for (let round = 1; round <= 3; round++) {
+      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+      assert.notEqual(server.emit, before.emit)
+      await untilHealthy(port)
+      assert.equal(warmups.length, round)
+      const talkAbout = async (begin: string) => {
+        const talk = await converse(t, port)
+        talk.say(begin)
+        return talk
+      }
+      const talks = await Promise.all(['', 'interactive\n', 'inter'].map(talkAbout))
+      await talks[1]?.hear('Interactive mode on.  Use "quit" To exit.\n')
+      assert.equal(await ask(port, 'mine\n'), 'still here\n')
+      await inTime(monitor.stop(), 'it is stopped')
+      await until(() => talks.every(({ isClosed }) => isClosed), 'all connections are closed')
+      assert.ok(await isRefused(port))
+      assert.deepEqual(listenersOf(server), before.listeners)
+      assert.equal(server.emit, before.emit)
+      assert.equal(Object.hasOwn(server, 'emit'), false)
+      assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Instance is booting' })
+      assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
+    }
+    isConnected = false
+    assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
+  })
+
+  test('stop() aborts a warm-up, ends a start that waits, and may be called twice', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const begun = latch()
+    let seen: AbortSignal | undefined
+    monitor.registerWarmup('/', ({ signal }) => {
+      seen = signal
+      begun.open()
+      return new Promise((_, reject) => signal.addEventListener('abort', reject))
+    })
+    await monitor.stop()
+    await bootInstance(t, { monitor, server, until: 'started' })
+    await begun.opened
+    await Promise.all([monitor.stop(), monitor.stop()])
+    assert.equal(seen?.aborted, true)
+    const later = http.createServer()
+    const started = monitor.start({ server: later, logger: recorder() })
+    await monitor.stop()
+    assert.equal(await inTime(started, 'start gives up'), false)
+    assert.equal(Object.hasOwn(later, 'emit'), false)
+  })
+
+  test('start() as soon as stop() aborts a warm-up begins anew', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const options = { server, listen: LOOPBACK, logger: recorder() }
+    const begun = latch()
+    let again: ReturnType<Monitor['start']> | undefined
+    monitor.registerWarmup('/', ({ signal }) => {
+      begun.open()
+      if (again) return
+      signal.addEventListener('abort', () => {
+        again = monitor.start(options)
+      })
+      return hang()
+    })
+    await monitor.start(options)
+    await begun.opened
+    await monitor.stop()
+    const address = await again
+    assert.ok(typeof address === 'object')
+    await untilHealthy(address.port)
+  })
+
+  test('stop() leaves alone what somebody hooked into the server later', async (t) => {
+    const { monitor, server } = await bootInstance(t, { performers: WARM })
+    const ours = server.emit
+    const events: unknown[] = []
+    const theirs = function (this: http.Server, ...all: unknown[]) {
+      events.push(all[0])
+      return Reflect.apply(ours, this, all) as boolean
+    }
+    server.emit = theirs
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    await monitor.stop()
+    assert.equal(server.emit, theirs)
+    assert.equal((await getPage(portOf(server), '/')).body, 'hello')
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
+    assert.equal(events.filter((event) => event === 'request').length, 3)
+    await bootInstance(t, { monitor, server })
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    await monitor.stop()
+    assert.equal(server.emit, theirs)
+  })
+
+  test('when the given server closes, the monitor closes', async (t) => {
+    const { monitor, server, port } = await bootInstance(t)
+    server.close()
+    server.closeAllConnections()
+    await once(server, 'close')
+    await until(() => isRefused(port), 'the monitor port refuses', 2_000)
+    assert.equal(Object.hasOwn(server, 'emit'), false)
+    assert.equal((await monitor.health()).healthy, false)
+  })
+
+  test('a server that has to try its port again gets its monitor when it listens', async (t) => {
+    const monitor = await importMonitor(t)
+    monitor.registerWarmup('/', () => {})
+    const holder = await serve(t)
+    const port = portOf(holder)
+    const server = http.createServer(hello)
+    closeLater(t, server)
+    const started = monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+    const retried = once(server, 'error')
+    server.on('error', () => {}).listen(port, '127.0.0.1')
+    await retried
+    server.close() // emits `close`, though nothing had been listening
+    await close(holder)
+    server.listen(port, '127.0.0.1')
+    const address = await started
+    assert.ok(typeof address === 'object')
+    await untilHealthy(address.port)
+  })
+
+  test('a logger that throws or rejects is no reason to fail', async (t) => {
+    let calls = 0
+    const throws = () => {
+      calls++
+      throw new Error('no log')
+    }
+    const rejects = async () => throws()
+    for (const say of [throws, rejects]) {
+      calls = 0
+      const logger = { info: say, warn: say, error: say }
+      const { monitor, port } = await bootInstance(t, {
+        performers: {
+          '/': () => {
+            throw new Error('cold')
+          }
+        },
+        logger,
+        until: 'started'
+      })
+      monitor.register('fails', '', () => {
+        throw new Error('boom')
+      })
+      const failed = async () => (await ask(port, 'health_check\n')) === 'Warmup failed: cold\n'
+      await until(failed, 'the warm-up has failed')
+      assert.equal(await ask(port, 'fails\n'), 'Error: boom\n')
+      await untilSeen(port)
+      assert.ok(calls >= 4, `${calls} lines`)
+      await monitor.stop()
+    }
+  })
 })
 
-test('a named host is looked up, and a monitor on a path answers', async (t) => {
-  const [port, path] = [await freePort(), join(scratchFolder(t), 'monitor')]
-  environ(t, { FTW_MONITOR_LISTEN: `localhost:${port}` })
-  const [monitor, other, server] = [await fresh(t), await fresh(t), await serve(t)]
-  const address = await monitor.start({ server, logger: recorder() })
-  assert.ok(typeof address === 'object' && /^(127\.0\.0\.1|::1)$/.test(address.address))
-  assert.equal(await other.start({ server, logger: recorder(), listen: { path } }), path)
-  await until(async () => (await other.health()).healthy, 'it is healthy')
-  const socket = net.connect(path).setEncoding('utf8')
-  socket.write('health_check\n')
-  assert.deepEqual(await once(socket, 'data'), ['OK\n'])
+describe('Start and stop', ALONE, () => {
+  test('FTW_MONITOR switches the monitor off', async (t) => {
+    const port = await freePort()
+    const monitor = await importMonitor(t)
+    for (const value of ['0', 'false', 'no', 'off', 'OFF', 'False']) {
+      setEnvironment(t, { PORT: String(port), FTW_MONITOR: value, HOST: '127.0.0.1' })
+      const server = await serve(t)
+      const logger = recorder()
+      assert.equal(await monitor.start({ server, logger }), false)
+      assert.equal(await monitor.start({ logger }), false)
+      assert.equal(Object.hasOwn(server, 'emit'), false)
+      assert.ok((await isRefused(port + 80)) && (await isRefused(portOf(server) + 80)))
+      assert.deepEqual(logger.lines, [])
+    }
+    setEnvironment(t, { PORT: String(port), FTW_MONITOR: '1', HOST: '127.0.0.1' })
+    assert.ok(await monitor.start({ logger: recorder() }))
+  })
+
+  test('a process with nothing but the monitor in it exits by itself', async (t) => {
+    const port = await freePort()
+    const taken = await freePort()
+    const other = await freePort()
+    await occupy(t, taken)
+    const start = `import(${JSON.stringify(MODULE.href)}).then(m => m.start())`
+    const bare = (env: Record<string, string>) =>
+      watch(t, process.execPath, ['-e', start], { env: { HOST: '127.0.0.1', ...env } })
+    const children = [
+      bare({ PORT: String(port) }),
+      bare({ PORT: String(port), FTW_MONITOR_LISTEN: String(taken) }),
+      bare({}),
+      runScript(t, {
+        script: `
+          const server = http.createServer((_, response) => response.end())
+          server.listen(${other}, '127.0.0.1', async () => {
+            console.log(await monitor.start({ server, listen: { port: 0 } }))
+            while (!(await monitor.health()).healthy) await nextTurn()
+            server.close()
+          })`
+      }),
+      runScript(t, { script: 'void monitor.start(http.createServer())' })
+    ]
+    const statuses = await inTime(Promise.all(children.map(({ exit }) => exit)), 'all have exited')
+    assert.deepEqual(statuses, [0, 0, 0, 0, 0], children.map(({ output }) => output).join())
+    assert.match(children[0]?.output ?? '', /listening on/)
+  })
+
+  test('neither import nor start installs handlers on the process', async (t) => {
+    const before = listenersOf(process)
+    const { monitor } = await bootInstance(t)
+    assert.deepEqual(listenersOf(process), before)
+    await monitor.stop()
+    assert.deepEqual(listenersOf(process), before)
+  })
 })
 
-test('what the environment does not allow is false after one warning, and start works again',
-  async (t) => {
-    const [port, taken] = [await freePort(), await freePort()]
+describe('Addresses', TOGETHER, () => {
+  test('a server that listens, or will, has its monitor at its port + 80, on its host', async (t) => {
+    for (const host of ['127.0.0.1', '127.0.0.2']) {
+      for (const isEarly of [true, false]) {
+        const monitor = await importMonitor(t)
+        const port = await freePort()
+        const server = http.createServer(hello)
+        closeLater(t, server)
+        const started = isEarly ? monitor.start({ server, logger: recorder() }) : undefined
+        await once(server.listen(port, host), 'listening')
+        assert.deepEqual(await (started ?? monitor.start({ server, logger: recorder() })), {
+          address: host,
+          family: 'IPv4',
+          port: port + 80
+        })
+        await untilVerdict(monitor)
+      }
+    }
+  })
+
+  test('a server on a Unix socket needs a port, or listen', async (t) => {
+    const path = join(scratchFolder(t), 'instance')
+    const port = await freePort()
+    const visits: (string | undefined)[] = []
+    const handler: http.RequestListener = ({ url }, response) => {
+      visits.push(url)
+      response.end('hello')
+    }
+    const server = await serve(t, handler, { path })
+    for (const options of [{ port }, { listen: { host: '127.0.0.1', port: port + 80 } }]) {
+      const monitor = await importMonitor(t)
+      const address = await monitor.start({ server, logger: recorder(), ...options })
+      assert.ok(typeof address === 'object' && address.port === port + 80)
+      await untilVerdict(monitor)
+      await monitor.stop()
+    }
+    assert.deepEqual(visits, ['/', '/'])
+  })
+})
+
+describe('Addresses', ALONE, () => {
+  test('with PORT alone the monitor listens at PORT + 80, on HOST', async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    assert.deepEqual(await monitor.start({ logger }), {
+      address: '127.0.0.1',
+      family: 'IPv4',
+      port: port + 80
+    })
+    assert.deepEqual(logger.lines, [`info ftw-monitor listening on 127.0.0.1:${port + 80}`])
+    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
+  })
+
+  test('with PORT alone and no HOST the monitor listens on all interfaces', async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port) })
+    const monitor = await importMonitor(t)
+    const address = await monitor.start({ logger: recorder() })
+    assert.ok(typeof address === 'object')
+    assert.match(address.address, /^(::|0\.0\.0\.0)$/)
+    for (const host of ['127.0.0.1', '127.0.0.2']) {
+      assert.equal(await ask(port + 80, 'health_check\n', { host }), 'Instance is booting\n')
+    }
+  })
+
+  test('FTW_MONITOR_LISTEN, and listen, say where the monitor listens', async (t) => {
+    const port = await freePort()
+    const instancePort = await freePort()
+    const path = join(scratchFolder(t), 'monitor')
+    const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
+    const at = (address: string, family = 'IPv4') => ({ address, family, port })
+    const beside = { address: '127.0.0.2', family: 'IPv4', port: instancePort + 80 }
+    const rows: [string | object, unknown, string][] = [
+      [String(port), at('127.0.0.1'), `127.0.0.1:${port}`],
+      [` ${port} `, at('127.0.0.1'), `127.0.0.1:${port}`],
+      [`127.0.0.2:${port}`, at('127.0.0.2'), `127.0.0.2:${port}`],
+      [`0.0.0.0:${port}`, at('0.0.0.0'), `0.0.0.0:${port}`],
+      [`[::1]:${port}`, at('::1', 'IPv6'), `[::1]:${port}`],
+      [`[::]:${port}`, at('::', 'IPv6'), `[::]:${port}`],
+      [path, path, path],
+      [{ port }, at('127.0.0.1'), `127.0.0.1:${port}`],
+      [{ host: '127.0.0.2' }, beside, `127.0.0.2:${instancePort + 80}`],
+      [{ host: '127.0.0.2', port }, at('127.0.0.2'), `127.0.0.2:${port}`],
+      [{ path }, path, path]
+    ]
+    for (const [form, address, logged] of rows) {
+      setEnvironment(t, { FTW_MONITOR_LISTEN: typeof form === 'string' ? form : '1' })
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      const listen = typeof form === 'string' ? {} : { listen: form }
+      assert.deepEqual(await monitor.start({ server, logger, ...listen }), address)
+      assert.equal(logger.lines[0], `info ftw-monitor listening on ${logged}`)
+      await untilVerdict(monitor)
+      await monitor.stop()
+    }
+  })
+
+  test('a named host is looked up, and a monitor on a path answers', async (t) => {
+    const port = await freePort()
+    const path = join(scratchFolder(t), 'monitor')
+    setEnvironment(t, { FTW_MONITOR_LISTEN: `localhost:${port}` })
+    const monitor = await importMonitor(t)
+    const other = await importMonitor(t)
+    const server = await serve(t)
+    const address = await monitor.start({ server, logger: recorder() })
+    assert.ok(typeof address === 'object' && /^(127\.0\.0\.1|::1)$/.test(address.address))
+    assert.equal(await other.start({ server, logger: recorder(), listen: { path } }), path)
+    await untilVerdict(other)
+    assert.equal(await ask(path, 'health_check\n'), 'OK\n')
+  })
+
+  test('what the environment does not allow is false after one warning, and start works again', async (t) => {
+    const port = await freePort()
+    const taken = await freePort()
     await occupy(t, taken)
     const rows: [string, Record<string, string>][] = [
       ['no PORT', {}],
@@ -778,4463 +1656,4747 @@ test('what the environment does not allow is false after one warning, and start 
       ['in use', { PORT: String(port), FTW_MONITOR_LISTEN: `127.0.0.1:${taken}` }]
     ]
     for (const [what, variables] of rows) {
-      environ(t, variables)
-      const monitor = await fresh(t)
+      setEnvironment(t, variables)
+      const monitor = await importMonitor(t)
       const logger = recorder()
       assert.equal(await monitor.start({ logger }), false, what)
       assert.equal(logger.lines.length, 1, what)
       assert.match(logger.lines[0] ?? '', /^warn ftw-monitor .*(set|mend|unset|try|tries)/, what)
       if (what === 'in use') await monitor.stop() // else nothing is left to be stopped
-      environ(t, { PORT: String(port), HOST: '127.0.0.1' })
+      setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
       const address = await monitor.start({ logger: recorder() })
       assert.ok(address && typeof address === 'object' && address.port === port + 80, what)
       await monitor.stop()
     }
   })
-
-test('what the caller passed wrongly rejects, and start works again', async (t) => {
-  environ(t)
-  const monitor = await fresh(t)
-  const start = monitor.start as (...all: unknown[]) => Promise<unknown>
-  const path = join(scratchFolder(t), 'instance')
-  const onSocket = http.createServer().listen(path)
-  closeLater(t, onSocket)
-  await once(onSocket, 'listening')
-  const logger = recorder()
-  const wrong: [unknown, typeof TypeError | typeof RangeError | undefined][] = [
-    [42, TypeError], ['8080', TypeError], [null, TypeError], [() => {}, TypeError],
-    [net.createServer(), TypeError],
-    [{ server: {}, logger }, TypeError], [{ server: 8080, logger }, undefined],
-    [{ port: '8080', logger }, TypeError], [{ port: 65_500, logger }, RangeError],
-    [{ port: 65_536, logger }, RangeError], [{ port: -1, logger }, RangeError],
-    [{ port: 1.5, logger }, RangeError], [{ port: NaN, logger }, RangeError],
-    [{ port: 8080, url: 'not a url', logger }, TypeError],
-    [{ port: 8080, url: 42, logger }, undefined],
-    [{ port: 8080, url: 'ftp://localhost', logger }, TypeError],
-    [{ port: 8080, listen: 'localhost', logger }, TypeError],
-    [{ port: 8080, listen: { port: '1' }, logger }, undefined],
-    [{ port: 8080, listen: { port: 70_000 }, logger }, undefined],
-    [{ port: 8080, listen: { host: 1 }, logger }, undefined],
-    [{ port: 8080, listen: { path: 1 }, logger }, undefined],
-    [{ port: 8080, listen: () => {}, logger }, TypeError],
-    [{ port: 8080, logger: 'console' }, TypeError], [{ port: 8080, logger: {} }, TypeError]
-  ]
-  for (const [argument, Kind] of wrong) {
-    await assert.rejects(start(argument), (error) => Kind ? error instanceof Kind
-      : error instanceof TypeError || error instanceof RangeError)
-  }
-  await assert.rejects(start(null), /start\(\) takes an http\.Server/)
-  assert.deepEqual(logger.lines, [])
-  assert.equal(await start({ server: onSocket, logger }), false)
-  assert.match(logger.lines.join(), /^warn ftw-monitor .*set FTW_MONITOR_LISTEN$/)
-  assert.equal(Object.hasOwn(onSocket, 'emit'), false)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
 })
 
-test('a server on a Unix socket needs a port, or listen', async (t) => {
-  environ(t)
-  const [path, port] = [join(scratchFolder(t), 'instance'), await freePort()]
-  const visits: (string | undefined)[] = []
-  const server = http.createServer(({ url }, response) => {
-    visits.push(url)
-    response.end('hello')
-  }).listen(path)
-  closeLater(t, server)
-  await once(server, 'listening')
-  for (const options of [{ port }, { listen: { host: '127.0.0.1', port: port + 80 } }]) {
-    const monitor = await fresh(t)
-    const address = await monitor.start({ server, logger: recorder(), ...options })
-    assert.ok(typeof address === 'object' && address.port === port + 80)
-    await until(async () => (await monitor.health()).healthy, 'it is healthy')
-    await monitor.stop()
-  }
-  assert.deepEqual(visits, ['/', '/'])
-})
+describe('Listening', TOGETHER, () => {
+  test('workers of a cluster do not answer for each other', async (t) => {
+    const port = await freePort()
+    const file = join(scratchFolder(t), 'cluster.mjs')
+    const script = `
+      import cluster from 'node:cluster'
+      import http from 'node:http'
+      import * as monitor from ${JSON.stringify(MODULE.href)}
+      const say = (text) => cluster.isPrimary ? console.log(text) : process.send(text)
+      if (cluster.isPrimary) for (let i = 0; i < 2; i++) cluster.fork().on('message', say)
+      else {
+        const server = http.createServer((_, response) => response.end())
+        const logger = { info() {}, warn: (text) => say('warned ' + text), error() {} }
+        server.listen(${port}, '127.0.0.1', async () => {
+          const address = await monitor.start({ server, logger })
+          say(address ? 'has port ' + address.port : 'has no port')
+        })
+      }`
+    fs.writeFileSync(file, script)
+    const primary = watch(t, process.execPath, ['--no-warnings', file])
+    await until(() => primary.output.match(/^has /gm)?.length === 2, 'both workers have started')
+    assert.equal(primary.output.match(/^has no port$/gm)?.length, 1, primary.output)
+    assert.equal(primary.output.match(new RegExp(`^has port ${port + 80}$`, 'gm'))?.length, 1)
+    assert.equal(primary.output.match(/^warned .*cluster/gm)?.length, 1, primary.output)
+  })
 
-test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
-  environ(t)
-  quicken(t, 5)
-  const [port, stoppedPort, server] = [await freePort(), await freePort(), await serve(t)]
-  const occupants = [await occupy(t, port), await occupy(t, stoppedPort)]
-  const [monitor, stopped, logger] = [await fresh(t), await fresh(t), recorder()]
-  assert.equal(await monitor.start({ server, logger, listen: { port } }), false)
-  assert.match(warningsOf(logger).join(), /in use.*cluster/)
-  const other = { server, logger: recorder(), listen: { port: stoppedPort } }
-  assert.equal(await stopped.start(other), false)
-  assert.equal(await monitor.start({ server, logger: recorder() }), false)
-  assert.equal(warningsOf(logger).length, 2)
-  await new Promise((resolve) => setTimeout(resolve, 300)) // at least one try that fails
-  await stopped.stop()
-  for (const occupant of occupants) await new Promise((resolve) => occupant.close(resolve))
-  await untilHealthy(port, 3_000)
-  assert.equal(warningsOf(logger).length, 2)
-  assert.ok(logger.lines.includes(`info ftw-monitor listening on 127.0.0.1:${port}`))
-  assert.ok(await isRefused(stoppedPort))
-})
-
-test('a second start warns once and gives the address of the first', async (t) => {
-  const [monitor, server, logger] = [await fresh(t), await serve(t), recorder()]
-  const port = await startFor(monitor, server, { logger })
-  const again = await monitor.start({ server, logger: recorder() })
-  assert.deepEqual(again, { address: '127.0.0.1', family: 'IPv4', port })
-  assert.equal(warningsOf(logger).length, 1)
-  await untilHealthy(port)
-})
-
-test('FTW_MONITOR switches the monitor off', async (t) => {
-  const port = await freePort()
-  const monitor = await fresh(t)
-  for (const value of ['0', 'false', 'no', 'off', 'OFF', 'False']) {
-    environ(t, { PORT: String(port), FTW_MONITOR: value, HOST: '127.0.0.1' })
-    const [server, logger] = [await serve(t), recorder()]
-    assert.equal(await monitor.start({ server, logger }), false)
-    assert.equal(await monitor.start({ logger }), false)
-    assert.equal(Object.hasOwn(server, 'emit'), false)
-    assert.ok(await isRefused(port + 80) && await isRefused(portOf(server) + 80))
-    assert.deepEqual(logger.lines, [])
-  }
-  environ(t, { PORT: String(port), FTW_MONITOR: '1', HOST: '127.0.0.1' })
-  assert.ok(await monitor.start({ logger: recorder() }))
-})
-
-test('workers of a cluster do not answer for each other', async (t) => {
-  const [port, file] = [await freePort(), join(scratchFolder(t), 'cluster.mjs')]
-  writeFileSync(file, `
-    import cluster from 'node:cluster'
-    import http from 'node:http'
-    import * as monitor from ${JSON.stringify(MODULE.href)}
-    const say = (text) => cluster.isPrimary ? console.log(text) : process.send(text)
-    if (cluster.isPrimary) for (let i = 0; i < 2; i++) cluster.fork().on('message', say)
-    else {
-      const server = http.createServer((_, response) => response.end())
-      const logger = { info() {}, warn: (text) => say('warned ' + text), error() {} }
-      server.listen(${port}, '127.0.0.1', async () => {
-        const address = await monitor.start({ server, logger })
-        say(address ? 'has port ' + address.port : 'has no port')
+  test(
+    'where listen() is not permitted, start gives false after one warning',
+    NEEDS_PERMISSIONS,
+    async (t) => {
+      const instance = runScript(t, {
+        script: `
+          const warn = (text) => console.log('warned', text)
+          const logger = { info: console.log, warn, error() {} }
+          console.log('gave', await monitor.start({ logger, port: ${await freePort()} }))`,
+        flags: ['--no-warnings', '--permission', '--allow-fs-read=*']
       })
-    }`)
-  const primary = watch(t, spawn(process.execPath, ['--no-warnings', file]))
-  await until(() => primary.output.match(/^has /gm)?.length === 2, 'both workers have started')
-  assert.equal(primary.output.match(/^has no port$/gm)?.length, 1, primary.output)
-  assert.equal(primary.output.match(new RegExp(`^has port ${port + 80}$`, 'gm'))?.length, 1)
-  assert.equal(primary.output.match(/^warned .*cluster/gm)?.length, 1, primary.output)
-})
-
-test('a process with nothing but the monitor in it exits by itself', async (t) => {
-  const [port, taken, other] = [await freePort(), await freePort(), await freePort()]
-  await occupy(t, taken)
-  const start = `import(${JSON.stringify(MODULE.href)}).then(m => m.start())`
-  const bare = (env: Record<string, string>) => watch(t, spawn(process.execPath, ['-e', start],
-    { env: { PATH: process.env['PATH'], HOST: '127.0.0.1', ...env } as NodeJS.ProcessEnv }))
-  const children = [
-    bare({ PORT: String(port) }),
-    bare({ PORT: String(port), FTW_MONITOR_LISTEN: String(taken) }),
-    bare({}),
-    run(t, `
-      const server = http.createServer((_, response) => response.end())
-      server.listen(${other}, '127.0.0.1', async () => {
-        console.log(await monitor.start({ server, listen: { port: 0 } }))
-        while (!(await monitor.health()).healthy) await new Promise(setImmediate)
-        server.close()
-      })`),
-    run(t, 'void monitor.start(http.createServer())')
-  ]
-  const statuses = await inTime(Promise.all(children.map(({ exit }) => exit)), 'all have exited')
-  assert.deepEqual(statuses, [0, 0, 0, 0, 0], children.map(({ output }) => output).join())
-  assert.match(children[0]?.output ?? '', /listening on/)
-})
-
-test('neither import nor start installs handlers on the process', async (t) => {
-  const before = listenersOf(process)
-  const { monitor } = await bootInstance(t)
-  assert.deepEqual(listenersOf(process), before)
-  await monitor.stop()
-  assert.deepEqual(listenersOf(process), before)
-})
-
-test('stop() leaves nothing behind, and start works again', async (t) => {
-  const warmups: AbortSignal[] = []
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  const before = { listeners: listenersOf(server), emit: server.emit }
-  monitor.registerWarmup('/', ({ signal }) => { warmups.push(signal) })
-  let isConnected = true
-  monitor.registerDatabase('main', { isConnected: () => isConnected })
-  monitor.register('mine', '', (connection) => connection.write('still here\n'))
-  for (let round = 1; round <= 3; round++) {
-    const port = await startFor(monitor, server)
-    assert.notEqual(server.emit, before.emit)
-    await untilHealthy(port)
-    assert.equal(warmups.length, round)
-    const talks = ['', 'interactive\n', 'inter'].map((text) => {
-      const talk = converse(t, port)
-      talk.say(text)
-      return talk
-    })
-    await talks[1]?.hear('Interactive mode on.  Use "quit" To exit.\n')
-    assert.equal(await ask(port, 'mine\n'), 'still here\n')
-    await inTime(monitor.stop(), 'it is stopped')
-    await until(() => talks.every(({ isClosed }) => isClosed), 'all connections are closed')
-    assert.ok(await isRefused(port))
-    assert.deepEqual(listenersOf(server), before.listeners)
-    assert.equal(server.emit, before.emit)
-    assert.equal(Object.hasOwn(server, 'emit'), false)
-    assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Instance is booting' })
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
-  }
-  isConnected = false
-  assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
-})
-
-test('stop() aborts a warm-up, ends a start that waits, and may be called twice', async (t) => {
-  const [monitor, server, begun] = [await fresh(t), await serve(t), latch()]
-  let seen: AbortSignal | undefined
-  monitor.registerWarmup('/', ({ signal }) => {
-    seen = signal
-    begun.open()
-    return new Promise((_, reject) => signal.addEventListener('abort', reject))
-  })
-  await monitor.stop()
-  await startFor(monitor, server)
-  await begun.opened
-  await Promise.all([monitor.stop(), monitor.stop()])
-  assert.equal(seen?.aborted, true)
-  const later = http.createServer()
-  const started = monitor.start({ server: later, logger: recorder() })
-  await monitor.stop()
-  assert.equal(await inTime(started, 'start gives up'), false)
-  assert.equal(Object.hasOwn(later, 'emit'), false)
-})
-
-test('start() as soon as stop() aborts a warm-up begins anew', async (t) => {
-  environ(t)
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  const options = { server, listen: { port: 0, host: '127.0.0.1' }, logger: recorder() }
-  const begun = latch()
-  let again: ReturnType<Monitor['start']> | undefined
-  monitor.registerWarmup('/', ({ signal }) => {
-    begun.open()
-    if (!again) signal.addEventListener('abort', () => { again = monitor.start(options) })
-    return again ? undefined : new Promise(() => {})
-  })
-  await monitor.start(options)
-  await begun.opened
-  await monitor.stop()
-  const address = await again
-  assert.ok(typeof address === 'object')
-  await untilHealthy(address.port)
-})
-
-test('stop() leaves alone what somebody hooked into the server later', async (t) => {
-  const { monitor, server } = await bootInstance(t, ({ registerWarmup }) => {
-    registerWarmup('/', () => {})
-  })
-  const ours = server.emit
-  const events: unknown[] = []
-  const theirs = server.emit = function (this: http.Server, ...all: unknown[]) {
-    events.push(all[0])
-    return Reflect.apply(ours, this, all) as boolean
-  }
-  assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
-  await monitor.stop()
-  assert.equal(server.emit, theirs)
-  assert.equal((await getPage(portOf(server), '/')).body, 'hello')
-  assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
-  assert.equal(events.filter((event) => event === 'request').length, 3)
-  await untilHealthy(await startFor(monitor, server))
-  assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
-  await monitor.stop()
-  assert.equal(server.emit, theirs)
-})
-
-test('when the given server closes, the monitor closes', async (t) => {
-  const { monitor, server, port } = await bootInstance(t)
-  server.close()
-  server.closeAllConnections()
-  await once(server, 'close')
-  await until(() => isRefused(port), 'the monitor port refuses', 2_000)
-  assert.equal(Object.hasOwn(server, 'emit'), false)
-  assert.equal((await monitor.health()).healthy, false)
-})
-
-test('where listen() is not permitted, start gives false after one warning',
-  Number(process.versions.node.split('.')[0]) >= 26 ? {} : { skip: 'needs Node.js 26' },
-  async (t) => {
-    const instance = run(t, `
-      const logger = { info: console.log, warn: (text) => console.log('warned', text), error() {} }
-      console.log('gave', await monitor.start({ logger, port: ${await freePort()} }))
-    `, {}, ['--no-warnings', '--permission', '--allow-fs-read=*'])
-    assert.equal(await instance.exit, 0, instance.output)
-    assert.match(instance.output, /^warned ftw-monitor .*\ngave false\n$/)
-  })
-
-test('a server that does not listen within 10 s is warned of once', SLOW, async (t) => {
-  const [monitor, logger, server] = [await fresh(t), recorder(), http.createServer()]
-  closeLater(t, server)
-  const started = monitor.start({ server, logger, listen: { host: '127.0.0.1', port: 0 } })
-  await until(() => logger.lines.length > 0, 'it warns', 11_000)
-  await new Promise((resolve) => setTimeout(resolve, 1_000))
-  assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
-  server.on('request', (_, response) => response.end()).listen(0, '127.0.0.1')
-  assert.ok(await started)
-})
-
-test('a server that has to try its port again gets its monitor when it listens', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const holder = await serve(t)
-  const port = portOf(holder)
-  const server = http.createServer(hello)
-  closeLater(t, server)
-  const started = monitor.start(
-    { server, listen: { host: '127.0.0.1', port: 0 }, logger: recorder() })
-  const retried = once(server, 'error')
-  server.on('error', () => {}).listen(port, '127.0.0.1')
-  await retried
-  server.close() // emits `close`, though nothing had been listening
-  await new Promise((resolve) => holder.close(resolve))
-  server.listen(port, '127.0.0.1')
-  const address = await started
-  assert.ok(typeof address === 'object')
-  await untilHealthy(address.port)
-})
-
-test('a request that is none harms nobody, in flight as it stays', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  const server = await serve(t)
-  const port = await startFor(monitor, server)
-  for (const request of [{}, undefined, { url: '/x', method: 'GET' }, { url: 7 }]) {
-    server.emit('request', request as http.IncomingMessage, {
-      on() {}, end() {}
-    } as unknown as http.ServerResponse<http.IncomingMessage> & { req: http.IncomingMessage })
-  }
-  await monitor.drain({ timeoutMs: 50 })
-  monitor.resume()
-  ticks.pass(500)
-  assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
-})
-
-// --- The verdict ---------------------------------------------------------------------------------
-
-test('health_check gives the first reason that applies', async (t) => {
-  environ(t)
-  const [monitor, firstTry, secondTry] = [await fresh(t), latch(), latch()]
-  const [slow, isConnected] = [latch(), { main: false, other: true }]
-  let tries = 0
-  monitor.registerDatabase('other', { isConnected: () => isConnected.other })
-  monitor.registerDatabase('main', { isConnected: async () => isConnected.main })
-  monitor.registerWarmup('/', async () => {
-    if (++tries > 1) return secondTry.opened
-    await firstTry.opened
-    throw new Error('no such table')
-  })
-  const server = http.createServer(async (_, response) => {
-    await slow.opened
-    response.end()
-  })
-  closeLater(t, server)
-  const started = monitor.start({ server, logger: recorder(), listen: { port: 0 } })
-  const reason = async () => {
-    const { healthy, reason } = await monitor.health()
-    assert.equal(healthy, reason === 'OK')
-    return reason
-  }
-  assert.equal(await reason(), "Error: Database 'main' disconnected.")
-  isConnected.main = true
-  assert.equal(await reason(), 'Instance is booting')
-  await once(server.listen(0, '127.0.0.1'), 'listening')
-  const address = await started
-  assert.ok(typeof address === 'object')
-  const replies = async (expected: string) => {
-    await until(async () => await reason() === expected, expected)
-    assert.equal(await ask(address.port, 'health_check\n'), `${expected}\n`)
-  }
-  await until(() => tries === 1, 'the warm-up has begun')
-  await replies('Warmup in progress')
-  assert.equal(await ask(address.port, 'warmup_state\n'), '0 1\n')
-  isConnected.other = false
-  await replies("Error: Database 'other' disconnected.")
-  isConnected.other = true
-  firstTry.open()
-  await replies('Warmup failed: no such table')
-  assert.equal(await ask(address.port, 'warmup_state\n'), '0 0\n')
-  isConnected.main = false
-  await replies("Error: Database 'main' disconnected.")
-  isConnected.main = true
-  await until(() => tries === 2, 'it is tried again', 3_000)
-  await replies('Warmup in progress')
-  secondTry.open()
-  await replies('OK')
-  assert.equal(await ask(address.port, 'warmup_state\n'), '1 0\n')
-  isConnected.main = false
-  await replies("Error: Database 'main' disconnected.")
-  const page = getPage(portOf(server), '/slow')
-  await once(server, 'request')
-  server.close()
-  await replies('Instance is shutting down')
-  slow.open()
-  await page
-  await until(() => isRefused(address.port), 'the monitor is closed')
-})
-
-test('health_check is red while server.close() waits for a slow request', async (t) => {
-  const [monitor, slow, arrived] = [await fresh(t), latch(), latch()]
-  const server = await serve(t, async ({ url }, response) => {
-    if (url === '/slow') {
-      arrived.open()
-      await slow.opened
+      assert.equal(await instance.exit, 0, instance.output)
+      assert.match(instance.output, /^warned ftw-monitor .*\ngave false\n$/)
     }
-    response.end('done')
+  )
+})
+
+describe('Listening', ALONE, () => {
+  test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
+    quicken(t, 5)
+    const port = await freePort()
+    const stoppedPort = await freePort()
+    const server = await serve(t)
+    const occupants = [await occupy(t, port), await occupy(t, stoppedPort)]
+    const monitor = await importMonitor(t)
+    const stopped = await importMonitor(t)
+    const logger = recorder()
+    assert.equal(await monitor.start({ server, logger, listen: { port } }), false)
+    assert.match(warningsOf(logger).join(), /in use.*cluster/)
+    const other = { server, logger: recorder(), listen: { port: stoppedPort } }
+    assert.equal(await stopped.start(other), false)
+    assert.equal(await monitor.start({ server, logger: recorder() }), false)
+    assert.equal(warningsOf(logger).length, 2)
+    await pause(300) // at least one try that fails
+    await stopped.stop()
+    for (const occupant of occupants) await close(occupant)
+    await untilHealthy(port, 3_000)
+    assert.equal(warningsOf(logger).length, 2)
+    assert.ok(logger.lines.includes(`info ftw-monitor listening on 127.0.0.1:${port}`))
+    assert.ok(await isRefused(stoppedPort))
   })
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const page = getPage(portOf(server), '/slow')
-  await arrived.opened
-  server.close()
-  assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Instance is shutting down' })
-  assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
-  slow.open()
-  assert.equal((await page).body, 'done')
-})
 
-test('with PORT alone an instance is booting until it accepts connections', async (t) => {
-  const port = await freePort()
-  environ(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
-  const monitor = await fresh(t)
-  await monitor.start({ logger: recorder() })
-  assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
-  const server = http.createServer((_, response) => { response.end() }).listen(port, '127.0.0.1')
-  closeLater(t, server)
-  await once(server, 'listening')
-  await untilHealthy(port + 80, 1_000)
-  assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
-})
-
-test('only true means connected; failures are told, and silence is timed out', async (t) => {
-  const { monitor, port } = await bootInstance(t)
-  const hang = () => new Promise<boolean>(() => {})
-  const rows: [() => unknown, string][] = [
-    ...[false, undefined, null, 0, 1, 'true', {}, [true], Symbol('x')].flatMap(
-      (value): [() => unknown, string][] => [[() => value, 'disconnected.'],
-        [() => Promise.resolve(value), 'disconnected.']]),
-    [() => { throw new Error('no route') }, 'failed: no route'],
-    [() => Promise.reject(new TypeError('bad password')), 'failed: bad password'],
-    [() => Promise.reject('only text'), 'failed: only text'],
-    [() => Promise.reject(), 'failed: undefined'],
-    [() => ({ then() { throw new Error('a bad promise') } }), 'failed: a bad promise'],
-    [() => true, ''],
-    [() => Promise.resolve(true), '']
-  ]
-  for (const [isConnected, trouble] of rows) {
-    monitor.registerDatabase('main', { isConnected: isConnected as () => boolean })
-    assert.equal(await ask(port, 'health_check\n'),
-      trouble ? `Error: Database 'main' ${trouble}\n` : 'OK\n')
-  }
-  for (const name of ['main', 'second', 'third']) {
-    monitor.registerDatabase(name, { isConnected: hang })
-  }
-  const startedAt = performance.now()
-  assert.equal(await ask(port, 'health_check\n'), "Error: Database 'main' timed out.\n")
-  const took = performance.now() - startedAt
-  assert.ok(took >= 890 && took < 1_300, `${took} ms`) // all three were asked at once
-})
-
-test('10,000 checks at a database that never answers make one call', async (t) => {
-  const { monitor, port } = await bootInstance(t)
-  let [calls, answer] = [0, (_: boolean): void => {}]
-  monitor.registerDatabase('main', {
-    isConnected: () => {
-      calls++
-      return new Promise((resolve) => { answer = resolve })
-    }
-  })
-  const text = `interactive\n${'health_check\n'.repeat(500)}quit\n`
-  const transcripts = await Promise.all(Array.from({ length: 10 }, () => ask(port, text)))
-  const verdicts = await Promise.all(Array.from({ length: 5_000 }, () => monitor.health()))
-  const timedOut = "Error: Database 'main' timed out."
-  assert.equal(transcripts.join('').split(`${timedOut}\n`).length - 1, 5_000)
-  assert.ok(verdicts.every(({ reason }) => reason === timedOut))
-  assert.equal(calls, 1)
-  answer(true)
-  await new Promise(setImmediate)
-  const next = monitor.health()
-  await until(() => calls === 2, 'it is asked again')
-  answer(true)
-  assert.equal((await next).healthy, true)
-})
-
-const FORGED: Record<string, string> = {
-  'OK': 'OK', 'O\\0K': 'O\0K', 'O\\nK': 'O\nK', 'OOKK': 'OOKK', 'OK on a line': 'no\nOK\n',
-  'an escaped O': 'O\x1b[0mK', 'a soft hyphen': 'O\u00adK', 'a line separator': 'O\u2028K',
-  'OK at the limit': `${'x'.repeat(457)}${'OK'.repeat(30)}`, 'a megabyte': 'OK '.repeat(349_526)
-}
-
-test('no text turns a red reply green, or into more than a line of 500 characters', async (t) => {
-  environ(t)
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  let [warmupError, databaseError]: [Error | undefined, Error | undefined] = [undefined, undefined]
-  monitor.registerWarmup('/', () => { if (warmupError) throw warmupError })
-  for (const [what, text] of Object.entries(FORGED)) {
-    const check = (reply: string, begins: string) => {
-      assert.match(reply, /^[^\p{Cc}]{1,500}\n$/u, `${what} after ${begins}`)
-      assert.doesNotMatch(reply, /OK/, `${what} after ${begins}`)
-      assert.ok(reply.startsWith(begins), `${what} after ${begins}`)
-    }
-    warmupError = new Error(text)
-    const port = await startFor(monitor, server)
-    await until(async () => /failed/.test(await ask(port, 'health_check\n')), 'the warm-up failed')
-    check(await ask(port, 'health_check\n'), 'Warmup failed: ')
-    check(`${(await getPage(portOf(server), '/@@warmup')).body}\n`, 'Warmup failed: ')
-    warmupError = undefined
-    await getPage(portOf(server), '/@@warmup')
-    databaseError = new Error(text)
-    monitor.registerDatabase('main', { isConnected: () => Promise.reject(databaseError) })
-    check(await ask(port, 'health_check\n'), "Error: Database 'main' failed: ")
-    const { healthy, reason } = await monitor.health()
-    assert.equal(healthy, false)
-    check(`${reason}\n`, "Error: Database 'main' failed: ")
-    monitor.registerDatabase('main', { isConnected: () => true })
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    await monitor.stop()
-  }
-  monitor.registerDatabase('BOOKS', { isConnected: () => false })
-  const { reason } = await monitor.health()
-  assert.match(reason, /^Error: Database 'BO.?OK?.*S' disconnected\.$/)
-  assert.doesNotMatch(reason, /OK/)
-  databaseError = new Error('a\0b\r\nc\x1b[0md')
-  monitor.registerDatabase('BOOKS', { isConnected: () => Promise.reject(databaseError) })
-  // a blank for each control character, never nothing
-  assert.match((await monitor.health()).reason, /failed: a b {2}c \[0md$/)
-})
-
-// --- Warm-up -------------------------------------------------------------------------------------
-
-test('performers get their site, its url and a signal, in order of registration', async (t) => {
-  environ(t)
-  const [monitor, server, logger] = [await fresh(t), await serve(t), recorder()]
-  const calls: { site: string, url: string, isAborted: boolean }[] = []
-  for (const site of ['/shop', '/', '/a/b', '/blog']) {
-    monitor.registerWarmup(site, ({ site, url, signal }) => {
-      calls.push({ site, url, isAborted: signal.aborted })
+  test('what cannot listen does not connect, either', async (t) => {
+    const monitor = await importMonitor(t)
+    t.mock.method(net.Server.prototype, 'listen', () => {
+      throw new Error('not permitted')
     })
-  }
-  await untilHealthy(await startFor(monitor, server, { logger }))
-  const origin = `http://127.0.0.1:${portOf(server)}`
-  const sites = ['/shop', '/', '/a/b', '/blog']
-  assert.deepEqual(calls,
-    sites.map((site) => ({ site, url: `${origin}${site}`, isAborted: false })))
-  const log = logger.lines.join('\n')
-  for (const [index, site] of sites.entries()) {
-    assert.match(log, new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`))
-  }
-  calls.length = 0
-  assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
-  assert.deepEqual(calls.map(({ site }) => site), sites)
-  await monitor.stop()
-  calls.length = 0
-  environ(t, { FTW_MONITOR_URL: `http://localhost:${portOf(server)}/base` })
-  await untilHealthy(await startFor(monitor, server))
-  assert.equal(calls[0]?.url, `http://localhost:${portOf(server)}/base/shop`)
-  await monitor.stop()
-  calls.length = 0
-  await untilHealthy(await startFor(monitor, server, { url: 'http://127.0.0.1:9/' }))
-  assert.equal(calls[1]?.url, 'http://127.0.0.1:9/')
-})
-
-test('a wrong site or performer is a TypeError', async (t) => {
-  const { registerWarmup } = await fresh(t)
-  const performer = () => {}
-  const wrong = [['', performer], ['shop', performer], ['/a b', performer], [undefined, performer],
-    [42, performer], ['/'], ['/', 'performer']]
-  for (const all of wrong) {
-    assert.throws(() => (registerWarmup as (...all: unknown[]) => void)(...all), TypeError)
-  }
-})
-
-test('/@@warmup warms every site, /SITE/@@warmup that one, and others are not found', async (t) => {
-  const calls: string[] = []
-  const { server, port } = await bootInstance(t, ({ registerWarmup }) => {
-    for (const site of ['/', '/shop', '/shop/hats']) {
-      registerWarmup(site, () => { calls.push(site) })
-    }
+    const connect = t.mock.method(net.Socket.prototype, 'connect')
+    assert.equal(await monitor.start({ port: 8080, logger: recorder() }), false)
+    assert.equal(connect.mock.callCount(), 0)
   })
-  const rows: [string, number, string | undefined, string[]][] = [
-    ['/@@warmup', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
-    ['/@@warmup?now=1', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
-    ['/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
-    ['/shop/hats/@@warmup', 200, 'Warmup successful', ['/shop/hats']],
-    ['/nowhere/@@warmup', 404, undefined, []],
-    ['/hats/@@warmup', 404, undefined, []],
-    ['/shop', 200, 'hello', []],
-    ['/?next=/@@warmup', 200, 'hello', []]
-  ]
-  for (const [path, status, body, expected] of rows) {
-    calls.length = 0
-    const page = await getPage(portOf(server), path)
-    assert.equal(page.status, status, path)
-    if (body !== undefined) assert.equal(page.body, body, path)
-    if (body === 'Warmup successful') assert.match(page.type ?? '', /^text\/plain/)
-    assert.deepEqual(calls, expected, path)
-  }
-  calls.length = 0
-  const { status, body } = await getPage(portOf(server), '/@@warmup', { method: 'POST' })
-  assert.notEqual(status, 200)
-  assert.notEqual(body, 'hello')
-  assert.deepEqual(calls, [])
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
 })
 
-test('a failing site is a 500 with its reason, and keeps no other from its turn', async (t) => {
-  const calls: string[] = []
-  let isBroken = false
-  const { server, port, logger } = await bootInstance(t, ({ registerWarmup }) => {
-    registerWarmup('/first', () => { calls.push('/first') })
-    registerWarmup('/broken', async () => {
-      calls.push('/broken')
-      if (isBroken) throw new Error('no such template')
-    })
-    registerWarmup('/thrower', () => {
-      calls.push('/thrower')
-      if (isBroken) throw 'no error at all'
-    })
-    registerWarmup('/last', () => { calls.push('/last') })
-  })
-  isBroken = true
-  calls.length = 0
-  const { status, type, body } = await getPage(portOf(server), '/@@warmup')
-  assert.equal(status, 500)
-  assert.match(type ?? '', /^text\/plain/)
-  assert.match(body, /^Warmup failed: .*no such template.*no error at all/)
-  assert.deepEqual(calls, ['/first', '/broken', '/thrower', '/last'])
-  assert.match(warningsOf(logger).join(), /no such template/)
-  // one by hand that failed changes nothing
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
-})
-
-test('a warm-up asked for meanwhile joins what covers it, and follows what does not', async (t) => {
-  const calls: string[] = []
-  let gate = latch()
-  gate.open()
-  const { server, port } = await bootInstance(t, ({ registerWarmup }) => {
-    for (const site of ['/', '/shop']) {
-      registerWarmup(site, () => {
-        calls.push(site)
-        return gate.opened
+describe('The hook on the server', TOGETHER, () => {
+  test('watching requests changes nothing that the application or its clients see', async (t) => {
+    const transcripts = async (start: boolean) => {
+      const server = await serve(t, (request, response) => {
+        const events: string[] = []
+        request.on('data', (part: Buffer) => events.push(String(part)))
+        request.on('end', () => {
+          const { method, url, headers, trailers, complete } = request
+          response.setHeader('X-Events', response.eventNames().length > 0 ? 'some' : 'none')
+          response.removeHeader('X-Events')
+          response.end(JSON.stringify({ method, url, headers, trailers, complete, events }))
+        })
       })
-    }
-  })
-  const all = (...paths: string[]) => paths.map(
-    (path) => getPage(portOf(server), path).then(({ body }) => body))
-  const begin = async (path: string, ...others: string[]) => {
-    calls.length = 0
-    gate = latch()
-    const first = all(path)
-    await until(() => calls.length > 0, 'the first one is running')
-    const rest = all(...others)
-    await until(() => new Promise((resolve) => {
-      server.getConnections((_, count) => resolve(count > others.length))
-    }), 'all requests have arrived')
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    assert.equal(await ask(port, 'warmup_state\n'), '0 1\n')
-    assert.equal(calls.length, 1)
-    gate.open()
-    const answers = await Promise.all([...first, ...rest])
-    assert.deepEqual(answers, answers.map(() => 'Warmup successful'))
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    return calls.join(' ')
-  }
-  assert.equal(await begin('/@@warmup', '/@@warmup', '/shop/@@warmup'), '/ /shop')
-  assert.equal(await begin('/shop/@@warmup', '/shop/@@warmup'), '/shop')
-  assert.equal(await begin('/shop/@@warmup', '/@@warmup', '/@@warmup'), '/shop / /shop')
-})
-
-test('a failed warm-up is settled by a whole one that succeeds, not by one site', async (t) => {
-  environ(t)
-  let isBroken = true
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  monitor.registerWarmup('/', () => { if (isBroken) throw new Error('broken') })
-  monitor.registerWarmup('/shop', () => {})
-  const port = await startFor(monitor, server)
-  const failed = 'Warmup failed: broken\n'
-  await until(async () => await ask(port, 'health_check\n') === failed, 'it has failed')
-  assert.equal((await getPage(portOf(server), '/shop/@@warmup')).status, 200)
-  assert.equal(await ask(port, 'health_check\n'), failed)
-  assert.equal((await getPage(portOf(server), '/@@warmup')).status, 500)
-  assert.equal(await ask(port, 'health_check\n'), failed)
-  isBroken = false
-  assert.equal((await getPage(portOf(server), '/@@warmup')).status, 200)
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
-})
-
-test('the failed sites alone are tried again, after a pause that doubles', async (t) => {
-  environ(t)
-  const [monitor, server, logger] = [await fresh(t), await serve(t), recorder()]
-  const pace = 'skip' in SLOW ? 8 : 1
-  quicken(t, pace)
-  const tries: Record<string, number[]> = { '/': [], '/good': [], '/bad': [] }
-  const performer = (failures: number) => ({ site }: { site: string }) => {
-    tries[site]?.push(performance.now())
-    if ((tries[site]?.length ?? 0) <= failures) throw new Error(`${site} is not ready`)
-  }
-  monitor.registerWarmup('/', performer(1))
-  monitor.registerWarmup('/good', performer(0))
-  monitor.registerWarmup('/bad', performer(3))
-  const port = await startFor(monitor, server, { logger })
-  await untilHealthy(port)
-  const { '/': root = [], '/good': good = [], '/bad': bad = [] } = tries
-  assert.equal(root.length, 2)
-  assert.equal(good.length, 1)
-  for (const [index, at] of bad.slice(1).entries()) {
-    const pauseMs = pace * (at - (bad[index] ?? 0))
-    const dueMs = 1_000 * 2 ** index
-    assert.ok(pauseMs > dueMs - 300 && pauseMs < dueMs + 600 * pace, `${pauseMs} ms`)
-    assert.ok(logger.lines.some((line) => line.includes(`${2 ** index} s`)))
-  }
-})
-
-test('a caller who hangs up changes nothing about the warm-up', async (t) => {
-  let gate = latch()
-  gate.open()
-  let calls = 0
-  const { server, port } = await bootInstance(t, ({ registerWarmup }) => {
-    registerWarmup('/', () => {
-      calls++
-      return gate.opened
-    })
-  })
-  gate = latch()
-  const caller = net.connect(portOf(server), '127.0.0.1')
-  caller.write('GET /@@warmup HTTP/1.1\r\nHost: localhost\r\n\r\n')
-  await until(() => calls === 2, 'the warm-up is running')
-  caller.resetAndDestroy()
-  assert.equal((await getPage(portOf(server), '/')).body, 'hello') // by now the reset is there
-  assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-  gate.open()
-  await untilHealthy(port)
-  assert.equal(calls, 2)
-})
-
-test('only this machine may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
-  environ(t)
-  const [monitor, path] = [await fresh(t), join(scratchFolder(t), 'instance')]
-  let calls = 0
-  monitor.registerWarmup('/', () => { calls++ })
-  const handler: http.RequestListener = (_, response) => { response.end('hello') }
-  const server = http.createServer(handler).listen(0, '::')
-  closeLater(t, server)
-  await once(server, 'listening')
-  await untilHealthy(await startFor(monitor, server))
-  const own = Object.values(networkInterfaces()).flat()
-    .find((each) => each && !each.internal && each.family === 'IPv4')?.address
-  const rows: [PageOptions, number][] = [
-    [{}, 200],
-    [{ host: '::1' }, 200],
-    [{ host: '127.0.0.1', from: '127.0.0.2' }, 200],
-    [{ host: '127.0.0.3', from: '127.0.0.3' }, 200],
-    ...own ? [[{ host: own, from: own }, 200]] as [PageOptions, number][] : [],
-    ...own ? [[{ host: '127.0.0.1', from: own }, 403]] as [PageOptions, number][] : [],
-    [{ headers: { Forwarded: 'for=192.0.2.7' } }, 403],
-    [{ headers: { 'X-Forwarded-For': '127.0.0.1' } }, 403],
-    [{ headers: { 'X-Forwarded-For': '' } }, 403],
-    [{ headers: { 'X-Forwarded-Proto': 'https' } }, 403],
-    [{ headers: { 'x-forwarded-whatever': 'x' } }, 403],
-    [{ headers: { 'X-Real-IP': '127.0.0.1' } }, 403],
-    [{ headers: { Via: '1.1 proxy' } }, 403],
-    [{ headers: { Origin: 'null' } }, 403],
-    [{ headers: { Origin: `http://127.0.0.1:${portOf(server)}` } }, 403],
-    [{ headers: { 'Sec-Fetch-Site': 'cross-site' } }, 403],
-    [{ headers: { 'Sec-Fetch-Site': 'same-site' } }, 403],
-    [{ headers: { 'Sec-Fetch-Site': 'same-origin' } }, 403],
-    [{ headers: { 'Sec-Fetch-Site': 'none' } }, 200],
-    [{ headers: { 'X-Requested-With': 'script', Accept: '*/*' } }, 200]
-  ]
-  for (const [options, status] of rows) {
-    const before = calls
-    const page = await getPage(portOf(server), '/@@warmup', options)
-    assert.equal(page.status, status, JSON.stringify(options))
-    assert.equal(calls - before, status === 200 ? 1 : 0, JSON.stringify(options))
-  }
-  await monitor.stop()
-  const onSocket = http.createServer(handler).listen(path)
-  closeLater(t, onSocket)
-  await once(onSocket, 'listening')
-  await untilHealthy(await startFor(monitor, onSocket))
-  const before = calls
-  const page = await getPage(0, '/@@warmup', { socketPath: path })
-  assert.equal(page.status, 403) // a peer without an address is a stranger
-  assert.equal(calls, before)
-})
-
-test('the view is there before the application, whenever that was attached', async (t) => {
-  environ(t)
-  const seen: string[] = []
-  const [monitor, server] = [await fresh(t), http.createServer()]
-  monitor.registerWarmup('/', () => {})
-  const listener = (name: string): http.RequestListener => ({ url }, response) => {
-    seen.push(`${name} ${url}`)
-    if (!response.writableEnded) response.end('hello')
-  }
-  closeLater(t, server)
-  server.on('request', listener('early'))
-  await once(server.listen(0, '127.0.0.1'), 'listening')
-  await untilHealthy(await startFor(monitor, server))
-  server.on('request', listener('late')).prependListener('request', listener('first'))
-  assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
-  assert.deepEqual(seen, [])
-  assert.equal((await getPage(portOf(server), '/page')).body, 'hello')
-  assert.deepEqual(seen, ['first /page', 'early /page', 'late /page'])
-})
-
-test('warmupView mounts in http, Connect and Express', async (t) => {
-  const port = await freePort()
-  environ(t, { PORT: String(port), HOST: '127.0.0.1' })
-  const monitor = await fresh(t)
-  const calls: string[] = []
-  for (const site of ['/', '/shop']) monitor.registerWarmup(site, () => { calls.push(site) })
-  const plain = await serve(t, (request, response) => monitor.warmupView(request, response))
-  const server = http.createServer((request, response) => {
-    const express = request as typeof request & { originalUrl?: string }
-    if (request.url?.startsWith('/shop/')) { // as Express does for app.use('/shop', warmupView)
-      express.originalUrl = request.url
-      request.url = request.url.slice('/shop'.length)
-    }
-    monitor.warmupView(request, response, () => { response.end(`next ${request.url}`) })
-  })
-  closeLater(t, server)
-  await monitor.start({ logger: recorder() })
-  await once(server.listen(port, '127.0.0.1'), 'listening')
-  await untilHealthy(port + 80)
-  assert.deepEqual(calls, ['/', '/shop'])
-  const rows: [number, string, number, string | undefined, string[]][] = [
-    [port, '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
-    [port, '/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
-    [port, '/shop/hats', 200, 'next /hats', []],
-    [port, '/other', 200, 'next /other', []],
-    [portOf(plain), '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
-    [portOf(plain), '/other', 404, undefined, []]
-  ]
-  for (const [at, path, status, body, expected] of rows) {
-    calls.length = 0
-    const page = await getPage(at, path)
-    assert.equal(page.status, status, path)
-    if (body !== undefined) assert.equal(page.body, body)
-    assert.deepEqual(calls, expected, path)
-  }
-})
-
-test('a view answers behind a middleware whose writeHead() gives nothing', { timeout: 10_000 },
-  async (t) => {
-    const monitor = await fresh(t)
-    monitor.registerWarmup('/', () => { throw new Error('broken') })
-    const instance = await serve(t, (request, response) => {
-      const { writeHead } = response
-      const noGood = (...all: unknown[]) => void Reflect.apply(writeHead, response, all)
-      response.writeHead = noGood as unknown as typeof writeHead
-      monitor.warmupView(request, response)
-    })
-    const listen = { port: 0, host: '127.0.0.1' }
-    await monitor.start({ port: portOf(instance), listen, logger: recorder() })
-    const { status, body } = await getPage(portOf(instance), '/@@warmup')
-    assert.deepEqual([status, body], [500, 'Warmup failed: broken'])
-  })
-
-test('where the view is not mounted, only the performers make an instance green', async (t) => {
-  const handlers: Record<string, http.RequestListener> = {
-    'a catch-all route': (_, response) => { response.end('Warmup successful') },
-    'authentication': (_, response) => { response.writeHead(401).end() },
-    'not found': (_, response) => { response.writeHead(404).end() },
-    'a redirect': (_, response) => { response.writeHead(302, { Location: '/login' }).end() },
-    'an error': (_, response) => { response.writeHead(500).end() },
-    'a reset': ({ socket }) => { socket.resetAndDestroy() }
-  }
-  environ(t, { HOST: '127.0.0.1' })
-  await Promise.all(Object.entries(handlers).map(async ([what, handler]) => {
-    const [port, monitor, gate] = [await freePort(), await fresh(t), latch()]
-    let calls = 0
-    monitor.registerWarmup('/', () => {
-      calls++
-      return gate.opened
-    })
-    const instance = http.createServer(handler)
-    closeLater(t, instance)
-    await monitor.start({ logger: recorder(), port })
-    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n', what)
-    await once(instance.listen(port, '127.0.0.1'), 'listening')
-    await until(() => calls === 1, `the performer runs in spite of ${what}`)
-    assert.equal(await ask(port + 80, 'health_check\n'), 'Warmup in progress\n', what)
-    gate.open()
-    await untilHealthy(port + 80)
-    assert.equal(calls, 1, what)
-  }))
-})
-
-test('while nobody knows whether the view is mounted, the instance is booting', async (t) => {
-  environ(t, { HOST: '127.0.0.1' })
-  const [port, monitor, gate, asked] = [await freePort(), await fresh(t), latch(), latch()]
-  let calls = 0
-  monitor.registerWarmup('/', () => { calls++ })
-  const instance = http.createServer(async ({ url }, response) => {
-    assert.equal(url, '/@@warmup')
-    asked.open()
-    await gate.opened
-    response.end('Warmup successful')
-  })
-  closeLater(t, instance)
-  await monitor.start({ logger: recorder(), port })
-  await once(instance.listen(port, '127.0.0.1'), 'listening')
-  await inTime(asked.opened, 'the view is asked for')
-  assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
-  assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
-  assert.equal(calls, 0)
-  gate.open()
-  await untilHealthy(port + 80)
-  assert.equal(calls, 1)
-})
-
-test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
-  const port = await freePort()
-  environ(t, { PORT: String(port), HOST: '127.0.0.1' })
-  const monitor = await fresh(t)
-  monitor.registerWarmup('/', () => {})
-  const instance = http.createServer(() => {}).listen(port, '127.0.0.1')
-  closeLater(t, instance)
-  await monitor.start({ logger: recorder() })
-  await untilHealthy(port + 80, 30_000)
-})
-
-test('an instance whose fetch throws at once warms up', async (t) => {
-  environ(t)
-  t.mock.method(globalThis, 'fetch', () => { throw new Error('no fetch here') })
-  const [monitor, server] = [await freshAndWarm(t), await serve(t)]
-  await untilHealthy(await startFor(monitor, server))
-})
-
-test('what cannot listen does not connect, either', async (t) => {
-  environ(t)
-  const monitor = await fresh(t)
-  t.mock.method(net.Server.prototype, 'listen', () => { throw new Error('not permitted') })
-  const connect = t.mock.method(net.Socket.prototype, 'connect')
-  assert.equal(await monitor.start({ port: 8080, logger: recorder() }), false)
-  assert.equal(connect.mock.callCount(), 0)
-})
-
-test('an instance on a port that fetch refuses warms up', async (t) => {
-  environ(t)
-  const monitor = await fresh(t)
-  const server = http.createServer((_, response) => { response.end() })
-  closeLater(t, server)
-  let isListening = false
-  for (const port of [10_080, 6_000, 5_060, 6_666]) {
-    isListening ||= await once(server.listen(port, '127.0.0.1'), 'listening')
-      .then(() => true, () => false)
-    if (isListening) break
-  }
-  if (!isListening) return t.skip('all such ports are in use')
-  await untilHealthy(await startFor(monitor, server))
-})
-
-test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off', async (t) => {
-  for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
-    environ(t, { FTW_MONITOR_AUTOWARMUP: value })
-    const [monitor, server] = [await fresh(t), await serve(t)]
-    const gate = latch()
-    let calls = 0
-    monitor.registerWarmup('/', () => {
-      calls++
-      return gate.opened
-    })
-    const port = await startFor(monitor, server)
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n', value)
-    assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
-    assert.equal(calls, 0)
-    const page = getPage(portOf(server), '/@@warmup')
-    await until(() => calls === 1, 'the one asked for runs')
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    gate.open()
-    assert.equal((await page).body, 'Warmup successful')
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  }
-  environ(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
-  await bootInstance(t)
-})
-
-test('the default performer loads the root page, to the end of its body', async (t) => {
-  environ(t)
-  const elsewhere: string[] = []
-  const page = (status: number, headers = {}): http.RequestListener => ({ url }, response) => {
-    if (url !== '/') elsewhere.push(url ?? '')
-    response.writeHead(status, headers).end('a page')
-  }
-  const rows: [string, http.RequestListener, RegExp, RegExp][] = [
-    ['a page', page(200), /^OK\n/, /^$/],
-    ['a redirect', page(302, { Location: '/elsewhere' }), /^OK\n/, /^warn .*302.*nothing behind/],
-    ['a lock', page(401), /^OK\n/, /^warn .*401.*nothing behind/],
-    ['nothing', page(404), /^OK\n/, /^warn .*404.*nothing behind/],
-    ['an error', page(500), /^Warmup failed: .*500/, /500/],
-    ['another error', page(503), /^Warmup failed: .*503/, /503/],
-    ['a reset', ({ socket }) => { socket.destroy() }, /^Warmup failed: ./, /failed/],
-    ['half a page', (_, response) => {
-      response.writeHead(200, { 'Content-Length': 1_000 }).write('half')
-      setTimeout(() => response.destroy(), 20)
-    }, /^Warmup failed: ./, /failed/]
-  ]
-  await Promise.all(rows.map(async ([what, handler, reply, warning]) => {
-    const [monitor, server, logger] = [await fresh(t), await serve(t, handler), recorder()]
-    const port = await startFor(monitor, server, { logger })
-    const check = () => ask(port, 'health_check\n')
-    await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
-    assert.match(await check(), reply, what)
-    assert.match(warningsOf(logger).join('\n'), warning, what)
-  }))
-  assert.deepEqual(elsewhere, [])
-  const gate = latch()
-  const server = await serve(t, async (_, response) => {
-    response.write('the first half')
-    await gate.opened
-    response.end('the second half')
-  })
-  const visited = once(server, 'request')
-  const port = await startFor(await fresh(t), server)
-  await visited
-  const { body } = await getPage(port, '/warmup_state')
-  assert.equal(body, '0 1\n')
-  assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-  gate.open()
-  await untilHealthy(port)
-})
-
-test('a certificate error says what to set', needs('openssl'), async (t) => {
-  const { keyFile, certFile } = certify(t, 'localhost')
-  const script = (url: string) => `
-    import https from 'node:https'
-    import { readFileSync } from 'node:fs'
-    const [key, cert] = ${JSON.stringify([keyFile, certFile])}.map((file) => readFileSync(file))
-    const server = https.createServer({ key, cert }, (_, response) => response.end('hello'))
-    server.listen(0, '127.0.0.1', async () => {
-      const logger = { info() {}, warn() {}, error() {} }
-      const { port } = server.address()
-      ${url}
-      await monitor.start({ server, listen: { port: 0 }, logger })
-      for (;;) {
-        const { reason } = await monitor.health()
-        if (!/booting|progress/.test(reason)) {
-          console.log(reason)
-          process.exit()
-        }
-        await new Promise((resolve) => setTimeout(resolve, 10))
+      server.on('upgrade', (_, socket) => {
+        socket.end('HTTP/1.1 101 Changed\r\n\r\nchanged')
+      })
+      const listeners = () => server.eventNames().map((name) => [name, server.listenerCount(name)])
+      const before = listeners()
+      if (start) await bootInstance(t, { performers: WARM, server })
+      assert.deepEqual(listeners(), before)
+      const replies = []
+      for (const [line, rest, body] of [
+        ['GET /a?b=c', '', ''],
+        ['HEAD /a', '', ''],
+        ['OPTIONS *', '', ''],
+        ['NONSENSE', '', ''],
+        ['POST /a', 'Content-Length: 5\r\n', 'hello'],
+        ['POST /a', 'Expect: 100-continue\r\nContent-Length: 5\r\n', 'hello'],
+        ['POST /a', 'Transfer-Encoding: chunked\r\nTrailer: x\r\n', '2\r\nhi\r\n0\r\nx: y\r\n\r\n'],
+        ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n', ''],
+        ['CONNECT a:1', '', ''],
+        ['GET /@@warmups', '', ''],
+        ['GET /%40%40warmup', '', '']
+      ]) {
+        const close = rest!.includes('Upgrade') ? '' : 'Connection: close\r\n'
+        const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${close}\r\n${body}`
+        replies.push(await ask(portOf(server), raw).catch((error: Error) => error.message))
       }
-    })`
-  const trusted = { NODE_EXTRA_CA_CERTS: certFile }
-  const setUrl = 'process.env.FTW_MONITOR_URL = `https://localhost:${port}`'
-  const rows: [string, Record<string, string>, RegExp][] = [
-    [setUrl, {}, /^Warmup failed: .*NODE_EXTRA_CA_CERTS/],
-    ['', trusted, /^Warmup failed: .*FTW_MONITOR_URL/],
-    [setUrl, trusted, /^OK\n/]
-  ]
-  const children = rows.map(([url, env]) => run(t, script(url), env, ['--no-warnings']))
-  for (const [index, [, , expected]] of rows.entries()) {
-    await until(() => children[index]?.output.includes('\n'), 'the reason is printed')
-    assert.match(children[index]?.output ?? '', expected)
-  }
-})
-
-test('server.close() aborts a running warm-up within a second, though nobody asks', async (t) => {
-  environ(t)
-  const [monitor, slow, arrived] = [await fresh(t), latch(), latch()]
-  const server = await serve(t, async (_, response) => {
-    arrived.open()
-    await slow.opened
-    response.end()
-  })
-  const signals: AbortSignal[] = []
-  monitor.registerWarmup('/', ({ signal }) => {
-    signals.push(signal)
-    return new Promise(() => {})
-  })
-  await startFor(monitor, server)
-  await until(() => signals.length === 1, 'the warm-up has begun')
-  const page = getPage(portOf(server), '/')
-  await arrived.opened
-  server.close()
-  await until(() => signals[0]?.aborted, 'it is aborted', 1_000)
-  slow.open()
-  await page
-})
-
-test('server.close() during a warm-up of 60 s ends the process within seconds', async (t) => {
-  const child = run(t, `
-    import { setTimeout as sleep } from 'node:timers/promises'
-    const server = http.createServer((_, response) => response.end('hello'))
-    monitor.registerWarmup('/', async ({ signal }) => {
-      setTimeout(() => server.close(), 100)
-      await sleep(60_000, undefined, { signal })
-    })
-    server.listen(0, '127.0.0.1')
-    await monitor.start({ server, listen: { port: 0 } })`)
-  assert.equal(await inTime(child.exit, 'it has exited'), 0, child.output)
-})
-
-test('a server that closes, and listens again before it has closed, is warmed up', async (t) => {
-  environ(t)
-  quicken(t, 5)
-  const [monitor, server, hanging] = [await fresh(t), await serve(t, () => {}), latch()]
-  let tries = 0
-  monitor.registerWarmup('/', async () => { if (++tries === 1) await hanging.opened })
-  const port = await startFor(monitor, server)
-  const client = net.connect(portOf(server), '127.0.0.1').on('error', () => {})
-  t.after(() => client.destroy())
-  client.write('GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n') // which keeps it from closing
-  await until(async () => await ask(port, 'monitor\n') !== '0\n' && tries === 1, 'both run')
-  const instancePort = portOf(server)
-  server.close()
-  await until(async () => await ask(port, 'warmup_state\n') === '0 0\n', 'it is aborted')
-  assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
-  await once(server.listen(instancePort, '127.0.0.1'), 'listening')
-  await untilHealthy(port)
-  assert.equal(tries, 2)
-})
-
-test('the signal of a warm-up aborts it after 30 minutes, and never once it is over', async (t) => {
-  const ticks = takeTicks(t)
-  environ(t)
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  const signals: AbortSignal[] = []
-  monitor.registerWarmup('/', ({ signal }) => { signals.push(signal) })
-  monitor.registerWarmup('/slow', ({ signal }) => {
-    signals.push(signal)
-    return signals.length === 2 ? undefined : new Promise(() => {})
-  })
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const asked = getPage(portOf(server), '/slow/@@warmup')
-  await until(() => signals.length === 3, 'the second one runs')
-  ticks.pass(30 * 60_000 - 500)
-  assert.equal(signals[2]?.aborted, false)
-  ticks.pass(1_000)
-  assert.equal(signals[2]?.aborted, true)
-  const { status, body } = await asked
-  assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes'])
-  ticks.pass(30 * 60_000)
-  assert.deepEqual(signals.map(({ aborted }) => aborted), [false, false, true])
-})
-
-test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
-  const monitor = await fresh(t)
-  const seen: string[] = []
-  monitor.registerWarmup('/', () => {
-    seen.push('/')
-    monitor.registerWarmup('/late', () => { seen.push('/late') })
-  })
-  await untilHealthy(await startFor(monitor, await serve(t)))
-  assert.deepEqual(seen, ['/', '/late'])
-})
-
-// --- The program ---------------------------------------------------------------------------------
-
-test('the program prints the reply, and its exit status tells how it went', async (t) => {
-  let isConnected = true
-  const path = join(scratchFolder(t), 'monitor')
-  const [instancePort, absent, elsewhere] = [await freePort(), await freePort(), await freePort()]
-  environ(t)
-  const [monitor, onPath] = [await fresh(t), await fresh(t)]
-  monitor.registerDatabase('main', { isConnected: () => isConnected })
-  const server = http.createServer((_, response) => { response.end() })
-  closeLater(t, server)
-  await once(server.listen(instancePort, '127.0.0.1'), 'listening')
-  const started = [monitor.start({ server, logger: recorder() }),
-    onPath.start({ server, logger: recorder(), listen: { path } })]
-  assert.deepEqual((await Promise.all(started)).map(Boolean), [true, true])
-  monitor.register('echo', '', (connection, ...words) => connection.write(`${words.join('|')}\n`))
-  onPath.register('where', '', (connection) => connection.write('on a path\n'))
-  monitor.register('where', '', (connection) => connection.write('on a port\n'))
-  await untilHealthy(instancePort + 80)
-  const port = String(instancePort)
-  const [at, none] = [{ PORT: port }, { PORT: String(absent) }]
-  type Row = [string[], Record<string, string>, number, string | RegExp]
-  const rows: Row[] = [
-    [['health_check'], at, 0, 'OK\n'],
-    [['echo', 'a', 'b c'], at, 0, 'a|b|c\n'],
-    [['nope'], at, 0, 'Invalid command \'nope\'\nTry "help".\n'],
-    [[], at, 0, /^Supported commands:\n {2}\S/],
-    [['help', 'quit'], at, 0, /^Help for quit:\n/],
-    [['health_check', '--port', port], {}, 0, 'OK\n'],
-    [['--port', port, 'health_check'], none, 0, 'OK\n'],
-    [['--host', '127.0.0.1', 'health_check'], { ...at, HOST: '203.0.113.1' }, 0, 'OK\n'],
-    [['where'], { ...none, FTW_MONITOR_LISTEN: `${instancePort + 80}` }, 0, 'on a port\n'],
-    [['where'], { FTW_MONITOR_LISTEN: `127.0.0.1:${instancePort + 80}` }, 0, 'on a port\n'],
-    [['where'], { FTW_MONITOR_LISTEN: path }, 0, 'on a path\n'],
-    [['health_check'], { ...none, HOST: '127.99.0.1' }, 2, ''],
-    [['health_check', '--port', String(elsewhere), '--host', '127.99.0.1'], at, 2, ''],
-    [['health_check'], { FTW_MONITOR_LISTEN: `${path}.gone` }, 2, ''],
-    [['health_check'], { PORT: 'abc' }, 2, ''],
-    [['health_check', '--port', 'abc'], at, 2, '']
-  ]
-  const check = async (all: Row[]) => {
-    const results = await Promise.all(all.map(([words, env]) => runProgram(t, words, { env })))
-    for (const [index, { status, stdout, stderr }] of results.entries()) {
-      const [words, env, expected, output] = all[index] as Row
-      const what = JSON.stringify([words, env, stdout, stderr])
-      assert.equal(status, expected, what)
-      if (typeof output === 'string') assert.equal(stdout, output, what)
-      else assert.match(stdout, output, what)
-      assert.match(stderr, status === 2 ? /^ftw-monitor: [^\n]+\n$/ : /^$/, what)
+      const pipelined = headOf('/1') + headOf('/2', 'Connection: close')
+      replies.push(await ask(portOf(server), pipelined))
+      return replies.map((reply) => reply?.replace(/^Date: .*$/gm, 'Date'))
     }
-  }
-  await check(rows.slice(0, 8))
-  await check(rows.slice(8))
-  isConnected = false
-  await check([[['health_check'], at, 1, "Error: Database 'main' disconnected.\n"]])
-})
-
-test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
-  environ(t)
-  const [monitor, server, gate] = [await fresh(t), await serve(t), latch()]
-  monitor.register('bitwise', '', async (connection) => {
-    connection.write('a bit\n')
-    await gate.opened
-    connection.write('another bit\n')
+    const alone = await transcripts(false)
+    assert.equal(new Set(alone).size, alone.length, 'each request has an answer of its own')
+    assert.deepEqual(await transcripts(true), alone)
   })
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const env = { ...process.env, FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-  const file = fileURLToPath(MODULE)
-  const asked = watch(t, spawn(process.execPath, ['--no-warnings', file, 'bitwise'], { env }))
-  await until(() => asked.output === 'a bit\n', 'the first bit is printed')
-  gate.open()
-  assert.equal(await asked.exit, 0)
-  assert.equal(asked.output, 'a bit\nanother bit\n')
-  const joined = watch(t, spawn(process.execPath, ['--no-warnings', file, 'interactive'], { env }))
-  const on = 'Interactive mode on.  Use "quit" To exit.\n'
-  await until(() => joined.output === on, 'interactive mode is on')
-  joined.child.stdin?.write('health_check\n')
-  await until(() => joined.output === `${on}OK\n`, 'the first line is answered')
-  joined.child.stdin?.write('warmup_state\nquit\n') // the terminal itself stays open
-  assert.equal(await joined.exit, 0)
-  assert.equal(joined.output, `${on}OK\n1 0\nGoodbye.\n`)
-})
 
-test('the program gives a monitor that is silent up after 30 s', SLOW, async (t) => {
-  const silent = net.createServer((socket) => { socket.on('error', () => {}).resume() })
-  t.after(() => silent.close())
-  await once(silent.listen(0, '127.0.0.1'), 'listening')
-  const { status, stderr } = await runProgram(t, ['health_check'],
-    { env: { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(silent)}` } })
-  assert.equal(status, 2)
-  assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
-})
+  test('the view is there before the application, whenever that was attached', async (t) => {
+    const seen: string[] = []
+    const listener = (name: string): http.RequestListener => {
+      return ({ url }, response) => {
+        seen.push(`${name} ${url}`)
+        if (!response.writableEnded) response.end('hello')
+      }
+    }
+    const { server } = await bootInstance(t, { performers: WARM, handler: listener('early') })
+    server.on('request', listener('late'))
+    server.prependListener('request', listener('first'))
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.deepEqual(seen, [])
+    assert.equal((await getPage(portOf(server), '/page')).body, 'hello')
+    assert.deepEqual(seen, ['first /page', 'early /page', 'late /page'])
+  })
 
-test('a symbolic link runs the program, and importing the module never does', async (t) => {
-  const folder = join(scratchFolder(t), 'ftw-monitor')
-  mkdirSync(folder)
-  const { port } = await bootInstance(t)
-  const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-  const file = fileURLToPath(MODULE)
-  const link = join(folder, 'ftw-monitor')
-  symlinkSync(file, link)
-  const odd = join(folder, '100% 한 #?.js')
-  symlinkSync(file, odd)
-  const load = `import ${JSON.stringify(MODULE.href)}\nconsole.log('imported')\n`
-  const scripts = ['monitor.js', 'monitor.mjs', 'ftw-monitor.mjs'].map((name) => join(folder, name))
-  for (const script of scripts) writeFileSync(script, load)
-  writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
-  const [linked, oddlyLinked, ...imported] = await Promise.all(
-    [link, odd, ...scripts].map((file) => runProgram(t, ['health_check'], { env, file })))
-  assert.deepEqual(linked, { status: 0, stdout: 'OK\n', stderr: '' })
-  assert.deepEqual(oddlyLinked, { status: 0, stdout: 'OK\n', stderr: '' })
-  for (const result of imported) {
-    assert.deepEqual(result, { status: 0, stdout: 'imported\n', stderr: '' })
-  }
-})
-
-const README_TEXT = readFileSync(new URL('README.md', ROOT), 'utf8')
-
-/** Commands and replies of the README's consoles, as far as nc asks for what is the same always. */
-const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
-const TRANSCRIPT = [...CONSOLES].flatMap(([, block = '']) =>
-  [...block.matchAll(/^\$ (.*\| *nc .*)\n((?!\$ )[^]*?)(?=^\$ |(?![^]))/gm)]
-    .map(([, command = '', reply = '']) => ({ command, reply })))
-  .filter(({ command }) => /health_check|warmup_state/.test(command))
-
-test('the demo answers nc as the README says', needs('nc'), async (t) => {
-  const port = await freePort()
-  const { PORT, HOST, ...rest } = process.env
-  const demo = watch(t, spawn(process.execPath, ['--no-warnings', fileURLToPath(MODULE), 'demo'],
-    { env: { ...rest, PORT: String(port) } }))
-  const shell = async (command: string) => {
-    const child = spawn('sh', ['-c', command.replaceAll('8160', String(port + 80))])
-    const asked = watch(t, child)
-    assert.equal(await asked.exit, 0, `${command}: ${asked.output}`)
-    return asked.output
-  }
-  await until(() => demo.output.includes('listening on'), 'the demo listens')
-  const isEarly = ({ reply }: { reply: string }) => reply === 'Warmup in progress\n'
-  assert.ok(TRANSCRIPT.some(isEarly) && TRANSCRIPT.length >= 3)
-  const startedAt = performance.now()
-  const hasBooted = async () => await ask(port + 80, 'health_check\n') !== 'Instance is booting\n'
-  await until(hasBooted, 'it has booted')
-  for (const { command, reply } of TRANSCRIPT.filter(isEarly)) {
-    assert.equal(await shell(command), reply)
-  }
-  const page = await getPage(port, '/')
-  assert.equal(page.status, 200)
-  await untilHealthy(port + 80)
-  const tookMs = performance.now() - startedAt
-  assert.ok(tookMs > 2_500 && tookMs < 4_500, `its warm-up took ${tookMs} ms`)
-  for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
-    assert.equal(await shell(command), reply)
-  }
-  for (const line of ['printf health_check | nc -N localhost 8160',
-    "printf 'health_check\\r\\n' | nc -N 127.0.0.1 8160"]) {
-    assert.equal(await shell(line), 'OK\n', line)
-  }
-})
-
-// --- HAProxy, with the configuration of the README -----------------------------------------------
-
-/** The README's first configuration with one server that is there, short intervals and a socket. */
-function configure(front: number, instance: number, nowhere: number, socket: string): string {
-  const [, configuration = ''] = /^```haproxy\n([^]*?)^```$/m.exec(README_TEXT) ?? []
-  assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
-  const own = configuration
-    .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
-    .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
-    .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
-    .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
-      const port = name === 'app1' ? instance : nowhere
-      return `${before} 127.0.0.1:${port}${after.replace(/ port \d+/g, ` port ${port + 80}`)}`
+  test('an upgraded socket works on, and is no request in flight', async (t) => {
+    const server = await serve(t)
+    server.on('upgrade', (_, socket: net.Socket) => {
+      socket.write(
+        'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n'
+      )
+      socket.on('error', () => {}).pipe(socket)
     })
-    .replace(/ (inter|downinter) \S+/g, ' $1 20ms').replace(/ (slowstart|fastinter) \S+/g, '')
-  return `global\n    stats socket ${socket} mode 600 level admin\n${own}`
-}
-
-/** Runs HAProxy, and gives what shows the state of its servers. */
-async function startHaproxy(t: TestContext, configuration: (socket: string) => string) {
-  const folder = scratchFolder(t)
-  const [file, socket] = [join(folder, 'haproxy.cfg'), join(folder, 'socket')]
-  writeFileSync(file, configuration(socket))
-  const haproxy = watch(t, spawn('haproxy', ['-db', '-f', file]))
-  await until(() => existsSync(socket) || haproxy.child.exitCode !== null, 'HAProxy runs')
-  assert.equal(haproxy.child.exitCode, null, haproxy.output)
-  const tell = (command: string) => new Promise<string>((resolve, reject) => {
-    let reply = ''
-    net.connect(socket).setEncoding('utf8').on('data', (part: string) => { reply += part })
-      .on('error', reject).on('close', () => resolve(reply)).end(`${command}\n`)
+    const { port } = await bootInstance(t, { performers: WARM, server })
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
+    await until(() => peer.transcript.endsWith('\r\n\r\n'), 'the socket is upgraded')
+    assert.equal((await askMonitor(port, '0')).count, 0)
+    peer.say('both ways')
+    await until(() => peer.transcript.endsWith('both ways'), 'it echoes')
+    peer.socket.resetAndDestroy()
+    await untilHealthy(port)
+    assert.equal((await askMonitor(port, '0')).count, 0)
   })
-  return async (server: string) => {
-    const [head = '', ...rows] = (await tell('show stat')).replace(/^# /, '').split('\n')
-      .map((row) => row.split(','))
-    const row = rows.find((each) => each[head.indexOf('svname')] === server)
-    return row?.[head.indexOf('status')] ?? ''
-  }
-}
 
-test('HAProxy, as in the README, takes an instance in only while it is healthy', needs('haproxy'),
-  async (t) => {
-    environ(t)
-    const pace = 8
-    quicken(t, pace)
-    const [monitor, instancePort] = [await fresh(t), await freePort()]
-    const [front, secondFront, nowhere] = [await freePort(), await freePort(), await freePort()]
-    const [logger, finale] = [recorder(), latch()]
-    const tries: number[] = []
-    let checks = 0
-    let database = (): boolean | Promise<boolean> => true
+  test('requests and answers of 500 and more are counted from the start on', async (t) => {
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, ({ url = '' }, response) => {
+      if (url === '/hold') held.push(response)
+      else response.writeHead(Number(url.slice(1))).end()
+    })
+    const { port } = await bootInstance(t, { performers: WARM, server })
+    for (const path of ['/200', '/204', '/404', '/499', '/500', '/503', '/@@warmup']) {
+      await getPage(portOf(server), path)
+    }
+    getPage(portOf(server), '/hold').catch(() => {})
+    await until(() => held.length > 0, 'it has come')
+    await until(async () => (await askPerfMetrics(port)).http.in_flight === 1, 'one is in flight')
+    assert.deepEqual((await askPerfMetrics(port)).http, { in_flight: 1, requests: 7, errors: 2 })
+  })
+
+  test('an emit that the server had of its own is put back, and works in between', async (t) => {
+    const server = await serve(t)
+    let seen = 0
+    const ownEmit = function (this: net.Server, ...args: unknown[]) {
+      seen++
+      return Reflect.apply(net.Server.prototype.emit, this, args)
+    }
+    server.emit = ownEmit as typeof server.emit
+    const before = Object.getOwnPropertyDescriptor(server, 'emit')
+    const { monitor } = await bootInstance(t, { performers: WARM, server })
+    seen = 0
+    assert.equal((await getPage(portOf(server), '/', { limitMs: 2_000 })).status, 200)
+    assert.ok(seen > 0)
+    await monitor.stop()
+    assert.deepEqual(Object.getOwnPropertyDescriptor(server, 'emit'), before)
+  })
+})
+
+describe('The hook on the server', ALONE, () => {
+  test('a request that is none harms nobody, in flight as it stays', async (t) => {
+    const ticks = takeTicks(t)
+    const server = await serve(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
+    for (const request of [{}, undefined, { url: '/x', method: 'GET' }, { url: 7 }]) {
+      emit('request', request, { on() {}, end() {} })
+    }
+    await monitor.drain({ timeoutMs: 50 })
+    monitor.resume()
+    ticks.pass(500)
+    assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
+  })
+})
+
+describe('The verdict', TOGETHER, () => {
+  test('health_check gives the first reason that applies', async (t) => {
+    const monitor = await importMonitor(t)
+    const firstTry = latch()
+    const secondTry = latch()
+    const slow = latch()
+    const isConnected = { main: false, other: true }
+    let tries = 0
+    monitor.registerDatabase('other', { isConnected: () => isConnected.other })
+    monitor.registerDatabase('main', { isConnected: async () => isConnected.main })
+    monitor.registerWarmup('/', async () => {
+      tries++
+      if (tries > 1) return secondTry.opened
+      await firstTry.opened
+      throw new Error('no such table')
+    })
+    const server = http.createServer(async (_, response) => {
+      await slow.opened
+      response.end()
+    })
+    closeLater(t, server)
+    const started = monitor.start({ server, logger: recorder(), listen: { port: 0 } })
+    const reason = async () => {
+      const { healthy, reason } = await monitor.health()
+      assert.equal(healthy, reason === 'OK')
+      return reason
+    }
+    assert.equal(await reason(), "Error: Database 'main' disconnected.")
+    isConnected.main = true
+    assert.equal(await reason(), 'Instance is booting')
+    await once(server.listen(0, '127.0.0.1'), 'listening')
+    const address = await started
+    assert.ok(typeof address === 'object')
+    const replies = async (expected: string) => {
+      await until(async () => (await reason()) === expected, expected)
+      assert.equal(await ask(address.port, 'health_check\n'), `${expected}\n`)
+    }
+    await until(() => tries === 1, 'the warm-up has begun')
+    await replies('Warmup in progress')
+    assert.equal(await ask(address.port, 'warmup_state\n'), '0 1\n')
+    isConnected.other = false
+    await replies("Error: Database 'other' disconnected.")
+    isConnected.other = true
+    firstTry.open()
+    await replies('Warmup failed: no such table')
+    assert.equal(await ask(address.port, 'warmup_state\n'), '0 0\n')
+    isConnected.main = false
+    await replies("Error: Database 'main' disconnected.")
+    isConnected.main = true
+    await until(() => tries === 2, 'it is tried again', 3_000)
+    await replies('Warmup in progress')
+    secondTry.open()
+    await replies('OK')
+    assert.equal(await ask(address.port, 'warmup_state\n'), '1 0\n')
+    isConnected.main = false
+    await replies("Error: Database 'main' disconnected.")
+    const page = getPage(portOf(server), '/slow')
+    await once(server, 'request')
+    server.close()
+    await replies('Instance is shutting down')
+    slow.open()
+    await page
+    await until(() => isRefused(address.port), 'the monitor is closed')
+  })
+
+  test('health_check is red while server.close() waits for a slow request', async (t) => {
+    const slow = latch()
+    const arrived = latch()
+    const server = await serve(t, async ({ url }, response) => {
+      if (url === '/slow') {
+        arrived.open()
+        await slow.opened
+      }
+      response.end('done')
+    })
+    const { monitor, port } = await bootInstance(t, { server })
+    const page = getPage(portOf(server), '/slow')
+    await arrived.opened
+    server.close()
+    assert.deepEqual(await monitor.health(), {
+      healthy: false,
+      reason: 'Instance is shutting down'
+    })
+    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+    slow.open()
+    assert.equal((await page).body, 'done')
+  })
+
+  test('10,000 checks at a database that never answers make one call', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    let calls = 0
+    let answer = (_: boolean): void => {}
     monitor.registerDatabase('main', {
       isConnected: () => {
-        checks++
-        return database()
+        calls++
+        return new Promise((resolve) => {
+          answer = resolve
+        })
       }
     })
-    let warmUp = async () => {
-      if (tries.push(performance.now()) <= 2) throw new Error('OK, not yet')
-      await finale.opened
-    }
-    monitor.registerWarmup('/', () => warmUp())
-    const server = http.createServer((_, response) => { response.end('hello') })
-    closeLater(t, server)
-    await once(server.listen(instancePort, '127.0.0.1'), 'listening')
-    assert.ok(await monitor.start({ server, logger }))
-    const statusOf = await startHaproxy(t, (socket) =>
-      configure(front, instancePort, nowhere, socket))
-    const is = async (status: string) => (await statusOf('app1')).startsWith(status)
-    const becomes = (status: string) => until(() => is(status), `app1 is ${status}`)
-    const staysDown = async (what: string, balancers = 1) => {
-      const before = checks
-      await until(() => checks >= before + 4 * balancers, 'more checks have come')
-      assert.ok(await is('DOWN'), what)
-    }
-    const viaFront = (path = '/') => getPage(front, path)
+    const text = `interactive\n${'health_check\n'.repeat(500)}quit\n`
+    const transcripts = await Promise.all(Array.from({ length: 10 }, () => ask(port, text)))
+    const verdicts = await Promise.all(Array.from({ length: 5_000 }, () => monitor.health()))
+    const timedOut = "Error: Database 'main' timed out."
+    assert.equal(transcripts.join('').split(`${timedOut}\n`).length - 1, 5_000)
+    assert.ok(verdicts.every(({ reason }) => reason === timedOut))
+    assert.equal(calls, 1)
+    answer(true)
+    await nextTurn()
+    const next = monitor.health()
+    await until(() => calls === 2, 'it is asked again')
+    answer(true)
+    assert.equal((await next).healthy, true)
+  })
 
-    await becomes('DOWN') // while it warms up, which fails twice
-    assert.notEqual((await viaFront()).body, 'hello')
-    await until(() => tries.length === 3, 'the third try has begun')
-    await staysDown('while it warms up')
-    const [first = 0, second = 0, third = 0] = tries
-    const pausesMs = [pace * (second - first), pace * (third - second)] as const
-    assert.ok(pausesMs[0] > 700 && pausesMs[1] > 1_700, `tried at ${tries}`)
-    finale.open()
-    await becomes('UP')
-    assert.equal((await viaFront()).body, 'hello')
-
-    database = () => false
-    await becomes('DOWN')
-    for (const [what, text] of Object.entries(FORGED)) {
-      database = () => { throw new Error(text) }
-      await staysDown(what)
-    }
-    database = () => true
-    await becomes('UP')
-
-    const again = latch()
-    warmUp = () => again.opened
-    const page = getPage(instancePort, '/@@warmup')
-    await becomes('DOWN') // while it warms up as it was told
-    again.open()
-    await page
-    await becomes('UP')
-
-    let calls = 0
-    warmUp = async () => { calls++ }
-    const secondStatusOf = await startHaproxy(t, (socket) => {
-      const whole = configure(secondFront, instancePort, nowhere, socket)
-      const open = whole.replace(/^.*\bdeny\b.*@@warmup.*\n/m, '')
-      assert.notEqual(open, whole)
-      return open
+  test('no text turns a red reply green, or into more than a line of 500 characters', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    let warmupError: Error | undefined
+    let databaseError: Error | undefined
+    monitor.registerWarmup('/', () => {
+      if (warmupError) throw warmupError
     })
-    await until(async () => /^UP/.test(await secondStatusOf('app1')), 'app1 is UP there, too')
-    const denied = await viaFront('/@@warmup')
-    assert.equal(denied.status, 403)
-    const refused = await getPage(secondFront, '/@@warmup')
-    assert.equal(refused.status, 403)
-    assert.notEqual(refused.body, denied.body) // the instance itself has refused it
-    assert.equal(calls, 0)
-
-    await monitor.stop()
     for (const [what, text] of Object.entries(FORGED)) {
-      database = () => true
-      warmUp = async () => { throw new Error(text) }
-      assert.ok(await monitor.start({ server, logger }), what)
-      await until(async () => /^Warmup failed/.test((await monitor.health()).reason), what)
-      await becomes('DOWN')
-      await staysDown(`a warm-up that failed: ${what}`, 2)
+      const check = (reply: string, begins: string) => {
+        assert.match(reply, /^[^\p{Cc}]{1,500}\n$/u, `${what} after ${begins}`)
+        assert.doesNotMatch(reply, /OK/, `${what} after ${begins}`)
+        assert.ok(reply.startsWith(begins), `${what} after ${begins}`)
+      }
+      warmupError = new Error(text)
+      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+      await until(
+        async () => /failed/.test(await ask(port, 'health_check\n')),
+        'the warm-up failed'
+      )
+      check(await ask(port, 'health_check\n'), 'Warmup failed: ')
+      check(`${(await getPage(portOf(server), '/@@warmup')).body}\n`, 'Warmup failed: ')
+      warmupError = undefined
+      await getPage(portOf(server), '/@@warmup')
+      databaseError = new Error(text)
+      monitor.registerDatabase('main', { isConnected: () => Promise.reject(databaseError) })
+      check(await ask(port, 'health_check\n'), "Error: Database 'main' failed: ")
+      const { healthy, reason } = await monitor.health()
+      assert.equal(healthy, false)
+      check(`${reason}\n`, "Error: Database 'main' failed: ")
+      monitor.registerDatabase('main', { isConnected: () => true })
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      await monitor.stop()
+    }
+    monitor.registerDatabase('BOOKS', { isConnected: () => false })
+    const { reason } = await monitor.health()
+    assert.match(reason, /^Error: Database 'BO.?OK?.*S' disconnected\.$/)
+    assert.doesNotMatch(reason, /OK/)
+    databaseError = new Error('a\0b\r\nc\x1b[0md')
+    monitor.registerDatabase('BOOKS', { isConnected: () => Promise.reject(databaseError) })
+    // a blank for each control character, never nothing
+    assert.match((await monitor.health()).reason, /failed: a b {2}c \[0md$/)
+  })
+})
+
+describe('The verdict', ALONE, () => {
+  test('with PORT alone an instance is booting until it accepts connections', async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
+    const monitor = await importMonitor(t)
+    await monitor.start({ logger: recorder() })
+    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
+    await serve(t, hello, { host: '127.0.0.1', port })
+    await untilHealthy(port + 80, 1_000)
+    assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
+  })
+
+  test('only true means connected; failures are told, and silence is timed out', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    const rows: [() => unknown, string][] = [
+      ...[false, undefined, null, 0, 1, 'true', {}, [true], Symbol('x')].flatMap(
+        (value): [() => unknown, string][] => [
+          [() => value, 'disconnected.'],
+          [() => Promise.resolve(value), 'disconnected.']
+        ]
+      ),
+      [
+        () => {
+          throw new Error('no route')
+        },
+        'failed: no route'
+      ],
+      [() => Promise.reject(new TypeError('bad password')), 'failed: bad password'],
+      [() => Promise.reject('only text'), 'failed: only text'],
+      [() => Promise.reject(), 'failed: undefined'],
+      [
+        () => ({
+          then() {
+            throw new Error('a bad promise')
+          }
+        }),
+        'failed: a bad promise'
+      ],
+      [() => true, ''],
+      [() => Promise.resolve(true), '']
+    ]
+    for (const [isConnected, trouble] of rows) {
+      monitor.registerDatabase('main', { isConnected: isConnected as () => boolean })
+      const reply = trouble ? `Error: Database 'main' ${trouble}` : 'OK'
+      assert.equal(await ask(port, 'health_check\n'), `${reply}\n`)
+    }
+    for (const name of ['main', 'second', 'third']) {
+      monitor.registerDatabase(name, { isConnected: hang })
+    }
+    const startedAt = performance.now()
+    assert.equal(await ask(port, 'health_check\n'), "Error: Database 'main' timed out.\n")
+    const took = performance.now() - startedAt
+    assert.ok(took >= 890 && took < 1_300, `${took} ms`) // all three were asked at once
+  })
+})
+
+describe('Databases and counters', TOGETHER, () => {
+  test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
+    const monitor = await importMonitor(t)
+    const activity = monitor.registerDatabase('main', { isConnected: () => true })
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    activity.loads(2)
+    activity.loads(0)
+    for (const count of [-1, NaN, Infinity]) assert.throws(() => activity.loads(count), RangeError)
+    assert.deepEqual(await askNumbers(port, 'dbinfo'), [2, 0, 0, -1, -1])
+  })
+
+  test('figures and connections of wrong types are -1 or one line, and the host lives', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const wrong: unknown[] = [
+      undefined,
+      null,
+      7,
+      'text',
+      true,
+      Symbol('x'),
+      [],
+      thrower,
+      Object.create(null),
+      { then: 1 },
+      { size: '12', nonGhost: NaN, accesses: Infinity, objects: {}, bytes: Symbol('x') },
+      { maxSize: null, recordsAdded: [7], bytesAdded: thrower, conflicts: new Date(7) },
+      [
+        null,
+        7,
+        'text',
+        [],
+        {},
+        { openedAt: 'yesterday', info: 'x' },
+        { openedAt: NaN, info: null },
+        { openedAt: new Date(NaN), info: { toString: thrower } },
+        { openedAt: {}, info: Symbol('x') }
+      ]
+    ]
+    const failing: unknown[] = [
+      new Proxy({}, TRAPS),
+      trapped(['then']),
+      { then: thrower },
+      [new Proxy({}, TRAPS)],
+      trapped(['size', 'nonGhost', 'accesses', 'recordsAdded', 'objects', 'maxSize']),
+      [trapped(['openedAt', 'info'])],
+      [{ openedAt: Symbol('x'), info: '' }]
+    ]
+    for (const value of [...wrong, ...failing]) {
+      const answer = () => value as never
+      monitor.registerDatabase('main', {
+        isConnected: () => true,
+        figures: answer,
+        connections: answer
+      })
+      for (const [line, shape] of [
+        ['dbinfo', /^0 0 0 -1 -1\n$/],
+        ['zeocache', /^-1 -1 -1 -1 -1\n$/],
+        ['monitor 0 main', /^(-1|\d+)\nVmRSS:\t *\d+ kB\n(-?\d+\.\d \P{Cc}*\n)*$/u],
+        ['perf_metrics', /^\{"instance":[^\n]+\}\n$/]
+      ] as const) {
+        const reply = await ask(port, `${line}\n`)
+        if (wrong.includes(value) || shape.test(reply)) assert.match(reply, shape)
+        else assert.match(reply, /^\P{Cc}+\n$/u)
+      }
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+})
+
+describe('Databases and counters', ALONE, () => {
+  test('windows of 1, 10, 300 and 3600 s are exact to the second', async (t) => {
+    const clock = fakeClock(t)
+    const random = seeded(3)
+    const monitor = await importMonitor(t)
+    const activity = monitor.registerDatabase('main', { isConnected: () => true })
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    const windows = [1, 10, 300, 3600]
+    const history: { at: number; loads: number; stores: number }[] = []
+    const within = (seconds: number) => history.filter(({ at }) => clock.now - at < seconds * 1_000)
+    const pauses = [0, 1, 1, 2, 8, 9, 10, 11, 289, 290, 299, 300, 301, 3299, 3599, 3600, 3601, 9999]
+    for (let round = 0; round < 300; round++) {
+      const loads = Math.floor(random() * 1_000)
+      const stores = Math.floor(random() * 3)
+      activity.loads(loads)
+      activity.stores(stores)
+      history.push({ at: clock.now, loads, stores })
+      clock.now += 1_000 * pauses[Math.floor(random() ** 2 * pauses.length)]!
+      const lines = windows.map((seconds) => `dbinfo - ${seconds}\n`).join('')
+      const [, ...replies] = (await ask(port, `interactive\n${lines}quit\n`)).split('\n')
+      assert.deepEqual(
+        replies.slice(0, windows.length),
+        windows.map((seconds) => {
+          const counted = within(seconds)
+          const sum = (kind: 'loads' | 'stores') =>
+            counted.reduce((all, each) => all + each[kind], 0)
+          return `${sum('loads')} ${sum('stores')} 0 -1 -1`
+        })
+      )
+    }
+  })
+
+  test('1,000,000 events a second are counted exactly, in memory that does not grow', async (t) => {
+    const child = runScript(t, {
+      script: `
+        const activity = monitor.registerDatabase('main', { isConnected: () => true })
+        const collected = () => {
+          globalThis.gc()
+          const { heapUsed, external } = process.memoryUsage()
+          return heapUsed + external
+        }
+        let busyMs = 0
+        const countForASecond = async () => {
+          const end = performance.now() + 1_000
+          for (let batch = 0; batch < 100; batch++) {
+            const began = performance.now()
+            for (let each = 0; each < 10_000; each++) activity.loads()
+            busyMs += performance.now() - began
+            await nextTurn()
+          }
+          while (performance.now() < end) await pause(10)
+        }
+        await countForASecond()
+        const before = collected()
+        await countForASecond()
+        const grown = collected() - before
+        const server = http.createServer().listen(0, '127.0.0.1')
+        const listen = { host: '127.0.0.1', port: 0 }
+        const { port } = await monitor.start({ server, listen, logger: { ...console, info() {} } })
+        console.log(JSON.stringify({ port, grown, microseconds: busyMs * 1_000 / 2_000_000 }))`,
+      flags: ['--expose-gc']
+    })
+    await until(() => child.output.includes('\n'), 'the child has counted')
+    const { port, grown, microseconds } = JSON.parse(child.output)
+    assert.deepEqual(await askNumbers(port, 'dbinfo main 3600'), [2_000_000, 0, 0, -1, -1])
+    assert.ok(grown < 100_000, `${grown} bytes more`)
+    assert.ok(microseconds < 1, `${microseconds} µs for each event`)
+  })
+
+  test('a database that hangs, throws or lies is told so within a second', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    await Promise.all(
+      NOT_CONNECTED.map(async ([answer, called], index) => {
+        monitor.registerDatabase(`db${index}`, { isConnected: answer as () => boolean })
+        const began = Date.now()
+        const { error } = JSON.parse(await ask(port, `perf_metrics db${index}\n`))
+        assert.match(error, called)
+        assert.ok(error.startsWith(`Database 'db${index}' `) && error.length <= 500)
+        assert.equal(await ask(port, `zeostatus db${index}\n`), 'False\n')
+        assert.ok(Date.now() - began < 1_500, `${called}: ${Date.now() - began} ms`)
+      })
+    )
+    assert.equal(await ask(port, 'health_check\n'), "Error: Database 'db0' disconnected.\n")
+    assert.match(await ask(port, 'metrics\n'), /database_connected\{database="db0"\} 0\n/)
+    assert.deepEqual(await monitor.health(), {
+      healthy: false,
+      reason: "Error: Database 'db0' disconnected."
+    })
+  })
+
+  test('figures that hang are given up within a second', async (t) => {
+    const { port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => true, figures: hang, connections: hang } },
+      until: 'started'
+    })
+    const began = Date.now()
+    await Promise.all(
+      ['dbinfo', 'zeocache', 'perf_metrics', 'monitor 0 main'].map(async (line) => {
+        assert.match(await ask(port, `${line}\n`), /^[^\n]+\n$/)
+      })
+    )
+    assert.ok(Date.now() - began < 1_500, `${Date.now() - began} ms`)
+  })
+})
+
+describe('Warm-up', TOGETHER, () => {
+  test('a wrong site or performer is a TypeError', async (t) => {
+    const { registerWarmup } = await importMonitor(t)
+    const performer = () => {}
+    const wrong = [
+      ['', performer],
+      ['shop', performer],
+      ['/a b', performer],
+      [undefined, performer],
+      [42, performer],
+      ['/'],
+      ['/', 'performer']
+    ]
+    for (const all of wrong) {
+      assert.throws(() => (registerWarmup as (...all: unknown[]) => void)(...all), TypeError)
+    }
+  })
+
+  test('/@@warmup warms every site, /SITE/@@warmup that one, and others are not found', async (t) => {
+    const calls: string[] = []
+    const { server, port } = await bootInstance(t, {
+      prepare: ({ registerWarmup }) => {
+        for (const site of ['/', '/shop', '/shop/hats']) {
+          registerWarmup(site, () => {
+            calls.push(site)
+          })
+        }
+      }
+    })
+    const rows: [string, number, string | undefined, string[]][] = [
+      ['/@@warmup', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
+      ['/@@warmup?now=1', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
+      ['/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
+      ['/shop/hats/@@warmup', 200, 'Warmup successful', ['/shop/hats']],
+      ['/nowhere/@@warmup', 404, undefined, []],
+      ['/hats/@@warmup', 404, undefined, []],
+      ['/shop', 200, 'hello', []],
+      ['/?next=/@@warmup', 200, 'hello', []]
+    ]
+    for (const [path, status, body, expected] of rows) {
+      calls.length = 0
+      const page = await getPage(portOf(server), path)
+      assert.equal(page.status, status, path)
+      if (body !== undefined) assert.equal(page.body, body, path)
+      if (body === 'Warmup successful')
+        assert.match(page.headers['content-type'] ?? '', /^text\/plain/)
+      assert.deepEqual(calls, expected, path)
+    }
+    calls.length = 0
+    const { status, body } = await getPage(portOf(server), '/@@warmup', { method: 'POST' })
+    assert.notEqual(status, 200)
+    assert.notEqual(body, 'hello')
+    assert.deepEqual(calls, [])
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a failing site is a 500 with its reason, and keeps no other from its turn', async (t) => {
+    const calls: string[] = []
+    let isBroken = false
+    const { server, port, logger } = await bootInstance(t, {
+      prepare: ({ registerWarmup }) => {
+        registerWarmup('/first', () => {
+          calls.push('/first')
+        })
+        registerWarmup('/broken', async () => {
+          calls.push('/broken')
+          if (isBroken) throw new Error('no such template')
+        })
+        registerWarmup('/thrower', () => {
+          calls.push('/thrower')
+          if (isBroken) throw 'no error at all'
+        })
+        registerWarmup('/last', () => {
+          calls.push('/last')
+        })
+      }
+    })
+    isBroken = true
+    calls.length = 0
+    const { status, headers, body } = await getPage(portOf(server), '/@@warmup')
+    assert.equal(status, 500)
+    assert.match(headers['content-type'] ?? '', /^text\/plain/)
+    assert.match(body, /^Warmup failed: .*no such template.*no error at all/)
+    assert.deepEqual(calls, ['/first', '/broken', '/thrower', '/last'])
+    assert.match(warningsOf(logger).join(), /no such template/)
+    // one by hand that failed changes nothing
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
+  })
+
+  test('a warm-up asked for meanwhile joins what covers it, and follows what does not', async (t) => {
+    const calls: string[] = []
+    let gate = latch()
+    gate.open()
+    const { server, port } = await bootInstance(t, {
+      prepare: ({ registerWarmup }) => {
+        for (const site of ['/', '/shop']) {
+          registerWarmup(site, () => {
+            calls.push(site)
+            return gate.opened
+          })
+        }
+      }
+    })
+    const all = (...paths: string[]) =>
+      paths.map((path) => getPage(portOf(server), path).then(({ body }) => body))
+    const begin = async (path: string, ...others: string[]) => {
+      calls.length = 0
+      gate = latch()
+      const first = all(path)
+      await until(() => calls.length > 0, 'the first one is running')
+      const rest = all(...others)
+      const haveArrived = async () => {
+        const count = await promisify(server.getConnections.bind(server))()
+        return count > others.length
+      }
+      await until(haveArrived, 'all requests have arrived')
+      assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+      assert.equal(await ask(port, 'warmup_state\n'), '0 1\n')
+      assert.equal(calls.length, 1)
+      gate.open()
+      const answers = await Promise.all([...first, ...rest])
+      assert.deepEqual(
+        answers,
+        answers.map(() => 'Warmup successful')
+      )
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      return calls.join(' ')
+    }
+    assert.equal(await begin('/@@warmup', '/@@warmup', '/shop/@@warmup'), '/ /shop')
+    assert.equal(await begin('/shop/@@warmup', '/shop/@@warmup'), '/shop')
+    assert.equal(await begin('/shop/@@warmup', '/@@warmup', '/@@warmup'), '/shop / /shop')
+  })
+
+  test('a failed warm-up is settled by a whole one that succeeds, not by one site', async (t) => {
+    let isBroken = true
+    const server = await serve(t)
+    const { port } = await bootInstance(t, {
+      performers: {
+        '/': () => {
+          if (isBroken) throw new Error('broken')
+        },
+        '/shop': () => {}
+      },
+      server,
+      until: 'started'
+    })
+    const failed = 'Warmup failed: broken\n'
+    await until(async () => (await ask(port, 'health_check\n')) === failed, 'it has failed')
+    assert.equal((await getPage(portOf(server), '/shop/@@warmup')).status, 200)
+    assert.equal(await ask(port, 'health_check\n'), failed)
+    assert.equal((await getPage(portOf(server), '/@@warmup')).status, 500)
+    assert.equal(await ask(port, 'health_check\n'), failed)
+    isBroken = false
+    assert.equal((await getPage(portOf(server), '/@@warmup')).status, 200)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
+  })
+
+  test('a caller who hangs up changes nothing about the warm-up', async (t) => {
+    let gate = latch()
+    gate.open()
+    let calls = 0
+    const { server, port } = await bootInstance(t, {
+      prepare: ({ registerWarmup }) => {
+        registerWarmup('/', () => {
+          calls++
+          return gate.opened
+        })
+      }
+    })
+    gate = latch()
+    const caller = await converse(t, portOf(server))
+    caller.say(headOf('/@@warmup'))
+    await until(() => calls === 2, 'the warm-up is running')
+    caller.socket.resetAndDestroy()
+    assert.equal((await getPage(portOf(server), '/')).body, 'hello') // by now the reset is there
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+    gate.open()
+    await untilHealthy(port)
+    assert.equal(calls, 2)
+  })
+
+  test('only this machine may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
+    const monitor = await importMonitor(t)
+    const path = join(scratchFolder(t), 'instance')
+    let calls = 0
+    monitor.registerWarmup('/', () => {
+      calls++
+    })
+    const server = await serve(t, hello, { host: '::', port: 0 })
+    await bootInstance(t, { monitor, server })
+    const rows: [PageOptions, number][] = [
+      [{}, 200],
+      [{ host: '::1' }, 200],
+      [{ host: '127.0.0.1', from: '127.0.0.2' }, 200],
+      [{ host: '127.0.0.3', from: '127.0.0.3' }, 200],
+      [{ headers: { Forwarded: 'for=192.0.2.7' } }, 403],
+      [{ headers: { 'X-Forwarded-For': '127.0.0.1' } }, 403],
+      [{ headers: { 'X-Forwarded-For': '' } }, 403],
+      [{ headers: { 'X-Forwarded-Proto': 'https' } }, 403],
+      [{ headers: { 'x-forwarded-whatever': 'x' } }, 403],
+      [{ headers: { 'X-Real-IP': '127.0.0.1' } }, 403],
+      [{ headers: { Via: '1.1 proxy' } }, 403],
+      [{ headers: { Origin: 'null' } }, 403],
+      [{ headers: { Origin: `http://127.0.0.1:${portOf(server)}` } }, 403],
+      [{ headers: { 'Sec-Fetch-Site': 'cross-site' } }, 403],
+      [{ headers: { 'Sec-Fetch-Site': 'same-site' } }, 403],
+      [{ headers: { 'Sec-Fetch-Site': 'same-origin' } }, 403],
+      [{ headers: { 'Sec-Fetch-Site': 'none' } }, 200],
+      [{ headers: { 'X-Requested-With': 'script', Accept: '*/*' } }, 200]
+    ]
+    if (OUTSIDE) {
+      rows.push([{ host: OUTSIDE, from: OUTSIDE }, 200])
+      rows.push([{ host: '127.0.0.1', from: OUTSIDE }, 403])
+    }
+    for (const [options, status] of rows) {
+      const before = calls
+      const page = await getPage(portOf(server), '/@@warmup', options)
+      assert.equal(page.status, status, JSON.stringify(options))
+      assert.equal(calls - before, status === 200 ? 1 : 0, JSON.stringify(options))
+    }
+    await monitor.stop()
+    const onSocket = await serve(t, hello, { path })
+    await bootInstance(t, { monitor, server: onSocket })
+    const before = calls
+    const page = await getPage(0, '/@@warmup', { socketPath: path })
+    assert.equal(page.status, 403) // a peer without an address is a stranger
+    assert.equal(calls, before)
+  })
+
+  test(
+    'a view answers behind a middleware whose writeHead() gives nothing',
+    { timeout: 10_000 },
+    async (t) => {
+      const monitor = await importMonitor(t)
+      monitor.registerWarmup('/', () => {
+        throw new Error('broken')
+      })
+      const instance = await serve(t, (request, response) => {
+        const { writeHead } = response
+        const noGood = (...all: unknown[]) => void Reflect.apply(writeHead, response, all)
+        response.writeHead = noGood as unknown as typeof writeHead
+        monitor.warmupView(request, response)
+      })
+      const port = portOf(instance)
+      await monitor.start({ port, listen: LOOPBACK, logger: recorder() })
+      const { status, body } = await getPage(port, '/@@warmup')
+      assert.deepEqual([status, body], [500, 'Warmup failed: broken'])
+    }
+  )
+
+  test('an instance on a port that fetch refuses warms up', async (t) => {
+    const monitor = await importMonitor(t)
+    for (const port of [10_080, 6_000, 5_060, 6_666]) {
+      if (!(await isFree(port))) continue
+      const server = await serve(t, hello, { host: '127.0.0.1', port })
+      await bootInstance(t, { monitor, server })
+      return
+    }
+    t.skip('all such ports are in use')
+  })
+
+  test('the default performer loads the root page, to the end of its body', async (t) => {
+    const elsewhere: string[] = []
+    const page = (status: number, headers = {}): http.RequestListener => {
+      return ({ url }, response) => {
+        if (url !== '/') elsewhere.push(url ?? '')
+        response.writeHead(status, headers).end('a page')
+      }
+    }
+    const rows: [string, http.RequestListener, RegExp, RegExp][] = [
+      ['a page', page(200), /^OK\n/, /^$/],
+      ['a redirect', page(302, { Location: '/elsewhere' }), /^OK\n/, /^warn .*302.*nothing behind/],
+      ['a lock', page(401), /^OK\n/, /^warn .*401.*nothing behind/],
+      ['nothing', page(404), /^OK\n/, /^warn .*404.*nothing behind/],
+      ['an error', page(500), /^Warmup failed: .*500/, /500/],
+      ['another error', page(503), /^Warmup failed: .*503/, /503/],
+      [
+        'a reset',
+        ({ socket }) => {
+          socket.destroy()
+        },
+        /^Warmup failed: ./,
+        /failed/
+      ],
+      [
+        'half a page',
+        (_, response) => {
+          response.writeHead(200, { 'Content-Length': 1_000 }).write('half')
+          setTimeout(() => response.destroy(), 20)
+        },
+        /^Warmup failed: ./,
+        /failed/
+      ]
+    ]
+    await Promise.all(
+      rows.map(async ([what, handler, reply, warning]) => {
+        const { port, logger } = await bootInstance(t, { handler, until: 'started' })
+        const check = () => ask(port, 'health_check\n')
+        await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
+        assert.match(await check(), reply, what)
+        assert.match(warningsOf(logger).join('\n'), warning, what)
+      })
+    )
+    assert.deepEqual(elsewhere, [])
+    const gate = latch()
+    const server = await serve(t, async (_, response) => {
+      response.write('the first half')
+      await gate.opened
+      response.end('the second half')
+    })
+    const visited = once(server, 'request')
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    await visited
+    const { body } = await getPage(port, '/warmup_state')
+    assert.equal(body, '0 1\n')
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+    gate.open()
+    await untilHealthy(port)
+  })
+
+  test('a certificate error says what to set', needs('openssl'), async (t) => {
+    const { keyFile, certFile } = certify(t, 'localhost')
+    const script = (prepare: string) => `
+      import https from 'node:https'
+      import { readFileSync } from 'node:fs'
+      const [key, cert] = ${JSON.stringify([keyFile, certFile])}.map((file) => readFileSync(file))
+      const server = https.createServer({ key, cert }, (_, response) => response.end('hello'))
+      server.listen(0, '127.0.0.1', async () => {
+        const logger = { info() {}, warn() {}, error() {} }
+        const { port } = server.address()
+        ${prepare}
+        await monitor.start({ server, listen: { port: 0 }, logger })
+        for (;;) {
+          const { reason } = await monitor.health()
+          if (!/booting|progress/.test(reason)) {
+            console.log(reason)
+            process.exit()
+          }
+          await pause(10)
+        }
+      })`
+    const trusted = { NODE_EXTRA_CA_CERTS: certFile }
+    const setUrl = 'process.env.FTW_MONITOR_URL = `https://localhost:${port}`'
+    const rows: [string, Record<string, string>, RegExp][] = [
+      [setUrl, {}, /^Warmup failed: .*NODE_EXTRA_CA_CERTS/],
+      ['', trusted, /^Warmup failed: .*FTW_MONITOR_URL/],
+      [setUrl, trusted, /^OK\n/]
+    ]
+    const children = rows.map(([url, env]) =>
+      runScript(t, { script: script(url), env, flags: ['--no-warnings'] })
+    )
+    for (const [index, [, , expected]] of rows.entries()) {
+      await until(() => children[index]?.output.includes('\n'), 'the reason is printed')
+      assert.match(children[index]?.output ?? '', expected)
+    }
+  })
+
+  test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
+    const monitor = await importMonitor(t)
+    const seen: string[] = []
+    monitor.registerWarmup('/', () => {
+      seen.push('/')
+      monitor.registerWarmup('/late', () => {
+        seen.push('/late')
+      })
+    })
+    await bootInstance(t, { monitor })
+    assert.deepEqual(seen, ['/', '/late'])
+  })
+})
+
+describe('Warm-up', ALONE, () => {
+  test('performers get their site, its url and a signal, in order of registration', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const logger = recorder()
+    const calls: { site: string; url: string; isAborted: boolean }[] = []
+    for (const site of ['/shop', '/', '/a/b', '/blog']) {
+      monitor.registerWarmup(site, ({ site, url, signal }) => {
+        calls.push({ site, url, isAborted: signal.aborted })
+      })
+    }
+    await bootInstance(t, { monitor, server, logger })
+    const origin = `http://127.0.0.1:${portOf(server)}`
+    const sites = ['/shop', '/', '/a/b', '/blog']
+    assert.deepEqual(
+      calls,
+      sites.map((site) => ({ site, url: `${origin}${site}`, isAborted: false }))
+    )
+    const log = logger.lines.join('\n')
+    for (const [index, site] of sites.entries()) {
+      assert.match(log, new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`))
+    }
+    calls.length = 0
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.deepEqual(
+      calls.map(({ site }) => site),
+      sites
+    )
+    await monitor.stop()
+    calls.length = 0
+    setEnvironment(t, { FTW_MONITOR_URL: `http://localhost:${portOf(server)}/base` })
+    await bootInstance(t, { monitor, server })
+    assert.equal(calls[0]?.url, `http://localhost:${portOf(server)}/base/shop`)
+    await monitor.stop()
+    calls.length = 0
+    await bootInstance(t, { monitor, server, options: { url: 'http://127.0.0.1:9/' } })
+    assert.equal(calls[1]?.url, 'http://127.0.0.1:9/')
+  })
+
+  test('the failed sites alone are tried again, after a pause that doubles', async (t) => {
+    const server = await serve(t)
+    const logger = recorder()
+    const pace = IS_SLOW_WANTED ? 1 : 8
+    quicken(t, pace)
+    const tries: Record<string, number[]> = { '/': [], '/good': [], '/bad': [] }
+    const performer = (failures: number): WarmupPerformer => {
+      return ({ site }) => {
+        tries[site]?.push(performance.now())
+        if ((tries[site]?.length ?? 0) <= failures) throw new Error(`${site} is not ready`)
+      }
+    }
+    await bootInstance(t, {
+      performers: { '/': performer(1), '/good': performer(0), '/bad': performer(3) },
+      server,
+      logger
+    })
+    const { '/': root = [], '/good': good = [], '/bad': bad = [] } = tries
+    assert.equal(root.length, 2)
+    assert.equal(good.length, 1)
+    for (const [index, at] of bad.slice(1).entries()) {
+      const pauseMs = pace * (at - (bad[index] ?? 0))
+      const dueMs = 1_000 * 2 ** index
+      assert.ok(pauseMs > dueMs - 300 && pauseMs < dueMs + 600 * pace, `${pauseMs} ms`)
+      assert.ok(logger.lines.some((line) => line.includes(`${2 ** index} s`)))
+    }
+  })
+
+  test('warmupView mounts in http, Connect and Express', async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
+    const monitor = await importMonitor(t)
+    const calls: string[] = []
+    for (const site of ['/', '/shop']) {
+      monitor.registerWarmup(site, () => {
+        calls.push(site)
+      })
+    }
+    const plain = await serve(t, (request, response) => monitor.warmupView(request, response))
+    const server = http.createServer((request, response) => {
+      const express = request as typeof request & { originalUrl?: string }
+      if (request.url?.startsWith('/shop/')) {
+        // as Express does for app.use('/shop', warmupView)
+        express.originalUrl = request.url
+        request.url = request.url.slice('/shop'.length)
+      }
+      monitor.warmupView(request, response, () => {
+        response.end(`next ${request.url}`)
+      })
+    })
+    closeLater(t, server)
+    await monitor.start({ logger: recorder() })
+    await once(server.listen(port, '127.0.0.1'), 'listening')
+    await untilHealthy(port + 80)
+    assert.deepEqual(calls, ['/', '/shop'])
+    const rows: [number, string, number, string | undefined, string[]][] = [
+      [port, '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
+      [port, '/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
+      [port, '/shop/hats', 200, 'next /hats', []],
+      [port, '/other', 200, 'next /other', []],
+      [portOf(plain), '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
+      [portOf(plain), '/other', 404, undefined, []]
+    ]
+    for (const [at, path, status, body, expected] of rows) {
+      calls.length = 0
+      const page = await getPage(at, path)
+      assert.equal(page.status, status, path)
+      if (body !== undefined) assert.equal(page.body, body)
+      assert.deepEqual(calls, expected, path)
+    }
+  })
+
+  test('where the view is not mounted, only the performers make an instance green', async (t) => {
+    const handlers: Record<string, http.RequestListener> = {
+      'a catch-all route': (_, response) => {
+        response.end('Warmup successful')
+      },
+      authentication: (_, response) => {
+        response.writeHead(401).end()
+      },
+      'not found': (_, response) => {
+        response.writeHead(404).end()
+      },
+      'a redirect': (_, response) => {
+        response.writeHead(302, { Location: '/login' }).end()
+      },
+      'an error': (_, response) => {
+        response.writeHead(500).end()
+      },
+      'a reset': ({ socket }) => {
+        socket.resetAndDestroy()
+      }
+    }
+    setEnvironment(t, { HOST: '127.0.0.1' })
+    await Promise.all(
+      Object.entries(handlers).map(async ([what, handler]) => {
+        const port = await freePort()
+        const monitor = await importMonitor(t)
+        const gate = latch()
+        let calls = 0
+        monitor.registerWarmup('/', () => {
+          calls++
+          return gate.opened
+        })
+        const instance = http.createServer(handler)
+        closeLater(t, instance)
+        await monitor.start({ logger: recorder(), port })
+        assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n', what)
+        await once(instance.listen(port, '127.0.0.1'), 'listening')
+        await until(() => calls === 1, `the performer runs in spite of ${what}`)
+        assert.equal(await ask(port + 80, 'health_check\n'), 'Warmup in progress\n', what)
+        gate.open()
+        await untilHealthy(port + 80)
+        assert.equal(calls, 1, what)
+      })
+    )
+  })
+
+  test('while nobody knows whether the view is mounted, the instance is booting', async (t) => {
+    setEnvironment(t, { HOST: '127.0.0.1' })
+    const port = await freePort()
+    const monitor = await importMonitor(t)
+    const gate = latch()
+    const asked = latch()
+    let calls = 0
+    monitor.registerWarmup('/', () => {
+      calls++
+    })
+    const instance = http.createServer(async ({ url }, response) => {
+      assert.equal(url, '/@@warmup')
+      asked.open()
+      await gate.opened
+      response.end('Warmup successful')
+    })
+    closeLater(t, instance)
+    await monitor.start({ logger: recorder(), port })
+    await once(instance.listen(port, '127.0.0.1'), 'listening')
+    await inTime(asked.opened, 'the view is asked for')
+    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
+    assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
+    assert.equal(calls, 0)
+    gate.open()
+    await untilHealthy(port + 80)
+    assert.equal(calls, 1)
+  })
+
+  test('an instance whose fetch throws at once warms up', async (t) => {
+    t.mock.method(globalThis, 'fetch', () => {
+      throw new Error('no fetch here')
+    })
+    await bootInstance(t, { performers: WARM })
+  })
+
+  test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off', async (t) => {
+    for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+      const server = await serve(t)
+      const gate = latch()
+      let calls = 0
+      const { port } = await bootInstance(t, {
+        performers: {
+          '/': () => {
+            calls++
+            return gate.opened
+          }
+        },
+        server,
+        until: 'started'
+      })
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n', value)
+      assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
+      assert.equal(calls, 0)
+      const page = getPage(portOf(server), '/@@warmup')
+      await until(() => calls === 1, 'the one asked for runs')
+      assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+      gate.open()
+      assert.equal((await page).body, 'Warmup successful')
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    }
+    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
+    await bootInstance(t)
+  })
+
+  test('server.close() aborts a running warm-up within a second, though nobody asks', async (t) => {
+    const monitor = await importMonitor(t)
+    const slow = latch()
+    const arrived = latch()
+    const server = await serve(t, async (_, response) => {
+      arrived.open()
+      await slow.opened
+      response.end()
+    })
+    const signals: AbortSignal[] = []
+    monitor.registerWarmup('/', ({ signal }) => {
+      signals.push(signal)
+      return hang()
+    })
+    await bootInstance(t, { monitor, server, until: 'started' })
+    await until(() => signals.length === 1, 'the warm-up has begun')
+    const page = getPage(portOf(server), '/')
+    await arrived.opened
+    server.close()
+    await until(() => signals[0]?.aborted, 'it is aborted', 1_000)
+    slow.open()
+    await page
+  })
+
+  test('server.close() during a warm-up of 60 s ends the process within seconds', async (t) => {
+    const child = runScript(t, {
+      script: `
+        const server = http.createServer((_, response) => response.end('hello'))
+        monitor.registerWarmup('/', async ({ signal }) => {
+          setTimeout(() => server.close(), 100)
+          await pause(60_000, undefined, { signal })
+        })
+        server.listen(0, '127.0.0.1')
+        await monitor.start({ server, listen: { port: 0 } })`
+    })
+    assert.equal(await inTime(child.exit, 'it has exited'), 0, child.output)
+  })
+
+  test('a server that closes, and listens again before it has closed, is warmed up', async (t) => {
+    quicken(t, 5)
+    const server = await serve(t, () => {})
+    const hanging = latch()
+    let tries = 0
+    const { port } = await bootInstance(t, {
+      performers: {
+        '/': async () => {
+          tries++
+          if (tries === 1) await hanging.opened
+        }
+      },
+      server,
+      until: 'started'
+    })
+    const client = await converse(t, portOf(server))
+    client.say(headOf('/slow')) // which keeps it from closing
+    await until(async () => (await ask(port, 'monitor\n')) !== '0\n' && tries === 1, 'both run')
+    const instancePort = portOf(server)
+    server.close()
+    await until(async () => (await ask(port, 'warmup_state\n')) === '0 0\n', 'it is aborted')
+    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+    await once(server.listen(instancePort, '127.0.0.1'), 'listening')
+    await untilHealthy(port)
+    assert.equal(tries, 2)
+  })
+
+  test('the signal of a warm-up aborts it after 30 minutes, and never once it is over', async (t) => {
+    const ticks = takeTicks(t)
+    const server = await serve(t)
+    const signals: AbortSignal[] = []
+    await bootInstance(t, {
+      performers: {
+        '/': ({ signal }) => {
+          signals.push(signal)
+        },
+        '/slow': ({ signal }) => {
+          signals.push(signal)
+          return signals.length === 2 ? undefined : hang()
+        }
+      },
+      server
+    })
+    const asked = getPage(portOf(server), '/slow/@@warmup')
+    await until(() => signals.length === 3, 'the second one runs')
+    ticks.pass(30 * 60_000 - 500)
+    assert.equal(signals[2]?.aborted, false)
+    ticks.pass(1_000)
+    assert.equal(signals[2]?.aborted, true)
+    const { status, body } = await asked
+    assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes'])
+    ticks.pass(30 * 60_000)
+    assert.deepEqual(
+      signals.map(({ aborted }) => aborted),
+      [false, false, true]
+    )
+  })
+})
+
+describe('Draining and shutdown', TOGETHER, () => {
+  test('while drained the verdict is the reason, before everything else', async (t) => {
+    const server = await serve(t)
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => false } },
+      server,
+      until: 'started'
+    })
+    let askers = 1 // a new one each time: who asks three times is waited for
+    const expectReason = async (reason: string) => {
+      assert.deepEqual(await monitor.health(), { healthy: false, reason })
+      askers++
+      const reply = await ask(port, 'health_check\n', { from: `127.0.0.${askers}` })
+      assert.equal(reply, `${reason}\n`)
+    }
+    await expectReason("Error: Database 'main' disconnected.")
+    await monitor.drain()
+    await expectReason('Draining')
+    monitor.resume()
+    await expectReason("Error: Database 'main' disconnected.")
+    await monitor.drain({ reason: 'LOOKOUT\nOK' })
+    await expectReason('LOO KOUT O K')
+    monitor.resume()
+    assert.match(await ask(port, 'drain  Out for   the night\n'), /^(Draining: .*\n)+Drained\n$/)
+    await expectReason('Out for the night')
+    assert.equal((await ask(port, 'resume\n')).split('\n').length, 2)
+    await expectReason("Error: Database 'main' disconnected.")
+  })
+
+  test('while drained, `Connection: close` outdoes what the application says', async (t) => {
+    const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
+    const server = await serve(t, (request, response) => {
+      if (request.url === '/gateway') {
+        response.writeHead(200, upstream).end()
+      } else if (request.url === '/list') {
+        response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
+      } else if (request.url === '/bare') {
+        // as Koa does before it answers an error
+        for (const name of response.getHeaderNames()) response.removeHeader(name)
+        response.setHeader('X-Kept', 'yes').end()
+      } else {
+        response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
+      }
+    })
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    await monitor.drain()
+    for (const path of ['/gateway', '/list', '/bare', '/header']) {
+      const { status, headers } = await getPage(portOf(server), path)
+      assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
+    }
+  })
+
+  test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server })
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const connectionOf = async (path: string) => {
+      const { status, headers } = await getPage(portOf(server), path, { agent })
+      assert.equal(status, 200)
+      return headers.connection
+    }
+    assert.equal(await connectionOf('/'), 'keep-alive')
+    const begunBefore = connectionOf('/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const drained = monitor.drain()
+    assert.equal(await connectionOf('/'), 'close')
+    letGo()
+    assert.equal(await begunBefore, 'close')
+    await drained
+    assert.equal(await connectionOf('/'), 'close')
+    monitor.resume()
+    assert.equal(await connectionOf('/'), 'keep-alive')
+  })
+
+  test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    for (const end of [monitor.resume, monitor.stop]) {
+      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+      await askTimes(3, port, 'health_check\n')
+      const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
+      assert.equal((await monitor.health()).reason, 'Again')
+      await end()
+      await inTime(drained, 'drain() ends', 1_000)
+      assert.notEqual((await monitor.health()).reason, 'Again')
       await monitor.stop()
     }
   })
 
-// --- Resets --------------------------------------------------------------------------------------
-
-test('10,000 connections reset at every moment leave the host alive and healthy', async (t) => {
-  const host = run(t, `
-    monitor.register('flow', '', async (connection) => {
-      for (let count = 0; count < 100; count++) {
-        connection.write('flowing '.repeat(100))
-        await new Promise(setImmediate)
-      }
-    })
-    const server = http.createServer((_, response) => response.end('hello'))
-    server.listen(0, '127.0.0.1', async () => {
-      const logger = { info() {}, warn: console.log, error: console.log }
-      const { port } = await monitor.start({ server, listen: { port: 0 }, logger })
-      console.log('port ' + port)
-    })`)
-  await until(() => /^port \d+$/m.test(host.output), 'the host listens')
-  const port = Number(host.output.match(/^port (\d+)$/m)?.[1])
-  await untilHealthy(port)
-  const resetOne = (moment: number) => new Promise<void>((resolve) => {
-    const socket = net.connect(port, '127.0.0.1').on('error', () => {}).on('close', () => resolve())
-    const reset = () => { socket.resetAndDestroy() }
-    if (moment === 0) socket.on('connect', reset) // before sending
-    else if (moment === 1) socket.write('health_check\n', reset) // after sending
-    else socket.on('data', reset).write('flow\n') // in mid-reply
-  })
-  let count = 0
-  const resetMany = async () => { while (count < 10_000) await resetOne(count++ % 3) }
-  await Promise.all(Array.from({ length: 100 }, resetMany))
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  assert.equal(host.child.exitCode, null)
-  assert.equal(host.output, `port ${port}\n`)
-})
-
-// --- Helpers of the figures, used by the faults too ----------------------------------------------
-
-/** The clock that the module reads, set by hand; in milliseconds. */
-function fakeClock(t: TestContext, start = 10_000_250) {
-  const clock = { now: start }
-  t.mock.method(performance, 'now', () => clock.now)
-  return clock
-}
-
-/** The one timer behind the module's limits, moved by hand: `pass` lets its time pass at once. */
-function takeTicks(t: TestContext) {
-  const TICK_MS = 250
-  const ticks: (() => void)[] = []
-  const setForReal = setInterval
-  t.mock.method(globalThis, 'setInterval', ((callback: () => void, ms: number) => {
-    if (ms === TICK_MS) ticks.push(callback)
-    return setForReal(() => {}, 2 ** 30)
-  }) as typeof setInterval)
-  return {
-    pass(ms: number): void {
-      for (let passed = 0; passed < ms; passed += TICK_MS) ticks.forEach((tick) => tick())
+  test('drain({ fall }) waits for so many answers of each, or for one agent_check', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    const askTwice = async (command: string, from: string) => {
+      await askTimes(2, port, `${command}\n`, { from })
     }
-  }
-}
-
-/** A small generator of numbers from 0 to 1, the same ones for the same seed. */
-function seeded(seed: number): () => number {
-  return () => {
-    seed = (seed + 0x6D2B79F5) | 0
-    let mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed)
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
-  }
-}
-
-/** A monitor whose warm-up is over at once, so that every request seen is a test's own. */
-async function freshAndWarm(t: TestContext): Promise<Monitor> {
-  const monitor = await fresh(t)
-  monitor.registerWarmup('/', () => {})
-  return monitor
-}
-
-/** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
-async function askMonitor(port: number, words: string, from?: string) {
-  const reply = await ask(port, `monitor ${words}\n`, from === undefined ? {} : { from })
-  assert.match(reply, /^-?\d+\nVmRSS:\t[ \d]{7}\d kB\n(\d+\.\d .+\n)*$/)
-  const [count, memory, ...lines] = reply.trimEnd().split('\n')
-  const [label, kilobytes, unit] = memory!.split(/\s+/)
-  assert.deepEqual([label, unit], ['VmRSS:', 'kB'])
-  const open = lines.map((line) => ({
-    age: Number(line.split(' ', 1)[0]), info: line.slice(line.indexOf(' ') + 1)
-  }))
-  return { count: Number(count), rss: Number(kilobytes), open }
-}
-
-/** Asks for a reply of numbers, and reads them as Munin's plug-ins do: by a split at blanks. */
-async function askNumbers(port: number, line: string): Promise<number[]> {
-  const reply = await ask(port, `${line}\n`)
-  assert.match(reply, /^-?\d+( -?\d+)*\n$/)
-  return reply.split(/\s/).slice(0, -1).map(Number)
-}
-
-/** An address of this machine that is not loopback: connected from it, a peer looks foreign. */
-const OUTSIDE = Object.values(networkInterfaces()).flat()
-  .find((each) => each?.family === 'IPv4' && !each.internal)?.address
-const NEEDS_OUTSIDE = OUTSIDE ? {} : { skip: 'this machine has no address but loopback' }
-
-// --- Databases -----------------------------------------------------------------------------------
-
-test('dbinfo answers loads, stores, connections, objects, and those loaded', async (t) => {
-  const monitor = await fresh(t)
-  const activity = monitor.registerDatabase('main', {
-    isConnected: () => true, figures: () => ({ size: 3212, nonGhost: 1438 })
-  })
-  activity.loads(1113)
-  activity.loads()
-  activity.stores(28)
-  for (let each = 0; each < 459; each++) activity.connections()
-  const port = await startFor(monitor, await serve(t))
-  assert.equal(await ask(port, 'dbinfo\n'), '1114 28 459 3212 1438\n')
-  assert.deepEqual(await askNumbers(port, 'dbinfo main 300'), [1114, 28, 459, 3212, 1438])
-})
-
-test('zeocache answers records and bytes added and evicted, and accesses', async (t) => {
-  const monitor = await fresh(t)
-  monitor.registerDatabase('main', {
-    isConnected: () => true,
-    figures: async () => ({
-      accesses: 1000, bytesAdded: 4200, bytesEvicted: 2300, recordsAdded: 42, recordsEvicted: 23
-    })
-  })
-  const port = await startFor(monitor, await serve(t))
-  assert.equal(await ask(port, 'zeocache\n'), '42 4200 23 2300 1000\n')
-  assert.deepEqual(await askNumbers(port, 'zeocache main'), [42, 4200, 23, 2300, 1000])
-})
-
-test('zeostatus answers True for a connected database, and False for any other', async (t) => {
-  const monitor = await fresh(t)
-  const answers: Record<string, () => boolean | Promise<boolean>> = {
-    up: () => true, soon: async () => true, down: () => false,
-    broken: () => { throw new Error('broken') }, rejecting: () => Promise.reject(new Error('no'))
-  }
-  for (const [name, isConnected] of Object.entries(answers)) {
-    monitor.registerDatabase(name, { isConnected })
-  }
-  const port = await startFor(monitor, await serve(t))
-  const replies = await Promise.all(Object.keys(answers).map(async (name) =>
-    [name, await ask(port, `zeostatus ${name}\n`)]))
-  assert.deepEqual(Object.fromEntries(replies), {
-    up: 'True\n', soon: 'True\n', down: 'False\n', broken: 'False\n', rejecting: 'False\n'
-  })
-})
-
-test('"-" and no name mean the database main, else the one registered first', async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  const register = (name: string, size: number) => monitor.registerDatabase(
-    name, { isConnected: () => name === 'first', figures: () => ({ size, accesses: size }) })
-  const ofWhom = async () => [
-    ...await Promise.all(['dbinfo', 'dbinfo -', 'dbinfo - 10'].map(
-      async (line) => (await askNumbers(port, line))[3])),
-    ...await Promise.all(['zeocache', 'zeocache -'].map(
-      async (line) => (await askNumbers(port, line))[4])),
-    await ask(port, 'zeostatus\n'), await ask(port, 'zeostatus -\n')
-  ]
-  register('first', 1)
-  register('second', 2)
-  assert.deepEqual(await ofWhom(), [1, 1, 1, 1, 1, 'True\n', 'True\n'])
-  register('main', 3)
-  assert.deepEqual(await ofWhom(), [3, 3, 3, 3, 3, 'False\n', 'False\n'])
-})
-
-test('a name that no database has is answered by one line, and not logged', async (t) => {
-  const monitor = await fresh(t)
-  const logger = recorder()
-  const port = await startFor(monitor, await serve(t), { logger })
-  for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'dbinfo -', 'monitor 0 -']) {
-    assert.equal(await ask(port, `${command}\n`), "Error: no database 'main' is registered\n")
-  }
-  monitor.registerDatabase('main', { isConnected: () => true })
-  for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'monitor 0', 'perf_metrics']) {
-    assert.equal(await ask(port, `${command} nope\n`), "Error: no database 'nope' is registered\n")
-  }
-  assert.deepEqual(logger.lines.filter((line) => !line.startsWith('info')), [])
-})
-
-test('figures that a database does not give are -1, those that it promises are not', async (t) => {
-  const monitor = await fresh(t)
-  monitor.registerDatabase('bare', { isConnected: () => true })
-  monitor.registerDatabase('partly', { isConnected: () => true, figures: () => ({ size: 5 }) })
-  monitor.registerDatabase('later', {
-    isConnected: async () => true, figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
-    connections: async () => []
-  })
-  const port = await startFor(monitor, await serve(t))
-  assert.deepEqual(await askNumbers(port, 'dbinfo bare'), [0, 0, 0, -1, -1])
-  assert.deepEqual(await askNumbers(port, 'zeocache bare'), [-1, -1, -1, -1, -1])
-  assert.equal((await askMonitor(port, '0 bare')).count, -1)
-  assert.deepEqual(await askNumbers(port, 'dbinfo partly'), [0, 0, 0, 5, -1])
-  assert.deepEqual(await askNumbers(port, 'dbinfo later'), [0, 0, 0, -1, 6])
-  assert.deepEqual(await askNumbers(port, 'zeocache later'), [-1, -1, 7, -1, -1])
-  assert.equal((await askMonitor(port, '0 later')).count, 0)
-})
-
-test('SECONDS that is no number from 0 to 3600 is answered by one line that says so', async (t) => {
-  const monitor = await fresh(t)
-  monitor.registerDatabase('main', { isConnected: () => true })
-  const port = await startFor(monitor, await serve(t))
-  for (const seconds of ['x', '-1', '3601', '3600.5', 'NaN', 'Infinity', '1e9', '0x10', '1,5']) {
-    for (const command of ['dbinfo', 'perf_metrics']) {
-      assert.match(await ask(port, `${command} main ${seconds}\n`),
-        /^Error: [^\n]*SECONDS[^\n]* 0 to 3600\n$/, `${command} main ${seconds}`)
-    }
-  }
-  for (const seconds of ['0', '1', '3600', '007']) {
-    assert.deepEqual(await askNumbers(port, `dbinfo main ${seconds}`), [0, 0, 0, -1, -1])
-  }
-})
-
-test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
-  const monitor = await fresh(t)
-  const activity = monitor.registerDatabase('main', { isConnected: () => true })
-  const port = await startFor(monitor, await serve(t))
-  activity.loads(2)
-  activity.loads(0)
-  for (const count of [-1, NaN, Infinity]) assert.throws(() => activity.loads(count), RangeError)
-  assert.deepEqual(await askNumbers(port, 'dbinfo'), [2, 0, 0, -1, -1])
-})
-
-test('windows of 1, 10, 300 and 3600 s are exact to the second', async (t) => {
-  const clock = fakeClock(t)
-  const random = seeded(3)
-  const monitor = await fresh(t)
-  const activity = monitor.registerDatabase('main', { isConnected: () => true })
-  const port = await startFor(monitor, await serve(t))
-  const windows = [1, 10, 300, 3600]
-  const history: { at: number, loads: number, stores: number }[] = []
-  const within = (seconds: number) => history.filter(({ at }) => clock.now - at < seconds * 1_000)
-  const pauses = [0, 1, 1, 2, 8, 9, 10, 11, 289, 290, 299, 300, 301, 3299, 3599, 3600, 3601, 9999]
-  for (let round = 0; round < 300; round++) {
-    const loads = Math.floor(random() * 1_000)
-    const stores = Math.floor(random() * 3)
-    activity.loads(loads)
-    activity.stores(stores)
-    history.push({ at: clock.now, loads, stores })
-    clock.now += 1_000 * pauses[Math.floor(random() ** 2 * pauses.length)]!
-    const lines = windows.map((seconds) => `dbinfo - ${seconds}\n`).join('')
-    const [, ...replies] = (await ask(port, `interactive\n${lines}quit\n`)).split('\n')
-    assert.deepEqual(replies.slice(0, windows.length), windows.map((seconds) => {
-      const counted = within(seconds)
-      const sum = (kind: 'loads' | 'stores') => counted.reduce((all, each) => all + each[kind], 0)
-      return `${sum('loads')} ${sum('stores')} 0 -1 -1`
-    }))
-  }
-})
-
-test('1,000,000 events a second are counted exactly, in memory that does not grow', async (t) => {
-  const child = run(t, `
-    const activity = monitor.registerDatabase('main', { isConnected: () => true })
-    const collected = () => {
-      globalThis.gc()
-      const { heapUsed, external } = process.memoryUsage()
-      return heapUsed + external
-    }
-    let busyMs = 0
-    const countForASecond = async () => {
-      const end = performance.now() + 1_000
-      for (let batch = 0; batch < 100; batch++) {
-        const began = performance.now()
-        for (let each = 0; each < 10_000; each++) activity.loads()
-        busyMs += performance.now() - began
-        await new Promise((resolve) => setImmediate(resolve))
-      }
-      while (performance.now() < end) await new Promise((resolve) => setTimeout(resolve, 10))
-    }
-    await countForASecond()
-    const before = collected()
-    await countForASecond()
-    const grown = collected() - before
-    const server = http.createServer().listen(0, '127.0.0.1')
-    const listen = { host: '127.0.0.1', port: 0 }
-    const { port } = await monitor.start({ server, listen, logger: { ...console, info() {} } })
-    console.log(JSON.stringify({ port, grown, microseconds: busyMs * 1_000 / 2_000_000 }))
-  `, {}, ['--expose-gc'])
-  await until(() => child.output.includes('\n'), 'the child has counted')
-  const { port, grown, microseconds } = JSON.parse(child.output)
-  assert.deepEqual(await askNumbers(port, 'dbinfo main 3600'), [2_000_000, 0, 0, -1, -1])
-  assert.ok(grown < 100_000, `${grown} bytes more`)
-  assert.ok(microseconds < 1, `${microseconds} µs for each event`)
-})
-
-// --- The process ---------------------------------------------------------------------------------
-
-test('200 requests in flight are counted and listed by age, aborted ones no more', async (t) => {
-  const clock = fakeClock(t)
-  const held: http.ServerResponse[] = []
-  const server = await serve(t, (_, response) => { held.push(response) })
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const open = (path: string) => http.request({ port: portOf(server), path, agent: false })
-    .on('error', () => {}).end()
-  const begin = async (count: number, path: string) => {
-    const requests = Array.from({ length: count }, () => open(path))
-    await until(async () => (await askMonitor(port, '0')).count === held.length, 'all are counted')
-    return requests
-  }
-  const early = begin(100, '/early')
-  await until(() => held.length === 100, 'the first hundred have come')
-  clock.now += 7_500
-  const late = begin(100, '/late?token=secret')
-  await until(() => held.length === 200, 'the second hundred have come')
-  await Promise.all([early, late])
-  clock.now += 5_000
-  assert.equal((await askMonitor(port, '0')).count, 200)
-
-  for (const request of (await early).slice(0, 50)) request.destroy()
-  await until(async () => (await askMonitor(port, '0')).count === 150, 'aborted ones are gone')
-  const all = await askMonitor(port, '0')
-  assert.deepEqual(all.open, [
-    ...Array(100).fill({ age: 5, info: 'GET /late' }),
-    ...Array(50).fill({ age: 12.5, info: 'GET /early' })
-  ])
-  const old = await askMonitor(port, '10')
-  assert.deepEqual([old.count, old.open.length, old.open[0]?.age], [150, 50, 12.5])
-  const { count, open: none } = await askMonitor(port, '')
-  assert.deepEqual([count, none], [150, []])
-
-  for (const response of held) response.end()
-  await until(async () => (await askMonitor(port, '0')).count === 0, 'all have ended')
-})
-
-test('monitor tells the resident memory as procfs does', async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  const { rss } = await askMonitor(port, '')
-  const measured = process.memoryUsage.rss() / 1_024
-  assert.ok(Math.abs(rss - measured) < measured / 10, `${rss} kB told, ${measured} kB measured`)
-  if (!existsSync('/proc/self/status')) return
-  const [line] = /^VmRSS:.*$/m.exec(readFileSync('/proc/self/status', 'utf8'))!
-  const [, own] = (await ask(port, 'monitor\n')).split('\n')
-  assert.equal(own!.replace(/\d+/, ''), line.replace(/\d+/, ''))
-  assert.equal(own!.length, line.length)
-})
-
-test('monitor lists the connections of the database that it is asked for', async (t) => {
-  const monitor = await fresh(t)
-  const now = Date.now()
-  t.mock.method(Date, 'now', () => now)
-  monitor.registerDatabase('shop', {
-    isConnected: () => true,
-    connections: async () => [
-      { openedAt: new Date(now - 200_000), info: '/import' }, { openedAt: now - 500, info: '/a b' },
-      { openedAt: now - 120_040, info: '/report' }
-    ]
-  })
-  const port = await startFor(monitor, await serve(t))
-  const { count, open } = await askMonitor(port, '0 shop')
-  assert.deepEqual({ count, open }, { count: 3, open: [
-    { age: 0.5, info: '/a b' }, { age: 120, info: '/report' }, { age: 200, info: '/import' }
-  ] })
-  const { open: old } = await askMonitor(port, '150 shop')
-  assert.deepEqual(old, [{ age: 200, info: '/import' }])
-  assert.match(await ask(port, 'monitor young\n'), /^Error: AGE [^\n]+\n$/)
-})
-
-test('only a peer on this machine is told paths; others get count and memory', NEEDS_OUTSIDE,
-  async (t) => {
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => { held.push(response) })
-    const monitor = await freshAndWarm(t)
-    monitor.registerDatabase('main', {
-      isConnected: () => true, connections: () => [{ openedAt: 0, info: '/secret' }]
-    })
-    const port = await startFor(monitor, server)
-    await untilHealthy(port)
-    http.get({ port: portOf(server), path: '/private', agent: false }).on('error', () => {})
-    await until(() => held.length === 1, 'the request has come')
-    const { open } = await askMonitor(port, '0')
-    assert.deepEqual(open.map(({ info }) => info), ['GET /private'])
-    for (const words of ['0', '0 main']) {
-      const { count, rss, open: told } = await askMonitor(port, words, OUTSIDE)
-      assert.deepEqual([count, told], [1, []])
-      assert.ok(rss > 0)
-    }
-  })
-
-test('watching requests changes nothing that the application or its clients see', async (t) => {
-  const transcripts = async (start: boolean) => {
-    const server = await serve(t, (request, response) => {
-      const events: string[] = []
-      request.on('data', (part: Buffer) => events.push(String(part)))
-      request.on('end', () => {
-        const { method, url, headers, trailers, complete } = request
-        response.setHeader('X-Events', response.eventNames().length > 0 ? 'some' : 'none')
-        response.removeHeader('X-Events')
-        response.end(JSON.stringify({ method, url, headers, trailers, complete, events }))
-      })
-    })
-    server.on('upgrade', (_, socket) => { socket.end('HTTP/1.1 101 Changed\r\n\r\nchanged') })
-    const listeners = () => server.eventNames().map((name) => [name, server.listenerCount(name)])
-    const before = listeners()
-    if (start) {
-      const monitor = await freshAndWarm(t)
-      await untilHealthy(await startFor(monitor, server))
-    }
-    assert.deepEqual(listeners(), before)
-    const replies = []
-    for (const [line, rest, body] of [
-      ['GET /a?b=c', '', ''], ['HEAD /a', '', ''], ['OPTIONS *', '', ''], ['NONSENSE', '', ''],
-      ['POST /a', 'Content-Length: 5\r\n', 'hello'],
-      ['POST /a', 'Expect: 100-continue\r\nContent-Length: 5\r\n', 'hello'],
-      ['POST /a', 'Transfer-Encoding: chunked\r\nTrailer: x\r\n', '2\r\nhi\r\n0\r\nx: y\r\n\r\n'],
-      ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n', ''], ['CONNECT a:1', '', ''],
-      ['GET /@@warmups', '', ''], ['GET /%40%40warmup', '', '']
-    ]) {
-      const close = rest!.includes('Upgrade') ? '' : 'Connection: close\r\n'
-      const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${close}\r\n${body}`
-      replies.push(await ask(portOf(server), raw).catch((error: Error) => error.message))
-    }
-    replies.push(await ask(portOf(server),
-      'GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n'))
-    return replies.map((reply) => reply?.replace(/^Date: .*$/gm, 'Date'))
-  }
-  const alone = await transcripts(false)
-  assert.equal(new Set(alone).size, alone.length, 'each request has an answer of its own')
-  assert.deepEqual(await transcripts(true), alone)
-})
-
-test('an upgraded socket works on, and is no request in flight', async (t) => {
-  const server = await serve(t)
-  server.on('upgrade', (_, socket: net.Socket) => {
-    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
-    socket.on('error', () => {}).pipe(socket)
-  })
-  const port = await startFor(await freshAndWarm(t), server)
-  await untilHealthy(port)
-  const socket = net.connect(portOf(server), '127.0.0.1').setEncoding('utf8')
-  t.after(() => socket.destroy())
-  let transcript = ''
-  socket.on('data', (text: string) => { transcript += text })
-  socket.write('GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
-  await until(() => transcript.endsWith('\r\n\r\n'), 'the socket is upgraded')
-  assert.equal((await askMonitor(port, '0')).count, 0)
-  socket.write('both ways')
-  await until(() => transcript.endsWith('both ways'), 'it echoes')
-  socket.resetAndDestroy()
-  await untilHealthy(port)
-  assert.equal((await askMonitor(port, '0')).count, 0)
-})
-
-for (const [total, options] of [[10_000, {}], [1_000_000, SLOW]] as const) {
-  test(`${total} requests later, aborted ones among them, none is counted in flight`,
-    { ...options, timeout: 300_000 }, async (t) => {
-      const PIPELINED = 100
-      let held = 0
-      const server = await serve(t, ({ url }, response) => {
-        if (url === '/hold') held++
-        else response.end()
-      })
-      const port = await startFor(await freshAndWarm(t), server)
-      await untilHealthy(port)
-      const rest = 'GET / HTTP/1.1\r\nHost: a\r\n\r\n'.repeat(PIPELINED - 1)
-      const last = 'GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n'
-      for (let sent = 0; sent < total; sent += 10 * PIPELINED) {
-        const whole = Array.from({ length: 9 }, () => ask(portOf(server), rest + last))
-        const aborted = net.connect(portOf(server), '127.0.0.1').on('error', () => {})
-        const before = held
-        aborted.write(`GET /hold HTTP/1.1\r\nHost: a\r\n\r\n${rest}`)
-        for (const transcript of await Promise.all(whole)) {
-          assert.equal(transcript.match(/HTTP\/1.1 200 OK/g)?.length, PIPELINED)
-        }
-        await until(() => held > before, 'the one to be aborted has come')
-        aborted.resetAndDestroy()
-      }
-      await until(async () => (await askMonitor(port, '0')).count === 0, 'none is in flight')
-      const { http: { in_flight, requests } } = JSON.parse(await ask(port, 'perf_metrics\n'))
-      assert.equal(in_flight, 0)
-      assert.ok(requests > total * 0.9 && requests <= total, `${requests} counted`)
-    })
-}
-
-// --- perf_metrics --------------------------------------------------------------------------------
-
-const NO_CACHE = { size: -1, ngsize: -1, max_size: -1 }
-const NO_DB = {
-  loads: -1, stores: -1, connections: -1, conflicts: -1, unresolved_conflicts: -1, total_objs: -1,
-  size_in_bytes: -1
-}
-
-/** Asks for the figures, and holds the reply to its shape: one line, the keys in their order. */
-async function askPerfMetrics(port: number, words = '') {
-  const reply = await ask(port, `perf_metrics ${words}\n`)
-  assert.match(reply, /^\{[^\n]+\}\n$/)
-  const metrics = JSON.parse(reply)
-  assert.deepEqual(Object.entries(metrics).map(([group, figures]) =>
-    `${group}: ${Object.keys(figures as object).join(' ')}`), [
-    'instance: uptime pid version', `cache: ${Object.keys(NO_CACHE).join(' ')}`,
-    `db: ${Object.keys(NO_DB).join(' ')}`,
-    'memory: rss uss pss heap_used heap_total external array_buffers', 'cpu: user system',
-    'loop: utilization', 'http: in_flight requests errors'
-  ])
-  return metrics
-}
-
-test('perf_metrics answers one line of JSON with integers under the known keys', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const activity = monitor.registerDatabase('main', {
-    isConnected: () => true,
-    figures: () => ({
-      size: 3212, nonGhost: 1438, maxSize: 30000, conflicts: 7, unresolvedConflicts: 3,
-      objects: 13336, bytes: 5796849.7
-    })
-  })
-  activity.loads(1114)
-  activity.stores(28)
-  activity.connections(459)
-  const port = await startFor(monitor, await serve(t))
-  const { instance, cache, db, memory, cpu, loop, http: counts } = await askPerfMetrics(port)
-  assert.deepEqual(cache, { size: 3212, ngsize: 1438, max_size: 30000 })
-  assert.deepEqual(db, {
-    loads: 1114, stores: 28, connections: 459, conflicts: 7, unresolved_conflicts: 3,
-    total_objs: 13336, size_in_bytes: 5796849
-  })
-  const { pid, version } = process
-  assert.deepEqual(instance, { uptime: instance.uptime, pid, version })
-  assert.ok(Math.abs(instance.uptime - process.uptime()) < 2)
-  const real = process.memoryUsage()
-  for (const [told, measured] of [
-    [memory.rss, real.rss], [memory.heap_used, real.heapUsed], [memory.heap_total, real.heapTotal],
-    [memory.external, real.external]
-  ]) assert.ok(told > measured / 2 && told < measured * 2, `${told} told, ${measured} measured`)
-  assert.deepEqual([memory.uss, memory.pss], [-1, -1])
-  const { user, system } = process.cpuUsage()
-  assert.ok(cpu.user > user / 2 && cpu.user <= user && cpu.system <= system)
-  const integers = [instance.uptime, cache, db, memory, cpu, counts].flatMap(
-    (group) => typeof group === 'object' ? Object.values(group) : [group])
-  assert.deepEqual(integers.filter((figure) => !Number.isInteger(figure)), [])
-  assert.ok(loop.utilization >= -1 && loop.utilization <= 1)
-})
-
-test('perf_metrics counts in the window and for the database that it is asked for', async (t) => {
-  const clock = fakeClock(t)
-  const monitor = await fresh(t)
-  monitor.registerDatabase('main', { isConnected: () => true }).loads(5)
-  monitor.registerDatabase('shop', { isConnected: () => true }).loads(6)
-  clock.now += 100_000
-  const port = await startFor(monitor, await serve(t))
-  assert.equal((await askPerfMetrics(port)).db.loads, 5)
-  assert.equal((await askPerfMetrics(port, '- 101')).db.loads, 5)
-  assert.equal((await askPerfMetrics(port, 'main 100')).db.loads, 0)
-  assert.equal((await askPerfMetrics(port, 'shop')).db.loads, 6)
-})
-
-test('perf_metrics of a disconnected database is its error alone', async (t) => {
-  const monitor = await fresh(t)
-  monitor.registerDatabase('main', { isConnected: () => false })
-  const port = await startFor(monitor, await serve(t))
-  assert.equal(await ask(port, 'perf_metrics\n'), '{"error":"Database \'main\' disconnected."}\n')
-})
-
-test('perf_metrics shows -1 where no database is registered, or no server given', async (t) => {
-  const monitor = await fresh(t)
-  const instance = portOf(await serve(t))
-  const address = await monitor.start({
-    port: instance, listen: { host: '127.0.0.1', port: 0 }, logger: recorder()
-  }) as net.AddressInfo
-  const { cache, db, http: counts } = await askPerfMetrics(address.port)
-  assert.deepEqual({ cache, db, counts },
-    { cache: NO_CACHE, db: NO_DB, counts: { in_flight: -1, requests: -1, errors: -1 } })
-})
-
-test('requests and answers of 500 and more are counted from the start on', async (t) => {
-  const held: http.ServerResponse[] = []
-  const server = await serve(t, ({ url = '' }, response) => {
-    if (url === '/hold') return void held.push(response)
-    response.writeHead(Number(url.slice(1))).end()
-  })
-  const port = await startFor(await freshAndWarm(t), server)
-  await untilHealthy(port)
-  for (const path of ['/200', '/204', '/404', '/499', '/500', '/503', '/@@warmup', '/hold']) {
-    const request = http.get({ port: portOf(server), path, agent: false }).on('error', () => {})
-    if (path === '/hold') await until(() => held.length > 0, 'it has come')
-    else (await once(request, 'response'))[0].resume()
-  }
-  await until(async () => (await askPerfMetrics(port)).http.in_flight === 1, 'one is in flight')
-  assert.deepEqual((await askPerfMetrics(port)).http, { in_flight: 1, requests: 7, errors: 2 })
-})
-
-test('the load of the event loop is that of the last ten seconds, the same for all', async (t) => {
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const utilization = async () => (await askPerfMetrics(port)).loop.utilization as number
-  const work = () => { for (const end = Date.now() + 150; Date.now() < end;); }
-  const rest = () => new Promise((resolve) => setTimeout(resolve, 150))
-  ticks.pass(250)
-  work()
-  ticks.pass(250)
-  const busy = await utilization()
-  assert.ok(busy > 0.8 && busy <= 1, `${busy} when busy`)
-  assert.equal(await utilization(), busy)
-  await rest()
-  await rest()
-  ticks.pass(250)
-  const mixed = await utilization()
-  assert.ok(mixed > 0.2 && mixed < 0.7, `${mixed} with a third of it busy`)
-  ticks.pass(10_000)
-  await rest()
-  ticks.pass(250)
-  const relaxed = await utilization()
-  assert.ok(relaxed < 0.2, `${relaxed} ten seconds later`)
-})
-
-test('the load of the event loop is -1 where the runtime cannot tell', async (t) => {
-  const own = Object.getOwnPropertyDescriptor(performance, 'eventLoopUtilization')
-  t.after(() => {
-    if (own) Object.defineProperty(performance, 'eventLoopUtilization', own)
-    else Reflect.deleteProperty(performance, 'eventLoopUtilization')
-  })
-  const missing = { value: undefined, configurable: true }
-  Object.defineProperty(performance, 'eventLoopUtilization', missing)
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  ticks.pass(1_000)
-  assert.equal((await askPerfMetrics(port)).loop.utilization, -1)
-})
-
-// --- A fleet -------------------------------------------------------------------------------------
-
-interface Point {
-  measurement: string, tags: Record<string, string>, fields: Record<string, number | string>
-}
-
-/** InfluxDB's line protocol, and nothing that only some of its readers put up with. */
-function parseLineProtocol(line: string): Point {
-  let at = 0
-  const fail = (what: string): never => assert.fail(`${what} at ${at} of ${JSON.stringify(line)}`)
-  const text = (special: string, ends: string) => {
-    let found = ''
-    for (; at < line.length && !ends.includes(line[at]!); at++) {
-      if (line[at] === '\\' && at + 1 < line.length && special.includes(line[at + 1]!)) at++
-      else if (special.includes(line[at]!)) fail('a sign that is not escaped')
-      if (/\p{Cc}/u.test(line[at]!)) fail('a control character')
-      found += line[at]
-    }
-    return found || fail('nothing')
-  }
-  const take = (sign: string) => line[at] === sign ? at++ : fail(`no "${sign}"`)
-  const put = <Value>(record: Record<string, Value>, key: string, value: Value) => {
-    if (key.startsWith('_') || key === 'time' || Object.hasOwn(record, key)) fail('a wrong key')
-    Object.defineProperty(record, key, { value, enumerable: true })
-  }
-  const value = (): number | string => {
-    const number = /[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?=[, ]|$)/y
-    const string = /"((?:[^"\\\p{Cc}]|\\["\\])*)"(?=[, ]|$)/uy
-    number.lastIndex = string.lastIndex = at
-    const [found = fail('no value'), quoted] = number.exec(line) ?? string.exec(line) ?? []
-    at += found.length
-    return quoted === undefined ? Number(found) : quoted.replace(/\\(["\\])/g, '$1')
-  }
-  const point: Point = { measurement: text(', ', ', '), tags: {}, fields: {} }
-  if (/^[_#]/.test(point.measurement)) fail('a wrong measurement')
-  while (line[at] === ',') {
-    take(',')
-    const key = text(',= ', '=')
-    take('=')
-    put(point.tags, key, text(',= ', ', '))
-  }
-  do {
-    take(at === 0 || Object.keys(point.fields).length === 0 ? ' ' : ',')
-    const key = text(',= ', '=')
-    take('=')
-    put<number | string>(point.fields, key, value())
-  } while (line[at] === ',')
-  if (at < line.length) fail('more than fields')
-  return point
-}
-
-function parseDump(stdout: string): Point[] {
-  assert.match(stdout, /^(.+\n)*$/)
-  return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
-}
-
-/** What answers at the monitor port of some instance; gives the port of the instance. */
-async function fakeInstance(t: TestContext, answer: (socket: net.Socket) => void): Promise<number> {
-  const port = await freePort()
-  const sockets = new Set<net.Socket>()
-  const server = net.createServer((socket) => {
-    sockets.add(socket.on('error', () => {}))
-    answer(socket)
-  }).listen(port + 80, '127.0.0.1')
-  t.after(() => {
-    server.close()
-    for (const socket of sockets) socket.destroy()
-  })
-  await once(server, 'listening')
-  return port
-}
-
-test('the strict parser of line protocol refuses what is none', () => {
-  const line = 'm,a\\ b=c\\,d\\=e\\f x=1,y="a \\"q\\" \\\\",z=-1.5e+9'
-  const { tags, fields } = parseLineProtocol(line)
-  assert.deepEqual({ tags, fields },
-    { tags: { 'a b': 'c,d=e\\f' }, fields: { x: 1, y: 'a "q" \\', z: -1.5e9 } })
-  for (const wrong of [
-    'm', 'm ', 'm,a=b', 'm,a= x=1', 'm,a=b  x=1', 'm,a=b c x=1', 'm,a=b=c x=1', 'm,a=b\\ x=1',
-    'm x=', 'm x=NaN', 'm x=Infinity', 'm x=null', 'm x="a', 'm x="a\\b"', 'm x="\n"', 'm x=1,',
-    'm x=1 ', 'm x=1,x=2', 'm x=1,y', 'm,a=b,a=c x=1', '#m x=1', 'm _x=1'
-  ]) assert.throws(() => parseLineProtocol(wrong), assert.AssertionError, wrong)
-})
-
-test('the dump of three instances, one of them dead, is strict line protocol', async (t) => {
-  const ports: number[] = []
-  for (const size of [20, 30]) {
-    const monitor = await freshAndWarm(t)
-    monitor.registerDatabase('main', { isConnected: () => true, figures: () => ({ size }) })
-    const port = await freePort()
-    await startFor(monitor, await serve(t), { listen: { host: '127.0.0.1', port: port + 80 } })
-    ports.push(port)
-  }
-  const [first, second, dead] = [...ports, await freePort()]
-  const cwd = mkdtempSync(join(tmpdir(), 'my deployment,a=b-'))
-  t.after(() => rmSync(cwd, { recursive: true }))
-  const { status, stdout, stderr } = await runProgram(t,
-    ['dump-perf-metrics', `web,1=${first}`, `${dead}`, `web 2=127.0.0.1:${second}`], { cwd })
-  assert.equal(status, 0)
-  assert.match(stderr, new RegExp(`^[^\\n]*${dead}[^\\n]*\\n$`))
-  const points = parseDump(stdout)
-  const deployment = basename(cwd)
-  assert.deepEqual(points.map(({ measurement, tags }) => [measurement, tags]), [
-    ['deployments', { deployment, process: 'web 2' }],
-    ['deployments', { deployment, process: 'web,1' }]
-  ])
-  assert.deepEqual(points.map(({ fields }) => fields['cache.size']), [30, 20])
-  for (const [index, port] of [second!, first!].entries()) {
-    const { fields } = points[index]!
-    const keys = Object.keys(fields)
-    assert.deepEqual(keys, [...keys].sort())
-    const told = JSON.parse(await ask(port + 80, 'perf_metrics\n')) as Record<string, object>
-    assert.deepEqual(keys, Object.entries(told).flatMap(([group, figures]) =>
-      Object.keys(figures).map((name) => `${group}.${name}`)).sort())
-    assert.equal(fields['instance.pid'], process.pid)
-    assert.equal(fields['instance.version'], process.version)
-    assert.equal(fields['memory.uss'], -1)
-  }
-})
-
-test('an instance is tagged as it was named, and the deployment as told', async (t) => {
-  const port = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
-  const tagged = {
-    [`${port}`]: `${port}`, [`127.0.0.1:${port}`]: `127.0.0.1:${port}`, [`a=${port}`]: 'a',
-    [`a b\\=localhost:${port}`]: 'a b'
-  }
-  const { status, stdout, stderr } = await runProgram(t,
-    ['dump-perf-metrics', '--deployment', 'prod = 1, north', ...Object.keys(tagged)])
-  assert.deepEqual([status, stderr], [0, ''])
-  const points = parseDump(stdout)
-  assert.deepEqual(points.map(({ tags }) => tags['process']).sort(), Object.values(tagged).sort())
-  for (const { measurement, tags, fields } of points) {
-    assert.equal(measurement, 'deployments')
-    assert.equal(tags['deployment'], 'prod = 1, north')
-    assert.deepEqual(fields, { 'cache.size': 1 })
-  }
-})
-
-test('silent instances are asked at the same time, and given one second each', async (t) => {
-  const silent: number[] = []
-  while (silent.length < 5) silent.push(await fakeInstance(t, () => {}))
-  const dripping = await fakeInstance(t, (socket) => {
-    const timer = setInterval(() => socket.write(' '), 100)
-    socket.on('close', () => clearInterval(timer))
-  })
-  const well = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
-  const began = Date.now()
-  const { status, stdout, stderr } = await runProgram(t,
-    ['dump-perf-metrics', ...[...silent, dripping, well].map(String)])
-  const took = Date.now() - began
-  assert.ok(took >= 1_000 && took < 3_000, `${took} ms`)
-  assert.equal(status, 0)
-  assert.equal(stderr.split('\n').length - 1, 6)
-  assert.equal(parseDump(stdout)[0]?.tags['process'], String(well))
-})
-
-test('a broken instance is a warning and no line, and all broken ones a status', async (t) => {
-  const replies = [
-    '', 'OK\n', '{"cache":{"size":1}', '[]\n', 'null\n', '"text"\n', '7\n', '{}\n',
-    '{"cache":{"size":null}}\n', '{"error":"Database \'main\' disconnected."}\n',
-    "Error: no database 'main' is registered\n", 'HTTP/1.1 400 Bad Request\r\n\r\n',
-    '{"error":"red \\u001b[31m\\nforged: warning"}\n'
-  ]
-  const ports: string[] = []
-  for (const reply of replies) {
-    ports.push(String(await fakeInstance(t, (socket) => socket.end(reply))))
-  }
-  const { status, stdout, stderr } = await runProgram(t, ['dump-perf-metrics', ...ports])
-  assert.deepEqual([status, stdout], [1, ''])
-  const warnings = stderr.split('\n').slice(0, -1)
-  assert.equal(warnings.length, replies.length, stderr)
-  for (const warning of warnings) assert.doesNotMatch(warning, /[\p{Cc}\p{Cf}]/u)
-  for (const port of ports) assert.ok(warnings.some((warning) => warning.includes(`${port}: `)))
-})
-
-test('whatever an instance puts into its figures, its line is strict line protocol', async (t) => {
-  const reply = '{"a b,=\\\\":{"c\\nd\\u001b":1},"s":{"q":"x\\"y\\\\z\\n,= é"},"n":{"big":1e300,' +
-    '"small":-1e-7,"huge":1e999,"yes":true,"none":null,"list":[1]}}\n'
-  const port = await fakeInstance(t, (socket) => socket.end(reply))
-  const { status, stdout } = await runProgram(t,
-    ['dump-perf-metrics', '--deployment', 'd\\', String(port)])
-  assert.equal(status, 0)
-  const [{ fields } = assert.fail('no line')] = parseDump(stdout)
-  assert.deepEqual([fields['s.q'], fields['n.big'], fields['n.small']],
-    ['x"y\\z ,= é', 1e300, -1e-7])
-})
-
-// --- The bench for HTTP, HAProxy and draining ----------------------------------------------------
-
-type Port = { name: string, port: number, monitorPort: number }
-
-/** Asks over HTTP, on a connection of its own unless an agent is given. */
-function requestFrom(port: number, path: string, options: http.RequestOptions = {}, body = '') {
-  type Answer = { status: number, headers: http.IncomingHttpHeaders, body: string }
-  return new Promise<Answer>((resolve, reject) => {
-    const to = { host: '127.0.0.1', port, path, agent: false, timeout: 10_000, ...options }
-    const request = http.request(to, (response) => {
-      let text = ''
-      response.setEncoding('utf8').on('data', (part: string) => { text += part })
-      response.on('error', reject).on('end', () => resolve(
-        { status: response.statusCode ?? 0, headers: response.headers, body: text }))
-    })
-    request.on('timeout', () => request.destroy(new Error(`${path} is not answered in time`)))
-    request.on('error', reject).end(body)
-  })
-}
-
-/** Runs a program to its end with this input. */
-async function runToEnd(t: TestContext, program: string, words: string[], input = '') {
-  const watched = watch(t, spawn(program, words))
-  watched.child.stdin?.on('error', () => {}).end(input)
-  return { status: await watched.exit, output: watched.output }
-}
-
-const runFtwMonitor = (t: TestContext, ...words: string[]) =>
-  runToEnd(t, process.execPath, [fileURLToPath(MODULE), ...words, '--host', '127.0.0.1'])
-
-/** For a process in which the monitor's limits, all on one interval, pass so much faster. */
-const flagForPace = (factor: number) => `--import=data:text/javascript,${encodeURIComponent(
-  'const interval = setInterval; globalThis.setInterval = (act, ms, ...rest) => ' +
-  `interval(act, ms / ${factor}, ...rest)`)}`
-
-/** An instance in a process of its own; the script has `server`, and may answer its requests. */
-async function runInstance(
-  t: TestContext, script = '', flags: string[] = [], env: Record<string, string> = {}
-) {
-  const instance = run(t, `
-    const server = http.createServer()
-    ${script}
-    if (server.listenerCount('request') === 0) server.on('request', (_, response) => response.end())
-    monitor.start({ server, listen: { host: '127.0.0.1', port: 0 } }).then(({ port }) =>
-      console.log('ports', server.address().port, port))
-    server.listen(0, '127.0.0.1')`, env, flags)
-  await until(() => /^ports \d+ \d+$/m.test(instance.output), 'the instance tells its ports')
-  const [, port, monitorPort] = /^ports (\d+) (\d+)$/m.exec(instance.output) ?? []
-  await untilHealthy(Number(monitorPort))
-  return { ...instance, port: Number(port), monitorPort: Number(monitorPort) }
-}
-
-const AGENT_INTERVAL_MS = 200
-
-/** HAProxy before these instances, told by their monitors; nothing is tried twice. */
-async function balanceByAgent(t: TestContext, instances: Port[]) {
-  const folder = mkdtempSync(join(tmpdir(), 'ftw-monitor-'))
-  const [config, runtime, port] = [join(folder, 'config'), join(folder, 'socket'), await freePort()]
-  writeFileSync(config, `
-    global
-      stats socket ${runtime} level admin
-    defaults
-      mode http
-      timeout connect 2s
-      timeout client 20s
-      timeout server 20s
-      retries 0
-    frontend front
-      bind 127.0.0.1:${port}
-      default_backend back
-    backend back
-      balance roundrobin
-      cookie INSTANCE insert indirect nocache
-      option tcp-check
-      tcp-check connect
-      tcp-check send "health_check\\n"
-      tcp-check expect string OK
-      default-server inter 300ms rise 1 fall 3 weight 100 agent-inter ${AGENT_INTERVAL_MS}ms
-      ${instances.map((each) => `server ${each.name} 127.0.0.1:${each.port} cookie ${each.name} ` +
-        `check port ${each.monitorPort} agent-check agent-port ${each.monitorPort} ` +
-        'agent-send "agent_check\\n"').join('\n      ')}\n`.replace(/^ {4}/gm, ''))
-  const haproxy = watch(t, spawn('haproxy', ['-db', '-f', config]))
-  t.after(() => rmSync(folder, { recursive: true, force: true }))
-  const command = (text: string) => new Promise<string>((resolve, reject) => {
-    let reply = ''
-    const socket = net.connect(runtime).setEncoding('utf8').on('error', reject)
-    socket.on('data', (part: string) => { reply += part }).on('close', () => resolve(reply))
-    socket.end(`${text}\n`)
-  })
-  await until(() => command('show info').catch(() => ''), `HAProxy runs: ${haproxy.output}`)
-  /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
-  const stateOf = async (name: string) => {
-    const [head = '', ...rows] = (await command('show stat back -1 -1')).split('\n')
-    const row = rows.map((each) => each.split(',')).find(([, server]) => server === name) ?? []
-    return Object.fromEntries(head.split(',').map((column, index) => [column, row[index] ?? '']))
-  }
-  const untilState = (name: string, state: RegExp) => until(
-    async () => state.test((await stateOf(name))['status'] ?? ''), `HAProxy has ${name} ${state}`)
-  return { port, command, stateOf, untilState }
-}
-
-/** Asks in turn, with a pause after each answer, until told to stop; rejects as the asking does. */
-function keepAsking(everyMs: number, askOnce: () => Promise<unknown>) {
-  let stopped = false
-  const asker = { answers: 0, stop: () => { stopped = true; return done } }
-  const done = (async () => {
-    while (!stopped) {
-      await askOnce()
-      asker.answers++
-      await new Promise((resolve) => setTimeout(resolve, everyMs))
-    }
-  })()
-  done.catch(() => {}) // told by stop()
-  return asker
-}
-
-/** A server whose requests to /held wait until they are let go. */
-async function serveHeld(t: TestContext) {
-  const held: http.ServerResponse[] = []
-  const server = await serve(t, (request, response) => {
-    if (request.url === '/held') held.push(response)
-    else response.end('served')
-  })
-  const letGo = () => { for (const response of held.splice(0)) response.end('late') }
-  return { server, held, letGo }
-}
-
-const raiseAfter = (ms: number, what: string) => new Promise<never>((_, reject) => {
-  setTimeout(() => reject(new Error(`not within ${ms} ms: ${what}`)), ms).unref()
-})
-
-// --- HTTP on the monitor port --------------------------------------------------------------------
-
-test('over HTTP the verdict is 200 and OK, or 503 and the reason, and not cached', async (t) => {
-  const monitor = await fresh(t)
-  let connected = true
-  monitor.registerDatabase('main', { isConnected: () => connected })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const good = await requestFrom(port, '/health_check')
-  connected = false
-  const bad = await requestFrom(port, '/health_check')
-  assert.deepEqual([good.status, good.body], [200, 'OK\n'])
-  assert.deepEqual([bad.status, bad.body], [503, "Error: Database 'main' disconnected.\n"])
-  for (const { headers } of [good, bad]) {
-    assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
-    assert.equal(headers['cache-control'], 'no-store')
-    assert.equal(headers['x-content-type-options'], 'nosniff')
-  }
-  const figures = await requestFrom(port, '/perf_metrics')
-  assert.match(figures.headers['content-type'] ?? '', /^application\/json\b/)
-  assert.equal(JSON.parse(figures.body).error, "Database 'main' disconnected.")
-})
-
-test('GET runs a command that is offered over HTTP, its arguments percent-decoded', async (t) => {
-  const monitor = await fresh(t)
-  const echo: Parameters<Monitor['register']>[2] = async (connection, ...words) => {
-    for (const word of words) {
-      connection.write(`<${word}>`)
-      await new Promise(setImmediate)
-    }
-  }
-  monitor.register('echo', 'Echo', echo, { http: true })
-  monitor.register('größe', 'Size', (connection) => connection.write('XL'), { http: true })
-  const port = await startFor(monitor, await serve(t))
-  const { status, body } = await requestFrom(port, '/echo/a%20b/%C3%BC%2F/c')
-  assert.deepEqual([status, body], [200, '<a b><ü/><c>'])
-  assert.equal((await requestFrom(port, '/gr%C3%B6%C3%9Fe')).body, 'XL')
-  assert.match((await requestFrom(port, '/help/echo')).body, /^Help for echo:\n\nEcho\n/)
-  for (const name of ['health_check', 'agent_check', 'metrics', 'warmup_state', 'monitor',
-    'perf_metrics']) {
-    const isOffered = async () => (await requestFrom(port, `/${name}`)).status === 200
-    await until(isOffered, `${name} is offered`)
-  }
-})
-
-test('what is not offered over HTTP is not found there', async (t) => {
-  const monitor = await fresh(t)
-  let calls = 0
-  monitor.register('own', 'Own', () => { calls++ })
-  monitor.register('near', 'Near', () => { calls++ }, { local: true })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const paths = ['/own', '/near', '/drain', '/drain/now', '/%64rain', '//drain', '/resume', '/quit',
-    '/interactive', '/nope', '/HEALTH_CHECK', '/constructor', '/__proto__', '/health_check%2F',
-    '/%', '/%ff', '/favicon.ico']
-  for (const path of paths) assert.equal((await requestFrom(port, path)).status, 404, path)
-  assert.equal(calls, 0)
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-})
-
-test('a command that fails over HTTP is a 500 of one line, without its stack', async (t) => {
-  const monitor = await fresh(t)
-  const boom = () => { throw new RangeError('boom') }
-  monitor.register('throws', 'Throws', boom, { http: true })
-  monitor.register('rejects', 'Rejects', async () => boom(), { http: true })
-  monitor.register('late', 'Late', async (connection) => {
-    connection.write('begun\n')
-    boom()
-  }, { http: true })
-  const port = await startFor(monitor, await serve(t))
-  for (const name of ['throws', 'rejects']) {
-    const { status, headers, body } = await requestFrom(port, `/${name}`)
-    assert.deepEqual([status, body], [500, 'RangeError: boom\n'])
-    assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
-  }
-  const late = await requestFrom(port, '/late')
-  assert.deepEqual([late.status, late.body], [500, 'begun\nRangeError: boom\n'])
-})
-
-test('GET / is help with 200 in every state: it proves that the event loop turns', async (t) => {
-  const monitor = await fresh(t)
-  let warm = () => {}
-  monitor.registerWarmup('/', () => new Promise<void>((resolve) => { warm = resolve }))
-  monitor.registerDatabase('main', { isConnected: () => false })
-  const port = await startFor(monitor, await serve(t))
-  const help = await ask(port, 'help\n')
-  const expectHelp = async (state: string) => {
-    const { status, body } = await requestFrom(port, '/')
-    assert.deepEqual([status, body], [200, help], state)
-  }
-  await expectHelp('while it warms up')
-  warm()
-  await expectHelp('while a database is disconnected')
-  void monitor.drain()
-  await expectHelp('while it drains')
-})
-
-test('HEAD is GET without the body, and every other method gets 405 with Allow', async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  for (const path of ['/', '/health_check', '/nope']) {
-    const get = await requestFrom(port, path)
-    const head = await requestFrom(port, path, { method: 'HEAD' })
-    assert.equal(head.status, get.status)
-    assert.equal(head.body, '')
-    assert.equal(head.headers['content-length'], get.headers['content-length'])
-    assert.equal(head.headers['content-type'], get.headers['content-type'])
-  }
-  for (const method of ['POST', 'PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'PROPFIND']) {
-    const { status, headers } = await requestFrom(port, '/health_check', { method })
-    assert.equal(status, 405, method)
-    assert.deepEqual(headers.allow?.split(/, */).sort(), ['GET', 'HEAD'])
-  }
-  void monitor.drain()
-  const { status } = await requestFrom(port, '/health_check', { method: 'HEAD' })
-  assert.equal(status, 503)
-})
-
-test('an HTTP connection is kept alive, whatever mode a command returns', async (t) => {
-  const monitor = await fresh(t)
-  for (const mode of ['quit', 'interactive', 'more'] as const) {
-    monitor.register(mode + 's', 'Returns a mode', (connection) => {
-      connection.write(mode)
-      return mode
-    }, { http: true })
-  }
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const agent = new http.Agent({ keepAlive: true, maxSockets: 1 })
-  t.after(() => agent.destroy())
-  const sockets = new Set<unknown>()
-  agent.on('free', (socket) => { sockets.add(socket) })
-  for (const [path, body] of [['/quits', 'quit'], ['/interactives', 'interactive'],
-    ['/mores', 'more'], ['/health_check', 'OK\n']] as const) {
-    const answer = await requestFrom(port, path, { agent })
-    assert.deepEqual([answer.status, answer.body], [200, body])
-  }
-  assert.equal(sockets.size, 1)
-  const head = 'GET /quits HTTP/1.1\r\nHost: x\r\n'
-  const pipelined = await ask(port, `${head}\r\n${head}\r\n${head}Connection: close\r\n\r\n`)
-  assert.equal(pipelined.match(/HTTP\/1\.1 200 OK\r\n/g)?.length, 3)
-  assert.equal(pipelined.match(/\r\n\r\nquit/g)?.length, 3)
-  const old = await ask(port, 'GET /quits HTTP/1.0\r\n\r\n')
-  assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nquit$/s)
-})
-
-test('a request in single bytes is HTTP all the same, and so is one half-closed', async (t) => {
-  const monitor = await fresh(t)
-  monitor.register('slow', 'Slow', async (connection) => {
-    await new Promise((resolve) => setTimeout(resolve, 50))
-    connection.write('done')
-  }, { http: true })
-  const port = await startFor(monitor, await serve(t))
-  const request = 'GET /slow HTTP/1.1\r\nHost: x\r\n\r\n'
-  const answered = /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\ndone$/s
-  assert.match(await ask(port, request, { end: true }), answered)
-  const socket = net.connect(port, '127.0.0.1').setEncoding('utf8').setNoDelay()
-  let transcript = ''
-  socket.on('data', (part: string) => { transcript += part })
-  for (const byte of request) {
-    socket.write(byte)
-    await new Promise(setImmediate)
-  }
-  await until(() => answered.test(transcript), 'it is answered')
-  socket.destroy()
-})
-
-test('the length of a URL is judged by Node.js, not taken for a line', async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  for (const [length, status] of [[4_000, 404], [9_000, 404], [17_000, 431]] as const) {
-    const socket = net.connect(port, '127.0.0.1').setEncoding('utf8').setNoDelay()
-    socket.write(`GET /${'a'.repeat(length)}`)
-    await new Promise((resolve) => setTimeout(resolve, 30)) // so that it comes in two parts
-    socket.on('error', () => {}).write('a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
-    const [answer] = await once(socket, 'data')
-    assert.match(answer, new RegExp(`^HTTP/1\\.1 ${status} `))
-    socket.destroy()
-  }
-})
-
-test('curl tells by its exit status whether the instance is healthy', needs('curl'), async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const curl = () => runToEnd(t, 'curl', ['-fsS', `http://127.0.0.1:${port}/health_check`])
-  assert.deepEqual(await curl(), { status: 0, output: 'OK\n' })
-  void monitor.drain()
-  const { status, output } = await curl()
-  assert.equal(status, 22)
-  assert.match(output, /503/)
-})
-
-test('half an HTTP head is cut off after a minute, also while it drips', async (t) => {
-  const { monitorPort } = await runInstance(t, `
-    monitor.register('hangs', 'Never answers', () => new Promise(() => {}), { http: true })`,
-  [flagForPace(50)])
-  const minuteMs = 60_000 / 50
-  const hold = (text: string) => new Promise<{ ms: number, transcript: string }>((resolve) => {
-    const startedAt = performance.now()
-    const socket = net.connect(monitorPort, '127.0.0.1').setEncoding('utf8')
-    let transcript = ''
-    const drip = setInterval(() => socket.write('X'), 50)
-    socket.on('error', () => {}).on('data', (part: string) => { transcript += part })
-    socket.on('close', () => {
-      clearInterval(drip)
-      resolve({ ms: performance.now() - startedAt, transcript })
-    }).write(text)
-  })
-  const whole = 'GET /warmup_state HTTP/1.1\r\nHost: x\r\n\r\n'
-  const half = 'GET / HTTP/1.1\r\nHo'
-  const cut = Promise.all([hold(half), hold(whole + half)])
-  const hanging = requestFrom(monitorPort, '/hangs')
-  const [first, second] = await Promise.race([cut, raiseAfter(8 * minuteMs, 'both are cut off')])
-  assert.equal(first.transcript, '')
-  assert.match(second.transcript, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\n1 0\n$/s)
-  for (const { ms } of [first, second]) assert.ok(ms > 0.7 * minuteMs, `${ms} ms`)
-  const { status, body } = await hanging
-  assert.deepEqual([status, body], [500, 'Error: hangs timed out\n'])
-  await untilHealthy(monitorPort)
-})
-
-test('stop() ends half a head, kept-alive connections and running commands at once', async (t) => {
-  const monitor = await fresh(t)
-  monitor.register('hangs', 'Never answers', () => new Promise(() => {}), { http: true })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const whole = 'GET /warmup_state HTTP/1.1\r\nHost: x\r\n\r\n'
-  const half = 'GET /hangs HTTP/1.1\r\nHost: x\r\n'
-  const closed = await Promise.all(
-    [half, whole, `${whole}${half}`, `${whole}${half}\r\n`].map(async (text) => {
-      const socket = net.connect(port, '127.0.0.1').on('error', () => {})
-      const close = new Promise((resolve) => { socket.on('close', resolve) })
-      socket.write(text)
-      if (text !== half) await once(socket, 'data')
-      return [close]
-    }))
-  await untilHealthy(port) // by then it has read what came before
-  const ended = Promise.all([monitor.stop(), ...closed.flat()])
-  await Promise.race([ended, raiseAfter(1_000, 'all connections end')])
-})
-
-test('a page of another origin cannot change the state of an instance', async (t) => {
-  const monitor = await fresh(t)
-  let calls = 0
-  const count = () => { calls++ }
-  monitor.register('own', 'Own', count)
-  monitor.register('near', 'Near', count, { local: true })
-  monitor.registerWarmup('/', count)
-  const server = await serve(t)
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  calls = 0
-  const expectUnchanged = async (what: string) => {
-    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
-    assert.equal(calls, 0, what)
-    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
-    const client = { headers: { Connection: 'keep-alive' } }
-    const { headers } = await requestFrom(portOf(server), '/', client)
-    assert.equal(headers.connection, 'keep-alive', what)
-  }
-  const browser = {
-    'User-Agent': 'Mozilla/5.0', Origin: 'https://evil.example', Referer: 'https://evil.example/',
-    'Sec-Fetch-Site': 'cross-site'
-  }
-  const asImage = { ...browser, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
-  const lines = 'drain\ndrain now\r\ninteractive\nown\nnear\nresume\n'
-  const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${lines}--x--\r\n`
-  const paths = ['/drain', '/drain/now', '/resume', '/interactive', '/quit', '/own', '/near',
-    '/%64rain', '//drain', '/./drain', '/drain?', '/drain%0A', '/%0Adrain%0A', '/@@warmup',
-    '/health_check', '/']
-  for (const path of paths) {
-    const forms: [string, http.RequestOptions, string?][] = [
-      ['GET', { headers: asImage }], ['HEAD', { headers: browser, method: 'HEAD' }]]
-    for (const type of ['text/plain', 'application/x-www-form-urlencoded',
-      'multipart/form-data; boundary=x']) {
-      const headers = { ...browser, 'Content-Type': type }
-      forms.push([type, { headers, method: 'POST' }, type.startsWith('multi') ? multipart : lines])
-      forms.push([`chunked ${type}`,
-        { headers: { ...headers, 'Transfer-Encoding': 'chunked' }, method: 'POST' }, lines])
-    }
-    const preflight = { ...browser, 'Access-Control-Request-Method': 'DRAIN' }
-    forms.push(['preflight', { headers: preflight, method: 'OPTIONS' }])
-    for (const [form, options, body] of forms) {
-      const { headers } = await requestFrom(port, path, options, body)
-      const granted = Object.keys(headers).filter((name) => name.startsWith('access-control-'))
-      assert.deepEqual(granted, [], `${form} ${path}`)
-      await expectUnchanged(`${form} ${path}`)
-    }
-  }
-  const head = Object.entries(browser).map(([name, value]) => `${name}: ${value}\r\n`).join('')
-  const post = `POST / HTTP/1.1\r\nHost: x\r\n${head}Content-Type: text/plain\r\n` +
-    `Content-Length: ${lines.length}\r\n\r\n${lines}`
-  const transcripts = {
-    'kept alive and pipelined': post.repeat(5),
-    'a beacon whose page is left': post,
-    'a WebSocket': `GET /drain HTTP/1.1\r\nHost: x\r\n${head}Connection: Upgrade\r\nUpgrade: ` +
-      `websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ZHJhaW4=\r\n\r\n${lines}`,
-    'TLS whose session is text': `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${lines}`
-  }
-  for (const [what, text] of Object.entries(transcripts)) {
-    await ask(port, text, { end: true, limitMs: 500 }).catch(() => '')
-    await expectUnchanged(what)
-  }
-  for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
-    for (const [method, body] of [['GET', ''], ['POST', lines]] as const) {
-      await requestFrom(port, `/drain/${'%0Adrain%0A'.repeat(length / 10)}`,
-        { headers: browser, method }, body).catch(() => {}) // reset past Node's own limit
-      await expectUnchanged(`${method} of ${length} characters`)
-    }
-  }
-  for (const [method, headers] of [['GET', asImage], ['POST', browser], ['OPTIONS', browser],
-    ['GET', { Origin: 'null' }], ['GET', { 'Sec-Fetch-Site': 'same-site' }]] as const) {
-    const { status } = await requestFrom(portOf(server), '/@@warmup', { headers, method })
-    assert.equal(status, 403)
-    await expectUnchanged(`${method} of the instance's view`)
-  }
-})
-
-const ASKING_MS = 'skip' in SLOW ? 800 : 30_000
-
-test('curl, Kubernetes and nc, asking at the same time, are told one verdict',
-  { ...needs('curl'), ...needs('nc') }, async (t) => {
-    const monitor = await fresh(t)
-    let connected = true
-    monitor.registerDatabase('main', { isConnected: () => connected })
-    const port = await startFor(monitor, await serve(t))
-    await untilHealthy(port)
-    const url = `http://127.0.0.1:${port}/health_check`
-    const kubelet = { headers: { 'User-Agent': 'kube-probe/1.31' }, timeout: 1_000 }
-    const probers = {
-      curl: async () => {
-        const { status, output } = await runToEnd(t, 'curl', ['-sS', '-w', '%{http_code}', url])
-        return `${status} ${output}`
-      },
-      Kubernetes: async () => {
-        const { status, body } = await requestFrom(port, '/health_check', kubelet)
-        return `${status} ${body}`
-      },
-      nc: async () => {
-        const words = ['-N', '127.0.0.1', String(port)]
-        const { status, output } = await runToEnd(t, 'nc', words, 'health_check\n')
-        return `${status} ${output}`
+    const isPending = async (promise: Promise<void>) =>
+      (await Promise.race([promise, pause(200, 'pending')])) === 'pending'
+    const askedBefore = async () => {
+      for (const from of ['127.0.0.1', '127.0.0.2']) {
+        await askTwice('health_check', from)
+        await askTwice('agent_check', from)
       }
     }
-    const phases = [
-      ['OK\n', 200, () => { connected = true }],
-      ["Error: Database 'main' disconnected.\n", 503, () => { connected = false }],
-      ['Out for the night\n', 503, () => void monitor.drain({ reason: 'Out for the night' })],
-      ['OK\n', 200, () => {
-        connected = true
-        monitor.resume()
-      }]
-    ] as const
-    for (const [reason, status, begin] of phases) {
-      begin()
-      const end = Date.now() + ASKING_MS / phases.length
-      const told = { curl: new Set<string>(), Kubernetes: new Set<string>(), nc: new Set<string>() }
-      await Promise.all(Object.entries(probers).map(async ([name, askOnce]) => {
-        while (Date.now() < end) told[name as keyof typeof told].add(await askOnce())
-      }))
-      assert.deepEqual(told, {
-        curl: new Set([`0 ${reason}${status}`]), Kubernetes: new Set([`${status} ${reason}`]),
-        nc: new Set([`0 ${reason}`])
-      })
+    await askedBefore()
+    const byChecks = monitor.drain({ fall: 5 })
+    await askTwice('agent_check', '127.0.0.1')
+    await askTwice('health_check', '127.0.0.2')
+    await askTwice('health_check', '127.0.0.2')
+    assert.equal(await isPending(byChecks), true)
+    await ask(port, 'health_check\n', { from: '127.0.0.2' })
+    assert.equal(await isPending(byChecks), false)
+    monitor.resume()
+    await askedBefore()
+    const byAgent = monitor.drain()
+    await ask(port, 'agent_check\n', { from: '127.0.0.1' })
+    assert.equal(await isPending(byAgent), true)
+    await ask(port, 'agent_check\n', { from: '127.0.0.2' })
+    assert.equal(await isPending(byAgent), false)
+  })
+
+  test('the last 64 addresses that asked are remembered', async (t) => {
+    const { port } = await bootProcess(t, { flags: [flagForPace(50)] })
+    const addresses = Array.from({ length: 70 }, (_, index) => `127.0.1.${index + 1}`)
+    for (const from of addresses) {
+      await askTimes(3, port, 'health_check\n', { from })
     }
+    assert.equal(await askWhomItWaitsFor(port), 64)
   })
 
-test('a request line is HTTP whatever its method, so that none is run as a command', async (t) => {
-  const monitor = await freshAndWarm(t)
-  let calls = 0
-  monitor.register('change', '', () => { calls++ }, { local: true })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const lines = ['drain / HTTP/1.1', 'drain /x HTTP/1.0', 'drain  /  HTTP/1.1', 'Drain / http/1.1',
-    'change / HTTP/1.1', 'change\t/ HTTP/1.1 ', 'drain / HTTP/2.0', 'resume HTTP/1.1']
-  for (const line of lines) {
-    const reply = await ask(port, `${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
-    assert.match(reply, /^HTTP\/1\.1 400 /, line)
-  }
-  assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
-})
-
-test('who comes through a proxy is not listed the requests in flight', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const port = await startFor(monitor, server)
-  const pending = requestFrom(portOf(server), '/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  const headers = { 'X-Forwarded-For': '192.0.2.1' }
-  assert.match((await requestFrom(port, '/monitor/0')).body, /^1\nVmRSS:.*\n\d\.\d GET \/held\n$/)
-  assert.match((await requestFrom(port, '/monitor/0', { headers })).body, /^1\nVmRSS:.*\n$/)
-  letGo()
-  await pending
-})
-
-// --- Prometheus ----------------------------------------------------------------------------------
-
-function readSamples(text: string): Record<string, number> {
-  const lines = text.split('\n').filter((line) => line && !line.startsWith('#'))
-  return Object.fromEntries(lines.map((line) => {
-    const [, name = '', value] = /^([^ {]+(?:\{.*\})?) ([-+\d.e]+)$/.exec(line) ?? [line]
-    return [name, Number(value)]
-  }))
-}
-
-test('metrics has the customary names, what the monitor counts, and each database', async (t) => {
-  const monitor = await fresh(t)
-  const { server, letGo } = await serveHeld(t)
-  server.prependListener('request', (request, response) => {
-    if (request.url === '/broken') response.statusCode = 500
-  })
-  const activity = monitor.registerDatabase('main', { isConnected: () => true })
-  monitor.registerDatabase('we"ird\\', { isConnected: () => false })
-  activity.loads(5)
-  activity.stores(2)
-  activity.connections()
-  const port = await startFor(monitor, server)
-  await until(async () => await ask(port, 'warmup_state\n') === '1 0\n', 'it is warm')
-  const sampled = async () => readSamples(await ask(port, 'metrics\n'))
-  const before = await sampled()
-  for (const path of ['/', '/', '/broken']) await requestFrom(portOf(server), path)
-  const held = requestFrom(portOf(server), '/held')
-  await until(async () => (await sampled())['ftw_monitor_http_requests_in_flight'] === 1, 'one')
-  await until(async () => 'nodejs_eventloop_utilization' in await sampled(), 'the load is known')
-  const { status, headers, body } = await requestFrom(port, '/metrics')
-  letGo()
-  await held
-  assert.equal(status, 200)
-  assert.match(headers['content-type'] ?? '', /^text\/plain; version=0\.0\.4\b/)
-  const samples = readSamples(body)
-  const grown = (name: string) => (samples[name] ?? NaN) - (before[name] ?? NaN)
-  assert.equal(grown('ftw_monitor_http_requests_total'), 4)
-  assert.equal(grown('ftw_monitor_http_errors_total'), 1)
-  assert.equal(samples['ftw_monitor_healthy'], 0)
-  assert.equal(samples['ftw_monitor_warmup_done'], 1)
-  assert.equal(samples['ftw_monitor_database_connected{database="main"}'], 1)
-  assert.equal(samples['ftw_monitor_database_connected{database="we\\"ird\\\\"}'], 0)
-  assert.equal(samples['ftw_monitor_database_loads_total{database="main"}'], 5)
-  assert.equal(samples['ftw_monitor_database_stores_total{database="main"}'], 2)
-  assert.equal(samples['ftw_monitor_database_connections_total{database="main"}'], 1)
-  assert.equal(samples['ftw_monitor_database_loads_total{database="we\\"ird\\\\"}'], 0)
-  const near = (name: string, value: number, by: number) => {
-    assert.ok(Math.abs((samples[name] ?? NaN) - value) < by, `${name} ${samples[name]}`)
-  }
-  const { rss, heapUsed } = process.memoryUsage()
-  const { user, system } = process.cpuUsage()
-  near('process_start_time_seconds', performance.timeOrigin / 1_000, 2)
-  near('process_resident_memory_bytes', rss, rss / 2)
-  near('nodejs_heap_size_used_bytes', heapUsed, heapUsed)
-  near('process_cpu_user_seconds_total', user / 1e6, 2)
-  near('process_cpu_seconds_total', (user + system) / 1e6, 2)
-  near('nodejs_eventloop_utilization', 0.5, 0.5001)
-  assert.deepEqual(Object.entries(samples).filter(([, value]) => !(value >= 0)), [])
-  for (const name of new Set(Object.keys(samples).map((each) => each.replace(/\{.*/, '')))) {
-    const kind = name.endsWith('_total') ? 'counter' : 'gauge'
-    const family = `^# HELP ${name} \\S.*\\n# TYPE ${name} ${kind}\\n${name}[ {]`
-    assert.match(body, new RegExp(family, 'm'))
-  }
-})
-
-test('metrics leaves out what cannot be had, and tells whether all is well', async (t) => {
-  const monitor = await fresh(t)
-  const server = await serve(t)
-  const listen = { host: '127.0.0.1', port: 0 }
-  const { port } = await monitor.start(
-    { port: portOf(server), listen, logger: recorder() }) as net.AddressInfo
-  await untilHealthy(port)
-  const text = await ask(port, 'metrics\n')
-  assert.doesNotMatch(text, /ftw_monitor_http|ftw_monitor_database| -1$/m)
-  assert.equal(readSamples(text)['ftw_monitor_healthy'], 1)
-  void monitor.drain()
-  assert.equal(readSamples(await ask(port, 'metrics\n'))['ftw_monitor_healthy'], 0)
-})
-
-test('promtool has nothing to remark on metrics', needs('promtool'), async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  const check = async () => runToEnd(t, 'promtool', ['check', 'metrics'],
-    (await requestFrom(port, '/metrics')).body)
-  assert.deepEqual(await check(), { status: 0, output: '' })
-  for (const name of ['main', 'a"b', 'c\\d', 'e\\"f', 'größe', '{x="y"}', '😀']) {
-    monitor.registerDatabase(name, { isConnected: () => name !== 'main' }).loads(1.5e21)
-  }
-  assert.deepEqual(await check(), { status: 0, output: '' })
-})
-
-// --- HAProxy's agent check -----------------------------------------------------------------------
-
-test('agent_check renders the verdict in words that are not the operator\'s', async (t) => {
-  const monitor = await fresh(t)
-  let warm = () => {}
-  let connected = true
-  monitor.registerWarmup('/', () => new Promise<void>((resolve) => { warm = resolve }))
-  monitor.registerDatabase('main', { isConnected: () => connected })
-  const port = await startFor(monitor, await serve(t))
-  const agent = () => ask(port, 'agent_check\n')
-  await until(async () => await agent() === 'down #Warmup in progress\n', 'it warms up')
-  warm()
-  await untilHealthy(port)
-  assert.match(await agent(), /^up ([1-9]\d|100)%\n$/)
-  connected = false
-  assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
-  void monitor.drain()
-  assert.equal(await agent(), 'stopped #Draining\n')
-  monitor.resume()
-  assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
-})
-
-const BUSY = `
-  let busy = false
-  const work = () => {
-    for (const end = performance.now() + 20; performance.now() < end;);
-    if (busy) setTimeout(work, 1)
-  }
-  server.on('request', ({ url }, response) => {
-    if (url === '/busy' && !busy) setTimeout(work)
-    if (url === '/busy' || url === '/relax') busy = url === '/busy'
-    response.end(process.env.NAME)
-  })`
-
-/** What agent_check leaves to an instance, in per cent. */
-async function askShare(port: number): Promise<number> {
-  const reply = await ask(port, 'agent_check\n')
-  const [, percent] = /^up (\d+)%\n$/.exec(reply) ?? []
-  assert.ok(Number(percent) >= 10 && Number(percent) <= 100, reply)
-  return Number(percent)
-}
-
-test('agent_check tells what the event loop left over in ten seconds or so', SLOW, async (t) => {
-  const { port, monitorPort } = await runInstance(t, BUSY)
-  const timeUntil = async (holds: (share: number) => boolean, what: string) => {
-    const startedAt = performance.now()
-    await until(async () => holds(await askShare(monitorPort)), what, 20_000)
-    return (performance.now() - startedAt) / 1_000
-  }
-  await timeUntil((share) => share >= 95, 'it is relaxed')
-  await new Promise((resolve) => setTimeout(resolve, 10_000)) // past what its start has cost
-  await requestFrom(port, '/busy')
-  const busySeconds = await timeUntil((share) => share <= 15, 'it is busy')
-  assert.ok(busySeconds > 6 && busySeconds < 13, `busy after ${busySeconds} s`)
-  await timeUntil((share) => share === 10, 'never less than 10')
-  await requestFrom(port, '/relax')
-  const relaxedSeconds = await timeUntil((share) => share >= 95, 'it is relaxed again')
-  assert.ok(relaxedSeconds > 6 && relaxedSeconds < 13, `relaxed after ${relaxedSeconds} s`)
-})
-
-test('a runtime that cannot tell its load is given 100%, and no such metric', async (t) => {
-  const { monitorPort } = await runInstance(t, `
-    Object.defineProperty(performance, 'eventLoopUtilization', { value: undefined })
-    ${BUSY}
-    busy = true
-    work()`, [flagForPace(10)])
-  assert.equal(await askShare(monitorPort), 100)
-  assert.doesNotMatch(await ask(monitorPort, 'metrics\n'), /eventloop_utilization/)
-})
-
-test('HAProxy gives a busy instance less, and as much as before when it is relaxed',
-  needs('haproxy'), async (t) => {
-    const instances = await Promise.all(['one', 'two'].map(async (name) =>
-      ({ name, ...await runInstance(t, BUSY, [flagForPace(25)], { NAME: name }) })))
-    const [one] = instances
-    const haproxy = await balanceByAgent(t, instances)
-    const weightOf = async (name: string) => Number((await haproxy.stateOf(name))['weight'])
-    type Holds = (number: number) => boolean
-    const expectShare = async (isRight: Holds, hasWeight: Holds) => {
-      await until(async () => hasWeight(await weightOf('one')), 'HAProxy weights it')
-      await until(async () => await weightOf('two') >= 80, 'HAProxy leaves the other')
-      const shareIsRight = async () => {
-        let served = 0
-        for (let request = 0; request < 100; request++) {
-          const { status, body } = await requestFrom(haproxy.port, '/')
-          assert.equal(status, 200)
-          if (body === 'one') served++
-        }
-        return isRight(served / 100)
-      }
-      await until(shareIsRight, 'it gets its share of a hundred requests', 20_000)
+  test('as many probers are known that ask at the same moments', async (t) => {
+    const { port } = await bootProcess(t)
+    const addresses = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
+    for (let round = 0; round < 3; round++) {
+      await pause(300)
+      await Promise.all(addresses.map((from) => ask(port, 'health_check\n', { from })))
     }
-    await expectShare((share) => share > 0.4 && share < 0.6, (weight) => weight >= 80)
-    await requestFrom(one!.port, '/busy')
-    await expectShare((share) => share < 0.25, (weight) => weight <= 20)
-    await requestFrom(one!.port, '/relax')
-    await expectShare((share) => share > 0.4 && share < 0.6, (weight) => weight >= 80)
+    assert.equal(await askWhomItWaitsFor(port), 64)
   })
 
-test('a drained instance gets no request within two agent intervals, cookies or not, while those ' +
-  'that run are finished', needs('haproxy'), async (t) => {
-  const arrivals: number[] = []
-  const instances = await Promise.all(['one', 'two'].map(async (name) => {
-    const [monitor, { server, held, letGo }] = [await fresh(t), await serveHeld(t)]
-    server.on('request', () => { if (name === 'one') arrivals.push(performance.now()) })
-    const monitorPort = await startFor(monitor, server)
-    await untilHealthy(monitorPort)
-    return { name, monitor, held, letGo, port: portOf(server), monitorPort }
-  }))
-  const { monitor, held, letGo } = instances[0]!
-  const haproxy = await balanceByAgent(t, instances)
-  await haproxy.untilState('one', /^UP$/)
-  const Cookie = 'INSTANCE=one'
-  const keepAlive = new http.Agent({ keepAlive: true })
-  t.after(() => keepAlive.destroy())
-  const clients = [{}, { headers: { Cookie } }, { headers: { Cookie }, agent: keepAlive }]
-  const askers = clients.map((client) => keepAsking(5, async () => {
-    const { status, body } = await requestFrom(haproxy.port, '/', client)
-    assert.deepEqual([status, body], [200, 'served'])
-  }))
-  const late = requestFrom(haproxy.port, '/held', { headers: { Cookie } })
-  await until(() => held.length === 1, 'a request is in flight')
-  await until(() => askers.every(({ answers }) => answers > 20), 'all are served')
-  const drainedAt = performance.now()
-  let isDrained = false
-  const drained = monitor.drain().then(() => { isDrained = true })
-  const end = drainedAt + 4 * AGENT_INTERVAL_MS
-  const asked = askers.map(({ answers }) => answers)
-  await until(() => performance.now() > end, 'four intervals are over')
-  for (const [index, { answers }] of askers.entries()) assert.ok(answers > asked[index]! + 20)
-  const last = Math.max(...arrivals) - drainedAt
-  assert.ok(last < 2 * AGENT_INTERVAL_MS, `a request came ${last} ms after drain()`)
-  assert.match((await haproxy.stateOf('one'))['status'] ?? '', /^DOWN \(agent\)$/)
-  assert.equal(isDrained, false)
-  letGo()
-  assert.deepEqual((({ status, body }) => [status, body])(await late), [200, 'late'])
-  await drained
-  const before = arrivals.length
-  monitor.resume()
-  await until(() => arrivals.length > before, 'requests come back')
-  for (const asker of askers) await asker.stop()
-})
-
-/** HAProxy before one instance in this process. */
-async function balanceOne(t: TestContext) {
-  const [monitor, server] = [await fresh(t), await serve(t)]
-  const monitorPort = await startFor(monitor, server)
-  await untilHealthy(monitorPort)
-  const haproxy = await balanceByAgent(t, [{ name: 'one', port: portOf(server), monitorPort }])
-  await haproxy.untilState('one', /^UP$/)
-  const told = (text: RegExp) => until(
-    async () => text.test((await haproxy.stateOf('one'))['last_agt'] ?? ''), `it is told ${text}`)
-  return { monitor, haproxy, told }
-}
-
-test('what an operator set with `set server … state` stays, whatever the agent check says',
-  needs('haproxy'), async (t) => {
-    const { monitor, haproxy, told } = await balanceOne(t)
-    for (const [word, state] of [['maint', /^MAINT/], ['drain', /^DRAIN/]] as const) {
-      await haproxy.command(`set server back/one state ${word}`)
-      await haproxy.untilState('one', state)
-      void monitor.drain()
-      await told(/stopped \(Draining\)$/)
-      monitor.resume()
-      await told(/up$/)
-      await haproxy.untilState('one', state)
-      assert.equal((await requestFrom(haproxy.port, '/')).status, 503)
-      await haproxy.command('set server back/one state ready')
-      await haproxy.untilState('one', /^UP$/)
-    }
-    assert.equal((await requestFrom(haproxy.port, '/')).status, 200)
-  })
-
-test('a reason that reads like an order is none to HAProxy', needs('haproxy'), async (t) => {
-  const { monitor, haproxy, told } = await balanceOne(t)
-  void monitor.drain({ reason: 'maint drain ready up 100% #down' })
-  await told(/stopped \(maint drain ready up 100% #down\)$/)
-  await haproxy.untilState('one', /^DOWN \(agent\)$/)
-  monitor.resume()
-  await haproxy.untilState('one', /^UP$/)
-})
-
-// --- Draining ------------------------------------------------------------------------------------
-
-test('while drained the verdict is the reason, before everything else', async (t) => {
-  const monitor = await fresh(t)
-  let calls = 0
-  monitor.registerDatabase('main', { isConnected: () => ++calls < 0 })
-  const server = await serve(t)
-  const port = await startFor(monitor, server)
-  let askers = 1 // a new one each time: who asks three times is waited for
-  const expectReason = async (reason: string) => {
-    assert.deepEqual(await monitor.health(), { healthy: false, reason })
-    assert.equal(await ask(port, 'health_check\n', { from: `127.0.0.${++askers}` }), `${reason}\n`)
-  }
-  await expectReason("Error: Database 'main' disconnected.")
-  await monitor.drain()
-  await expectReason('Draining')
-  monitor.resume()
-  await expectReason("Error: Database 'main' disconnected.")
-  await monitor.drain({ reason: 'LOOKOUT\nOK' })
-  await expectReason('LOO KOUT O K')
-  monitor.resume()
-  assert.match(await ask(port, 'drain  Out for   the night\n'), /^(Draining: .*\n)+Drained\n$/)
-  await expectReason('Out for the night')
-  assert.equal((await ask(port, 'resume\n')).split('\n').length, 2)
-  await expectReason("Error: Database 'main' disconnected.")
-})
-
-test('while drained, `Connection: close` outdoes what the application says', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
-  const server = await serve(t, (request, response) => {
-    if (request.url === '/gateway') response.writeHead(200, upstream).end()
-    else if (request.url === '/list') {
-      response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
-    } else if (request.url === '/bare') { // as Koa does before it answers an error
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.setHeader('X-Kept', 'yes').end()
-    } else response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
-  })
-  await startFor(monitor, server)
-  await monitor.drain()
-  for (const path of ['/gateway', '/list', '/bare', '/header']) {
-    const { status, headers } = await requestFrom(portOf(server), path)
-    assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
-  }
-})
-
-test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
-  takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, await serve(t))
-  for (let count = 0; count < 200; count++) await ask(port, 'health_check\n', { from: '127.0.0.2' })
-  const startedAt = Date.now()
-  const drained = monitor.drain({ timeoutMs: 500 })
-  for (let count = 0; count < 3; count++) await ask(port, 'health_check\n', { from: '127.0.0.2' })
-  await drained
-  assert.ok(Date.now() - startedAt >= 490)
-})
-
-test('a drain soon after a long one still waits for its probers', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, await serve(t))
-  const probe = async () => {
-    for (let count = 0; count < 3; count++) await ask(port, 'health_check\n')
-  }
-  await probe()
-  const first = monitor.drain()
-  await probe()
-  await first
-  ticks.pass(62_000)
-  await probe()
-  monitor.resume()
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  let isDrained = false
-  const second = monitor.drain().then(() => { isDrained = true })
-  await ask(port, 'health_check\n')
-  await new Promise((resolve) => setTimeout(resolve, 300)) // three times the quiet that suffices
-  assert.equal(isDrained, false)
-  await probe()
-  await second
-})
-
-test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const agent = new http.Agent({ keepAlive: true })
-  t.after(() => agent.destroy())
-  const connectionOf = async (path: string) => {
-    const { status, headers } = await requestFrom(portOf(server), path, { agent })
-    assert.equal(status, 200)
-    return headers.connection
-  }
-  assert.equal(await connectionOf('/'), 'keep-alive')
-  const begunBefore = connectionOf('/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  const drained = monitor.drain()
-  assert.equal(await connectionOf('/'), 'close')
-  letGo()
-  assert.equal(await begunBefore, 'close')
-  await drained
-  assert.equal(await connectionOf('/'), 'close')
-  monitor.resume()
-  assert.equal(await connectionOf('/'), 'keep-alive')
-})
-
-test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  await startFor(monitor, server)
-  await until(async () => (await monitor.health()).healthy, 'it is healthy')
-  const answers = [requestFrom(portOf(server), '/held'), requestFrom(portOf(server), '/held')]
-  await until(() => held.length === 2, 'two requests are in flight')
-  let drainedAt = 0
-  const drained = monitor.drain().then(() => { drainedAt = performance.now() })
-  await new Promise((resolve) => setTimeout(resolve, 200))
-  assert.equal(drainedAt, 0)
-  held.pop()?.end()
-  await new Promise((resolve) => setTimeout(resolve, 200))
-  assert.equal(drainedAt, 0)
-  letGo()
-  await Promise.all(answers)
-  let lastAt = 0
-  for (let request = 0; request < 8; request++) {
-    lastAt = performance.now()
-    await requestFrom(portOf(server), '/')
-    await new Promise((resolve) => setTimeout(resolve, 50))
-  }
-  assert.equal(drainedAt, 0)
-  await drained
-  assert.ok(drainedAt - lastAt >= 100 && drainedAt - lastAt < 1_000, `${drainedAt - lastAt} ms`)
-})
-
-test('drain() resolves after its time-out at the latest', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  await startFor(monitor, server)
-  const answer = requestFrom(portOf(server), '/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  const startedAt = performance.now()
-  await monitor.drain({ timeoutMs: 400 })
-  const ms = performance.now() - startedAt
-  assert.ok(ms >= 399 && ms < 1_500, `${ms} ms`)
-  assert.equal((await monitor.health()).reason, 'Draining')
-  letGo()
-  await answer
-})
-
-test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const measure = async () => {
-    const startedAt = performance.now()
-    await monitor.drain()
-    return performance.now() - startedAt
-  }
-  assert.ok(await measure() < 50, 'at once without a running monitor')
-  assert.equal((await monitor.health()).reason, 'Instance is booting')
-  await monitor.start({ port: portOf(server), listen: { host: '127.0.0.1', port: 0 },
-    logger: recorder() })
-  const answer = requestFrom(portOf(server), '/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  assert.ok(await measure() < 1_000, 'without a server')
-  letGo()
-  await answer
-})
-
-test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
-  const monitor = await fresh(t)
-  const server = await serve(t)
-  for (const end of [monitor.resume, monitor.stop]) {
-    const port = await startFor(monitor, server)
-    for (let time = 0; time < 3; time++) await ask(port, 'health_check\n')
-    const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
-    assert.equal((await monitor.health()).reason, 'Again')
-    await end()
-    await Promise.race([drained, raiseAfter(1_000, 'drain() ends')])
-    assert.notEqual((await monitor.health()).reason, 'Again')
-    await monitor.stop()
-  }
-})
-
-test('drain() waits for both of two probers with their own pace, not for one nc', needs('nc'),
-  async (t) => {
-    const monitor = await fresh(t)
-    const port = await startFor(monitor, await serve(t))
-    await untilHealthy(port)
-    const told = { fast: 0, slow: 0 }
-    const note = (name: keyof typeof told, reply: string) => {
-      assert.match(reply, /^(OK|Draining)\n$/)
-      if (reply === 'Draining\n') told[name]++
-    }
-    const nc = await runToEnd(t, 'nc',
-      ['-N', '-s', '127.0.0.3', '127.0.0.1', String(port)], 'health_check\n')
-    assert.equal(nc.output, 'OK\n')
-    const probers = [
-      keepAsking(30, async () => note('fast', await ask(port, 'health_check\n'))),
-      keepAsking(150, async () => note('slow',
-        (await requestFrom(port, '/health_check', { localAddress: '127.0.0.2' })).body))]
-    await until(() => probers.every(({ answers }) => answers > 3), 'both have asked')
-    const startedAt = performance.now()
-    const drained = monitor.drain().then(() => ({ ...told }))
-    await until(() => told.fast >= 3, 'the fast one knows')
-    assert.equal(told.slow < 3, true)
-    const atTheEnd = await drained
-    assert.ok(atTheEnd.fast >= 3 && atTheEnd.slow >= 3, JSON.stringify(atTheEnd))
-    assert.ok(performance.now() - startedAt < 3_000, 'nobody waits for nc')
-    for (const prober of probers) await prober.stop()
-  })
-
-test('drain({ fall }) waits for so many answers of each, or for one agent_check', async (t) => {
-  const monitor = await fresh(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const askTwice = async (command: string, from: string) => {
-    for (let time = 0; time < 2; time++) await ask(port, `${command}\n`, { from })
-  }
-  const isPending = async (promise: Promise<void>) => await Promise.race(
-    [promise, new Promise((resolve) => setTimeout(resolve, 200, 'pending'))]) === 'pending'
-  const askedBefore = async () => {
+  test('the command `drain` tells what it waits for, line by line, until `Drained`', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
     for (const from of ['127.0.0.1', '127.0.0.2']) {
-      await askTwice('health_check', from)
-      await askTwice('agent_check', from)
+      await askTimes(3, port, 'health_check\n', { from })
     }
-  }
-  await askedBefore()
-  const byChecks = monitor.drain({ fall: 5 })
-  await askTwice('agent_check', '127.0.0.1')
-  await askTwice('health_check', '127.0.0.2')
-  await askTwice('health_check', '127.0.0.2')
-  assert.equal(await isPending(byChecks), true)
-  await ask(port, 'health_check\n', { from: '127.0.0.2' })
-  assert.equal(await isPending(byChecks), false)
-  monitor.resume()
-  await askedBefore()
-  const byAgent = monitor.drain()
-  await ask(port, 'agent_check\n', { from: '127.0.0.1' })
-  assert.equal(await isPending(byAgent), true)
-  await ask(port, 'agent_check\n', { from: '127.0.0.2' })
-  assert.equal(await isPending(byAgent), false)
-})
-
-/** Who `drain` waits for, by its first line; the instance is in service again after that. */
-async function askWhomItWaitsFor(port: number): Promise<number> {
-  const socket = net.connect(port, '127.0.0.1').setEncoding('utf8')
-  socket.write('drain\n')
-  const [line] = await once(socket, 'data')
-  socket.destroy()
-  await ask(port, 'resume\n')
-  const [, count] = /^Draining: 0 of (\d+) probers know/.exec(line) ?? []
-  return Number(count)
-}
-
-test('a prober is an address that asked three times in the 60 s before', async (t) => {
-  const { monitorPort } = await runInstance(t, '', [flagForPace(50)])
-  const minuteMs = 60_000 / 50
-  await until(async () => await askWhomItWaitsFor(monitorPort) === 0, 'the check at boot is past')
-  const askFrom = (from: string) => ask(monitorPort, 'health_check\n', { from })
-  for (let time = 0; time < 2; time++) await askFrom('127.0.0.2')
-  assert.equal(await askWhomItWaitsFor(monitorPort), 0)
-  const startedAt = performance.now()
-  await askFrom('127.0.0.2')
-  for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
-  assert.equal(await askWhomItWaitsFor(monitorPort), 2)
-  await until(async () => {
-    await askFrom('127.0.0.3')
-    return await askWhomItWaitsFor(monitorPort) === 1
-  }, 'who no longer asks is forgotten')
-  const ms = performance.now() - startedAt
-  assert.ok(ms > 0.7 * minuteMs && ms < 1.5 * minuteMs, `${ms} ms`)
-})
-
-test('the last 64 addresses that asked are remembered', async (t) => {
-  const { monitorPort } = await runInstance(t, '', [flagForPace(50)])
-  const addresses = Array.from({ length: 70 }, (_, index) => `127.0.1.${index + 1}`)
-  for (const from of addresses) {
-    for (let time = 0; time < 3; time++) await ask(monitorPort, 'health_check\n', { from })
-  }
-  assert.equal(await askWhomItWaitsFor(monitorPort), 64)
-})
-
-test('as many probers are known that ask at the same moments', async (t) => {
-  const { monitorPort } = await runInstance(t)
-  const addresses = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
-  for (let round = 0; round < 3; round++) {
-    await new Promise((resolve) => setTimeout(resolve, 300))
-    await Promise.all(addresses.map((from) => ask(monitorPort, 'health_check\n', { from })))
-  }
-  assert.equal(await askWhomItWaitsFor(monitorPort), 64)
-})
-
-test('the command `drain` tells what it waits for, line by line, until `Drained`', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const answer = requestFrom(portOf(server), '/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  for (const from of ['127.0.0.1', '127.0.0.2']) {
-    for (let time = 0; time < 3; time++) await ask(port, 'health_check\n', { from })
-  }
-  const socket = net.connect(port, '127.0.0.1').setEncoding('utf8')
-  let transcript = ''
-  socket.on('data', (part: string) => { transcript += part }).write('drain\n')
-  const untilSaid = (line: string) => until(() => transcript.endsWith(`${line}\n`), line)
-  await untilSaid('Draining: 0 of 2 probers know, 1 requests in flight')
-  await ask(port, 'agent_check\n', { from: '127.0.0.2' })
-  await untilSaid('Draining: 1 of 2 probers know, 1 requests in flight')
-  letGo()
-  await answer
-  await untilSaid('Draining: 1 of 2 probers know, 0 requests in flight')
-  await ask(port, 'agent_check\n')
-  await once(socket, 'close')
-  assert.equal(transcript, [
-    'Draining: 0 of 2 probers know, 1 requests in flight',
-    'Draining: 1 of 2 probers know, 1 requests in flight',
-    'Draining: 1 of 2 probers know, 0 requests in flight',
-    'Draining: 2 of 2 probers know, 0 requests in flight', 'Drained', ''].join('\n'))
-})
-
-test('the command `drain` gives up after 25 s, and says what it waited for', SLOW, async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const port = await startFor(monitor, server)
-  const answer = requestFrom(portOf(server), '/held', { timeout: 30_000 })
-  await until(() => held.length === 1, 'a request is in flight')
-  const startedAt = performance.now()
-  const transcript = await ask(port, 'drain\n', { limitMs: 28_000 })
-  const seconds = (performance.now() - startedAt) / 1_000
-  assert.match(transcript, /^Draining: .*\nNot drained after 25 s: .*\b1 requests in flight\n$/)
-  assert.ok(seconds > 24.9 && seconds < 26, `${seconds} s`)
-  assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-  letGo()
-  await answer
-})
-
-test('who hangs up does not end the draining', async (t) => {
-  const monitor = await fresh(t)
-  const { server, held, letGo } = await serveHeld(t)
-  const port = await startFor(monitor, server)
-  const answer = requestFrom(portOf(server), '/held')
-  await until(() => held.length === 1, 'a request is in flight')
-  for (const leave of ['destroy', 'resetAndDestroy'] as const) {
-    const socket = net.connect(port, '127.0.0.1')
-    socket.write('drain\n')
-    await once(socket, 'data')
-    socket[leave]()
-    await once(socket, 'close')
-    await until(async () => await ask(port, 'health_check\n') === 'Draining\n', 'it is drained')
+    const talk = await converse(t, port)
+    talk.say('drain\n')
+    const untilSaid = (line: string) => until(() => talk.transcript.endsWith(`${line}\n`), line)
+    await untilSaid('Draining: 0 of 2 probers know, 1 requests in flight')
+    await ask(port, 'agent_check\n', { from: '127.0.0.2' })
+    await untilSaid('Draining: 1 of 2 probers know, 1 requests in flight')
     letGo()
     await answer
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    assert.match(await ask(port, 'drain\n'), /\nDrained\n$/)
-  }
+    await untilSaid('Draining: 1 of 2 probers know, 0 requests in flight')
+    await ask(port, 'agent_check\n')
+    await until(() => talk.isClosed, 'the connection is closed')
+    assert.equal(
+      talk.transcript,
+      [
+        'Draining: 0 of 2 probers know, 1 requests in flight',
+        'Draining: 1 of 2 probers know, 1 requests in flight',
+        'Draining: 1 of 2 probers know, 0 requests in flight',
+        'Draining: 2 of 2 probers know, 0 requests in flight',
+        'Drained',
+        ''
+      ].join('\n')
+    )
+  })
+
+  test('who hangs up does not end the draining', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    for (const leave of ['destroy', 'resetAndDestroy'] as const) {
+      const { socket, say } = await converse(t, port)
+      say('drain\n')
+      await once(socket, 'data')
+      socket[leave]()
+      await once(socket, 'close')
+      await until(async () => (await ask(port, 'health_check\n')) === 'Draining\n', 'it is drained')
+      letGo()
+      await answer
+      assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+      assert.match(await ask(port, 'drain\n'), /\nDrained\n$/)
+    }
+  })
 })
 
-test('drain, resume and own local commands are for this machine only', async (t) => {
-  const { monitorPort } = await runInstance(t, `
-    const { subscribe } = await import('node:diagnostics_channel')
-    monitor.register('far', 'Moves who comes next far away', () => subscribe('net.server.socket',
-      ({ socket }) => Object.defineProperty(socket, 'remoteAddress', { value: '192.0.2.7' })))
-    monitor.register('own', 'Own', (connection) => connection.write('Done'), { local: true })`)
-  for (const line of ['own\n', 'drain\n', 'resume\n']) {
-    assert.match(await ask(monitorPort, line), /^(Done|(Draining: .*\n)+Drained\n|Resumed\n)$/)
-  }
-  assert.equal(await ask(monitorPort, 'health_check\n'), 'OK\n')
-  await ask(monitorPort, 'far\n')
-  for (const line of ['own\n', 'drain\n', 'drain x\n', 'resume\n']) {
-    const reply = await ask(monitorPort, line)
-    assert.match(reply, /^.*\bthis machine\b.*\n$/)
-    assert.doesNotMatch(reply, /Done|Drained|Resumed/)
-  }
-  assert.equal(await ask(monitorPort, 'health_check\n'), 'OK\n')
-})
+describe('Draining and shutdown', ALONE, () => {
+  test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
+    takeTicks(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await askTimes(200, port, 'health_check\n', { from: '127.0.0.2' })
+    const startedAt = Date.now()
+    const drained = monitor.drain({ timeoutMs: 500 })
+    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    await drained
+    assert.ok(Date.now() - startedAt >= 490)
+  })
 
-test('on a Unix socket every peer is on this machine', async (t) => {
-  const monitor = await fresh(t)
-  const folder = mkdtempSync(join(tmpdir(), 'ftw-monitor-'))
-  t.after(() => rmSync(folder, { recursive: true, force: true }))
-  const path = join(folder, 'socket')
-  monitor.register('own', 'Own', (connection) => connection.write('Done\n'), { local: true })
-  await monitor.start({ server: await serve(t), listen: { path }, logger: recorder() })
-  const askPath = async (text: string) => {
-    let transcript = ''
-    const socket = net.connect(path).setEncoding('utf8')
-    socket.on('data', (part: string) => { transcript += part }).write(text)
-    await once(socket, 'close')
-    return transcript
-  }
-  assert.equal(await askPath('own\n'), 'Done\n')
-  assert.match(await askPath('drain Moved\n'), /^(Draining: .*\n)+Drained\n$/)
-  assert.equal(await askPath('health_check\n'), 'Moved\n')
-  await askPath('resume\n')
-  await until(async () => await askPath('health_check\n') === 'OK\n', 'it is in service again')
-})
+  test('a drain soon after a long one still waits for its probers', async (t) => {
+    const ticks = takeTicks(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const probe = async () => {
+      await askTimes(3, port, 'health_check\n')
+    }
+    await probe()
+    const first = monitor.drain()
+    await probe()
+    await first
+    ticks.pass(62_000)
+    await probe()
+    monitor.resume()
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    let isDrained = false
+    const second = monitor.drain().then(() => {
+      isDrained = true
+    })
+    await ask(port, 'health_check\n')
+    await pause(300) // three times the quiet that suffices
+    assert.equal(isDrained, false)
+    await probe()
+    await second
+  })
 
-test('a command cannot be offered over HTTP and be for this machine only', async (t) => {
-  const monitor = await fresh(t)
-  const both = { http: true, local: true }
-  assert.throws(() => monitor.register('own', 'Own', () => {}, both), TypeError)
-  const port = await startFor(monitor, await serve(t))
-  assert.equal(await ask(port, 'own\n'), 'Invalid command \'own\'\nTry "help".\n')
-})
+  test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, until: 'started' })
+    await untilVerdict(monitor)
+    const answers = [getPage(portOf(server), '/held'), getPage(portOf(server), '/held')]
+    await until(() => held.length === 2, 'two requests are in flight')
+    let drainedAt = 0
+    const drained = monitor.drain().then(() => {
+      drainedAt = performance.now()
+    })
+    await pause(200)
+    assert.equal(drainedAt, 0)
+    held.pop()?.end()
+    await pause(200)
+    assert.equal(drainedAt, 0)
+    letGo()
+    await Promise.all(answers)
+    let lastAt = 0
+    for (let request = 0; request < 8; request++) {
+      lastAt = performance.now()
+      await getPage(portOf(server), '/')
+      await pause(50)
+    }
+    assert.equal(drainedAt, 0)
+    await drained
+    assert.ok(drainedAt - lastAt >= 100 && drainedAt - lastAt < 1_000, `${drainedAt - lastAt} ms`)
+  })
 
-// --- ftw-monitor wait, and the rolling restart ---------------------------------------------------
-
-test('`ftw-monitor wait` prints each change of the reason and ends with OK', async (t) => {
-  const monitor = await fresh(t)
-  let connected = false
-  let asked = 0
-  let warm = () => {}
-  monitor.registerDatabase('main', { isConnected: () => ++asked > 0 && connected })
-  monitor.registerWarmup('/', () => new Promise<void>((resolve) => { warm = resolve }))
-  const port = await freePort()
-  const words = [fileURLToPath(MODULE), 'wait', '--port', String(port), '--host', '127.0.0.1']
-  const waiting = watch(t, spawn(process.execPath, words))
-  const untilSaid = (text: RegExp) => until(() => text.test(waiting.output), String(text))
-  const untilAskedAgain = (before = asked) => until(() => asked > before + 1, 'it asks again')
-  await untilSaid(/^\d+\.\d s .*ECONNREFUSED.*\n$/)
-  const server = await serve(t)
-  await startFor(monitor, server, { listen: { host: '127.0.0.1', port: port + 80 } })
-  await untilSaid(/s +Error: Database 'main' disconnected\.\n$/)
-  await untilAskedAgain()
-  connected = true
-  await untilSaid(/s +Warmup in progress\n$/)
-  await untilAskedAgain()
-  warm()
-  assert.equal(await waiting.exit, 0)
-  const lines = waiting.output.trimEnd().split('\n')
-  assert.equal(lines.length, 4, waiting.output)
-  assert.match(lines[3] ?? '', /^\d+\.\d s +OK$/)
-  const seconds = lines.map((line) => parseFloat(line))
-  assert.deepEqual(seconds, [...seconds].sort((one, other) => one - other))
-})
-
-test('`ftw-monitor wait --timeout` ends with status 1 where the instance does not get healthy',
-  async (t) => {
-    const monitor = await fresh(t)
-    monitor.registerDatabase('main', { isConnected: () => false })
-    const port = await freePort()
-    await startFor(monitor, await serve(t), { listen: { host: '127.0.0.1', port: port + 80 } })
+  test('drain() resolves after its time-out at the latest', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
     const startedAt = performance.now()
-    const [red, none] = await Promise.all([port, await freePort()].map((each) =>
-      runFtwMonitor(t, 'wait', '--port', String(each), '--timeout', '1')))
+    await monitor.drain({ timeoutMs: 400 })
+    const ms = performance.now() - startedAt
+    assert.ok(ms >= 399 && ms < 1_500, `${ms} ms`)
+    assert.equal((await monitor.health()).reason, 'Draining')
+    letGo()
+    await answer
+  })
+
+  test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
+    const monitor = await importMonitor(t)
+    const { server, held, letGo } = await serveHeld(t)
+    const measure = async () => {
+      const startedAt = performance.now()
+      await monitor.drain()
+      return performance.now() - startedAt
+    }
+    assert.ok((await measure()) < 50, 'at once without a running monitor')
+    assert.equal((await monitor.health()).reason, 'Instance is booting')
+    await monitor.start({ port: portOf(server), listen: LOOPBACK, logger: recorder() })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    assert.ok((await measure()) < 1_000, 'without a server')
+    letGo()
+    await answer
+  })
+
+  test('a prober is an address that asked three times in the 60 s before', async (t) => {
+    const pace = 25 // where a core has much to do, ticks faster than this come late
+    const { port } = await bootProcess(t, { flags: [flagForPace(pace)] })
+    const minuteMs = 60_000 / pace
+    await until(async () => (await askWhomItWaitsFor(port)) === 0, 'the check at boot is past')
+    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
+    for (let time = 0; time < 2; time++) await askFrom('127.0.0.2')
+    assert.equal(await askWhomItWaitsFor(port), 0)
+    const startedAt = performance.now()
+    await askFrom('127.0.0.2')
+    for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
+    assert.equal(await askWhomItWaitsFor(port), 2)
+    await until(async () => {
+      await askFrom('127.0.0.3')
+      return (await askWhomItWaitsFor(port)) === 1
+    }, 'who no longer asks is forgotten')
+    const ms = performance.now() - startedAt
+    assert.ok(ms > 0.7 * minuteMs && ms < 1.5 * minuteMs, `${ms} ms`)
+  })
+})
+
+describe('The command table', TOGETHER, () => {
+  test('a command in more mode gets every following line, as calc does', async (t) => {
+    const calls: unknown[][] = []
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('calc', 'Reckon', (connection, ...words) => {
+          calls.push(words)
+          if (words[0] === 'quit') return 'quit'
+          if (words[0] === 'leave') return 'interactive'
+          const [, one, sign, other] = /^(\d+)([+*])(\d+)$/.exec(words[0] ?? '') ?? []
+          const result = sign === '+' ? Number(one) + Number(other) : Number(one) * Number(other)
+          connection.write(sign ? `${result}\n.` : '.')
+          return 'more'
+        })
+      }
+    })
+    const talk = await converse(t, port)
+    const session = [
+      ['calc', '.'],
+      ['2+2', '4\n.'],
+      ['4*2', '8\n.'],
+      ['', '.']
+    ] as const
+    for (const [line, reply] of session) {
+      talk.say(`${line}\n`)
+      await talk.hear(reply)
+    }
+    talk.say('quit\n')
+    await until(() => talk.isClosed, 'the connection is closed')
+    assert.equal(talk.transcript, '')
+    assert.deepEqual(calls, [[], ['2+2'], ['4*2'], [], ['quit']])
+    assert.equal(
+      await ask(port, 'calc\n 2+2  or so\r\nleave\nhealth_check\nquit\n'),
+      '.4\n.OK\nGoodbye.\n'
+    )
+    assert.deepEqual(calls.slice(5), [[], ['2+2', 'or', 'so'], ['leave']])
+  })
+
+  test('what a command answers decides what follows on its connection', async (t) => {
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('answer', '', (connection, mode, when) => {
+          connection.write(`${mode}.`)
+          const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
+          return when === 'later' ? pause(5, answer) : answer
+        })
+        monitor.register('fail', '', () => {
+          throw new Error('on purpose')
+        })
+        monitor.register('insist', '', (connection, word) => {
+          if (word === 'fail') throw new Error('on purpose')
+          connection.write(`${word}.`)
+          return word === 'end' ? 'quit' : 'more'
+        })
+      }
+    })
+    const on = 'Interactive mode on.  Use "quit" To exit.\n'
+    const rows = [
+      ['answer nothing\nquit\n', 'nothing.'],
+      ['answer nothing later\nquit\n', 'nothing.'],
+      ['answer quit\nquit\n', 'quit.'],
+      ['answer interactive\nquit\n', 'interactive.Goodbye.\n'],
+      ['answer interactive later\n\nquit\n', 'interactive.interactive.Goodbye.\n'],
+      ['interactive\nanswer nothing\nquit\n', `${on}nothing.Goodbye.\n`],
+      ['interactive\nanswer quit\nquit\n', `${on}quit.`],
+      ['interactive\nanswer quit later\nquit\n', `${on}quit.`],
+      ['fail\nquit\n', 'Error: on purpose\n'],
+      ['interactive\nfail\nquit\n', `${on}Error: on purpose\nGoodbye.\n`],
+      ['insist a\nfail\nquit\nend\nquit\n', 'a.Error: on purpose\nquit.end.']
+    ] as const
+    for (const [text, reply] of rows) assert.equal(await ask(port, text), reply, text)
+  })
+
+  test('a command is registered, documented, replaced, and writes bit by bit', async (t) => {
+    const returned: unknown[] = []
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('echo', 'Say it', () => assert.fail('was replaced'))
+    monitor.register('echo', 'Say it again\n\n    Word by word.', async (connection, ...words) => {
+      for (const word of words) {
+        returned.push(connection.write(String(word)))
+        await nextTurn()
+      }
+    })
+    assert.equal(await ask(port, 'echo  a\tb c\n'), 'abc')
+    assert.deepEqual(returned, [undefined, undefined, undefined])
+    assert.deepEqual((await ask(port, 'help\n')).match(/^ {2}echo -- .*$/gm), [
+      '  echo -- Say it again'
+    ])
+    monitor.register('health_check', 'Mine', (connection) => connection.write('my own\n'))
+    assert.equal(await ask(port, 'health_check\n'), 'my own\n')
+  })
+
+  test('a wrong name, documentation or command is a TypeError', async (t) => {
+    const { register } = await importMonitor(t)
+    const command = () => {}
+    const wrong = [
+      ['', 'doc', command],
+      ['a b', 'doc', command],
+      ['a\n', 'doc', command],
+      ['\t', 'doc', command],
+      [undefined, 'doc', command],
+      [42, 'doc', command],
+      ['a', 42, command],
+      ['a', 'doc', 'command'],
+      ['a', 'doc']
+    ]
+    for (const all of wrong) {
+      assert.throws(() => (register as (...all: unknown[]) => void)(...all), TypeError, String(all))
+    }
+  })
+
+  test('a command that fails answers one line; its stack goes to the logger alone', async (t) => {
+    const failures: [unknown, string][] = [
+      [new RangeError('boom x y'), 'RangeError: boom x y\n'],
+      [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
+      [new TypeError(''), 'TypeError: '],
+      ['only text', 'only text'],
+      [undefined, 'undefined'],
+      [null, 'null'],
+      [Symbol('odd'), 'odd'],
+      [Object.create(null), ':'],
+      [
+        {
+          get message() {
+            throw new Error('a trap')
+          }
+        },
+        ':'
+      ]
+    ]
+    const { port, logger } = await bootInstance(t, {
+      prepare: (monitor) => {
+        for (const [index, [error]] of failures.entries()) {
+          monitor.register(`throw${index}`, '', () => {
+            throw error
+          })
+          monitor.register(`reject${index}`, '', () => Promise.reject(error))
+        }
+      }
+    })
+    for (const [index, [, text]] of failures.entries()) {
+      for (const way of ['throw', 'reject']) {
+        const reply = await ask(port, `${way}${index}\n`)
+        assert.match(reply, /^[^\n]+\n$/)
+        assert.ok(reply.includes(text), `${way} ${text}: ${reply}`)
+        assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
+      }
+    }
+    const errors = errorsOf(logger)
+    assert.equal(errors.length, failures.length * 2)
+    assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a failing command is logged at most once a second, each one by itself', async (t) => {
+    const { port, logger } = await bootInstance(t, {
+      prepare: (monitor) => {
+        for (const name of ['one', 'other']) {
+          monitor.register(name, '', () => {
+            throw new Error(`${name} is broken`)
+          })
+        }
+      }
+    })
+    const logged = (name: string) =>
+      logger.lines.filter((line) => line.includes(`${name} is broken`))
+    const startedAt = performance.now()
+    await ask(port, `interactive\n${'one\nother\n'.repeat(500)}quit\n`)
+    const atMost = 1 + Math.floor((performance.now() - startedAt) / 1_000)
+    assert.ok(logged('one').length >= 1 && logged('one').length <= atMost)
+    assert.ok(logged('other').length >= 1 && logged('other').length <= atMost)
+    const before = logged('one').length
+    await until(
+      async () => {
+        await ask(port, 'one\n')
+        return logged('one').length > before
+      },
+      'it is logged again',
+      3_000
+    )
+    assert.ok(performance.now() - startedAt >= 1_000)
+  })
+
+  test("the asker's own mistakes are not logged", async (t) => {
+    const { port, logger } = await bootInstance(t)
+    const before = logger.lines.length
+    for (const line of ['nope', 'help nope', 'dbinfo - 99999', '\x1b[31m', 'dbinfo nowhere']) {
+      await ask(port, `${line}\n`)
+    }
+    assert.deepEqual(logger.lines.slice(before), [])
+  })
+
+  test('anything but a mode that a command returns is answered with advice', async (t) => {
+    const returned: unknown[] = [
+      42,
+      'done',
+      '',
+      null,
+      false,
+      true,
+      ['quit'],
+      { mode: 'quit' },
+      Symbol('x')
+    ]
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        for (const [index, value] of returned.entries()) {
+          monitor.register(`now${index}`, '', () => value as undefined)
+          monitor.register(`later${index}`, '', () => Promise.resolve(value as undefined))
+        }
+      }
+    })
+    const advice = / returned .*instead of a mode; reply with connection\.write\n$/
+    for (const index of returned.keys()) {
+      for (const name of [`now${index}`, `later${index}`]) {
+        const reply = await ask(port, `${name}\n`)
+        assert.ok(reply.startsWith(`${name} returned `) && advice.test(reply), reply)
+      }
+    }
+    assert.equal(
+      await ask(port, 'now0\n'),
+      'now0 returned 42 instead of a mode; reply with connection.write\n'
+    )
+  })
+
+  test('whatever a command throws or rejects with is one line, and the host lives', async (t) => {
+    const logger = recorder()
+    const { monitor, port } = await bootInstance(t, { performers: WARM, logger })
+    for (const [kind, thrown] of Object.entries(THROWN)) {
+      const ways: Record<string, () => void | Promise<void>> = {
+        throws: () => {
+          throw thrown
+        },
+        rejects: () => Promise.reject(thrown),
+        'rejects later': async () => {
+          await nextTurn()
+          throw thrown
+        }
+      }
+      for (const [way, command] of Object.entries(ways)) {
+        monitor.register('fails', '', command, { http: true })
+        const reply = await ask(port, 'fails\n', { limitMs: 2_000 })
+        assert.match(reply, /^\P{Cc}{1,500}\n$/u, `${kind} ${way}`)
+        assert.equal((await getPage(port, '/fails', { limitMs: 2_000 })).status, 500)
+      }
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.ok(errorsOf(logger).length >= 40)
+  })
+
+  test('whatever a command returns, it is a mode or one line says that it is none', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const twice = (resolve: (value: unknown) => void, reject: (error: Error) => void) => {
+      resolve('quit')
+      resolve('interactive')
+      reject(new Error('boom'))
+      throw new Error('boom')
+    }
+    const fine: unknown[] = [undefined, 'quit', Promise.resolve('quit'), { then: twice }]
+    const wrong: unknown[] = [
+      null,
+      0,
+      42n,
+      true,
+      '',
+      'nope',
+      'OK\nOK',
+      Symbol('mode'),
+      [],
+      {},
+      thrower,
+      Object.create(null),
+      { then: 1 },
+      trapped(['then']),
+      { then: thrower },
+      trapped(['toString']),
+      new Proxy({}, TRAPS),
+      { then: (resolve: Function) => resolve('no') },
+      { then: (resolve: Function) => resolve({ then: thrower }) },
+      Promise.resolve(new Proxy({ then: undefined }, { getPrototypeOf: thrower }))
+    ]
+    for (const returned of [...fine, ...wrong]) {
+      monitor.register('odd', '', (() => returned) as () => void)
+      const reply = await ask(port, 'odd\n', { limitMs: 2_000 })
+      if (fine.includes(returned)) assert.equal(reply, '')
+      else assert.match(reply, /^\P{Cc}+\n$/u)
+      assert.doesNotMatch(reply, /OK/)
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a command may write, fail and return after its asker has gone', async (t) => {
+    const gone = latch()
+    const finished = latch()
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('gone', '', async (connection) => {
+          connection.write('begun\n')
+          await gone.opened
+          connection.write('nobody reads this\n')
+          finished.open()
+          throw new Error('nobody hears this')
+        })
+      }
+    })
+    const talk = await converse(t, port)
+    talk.say('gone\n')
+    await talk.hear('begun\n')
+    talk.socket.resetAndDestroy()
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n') // by now the reset has arrived, too
+    gone.open()
+    await inTime(finished.opened, 'it has run to its end')
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a command that answers or fails after its connection is gone harms nobody', async (t) => {
+    const server = await serve(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, server })
+    const resume: (() => void)[] = []
+    for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
+      monitor.register(
+        `late-${outcome}`,
+        '',
+        async (connection) => {
+          await new Promise<void>((resolve) => resume.push(resolve))
+          for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
+          if (outcome === 'fails') {
+            throw new Error(`${connection.remoteAddress} ${connection.local}`)
+          }
+          return outcome as 'quit'
+        },
+        { http: true }
+      )
+    }
+    const endings: ((socket: net.Socket) => unknown)[] = [
+      (socket) => socket.resetAndDestroy(),
+      (socket) => socket.destroy(),
+      (socket) => socket.end()
+    ]
+    for (const end of endings) {
+      for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
+        const name = `late-${outcome}`
+        for (const line of [`${name}\n`, headOf(`/${name}`)]) {
+          const peer = await converse(t, port)
+          peer.socket.write(line)
+          await until(() => resume.length > 0, 'it runs')
+          end(peer.socket)
+          await untilSeen(port)
+          resume.pop()!()
+          await untilSeen(port)
+          peer.socket.destroy()
+        }
+      }
+    }
+    const hung = await converse(t, port)
+    hung.socket.write('late-fails\n')
+    await until(() => resume.length > 0, 'it runs')
+    await monitor.stop()
+    resume.pop()!()
+    await until(() => hung.isClosed, 'stop has closed it')
+    await bootInstance(t, { monitor, server })
+  })
+
+  test('drain, resume and own local commands are for this machine only', async (t) => {
+    const { port } = await bootProcess(t, {
+      script: `
+        const { subscribe } = await import('node:diagnostics_channel')
+        const moveFarAway = ({ socket }) =>
+          Object.defineProperty(socket, 'remoteAddress', { value: '192.0.2.7' })
+        monitor.register('far', 'Moves who comes next far away', () =>
+          subscribe('net.server.socket', moveFarAway))
+        monitor.register('own', 'Own', (connection) => connection.write('Done'), { local: true })`
+    })
+    for (const line of ['own\n', 'drain\n', 'resume\n']) {
+      assert.match(await ask(port, line), /^(Done|(Draining: .*\n)+Drained\n|Resumed\n)$/)
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    await ask(port, 'far\n')
+    for (const line of ['own\n', 'drain\n', 'drain x\n', 'resume\n']) {
+      const reply = await ask(port, line)
+      assert.match(reply, /^.*\bthis machine\b.*\n$/)
+      assert.doesNotMatch(reply, /Done|Drained|Resumed/)
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('on a Unix socket every peer is on this machine', async (t) => {
+    const monitor = await importMonitor(t)
+    const path = join(scratchFolder(t), 'socket')
+    monitor.register('own', 'Own', (connection) => connection.write('Done\n'), { local: true })
+    await monitor.start({ server: await serve(t), listen: { path }, logger: recorder() })
+    assert.equal(await ask(path, 'own\n'), 'Done\n')
+    assert.match(await ask(path, 'drain Moved\n'), /^(Draining: .*\n)+Drained\n$/)
+    assert.equal(await ask(path, 'health_check\n'), 'Moved\n')
+    await ask(path, 'resume\n')
+    await until(
+      async () => (await ask(path, 'health_check\n')) === 'OK\n',
+      'it is in service again'
+    )
+  })
+
+  test('a command cannot be offered over HTTP and be for this machine only', async (t) => {
+    const monitor = await importMonitor(t)
+    const both = { http: true, local: true }
+    assert.throws(() => monitor.register('own', 'Own', () => {}, both), TypeError)
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    assert.equal(await ask(port, 'own\n'), 'Invalid command \'own\'\nTry "help".\n')
+  })
+})
+
+describe('Commands', TOGETHER, () => {
+  test('help lists every command with its summary, sorted by name', async (t) => {
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('aardvark', 'Come first\n\n    and not this', () => {})
+        monitor.register('untold', '', () => {})
+      }
+    })
+    const [title, ...lines] = (await ask(port, 'help\n')).split('\n')
+    assert.equal(title, 'Supported commands:')
+    assert.equal(lines.pop(), '')
+    const entries = lines.map((line) => /^ {2}(\S+) -- (\S.*)$/.exec(line)?.slice(1) ?? [line])
+    const names = entries.map(([name]) => name)
+    assert.deepEqual(names, [...names].sort())
+    const summaries = Object.fromEntries(entries) as Record<string, string>
+    const expected = {
+      aardvark: 'Come first',
+      dbinfo: 'Get database statistics',
+      health_check: 'Check whether the instance is alive and ready to serve requests.',
+      help: 'Get help about server commands',
+      interactive: "Turn on monitor's interactive mode",
+      monitor: 'Get general process info',
+      perf_metrics: 'Get performance related metrics',
+      quit: 'Quit the monitor',
+      untold: '?',
+      warmup_state: 'Get instance warmup state.',
+      zeocache: 'Get ZEO client cache statistics',
+      zeostatus: 'Get ZEO client status information'
+    }
+    assert.deepEqual({ ...summaries, ...expected }, summaries)
+  })
+
+  test('help NAME prints what is written about a command', async (t) => {
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('tell', 'Tell something\n\n    In its own words.\n', () => {})
+      }
+    })
+    assert.match(
+      await ask(port, 'help help\n'),
+      /^Help for help:\n\nGet help about server commands\n\n(?: {4}\S.*\n)+\n$/
+    )
+    assert.equal(
+      await ask(port, 'help tell\n'),
+      'Help for tell:\n\nTell something\n\n    In its own words.\n\n'
+    )
+    for (const name of ['health_check', 'interactive', 'quit', 'warmup_state']) {
+      assert.ok((await ask(port, `help ${name}\n`)).startsWith(`Help for ${name}:\n\n`), name)
+    }
+  })
+
+  test('dbinfo answers loads, stores, connections, objects, and those loaded', async (t) => {
+    const monitor = await importMonitor(t)
+    const activity = monitor.registerDatabase('main', {
+      isConnected: () => true,
+      figures: () => ({ size: 3212, nonGhost: 1438 })
+    })
+    activity.loads(1113)
+    activity.loads()
+    activity.stores(28)
+    for (let each = 0; each < 459; each++) activity.connections()
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    assert.equal(await ask(port, 'dbinfo\n'), '1114 28 459 3212 1438\n')
+    assert.deepEqual(await askNumbers(port, 'dbinfo main 300'), [1114, 28, 459, 3212, 1438])
+  })
+
+  test('zeocache answers records and bytes added and evicted, and accesses', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: {
+        main: {
+          isConnected: () => true,
+          figures: async () => ({
+            accesses: 1000,
+            bytesAdded: 4200,
+            bytesEvicted: 2300,
+            recordsAdded: 42,
+            recordsEvicted: 23
+          })
+        }
+      },
+      until: 'started'
+    })
+    assert.equal(await ask(port, 'zeocache\n'), '42 4200 23 2300 1000\n')
+    assert.deepEqual(await askNumbers(port, 'zeocache main'), [42, 4200, 23, 2300, 1000])
+  })
+
+  test('zeostatus answers True for a connected database, and False for any other', async (t) => {
+    const monitor = await importMonitor(t)
+    const answers: Record<string, () => boolean | Promise<boolean>> = {
+      up: () => true,
+      soon: async () => true,
+      down: () => false,
+      broken: () => {
+        throw new Error('broken')
+      },
+      rejecting: () => Promise.reject(new Error('no'))
+    }
+    for (const [name, isConnected] of Object.entries(answers)) {
+      monitor.registerDatabase(name, { isConnected })
+    }
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    const replies = await Promise.all(
+      Object.keys(answers).map(async (name) => [name, await ask(port, `zeostatus ${name}\n`)])
+    )
+    assert.deepEqual(Object.fromEntries(replies), {
+      up: 'True\n',
+      soon: 'True\n',
+      down: 'False\n',
+      broken: 'False\n',
+      rejecting: 'False\n'
+    })
+  })
+
+  test('"-" and no name mean the database main, else the one registered first', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    const register = (name: string, size: number) =>
+      monitor.registerDatabase(name, {
+        isConnected: () => name === 'first',
+        figures: () => ({ size, accesses: size })
+      })
+    const ofWhom = async () => [
+      ...(await Promise.all(
+        ['dbinfo', 'dbinfo -', 'dbinfo - 10'].map(async (line) => (await askNumbers(port, line))[3])
+      )),
+      ...(await Promise.all(
+        ['zeocache', 'zeocache -'].map(async (line) => (await askNumbers(port, line))[4])
+      )),
+      await ask(port, 'zeostatus\n'),
+      await ask(port, 'zeostatus -\n')
+    ]
+    register('first', 1)
+    register('second', 2)
+    assert.deepEqual(await ofWhom(), [1, 1, 1, 1, 1, 'True\n', 'True\n'])
+    register('main', 3)
+    assert.deepEqual(await ofWhom(), [3, 3, 3, 3, 3, 'False\n', 'False\n'])
+  })
+
+  test('a name that no database has is answered by one line, and not logged', async (t) => {
+    const logger = recorder()
+    const { monitor, port } = await bootInstance(t, { logger, until: 'started' })
+    for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'dbinfo -', 'monitor 0 -']) {
+      assert.equal(await ask(port, `${command}\n`), "Error: no database 'main' is registered\n")
+    }
+    monitor.registerDatabase('main', { isConnected: () => true })
+    for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'monitor 0', 'perf_metrics']) {
+      assert.equal(
+        await ask(port, `${command} nope\n`),
+        "Error: no database 'nope' is registered\n"
+      )
+    }
+    assert.deepEqual(
+      logger.lines.filter((line) => !line.startsWith('info')),
+      []
+    )
+  })
+
+  test('figures that a database does not give are -1, those that it promises are not', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: {
+        bare: { isConnected: () => true },
+        partly: { isConnected: () => true, figures: () => ({ size: 5 }) },
+        later: {
+          isConnected: async () => true,
+          figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
+          connections: async () => []
+        }
+      },
+      until: 'started'
+    })
+    assert.deepEqual(await askNumbers(port, 'dbinfo bare'), [0, 0, 0, -1, -1])
+    assert.deepEqual(await askNumbers(port, 'zeocache bare'), [-1, -1, -1, -1, -1])
+    assert.equal((await askMonitor(port, '0 bare')).count, -1)
+    assert.deepEqual(await askNumbers(port, 'dbinfo partly'), [0, 0, 0, 5, -1])
+    assert.deepEqual(await askNumbers(port, 'dbinfo later'), [0, 0, 0, -1, 6])
+    assert.deepEqual(await askNumbers(port, 'zeocache later'), [-1, -1, 7, -1, -1])
+    assert.equal((await askMonitor(port, '0 later')).count, 0)
+  })
+
+  test('SECONDS that is no number from 0 to 3600 is answered by one line that says so', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => true } },
+      until: 'started'
+    })
+    for (const seconds of ['x', '-1', '3601', '3600.5', 'NaN', 'Infinity', '1e9', '0x10', '1,5']) {
+      for (const command of ['dbinfo', 'perf_metrics']) {
+        assert.match(
+          await ask(port, `${command} main ${seconds}\n`),
+          /^Error: [^\n]*SECONDS[^\n]* 0 to 3600\n$/,
+          `${command} main ${seconds}`
+        )
+      }
+    }
+    for (const seconds of ['0', '1', '3600', '007']) {
+      assert.deepEqual(await askNumbers(port, `dbinfo main ${seconds}`), [0, 0, 0, -1, -1])
+    }
+  })
+
+  test("agent_check renders the verdict in words that are not the operator's", async (t) => {
+    const gate = latch()
+    let connected = true
+    const { monitor, port } = await bootInstance(t, {
+      performers: {
+        '/': () => gate.opened
+      },
+      databases: { main: { isConnected: () => connected } },
+      until: 'started'
+    })
+    const agent = () => ask(port, 'agent_check\n')
+    await until(async () => (await agent()) === 'down #Warmup in progress\n', 'it warms up')
+    gate.open()
+    await untilHealthy(port)
+    assert.match(await agent(), /^up ([1-9]\d|100)%\n$/)
+    connected = false
+    assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
+    void monitor.drain()
+    assert.equal(await agent(), 'stopped #Draining\n')
+    monitor.resume()
+    assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
+  })
+})
+
+describe('Figures, metrics and status', TOGETHER, () => {
+  test('monitor tells the resident memory as procfs does', async (t) => {
+    const { port } = await bootInstance(t, { until: 'started' })
+    const { rss } = await askMonitor(port, '')
+    const measured = process.memoryUsage.rss() / 1_024
+    assert.ok(Math.abs(rss - measured) < measured / 10, `${rss} kB told, ${measured} kB measured`)
+    if (!fs.existsSync('/proc/self/status')) return
+    const [line] = /^VmRSS:.*$/m.exec(fs.readFileSync('/proc/self/status', 'utf8'))!
+    const [, own] = (await ask(port, 'monitor\n')).split('\n')
+    assert.equal(own!.replace(/\d+/, ''), line.replace(/\d+/, ''))
+    assert.equal(own!.length, line.length)
+  })
+
+  test(
+    'only a peer on this machine is told paths; others get count and memory',
+    NEEDS_OUTSIDE,
+    async (t) => {
+      const held: http.ServerResponse[] = []
+      const server = await serve(t, (_, response) => {
+        held.push(response)
+      })
+      const { port } = await bootInstance(t, {
+        performers: WARM,
+        databases: {
+          main: {
+            isConnected: () => true,
+            connections: () => [{ openedAt: 0, info: '/secret' }]
+          }
+        },
+        server
+      })
+      getPage(portOf(server), '/private').catch(() => {})
+      await until(() => held.length === 1, 'the request has come')
+      const { open } = await askMonitor(port, '0')
+      assert.deepEqual(
+        open.map(({ info }) => info),
+        ['GET /private']
+      )
+      for (const words of ['0', '0 main']) {
+        const { count, rss, open: told } = await askMonitor(port, words, OUTSIDE)
+        assert.deepEqual([count, told], [1, []])
+        assert.ok(rss > 0)
+      }
+    }
+  )
+
+  test('perf_metrics of a disconnected database is its error alone', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => false } },
+      until: 'started'
+    })
+    assert.equal(await ask(port, 'perf_metrics\n'), '{"error":"Database \'main\' disconnected."}\n')
+  })
+
+  test('perf_metrics shows -1 where no database is registered, or no server given', async (t) => {
+    const monitor = await importMonitor(t)
+    const instance = portOf(await serve(t))
+    const options = { port: instance, listen: LOOPBACK, logger: recorder() }
+    const { port } = (await monitor.start(options)) as net.AddressInfo
+    const { cache, db, http: counts } = await askPerfMetrics(port)
+    assert.deepEqual(
+      { cache, db, counts },
+      { cache: NO_CACHE, db: NO_DB, counts: { in_flight: -1, requests: -1, errors: -1 } }
+    )
+  })
+
+  test('metrics leaves out what cannot be had, and tells whether all is well', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const options = { port: portOf(server), listen: LOOPBACK, logger: recorder() }
+    const { port } = (await monitor.start(options)) as net.AddressInfo
+    await untilHealthy(port)
+    const text = await ask(port, 'metrics\n')
+    assert.doesNotMatch(text, /ftw_monitor_http|ftw_monitor_database| -1$/m)
+    assert.equal(readSamples(text)['ftw_monitor_healthy'], 1)
+    void monitor.drain()
+    assert.equal(readSamples(await ask(port, 'metrics\n'))['ftw_monitor_healthy'], 0)
+  })
+})
+
+describe('Figures, metrics and status', ALONE, () => {
+  test('200 requests in flight are counted and listed by age, aborted ones no more', async (t) => {
+    const clock = fakeClock(t)
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => {
+      held.push(response)
+    })
+    const { port } = await bootInstance(t, { performers: WARM, server })
+    const open = (path: string) =>
+      http
+        .request({ port: portOf(server), path, agent: false })
+        .on('error', () => {})
+        .end()
+    const begin = async (count: number, path: string) => {
+      const requests = Array.from({ length: count }, () => open(path))
+      await until(
+        async () => (await askMonitor(port, '0')).count === held.length,
+        'all are counted'
+      )
+      return requests
+    }
+    const early = begin(100, '/early')
+    await until(() => held.length === 100, 'the first hundred have come')
+    clock.now += 7_500
+    const late = begin(100, '/late?token=secret')
+    await until(() => held.length === 200, 'the second hundred have come')
+    await Promise.all([early, late])
+    clock.now += 5_000
+    assert.equal((await askMonitor(port, '0')).count, 200)
+
+    for (const request of (await early).slice(0, 50)) request.destroy()
+    await until(async () => (await askMonitor(port, '0')).count === 150, 'aborted ones are gone')
+    const all = await askMonitor(port, '0')
+    assert.deepEqual(all.open, [
+      ...Array(100).fill({ age: 5, info: 'GET /late' }),
+      ...Array(50).fill({ age: 12.5, info: 'GET /early' })
+    ])
+    const old = await askMonitor(port, '10')
+    assert.deepEqual([old.count, old.open.length, old.open[0]?.age], [150, 50, 12.5])
+    const { count, open: none } = await askMonitor(port, '')
+    assert.deepEqual([count, none], [150, []])
+
+    for (const response of held) response.end()
+    await until(async () => (await askMonitor(port, '0')).count === 0, 'all have ended')
+  })
+
+  test('monitor lists the connections of the database that it is asked for', async (t) => {
+    const now = Date.now()
+    t.mock.method(Date, 'now', () => now)
+    const { port } = await bootInstance(t, {
+      databases: {
+        shop: {
+          isConnected: () => true,
+          connections: async () => [
+            { openedAt: new Date(now - 200_000), info: '/import' },
+            { openedAt: now - 500, info: '/a b' },
+            { openedAt: now - 120_040, info: '/report' }
+          ]
+        }
+      },
+      until: 'started'
+    })
+    const { count, open } = await askMonitor(port, '0 shop')
+    assert.deepEqual(
+      { count, open },
+      {
+        count: 3,
+        open: [
+          { age: 0.5, info: '/a b' },
+          { age: 120, info: '/report' },
+          { age: 200, info: '/import' }
+        ]
+      }
+    )
+    const { open: old } = await askMonitor(port, '150 shop')
+    assert.deepEqual(old, [{ age: 200, info: '/import' }])
+    assert.match(await ask(port, 'monitor young\n'), /^Error: AGE [^\n]+\n$/)
+  })
+
+  test('perf_metrics answers one line of JSON with integers under the known keys', async (t) => {
+    const monitor = await importMonitor(t)
+    const activity = monitor.registerDatabase('main', {
+      isConnected: () => true,
+      figures: () => ({
+        size: 3212,
+        nonGhost: 1438,
+        maxSize: 30000,
+        conflicts: 7,
+        unresolvedConflicts: 3,
+        objects: 13336,
+        bytes: 5796849.7
+      })
+    })
+    activity.loads(1114)
+    activity.stores(28)
+    activity.connections(459)
+    const { port } = await bootInstance(t, { monitor, performers: WARM, until: 'started' })
+    const { instance, cache, db, memory, cpu, loop, http: counts } = await askPerfMetrics(port)
+    assert.deepEqual(cache, { size: 3212, ngsize: 1438, max_size: 30000 })
+    assert.deepEqual(db, {
+      loads: 1114,
+      stores: 28,
+      connections: 459,
+      conflicts: 7,
+      unresolved_conflicts: 3,
+      total_objs: 13336,
+      size_in_bytes: 5796849
+    })
+    const { pid, version } = process
+    assert.deepEqual(instance, { uptime: instance.uptime, pid, version })
+    assert.ok(Math.abs(instance.uptime - process.uptime()) < 2)
+    const real = process.memoryUsage()
+    for (const [told, measured] of [
+      [memory.rss, real.rss],
+      [memory.heap_used, real.heapUsed],
+      [memory.heap_total, real.heapTotal],
+      [memory.external, real.external]
+    ])
+      assert.ok(told > measured / 2 && told < measured * 2, `${told} told, ${measured} measured`)
+    assert.deepEqual([memory.uss, memory.pss], [-1, -1])
+    const { user, system } = process.cpuUsage()
+    assert.ok(cpu.user > user / 2 && cpu.user <= user && cpu.system <= system)
+    const integers = [instance.uptime, cache, db, memory, cpu, counts].flatMap((group) =>
+      typeof group === 'object' ? Object.values(group) : [group]
+    )
+    assert.deepEqual(
+      integers.filter((figure) => !Number.isInteger(figure)),
+      []
+    )
+    assert.ok(loop.utilization >= -1 && loop.utilization <= 1)
+  })
+
+  test('perf_metrics counts in the window and for the database that it is asked for', async (t) => {
+    const clock = fakeClock(t)
+    const monitor = await importMonitor(t)
+    monitor.registerDatabase('main', { isConnected: () => true }).loads(5)
+    monitor.registerDatabase('shop', { isConnected: () => true }).loads(6)
+    clock.now += 100_000
+    const { port } = await bootInstance(t, { monitor, until: 'started' })
+    assert.equal((await askPerfMetrics(port)).db.loads, 5)
+    assert.equal((await askPerfMetrics(port, '- 101')).db.loads, 5)
+    assert.equal((await askPerfMetrics(port, 'main 100')).db.loads, 0)
+    assert.equal((await askPerfMetrics(port, 'shop')).db.loads, 6)
+  })
+
+  test('the load of the event loop is that of the last ten seconds, the same for all', async (t) => {
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const utilization = async () => (await askPerfMetrics(port)).loop.utilization as number
+    const work = () => {
+      for (const end = Date.now() + 150; Date.now() < end;);
+    }
+    const rest = () => pause(150)
+    ticks.pass(250)
+    work()
+    ticks.pass(250)
+    const busy = await utilization()
+    assert.ok(busy > 0.8 && busy <= 1, `${busy} when busy`)
+    assert.equal(await utilization(), busy)
+    await rest()
+    await rest()
+    ticks.pass(250)
+    const mixed = await utilization()
+    assert.ok(mixed > 0.2 && mixed < 0.7, `${mixed} with a third of it busy`)
+    ticks.pass(10_000)
+    await rest()
+    ticks.pass(250)
+    const relaxed = await utilization()
+    assert.ok(relaxed < 0.2, `${relaxed} ten seconds later`)
+  })
+
+  test('the load of the event loop is -1 where the runtime cannot tell', async (t) => {
+    const own = Object.getOwnPropertyDescriptor(performance, 'eventLoopUtilization')
+    t.after(() => {
+      if (own) Object.defineProperty(performance, 'eventLoopUtilization', own)
+      else Reflect.deleteProperty(performance, 'eventLoopUtilization')
+    })
+    const missing = { value: undefined, configurable: true }
+    Object.defineProperty(performance, 'eventLoopUtilization', missing)
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    ticks.pass(1_000)
+    assert.equal((await askPerfMetrics(port)).loop.utilization, -1)
+  })
+
+  test('a runtime that cannot tell its load is given 100%, and no such metric', async (t) => {
+    const { port } = await bootProcess(t, {
+      script: `
+        Object.defineProperty(performance, 'eventLoopUtilization', { value: undefined })
+        ${BUSY}
+        busy = true
+        work()`,
+      flags: [flagForPace(10)]
+    })
+    assert.equal(await askShare(port), 100)
+    assert.doesNotMatch(await ask(port, 'metrics\n'), /eventloop_utilization/)
+  })
+
+  test('metrics has the customary names, what the monitor counts, and each database', async (t) => {
+    const monitor = await importMonitor(t)
+    const { server, letGo } = await serveHeld(t)
+    server.prependListener('request', (request, response) => {
+      if (request.url === '/broken') response.statusCode = 500
+    })
+    const activity = monitor.registerDatabase('main', { isConnected: () => true })
+    monitor.registerDatabase('we"ird\\', { isConnected: () => false })
+    activity.loads(5)
+    activity.stores(2)
+    activity.connections()
+    const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
+    const sampled = async () => readSamples(await ask(port, 'metrics\n'))
+    const before = await sampled()
+    for (const path of ['/', '/', '/broken']) await getPage(portOf(server), path)
+    const held = getPage(portOf(server), '/held')
+    await until(async () => (await sampled())['ftw_monitor_http_requests_in_flight'] === 1, 'one')
+    await until(
+      async () => 'nodejs_eventloop_utilization' in (await sampled()),
+      'the load is known'
+    )
+    const { status, headers, body } = await getPage(port, '/metrics')
+    letGo()
+    await held
+    assert.equal(status, 200)
+    assert.match(headers['content-type'] ?? '', /^text\/plain; version=0\.0\.4\b/)
+    const samples = readSamples(body)
+    const grown = (name: string) => (samples[name] ?? NaN) - (before[name] ?? NaN)
+    assert.equal(grown('ftw_monitor_http_requests_total'), 4)
+    assert.equal(grown('ftw_monitor_http_errors_total'), 1)
+    assert.equal(samples['ftw_monitor_healthy'], 0)
+    assert.equal(samples['ftw_monitor_warmup_done'], 1)
+    assert.equal(samples['ftw_monitor_database_connected{database="main"}'], 1)
+    assert.equal(samples['ftw_monitor_database_connected{database="we\\"ird\\\\"}'], 0)
+    assert.equal(samples['ftw_monitor_database_loads_total{database="main"}'], 5)
+    assert.equal(samples['ftw_monitor_database_stores_total{database="main"}'], 2)
+    assert.equal(samples['ftw_monitor_database_connections_total{database="main"}'], 1)
+    assert.equal(samples['ftw_monitor_database_loads_total{database="we\\"ird\\\\"}'], 0)
+    const near = (name: string, value: number, by: number) => {
+      assert.ok(Math.abs((samples[name] ?? NaN) - value) < by, `${name} ${samples[name]}`)
+    }
+    const { rss, heapUsed } = process.memoryUsage()
+    const { user, system } = process.cpuUsage()
+    near('process_start_time_seconds', performance.timeOrigin / 1_000, 2)
+    near('process_resident_memory_bytes', rss, rss / 2)
+    near('nodejs_heap_size_used_bytes', heapUsed, heapUsed)
+    near('process_cpu_user_seconds_total', user / 1e6, 2)
+    near('process_cpu_seconds_total', (user + system) / 1e6, 2)
+    near('nodejs_eventloop_utilization', 0.5, 0.5001)
+    assert.deepEqual(
+      Object.entries(samples).filter(([, value]) => !(value >= 0)),
+      []
+    )
+    for (const name of new Set(Object.keys(samples).map((each) => each.replace(/\{.*/, '')))) {
+      const kind = name.endsWith('_total') ? 'counter' : 'gauge'
+      const family = `^# HELP ${name} \\S.*\\n# TYPE ${name} ${kind}\\n${name}[ {]`
+      assert.match(body, new RegExp(family, 'm'))
+    }
+  })
+})
+
+describe('The wire: lines', TOGETHER, () => {
+  test('every row of the protocol is answered byte for byte', async (t) => {
+    const invalid = 'Invalid command \'nope\'\nTry "help".\n'
+    const interactive = 'Interactive mode on.  Use "quit" To exit.\n'
+    const { port } = await bootInstance(t)
+    const rows = [
+      ['health_check\n', 'OK\n'],
+      ['health_check\r\n', 'OK\n'],
+      [' \t health_check \t \r\n', 'OK\n'],
+      ['help nope\n', invalid],
+      ['nope a b\n', invalid],
+      ['quit\n', 'Goodbye.\n'],
+      ['health_check\nquit\n', 'OK\n'], // a connection starts in quit mode
+      ['interactive\nquit\n', `${interactive}Goodbye.\n`],
+      ['interactive\nnope\nquit\n', `${interactive}${invalid}Goodbye.\n`],
+      ['interactive\nnope a b\n\nquit\n', `${interactive}${invalid}${invalid}Goodbye.\n`],
+      ['interactive\nhealth_check\n\n\r\n \nquit\n', `${interactive}OK\nOK\nOK\nOK\nGoodbye.\n`],
+      ['interactive\n\nquit\n', `${interactive}${interactive}Goodbye.\n`],
+      ['\n\r\n \nquit\n', 'Goodbye.\n'], // nothing to repeat yet
+      ['\nhealth_check\n', 'OK\n'],
+      ['warmup_state\n', '1 0\n']
+    ] as const
+    const replies = await Promise.all(rows.map(([text]) => ask(port, text)))
+    assert.deepEqual(
+      rows.map(([text], index) => [text, replies[index]]),
+      rows
+    )
+  })
+
+  test('each row ends, or stays open, as the protocol says', async (t) => {
+    const { port } = await bootInstance(t)
+    const talk = await converse(t, port)
+    talk.say('\n')
+    talk.say('interactive\n')
+    await talk.hear('Interactive mode on.  Use "quit" To exit.\n')
+    talk.say('nope\n')
+    await talk.hear('Invalid command \'nope\'\nTry "help".\n')
+    talk.say('\n')
+    await talk.hear('Invalid command \'nope\'\nTry "help".\n')
+    talk.say('health_check\r\n')
+    await talk.hear('OK\n')
+    for (const sign of 'health_check') talk.say(sign)
+    talk.say('\n')
+    await talk.hear('OK\n')
+    assert.equal(talk.isClosed, false)
+    talk.say('quit\n')
+    await until(() => talk.isClosed, 'the connection is closed')
+    assert.equal(talk.transcript, 'Goodbye.\n')
+  })
+
+  test("a line without its line feed is ended by the peer's FIN", async (t) => {
+    const { port } = await bootInstance(t)
+    const rows = [
+      ['health_check', 'OK\n'],
+      ['quit', 'Goodbye.\n'],
+      ['', ''],
+      ['\n', ''],
+      ['interactive\nhealth_check', 'Interactive mode on.  Use "quit" To exit.\nOK\n']
+    ] as const
+    for (const [text, reply] of rows) {
+      assert.equal(await ask(port, text, { end: true }), reply, JSON.stringify(text))
+    }
+  })
+
+  test('a peer that half-closed still gets the reply of an asynchronous command', async (t) => {
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('late', '', async (connection) => {
+          connection.write('at first\n')
+          await pause(100)
+          connection.write('at last\n')
+        })
+      }
+    })
+    assert.equal(await ask(port, 'late\n', { end: true }), 'at first\nat last\n')
+    assert.equal(await ask(port, 'late', { end: true }), 'at first\nat last\n')
+  })
+
+  test('lines of a connection are handled one after the other, to the end of each', async (t) => {
+    let running = 0
+    const { port } = await bootInstance(t, {
+      prepare: (monitor) => {
+        monitor.register('slow', '', async (connection, name) => {
+          running++
+          assert.equal(running, 1)
+          connection.write(`${name} begins, `)
+          await pause(20)
+          connection.write(`${name} ends\n`)
+          running--
+        })
+      }
+    })
+    assert.equal(
+      await ask(port, 'interactive\nslow a\nslow b\nhealth_check\nslow c\nquit\n'),
+      'Interactive mode on.  Use "quit" To exit.\n' +
+        'a begins, a ends\nb begins, b ends\nOK\nc begins, c ends\nGoodbye.\n'
+    )
+  })
+
+  test('a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const line = (bytes: number) => 'health_check'.padEnd(bytes)
+    assert.equal(await ask(port, `${line(4_096)}\n`), 'OK\n')
+    assert.equal(await ask(port, line(4_096), { end: true }), 'OK\n')
+    assert.match(await ask(port, `${'é'.repeat(2_048)}\n`), /^Invalid command/)
+    for (const tooLong of [
+      `${line(4_097)}\n`,
+      line(4_097),
+      `${'é'.repeat(2_048)}x\n`,
+      ' '.repeat(4_097),
+      '\0'.repeat(9_999)
+    ])
+      assert.equal(await ask(port, tooLong), 'Line too long\n')
+    assert.equal(
+      await ask(port, `interactive\n${line(4_096)}\n${line(4_097)}\nhealth_check\n`),
+      'Interactive mode on.  Use "quit" To exit.\nOK\nLine too long\n'
+    )
+  })
+
+  test('the next line waits until the last reply has been taken', async (t) => {
+    const LINES = 100
+    const reply = 'x'.repeat(1_000_000)
+    let calls = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('big', '', (connection) => {
+      calls++
+      connection.write(reply)
+    })
+    const peer = await converse(t, port)
+    let taken = 0
+    peer.socket.pause().removeAllListeners('data')
+    peer.socket
+      .on('data', (text: string) => {
+        taken += text.length
+      })
+      .pause()
+    peer.socket.write(`interactive\n${'big\n'.repeat(LINES)}quit\n`)
+    await until(() => calls > 0, 'the first line is answered')
+    for (let turn = 0; turn < 10; turn++) await untilSeen(port)
+    assert.ok(calls < LINES / 4, `${calls} replies, none of them taken`)
+    peer.socket.resume()
+    await until(() => peer.isClosed, 'all is answered')
+    assert.equal(calls, LINES)
+    const around = 'Interactive mode on.  Use "quit" To exit.\nGoodbye.\n'
+    assert.equal(taken, LINES * reply.length + around.length)
+  })
+
+  test('what a command leaves unsent may be 1 MiB; with more the client is cut off', async (t) => {
+    const MIB = 1_048_576
+    let written = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('mib', '', (connection) => connection.write('x'.repeat(MIB)), { http: true })
+    monitor.register(
+      'endless',
+      '',
+      async (connection) => {
+        for (written = 0; written < 64 * MIB; written += MIB / 16) {
+          connection.write('x'.repeat(MIB / 16))
+          if (written % MIB === 0) await nextTurn()
+        }
+      },
+      { http: true }
+    )
+    assert.equal((await ask(port, 'mib\n')).length, MIB)
+    const whole = await ask(port, 'GET /mib HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n')
+    assert.equal(whole.split('\r\n\r\n')[1]?.length, MIB)
+
+    for (const text of ['endless\n', 'GET /endless HTTP/1.1\r\nHost: a\r\n\r\n']) {
+      const peer = await converse(t, port)
+      peer.socket.pause().write(text)
+      written = 0
+      await until(() => written >= 64 * MIB, 'the command has ended')
+      peer.socket.resume()
+      await until(() => peer.isClosed, 'it is cut off')
+      assert.ok(peer.transcript.length < 16 * MIB, `${peer.transcript.length} bytes were sent`)
+    }
+  })
+})
+
+describe('The wire: lines', ALONE, () => {
+  test('a line has 60 s to come, not less, and not more for coming in drops', async (t) => {
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const open = () => converse(t, port)
+    const intime = await open()
+    const silent = await open()
+    const dripping = await open()
+    dripping.socket.write('health')
+    await untilSeen(port)
+    ticks.pass(59_500)
+    dripping.socket.write('_chec')
+    intime.socket.write('health_check\n')
+    await until(() => intime.isClosed, 'it is answered')
+    assert.deepEqual(
+      [intime.transcript, silent.isClosed, dripping.isClosed],
+      ['OK\n', false, false]
+    )
+    ticks.pass(750)
+    await until(() => silent.isClosed && dripping.isClosed, 'they are cut off')
+    assert.equal(silent.transcript + dripping.transcript, '')
+  })
+
+  test('interactive mode bears 15 minutes of silence, not less and not more', async (t) => {
+    const ticks = takeTicks(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('calc', '', (connection) => {
+      connection.write('.')
+      return 'more'
+    })
+    const peers: Peer[] = []
+    for (const first of ['interactive\n', 'interactive\n', 'calc\n']) {
+      const peer = await converse(t, port)
+      peer.socket.write(first)
+      await until(() => peer.transcript !== '', 'it is answered')
+      peers.push(peer)
+    }
+    ticks.pass(15 * 60_000 - 500)
+    peers[0]!.socket.write('health_check\n')
+    await until(() => peers[0]!.transcript.endsWith('OK\n'), 'it is answered')
+    assert.ok(!peers[1]!.isClosed && !peers[2]!.isClosed)
+    ticks.pass(750)
+    await until(() => peers[1]!.isClosed && peers[2]!.isClosed, 'they are cut off')
+    assert.equal(peers[0]!.isClosed, false)
+    ticks.pass(15 * 60_000 - 1_000)
+    peers[0]!.socket.write('quit\n')
+    await until(() => peers[0]!.isClosed, 'it is closed')
+    assert.match(peers[0]!.transcript, /Goodbye\.\n$/)
+  })
+
+  test('a command has 30 s to answer, not less; then its time-out is told and closed', async (t) => {
+    const ticks = takeTicks(t)
+    const finish: (() => void)[] = []
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register(
+      'slow',
+      '',
+      async (connection) => {
+        await new Promise<void>((resolve) => finish.push(resolve))
+        connection.write('done\n')
+      },
+      { http: true }
+    )
+    const lines = [
+      'slow\n',
+      'slow\n',
+      'interactive\nslow\nquit\n',
+      'GET /slow HTTP/1.1\r\nHost: a\r\n\r\n'
+    ]
+    const peers: Peer[] = []
+    for (const [index, line] of lines.entries()) {
+      const peer = await converse(t, port)
+      peer.socket.write(line)
+      await until(() => finish.length === index + 1, 'it runs')
+      peers.push(peer)
+    }
+    ticks.pass(29_500)
+    finish[0]!()
+    await until(() => peers[0]!.isClosed, 'it is answered')
+    assert.equal(peers[0]!.transcript, 'done\n')
+    assert.ok(!peers[1]!.isClosed && !peers[2]!.isClosed && !peers[3]!.isClosed)
+    ticks.pass(750)
+    await until(() => peers.every(({ isClosed }) => isClosed), 'they are closed')
+    finish.forEach((each) => each())
+    await untilSeen(port)
+    assert.equal(peers[1]!.transcript, 'Error: slow timed out\n')
+    assert.match(peers[2]!.transcript, /exit\.\nError: slow timed out\n$/)
+    assert.match(peers[3]!.transcript, /^HTTP\/1.1 500 [^]+\r\n\r\nError: slow timed out\n$/)
+  })
+
+  test('a peer that does not close after us is closed after 5 s, not earlier', async (t) => {
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const texts = ['health_check\n', 'nope\n', ' '.repeat(9_999)]
+    const peers = await Promise.all(
+      texts.map(async (text) => {
+        const peer = await converse(t, port, { allowHalfOpen: true })
+        peer.socket.write(text)
+        await once(peer.socket, 'end')
+        return peer
+      })
+    )
+    const sendMore = async () => {
+      for (const { socket } of peers) socket.write('more')
+      await untilSeen(port)
+      return peers.map(({ isClosed }) => isClosed)
+    }
+    ticks.pass(4_500)
+    await sendMore() // what a closed one is sent makes it known only to the next
+    assert.deepEqual(await sendMore(), [false, false, false])
+    ticks.pass(750)
+    await until(async () => (await sendMore()).every(Boolean), 'they are closed')
+  })
+
+  test('a client that does not read its replies is cut off after 30 s, not earlier', async (t) => {
+    const ticks = takeTicks(t)
+    let calls = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('big', '', (connection) => {
+      calls++
+      connection.write('x'.repeat(1_000_000))
+    })
+    const reader = await converse(t, port)
+    const deaf = await converse(t, port)
+    for (const { socket } of [reader, deaf]) {
+      socket.pause().write(`interactive\n${'big\n'.repeat(50)}`)
+    }
+    let before = -1
+    await until(async () => {
+      const last = before
+      before = calls
+      for (let turn = 0; turn < 5; turn++) await untilSeen(port)
+      return calls > 1 && calls === last
+    }, 'both are waited for')
+    ticks.pass(29_500)
+    reader.socket.resume()
+    await until(() => reader.transcript.length > 50_000_000, 'it has read all')
+    ticks.pass(750)
+    deaf.socket.resume()
+    await until(() => deaf.isClosed, 'it is cut off')
+    assert.ok(deaf.transcript.length < 50_000_000)
+    assert.equal(reader.isClosed, false)
+  })
+})
+
+describe('The wire: HTTP', TOGETHER, () => {
+  test('over HTTP the verdict is 200 and OK, or 503 and the reason, and not cached', async (t) => {
+    let connected = true
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => connected } }
+    })
+    const good = await getPage(port, '/health_check')
+    connected = false
+    const bad = await getPage(port, '/health_check')
+    assert.deepEqual([good.status, good.body], [200, 'OK\n'])
+    assert.deepEqual([bad.status, bad.body], [503, "Error: Database 'main' disconnected.\n"])
+    for (const { headers } of [good, bad]) {
+      assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
+      assert.equal(headers['cache-control'], 'no-store')
+      assert.equal(headers['x-content-type-options'], 'nosniff')
+    }
+    const figures = await getPage(port, '/perf_metrics')
+    assert.match(figures.headers['content-type'] ?? '', /^application\/json\b/)
+    assert.equal(JSON.parse(figures.body).error, "Database 'main' disconnected.")
+  })
+
+  test('GET runs a command that is offered over HTTP, its arguments percent-decoded', async (t) => {
+    const echo: Command = async (connection, ...words) => {
+      for (const word of words) {
+        connection.write(`<${word}>`)
+        await nextTurn()
+      }
+    }
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    monitor.register('echo', 'Echo', echo, { http: true })
+    monitor.register('größe', 'Size', (connection) => connection.write('XL'), { http: true })
+    const { status, body } = await getPage(port, '/echo/a%20b/%C3%BC%2F/c')
+    assert.deepEqual([status, body], [200, '<a b><ü/><c>'])
+    assert.equal((await getPage(port, '/gr%C3%B6%C3%9Fe')).body, 'XL')
+    assert.match((await getPage(port, '/help/echo')).body, /^Help for echo:\n\nEcho\n/)
+    for (const name of [
+      'health_check',
+      'agent_check',
+      'metrics',
+      'warmup_state',
+      'monitor',
+      'perf_metrics'
+    ]) {
+      const isOffered = async () => (await getPage(port, `/${name}`)).status === 200
+      await until(isOffered, `${name} is offered`)
+    }
+  })
+
+  test('what is not offered over HTTP is not found there', async (t) => {
+    let calls = 0
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('own', 'Own', () => {
+      calls++
+    })
+    monitor.register(
+      'near',
+      'Near',
+      () => {
+        calls++
+      },
+      { local: true }
+    )
+    const paths = [
+      '/own',
+      '/near',
+      '/drain',
+      '/drain/now',
+      '/%64rain',
+      '//drain',
+      '/resume',
+      '/quit',
+      '/interactive',
+      '/nope',
+      '/HEALTH_CHECK',
+      '/constructor',
+      '/__proto__',
+      '/health_check%2F',
+      '/%',
+      '/%ff',
+      '/favicon.ico'
+    ]
+    for (const path of paths) assert.equal((await getPage(port, path)).status, 404, path)
+    assert.equal(calls, 0)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a command that fails over HTTP is a 500 of one line, without its stack', async (t) => {
+    const boom = () => {
+      throw new RangeError('boom')
+    }
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    monitor.register('throws', 'Throws', boom, { http: true })
+    monitor.register('rejects', 'Rejects', async () => boom(), { http: true })
+    monitor.register(
+      'late',
+      'Late',
+      async (connection) => {
+        connection.write('begun\n')
+        boom()
+      },
+      { http: true }
+    )
+    for (const name of ['throws', 'rejects']) {
+      const { status, headers, body } = await getPage(port, `/${name}`)
+      assert.deepEqual([status, body], [500, 'RangeError: boom\n'])
+      assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
+    }
+    const late = await getPage(port, '/late')
+    assert.deepEqual([late.status, late.body], [500, 'begun\nRangeError: boom\n'])
+  })
+
+  test('GET / is help with 200 in every state: it proves that the event loop turns', async (t) => {
+    const gate = latch()
+    const { monitor, port } = await bootInstance(t, {
+      performers: {
+        '/': () => gate.opened
+      },
+      databases: { main: { isConnected: () => false } },
+      until: 'started'
+    })
+    const help = await ask(port, 'help\n')
+    const expectHelp = async (state: string) => {
+      const { status, body } = await getPage(port, '/')
+      assert.deepEqual([status, body], [200, help], state)
+    }
+    await expectHelp('while it warms up')
+    gate.open()
+    await expectHelp('while a database is disconnected')
+    void monitor.drain()
+    await expectHelp('while it drains')
+  })
+
+  test('HEAD is GET without the body, and every other method gets 405 with Allow', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    for (const path of ['/', '/health_check', '/nope']) {
+      const get = await getPage(port, path)
+      const head = await getPage(port, path, { method: 'HEAD' })
+      assert.equal(head.status, get.status)
+      assert.equal(head.body, '')
+      assert.equal(head.headers['content-length'], get.headers['content-length'])
+      assert.equal(head.headers['content-type'], get.headers['content-type'])
+    }
+    for (const method of ['POST', 'PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'PROPFIND']) {
+      const { status, headers } = await getPage(port, '/health_check', { method })
+      assert.equal(status, 405, method)
+      assert.deepEqual(headers.allow?.split(/, */).sort(), ['GET', 'HEAD'])
+    }
+    void monitor.drain()
+    const { status } = await getPage(port, '/health_check', { method: 'HEAD' })
+    assert.equal(status, 503)
+  })
+
+  test('an HTTP connection is kept alive, whatever mode a command returns', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    for (const mode of ['quit', 'interactive', 'more'] as const) {
+      monitor.register(
+        mode + 's',
+        'Returns a mode',
+        (connection) => {
+          connection.write(mode)
+          return mode
+        },
+        { http: true }
+      )
+    }
+    const agent = new http.Agent({ keepAlive: true, maxSockets: 1 })
+    t.after(() => agent.destroy())
+    const sockets = new Set<unknown>()
+    agent.on('free', (socket) => {
+      sockets.add(socket)
+    })
+    for (const [path, body] of [
+      ['/quits', 'quit'],
+      ['/interactives', 'interactive'],
+      ['/mores', 'more'],
+      ['/health_check', 'OK\n']
+    ] as const) {
+      const answer = await getPage(port, path, { agent })
+      assert.deepEqual([answer.status, answer.body], [200, body])
+    }
+    assert.equal(sockets.size, 1)
+    const head = headOf('/quits')
+    const pipelined = await ask(port, head + head + headOf('/quits', 'Connection: close'))
+    assert.equal(pipelined.match(/HTTP\/1\.1 200 OK\r\n/g)?.length, 3)
+    assert.equal(pipelined.match(/\r\n\r\nquit/g)?.length, 3)
+    const old = await ask(port, 'GET /quits HTTP/1.0\r\n\r\n')
+    assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nquit$/s)
+  })
+
+  test('a request in single bytes is HTTP all the same, and so is one half-closed', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    monitor.register(
+      'slow',
+      'Slow',
+      async (connection) => {
+        await pause(50)
+        connection.write('done')
+      },
+      { http: true }
+    )
+    const request = headOf('/slow')
+    const answered = /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\ndone$/s
+    assert.match(await ask(port, request, { end: true }), answered)
+    const peer = await converse(t, port)
+    for (const byte of request) {
+      peer.say(byte)
+      await nextTurn()
+    }
+    await until(() => answered.test(peer.transcript), 'it is answered')
+  })
+
+  test('the length of a URL is judged by Node.js, not taken for a line', async (t) => {
+    const { port } = await bootInstance(t, { until: 'started' })
+    for (const [length, status] of [
+      [4_000, 404],
+      [9_000, 404],
+      [17_000, 431]
+    ] as const) {
+      const peer = await converse(t, port)
+      peer.say(`GET /${'a'.repeat(length)}`)
+      await pause(30) // so that it comes in two parts
+      peer.say('a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
+      await until(() => peer.transcript !== '', 'it is answered')
+      assert.match(peer.transcript, new RegExp(`^HTTP/1\\.1 ${status} `))
+    }
+  })
+
+  test('a head of HTTP is held to the limit of Node.js, its request line included', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const head = (path: string, header: string) => headOf(path, 'Connection: close', `X: ${header}`)
+    const long = (bytes: number) => 'a'.repeat(bytes)
+    for (const [text, status] of [
+      [head('/health_check', long(http.maxHeaderSize - 1_000)), 200],
+      [head(`/${long(http.maxHeaderSize - 1_000)}`, ''), 404],
+      [head('/health_check', long(http.maxHeaderSize)), 431],
+      [head(`/${long(http.maxHeaderSize)}`, ''), 431],
+      [head(`/${long(http.maxHeaderSize / 2)}`, long(http.maxHeaderSize / 2)), 431],
+      [`GET /${long(http.maxHeaderSize + 1)}`, 431]
+    ] as const) {
+      const reply = await ask(port, text)
+      assert.ok(reply.startsWith(`HTTP/1.1 ${status} `), `${status}: ${reply.slice(0, 99)}`)
+    }
+  })
+
+  test('half an HTTP head is cut off after a minute, also while it drips', async (t) => {
+    const { port } = await bootProcess(t, {
+      script: `
+        monitor.register('hangs', 'Never answers', () => new Promise(() => {}), { http: true })`,
+      flags: [flagForPace(50)]
+    })
+    const minuteMs = 60_000 / 50
+    const hold = async (text: string) => {
+      const startedAt = performance.now()
+      const peer = await converse(t, port)
+      peer.say(text)
+      const drip = setInterval(() => peer.say('X'), 50)
+      await until(() => peer.isClosed, 'it is cut off')
+      clearInterval(drip)
+      return { ms: performance.now() - startedAt, transcript: peer.transcript }
+    }
+    const whole = headOf('/warmup_state')
+    const half = 'GET / HTTP/1.1\r\nHo'
+    const cut = Promise.all([hold(half), hold(whole + half)])
+    const hanging = getPage(port, '/hangs')
+    const [first, second] = await inTime(cut, 'both are cut off', 8 * minuteMs)
+    assert.equal(first.transcript, '')
+    assert.match(second.transcript, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\n1 0\n$/s)
+    for (const { ms } of [first, second]) assert.ok(ms > 0.7 * minuteMs, `${ms} ms`)
+    const { status, body } = await hanging
+    assert.deepEqual([status, body], [500, 'Error: hangs timed out\n'])
+    await untilHealthy(port)
+  })
+
+  test('stop() ends half a head, kept-alive connections and running commands at once', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('hangs', 'Never answers', hang, { http: true })
+    const whole = headOf('/warmup_state')
+    const half = 'GET /hangs HTTP/1.1\r\nHost: x\r\n'
+    const begin = async (text: string) => {
+      const peer = await converse(t, port)
+      peer.say(text)
+      if (text !== half) await once(peer.socket, 'data')
+      return peer
+    }
+    const texts = [half, whole, `${whole}${half}`, `${whole}${half}\r\n`]
+    const peers = await Promise.all(texts.map(begin))
+    await untilHealthy(port) // by then it has read what came before
+    const stopped = monitor.stop()
+    await until(() => peers.every(({ isClosed }) => isClosed), 'all connections end', 1_000)
+    await inTime(stopped, 'it is stopped', 1_000)
+  })
+
+  test('a request line is HTTP whatever its method, so that none is run as a command', async (t) => {
+    let calls = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register(
+      'change',
+      '',
+      () => {
+        calls++
+      },
+      { local: true }
+    )
+    const lines = [
+      'drain / HTTP/1.1',
+      'drain /x HTTP/1.0',
+      'drain  /  HTTP/1.1',
+      'Drain / http/1.1',
+      'change / HTTP/1.1',
+      'change\t/ HTTP/1.1 ',
+      'drain / HTTP/2.0',
+      'resume HTTP/1.1'
+    ]
+    for (const line of lines) {
+      const reply = await ask(port, `${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
+      assert.match(reply, /^HTTP\/1\.1 400 /, line)
+    }
+    assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
+  })
+
+  test('who comes through a proxy is not listed the requests in flight', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const pending = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const headers = { 'X-Forwarded-For': '192.0.2.1' }
+    assert.match((await getPage(port, '/monitor/0')).body, /^1\nVmRSS:.*\n\d\.\d GET \/held\n$/)
+    assert.match((await getPage(port, '/monitor/0', { headers })).body, /^1\nVmRSS:.*\n$/)
+    letGo()
+    await pending
+  })
+})
+
+describe('The wire: HTTP', ALONE, () => {
+  test('a head of HTTP has 60 s to come, not less, and not more for coming in drops', async (t) => {
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const open = () => converse(t, port)
+    const intime = await open()
+    const half = await open()
+    const line = await open()
+    line.socket.write('GET /health_check HT')
+    for (const { socket } of [intime, half]) {
+      socket.write('GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n')
+    }
+    await untilSeen(port)
+    ticks.pass(59_500)
+    half.socket.write('X: a\r\n')
+    line.socket.write('TP/1.1\r\n')
+    intime.socket.write('\r\n')
+    await until(() => intime.isClosed, 'it is answered')
+    assert.match(intime.transcript, /^HTTP\/1.1 200 OK\r\n/)
+    assert.deepEqual([half.isClosed, line.isClosed], [false, false])
+    ticks.pass(750)
+    await until(() => half.isClosed && line.isClosed, 'they are cut off')
+    assert.equal(half.transcript + line.transcript, '')
+  })
+})
+
+describe('The program', PAIRWISE, () => {
+  test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
+    const server = await serve(t)
+    const gate = latch()
+    const { monitor, port } = await bootInstance(t, { server })
+    monitor.register('bitwise', '', async (connection) => {
+      connection.write('a bit\n')
+      await gate.opened
+      connection.write('another bit\n')
+    })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const asked = startProgram(t, ['bitwise'], env)
+    await until(() => asked.output === 'a bit\n', 'the first bit is printed')
+    gate.open()
+    assert.equal(await asked.exit, 0)
+    assert.equal(asked.output, 'a bit\nanother bit\n')
+    const joined = startProgram(t, ['interactive'], env)
+    const on = 'Interactive mode on.  Use "quit" To exit.\n'
+    await until(() => joined.output === on, 'interactive mode is on')
+    joined.child.stdin?.write('health_check\n')
+    await until(() => joined.output === `${on}OK\n`, 'the first line is answered')
+    joined.child.stdin?.write('warmup_state\nquit\n') // the terminal itself stays open
+    assert.equal(await joined.exit, 0)
+    assert.equal(joined.output, `${on}OK\n1 0\nGoodbye.\n`)
+  })
+
+  test('a symbolic link runs the program, and importing the module never does', async (t) => {
+    const folder = join(scratchFolder(t), 'ftw-monitor')
+    fs.mkdirSync(folder)
+    const { port } = await bootInstance(t)
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const link = join(folder, 'ftw-monitor')
+    fs.symlinkSync(PROGRAM, link)
+    const odd = join(folder, '100% 한 #?.js')
+    fs.symlinkSync(PROGRAM, odd)
+    const load = `import ${JSON.stringify(MODULE.href)}\nconsole.log('imported')\n`
+    const scripts = ['monitor.js', 'monitor.mjs', 'ftw-monitor.mjs'].map((name) =>
+      join(folder, name)
+    )
+    for (const script of scripts) fs.writeFileSync(script, load)
+    fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
+    const [linked, oddlyLinked, ...imported] = await Promise.all(
+      [link, odd, ...scripts].map((file) => runProgram(t, ['health_check'], { env, file }))
+    )
+    assert.deepEqual(linked, { status: 0, stdout: 'OK\n', stderr: '' })
+    assert.deepEqual(oddlyLinked, { status: 0, stdout: 'OK\n', stderr: '' })
+    for (const result of imported) {
+      assert.deepEqual(result, { status: 0, stdout: 'imported\n', stderr: '' })
+    }
+  })
+
+  test('the strict parser of line protocol refuses what is none', () => {
+    const line = 'm,a\\ b=c\\,d\\=e\\f x=1,y="a \\"q\\" \\\\",z=-1.5e+9'
+    const { tags, fields } = parseLineProtocol(line)
+    assert.deepEqual(
+      { tags, fields },
+      { tags: { 'a b': 'c,d=e\\f' }, fields: { x: 1, y: 'a "q" \\', z: -1.5e9 } }
+    )
+    const wrong = [
+      'm',
+      'm ',
+      'm,a=b',
+      'm,a= x=1',
+      'm,a=b  x=1',
+      'm,a=b c x=1',
+      'm,a=b=c x=1',
+      'm,a=b\\ x=1',
+      'm x=',
+      'm x=NaN',
+      'm x=Infinity',
+      'm x=null',
+      'm x="a',
+      'm x="a\\b"',
+      'm x="\n"',
+      'm x=1,',
+      'm x=1 ',
+      'm x=1,x=2',
+      'm x=1,y',
+      'm,a=b,a=c x=1',
+      '#m x=1',
+      'm _x=1'
+    ]
+    for (const text of wrong) {
+      assert.throws(() => parseLineProtocol(text), assert.AssertionError, text)
+    }
+  })
+
+  test('the dump of three instances, one of them dead, is strict line protocol', async (t) => {
+    const ports: number[] = []
+    for (const size of [20, 30]) {
+      const port = await freePort()
+      await bootInstance(t, {
+        performers: WARM,
+        databases: { main: { isConnected: () => true, figures: () => ({ size }) } },
+        options: { listen: { host: '127.0.0.1', port: port + 80 } },
+        until: 'started'
+      })
+      ports.push(port)
+    }
+    const [first, second] = ports
+    const dead = await freePort()
+    const cwd = scratchFolder(t, 'my deployment,a=b-')
+    const { status, stdout, stderr } = await runProgram(
+      t,
+      ['dump-perf-metrics', `web,1=${first}`, `${dead}`, `web 2=127.0.0.1:${second}`],
+      { cwd }
+    )
+    assert.equal(status, 0)
+    assert.match(stderr, new RegExp(`^[^\\n]*${dead}[^\\n]*\\n$`))
+    const points = parseDump(stdout)
+    const deployment = basename(cwd)
+    assert.deepEqual(
+      points.map(({ measurement, tags }) => [measurement, tags]),
+      [
+        ['deployments', { deployment, process: 'web 2' }],
+        ['deployments', { deployment, process: 'web,1' }]
+      ]
+    )
+    assert.deepEqual(
+      points.map(({ fields }) => fields['cache.size']),
+      [30, 20]
+    )
+    for (const [index, port] of [second!, first!].entries()) {
+      const { fields } = points[index]!
+      const keys = Object.keys(fields)
+      assert.deepEqual(keys, [...keys].sort())
+      const told = JSON.parse(await ask(port + 80, 'perf_metrics\n')) as Record<string, object>
+      assert.deepEqual(
+        keys,
+        Object.entries(told)
+          .flatMap(([group, figures]) => Object.keys(figures).map((name) => `${group}.${name}`))
+          .sort()
+      )
+      assert.equal(fields['instance.pid'], process.pid)
+      assert.equal(fields['instance.version'], process.version)
+      assert.equal(fields['memory.uss'], -1)
+    }
+  })
+
+  test('an instance is tagged as it was named, and the deployment as told', async (t) => {
+    const port = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
+    const tagged = {
+      [`${port}`]: `${port}`,
+      [`127.0.0.1:${port}`]: `127.0.0.1:${port}`,
+      [`a=${port}`]: 'a',
+      [`a b\\=localhost:${port}`]: 'a b'
+    }
+    const { status, stdout, stderr } = await runProgram(t, [
+      'dump-perf-metrics',
+      '--deployment',
+      'prod = 1, north',
+      ...Object.keys(tagged)
+    ])
+    assert.deepEqual([status, stderr], [0, ''])
+    const points = parseDump(stdout)
+    assert.deepEqual(points.map(({ tags }) => tags['process']).sort(), Object.values(tagged).sort())
+    for (const { measurement, tags, fields } of points) {
+      assert.equal(measurement, 'deployments')
+      assert.equal(tags['deployment'], 'prod = 1, north')
+      assert.deepEqual(fields, { 'cache.size': 1 })
+    }
+  })
+
+  test('a broken instance is a warning and no line, and all broken ones a status', async (t) => {
+    const replies = [
+      '',
+      'OK\n',
+      '{"cache":{"size":1}',
+      '[]\n',
+      'null\n',
+      '"text"\n',
+      '7\n',
+      '{}\n',
+      '{"cache":{"size":null}}\n',
+      '{"error":"Database \'main\' disconnected."}\n',
+      "Error: no database 'main' is registered\n",
+      'HTTP/1.1 400 Bad Request\r\n\r\n',
+      '{"error":"red \\u001b[31m\\nforged: warning"}\n'
+    ]
+    const ports: string[] = []
+    for (const reply of replies) {
+      ports.push(String(await fakeInstance(t, (socket) => socket.end(reply))))
+    }
+    const { status, stdout, stderr } = await runProgram(t, ['dump-perf-metrics', ...ports])
+    assert.deepEqual([status, stdout], [1, ''])
+    const warnings = stderr.split('\n').slice(0, -1)
+    assert.equal(warnings.length, replies.length, stderr)
+    for (const warning of warnings) assert.doesNotMatch(warning, /[\p{Cc}\p{Cf}]/u)
+    for (const port of ports) assert.ok(warnings.some((warning) => warning.includes(`${port}: `)))
+  })
+
+  test('whatever an instance puts into its figures, its line is strict line protocol', async (t) => {
+    const reply =
+      '{"a b,=\\\\":{"c\\nd\\u001b":1},"s":{"q":"x\\"y\\\\z\\n,= é"},"n":{"big":1e300,' +
+      '"small":-1e-7,"huge":1e999,"yes":true,"none":null,"list":[1]}}\n'
+    const port = await fakeInstance(t, (socket) => socket.end(reply))
+    const { status, stdout } = await runProgram(t, [
+      'dump-perf-metrics',
+      '--deployment',
+      'd\\',
+      String(port)
+    ])
+    assert.equal(status, 0)
+    const [{ fields } = assert.fail('no line')] = parseDump(stdout)
+    assert.deepEqual(
+      [fields['s.q'], fields['n.big'], fields['n.small']],
+      ['x"y\\z ,= é', 1e300, -1e-7]
+    )
+  })
+
+  test('control characters in a reply do not reach the terminal', async (t) => {
+    const half = `${EVIL}\nhealthy\tlong \x1b`
+    const rest = ']0;title\x07\u009b5m\x7f\n'
+    const port = await fakeInstance(t, (socket) => {
+      socket.setNoDelay().write(half)
+      socket.once('data', () => socket.end(rest))
+    })
+    for (const args of [['help'], ['interactive'], ['health_check'], ['wait', '--timeout', '0']]) {
+      const { stdout, stderr } = await runProgram(t, [...args, '--port', String(port)])
+      assert.ok(stdout.includes('healthy\tlong') || args[0] === 'wait', stdout)
+      assert.doesNotMatch((stdout + stderr).replace(/[\n\t]/g, ''), UNSAFE)
+    }
+  })
+})
+
+describe('The program', ALONE, () => {
+  test('the program prints the reply, and its exit status tells how it went', async (t) => {
+    let isConnected = true
+    const path = join(scratchFolder(t), 'monitor')
+    const instancePort = await freePort()
+    const absent = await freePort()
+    const elsewhere = await freePort()
+    const monitor = await importMonitor(t)
+    const onPath = await importMonitor(t)
+    monitor.registerDatabase('main', { isConnected: () => isConnected })
+    const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
+    const started = [
+      monitor.start({ server, logger: recorder() }),
+      onPath.start({ server, logger: recorder(), listen: { path } })
+    ]
+    assert.deepEqual((await Promise.all(started)).map(Boolean), [true, true])
+    monitor.register('echo', '', (connection, ...words) => connection.write(`${words.join('|')}\n`))
+    onPath.register('where', '', (connection) => connection.write('on a path\n'))
+    monitor.register('where', '', (connection) => connection.write('on a port\n'))
+    await untilHealthy(instancePort + 80)
+    const port = String(instancePort)
+    const at = { PORT: port }
+    const none = { PORT: String(absent) }
+    type Row = [string[], Record<string, string>, number, string | RegExp]
+    const rows: Row[] = [
+      [['health_check'], at, 0, 'OK\n'],
+      [['echo', 'a', 'b c'], at, 0, 'a|b|c\n'],
+      [['nope'], at, 0, 'Invalid command \'nope\'\nTry "help".\n'],
+      [[], at, 0, /^Supported commands:\n {2}\S/],
+      [['help', 'quit'], at, 0, /^Help for quit:\n/],
+      [['health_check', '--port', port], {}, 0, 'OK\n'],
+      [['--port', port, 'health_check'], none, 0, 'OK\n'],
+      [['--host', '127.0.0.1', 'health_check'], { ...at, HOST: '203.0.113.1' }, 0, 'OK\n'],
+      [['where'], { ...none, FTW_MONITOR_LISTEN: `${instancePort + 80}` }, 0, 'on a port\n'],
+      [['where'], { FTW_MONITOR_LISTEN: `127.0.0.1:${instancePort + 80}` }, 0, 'on a port\n'],
+      [['where'], { FTW_MONITOR_LISTEN: path }, 0, 'on a path\n'],
+      [['health_check'], { ...none, HOST: '127.99.0.1' }, 2, ''],
+      [['health_check', '--port', String(elsewhere), '--host', '127.99.0.1'], at, 2, ''],
+      [['health_check'], { FTW_MONITOR_LISTEN: `${path}.gone` }, 2, ''],
+      [['health_check'], { PORT: 'abc' }, 2, ''],
+      [['health_check', '--port', 'abc'], at, 2, '']
+    ]
+    const check = async (all: Row[]) => {
+      const results = await Promise.all(all.map(([words, env]) => runProgram(t, words, { env })))
+      for (const [index, { status, stdout, stderr }] of results.entries()) {
+        const [words, env, expected, output] = all[index] as Row
+        const what = JSON.stringify([words, env, stdout, stderr])
+        assert.equal(status, expected, what)
+        if (typeof output === 'string') assert.equal(stdout, output, what)
+        else assert.match(stdout, output, what)
+        assert.match(stderr, status === 2 ? /^ftw-monitor: [^\n]+\n$/ : /^$/, what)
+      }
+    }
+    await check(rows.slice(0, 8))
+    await check(rows.slice(8))
+    isConnected = false
+    await check([[['health_check'], at, 1, "Error: Database 'main' disconnected.\n"]])
+  })
+
+  test('`ftw-monitor wait` prints each change of the reason and ends with OK', async (t) => {
+    const monitor = await importMonitor(t)
+    let isConnected = false
+    let asked = 0
+    const gate = latch()
+    monitor.registerDatabase('main', {
+      isConnected: () => {
+        asked++
+        return isConnected
+      }
+    })
+    monitor.registerWarmup('/', () => gate.opened)
+    const port = await freePort()
+    const words = ['wait', '--port', String(port), '--host', '127.0.0.1']
+    const waiting = startProgram(t, words)
+    const untilSaid = (text: RegExp) => until(() => text.test(waiting.output), String(text))
+    const untilAskedAgain = (before = asked) => until(() => asked > before + 1, 'it asks again')
+    await untilSaid(/^\d+\.\d s .*ECONNREFUSED.*\n$/)
+    const options = { listen: { host: '127.0.0.1', port: port + 80 } }
+    await bootInstance(t, { monitor, options, until: 'started' })
+    await untilSaid(/s +Error: Database 'main' disconnected\.\n$/)
+    await untilAskedAgain()
+    isConnected = true
+    await untilSaid(/s +Warmup in progress\n$/)
+    await untilAskedAgain()
+    gate.open()
+    assert.equal(await waiting.exit, 0)
+    const lines = waiting.output.trimEnd().split('\n')
+    assert.equal(lines.length, 4, waiting.output)
+    assert.match(lines[3] ?? '', /^\d+\.\d s +OK$/)
+    const seconds = lines.map((line) => parseFloat(line))
+    assert.deepEqual(
+      seconds,
+      [...seconds].sort((one, other) => one - other)
+    )
+  })
+
+  test('`ftw-monitor wait --timeout` ends with status 1 where the instance does not get healthy', async (t) => {
+    const port = await freePort()
+    await bootInstance(t, {
+      databases: { main: { isConnected: () => false } },
+      options: { listen: { host: '127.0.0.1', port: port + 80 } },
+      until: 'started'
+    })
+    const startedAt = performance.now()
+    const wait = (instancePort: number) =>
+      runProgram(t, ['wait', '--port', String(instancePort), '--timeout', '1'])
+    const [red, none] = await Promise.all([wait(port), wait(await freePort())])
     const seconds = (performance.now() - startedAt) / 1_000
-    assert.equal(red?.status, 1)
-    assert.match(red?.output ?? '', /^0\.\d s +Error: Database 'main' disconnected\.\n/)
-    assert.equal(none?.status, 1)
+    assert.equal(red.status, 1)
+    assert.match(red.stdout, /^0\.\d s +Error: Database 'main' disconnected\.\n/)
+    assert.equal(none.status, 1)
     assert.ok(seconds > 1 && seconds < 4, `${seconds} s`)
   })
 
-test('three instances behind HAProxy are restarted in turn without one failed request',
-  needs('haproxy'), async (t) => {
-    const instances = await Promise.all(['one', 'two', 'three'].map(async (name) => {
-      const port = await freePort()
-      return { name, port, monitorPort: port + 80 }
-    }))
-    const launch = ({ name, port }: Port) => run(t, `
-      let answer = 'cold'
-      monitor.registerWarmup('/', () => new Promise((resolve) => setTimeout(() => {
-        answer = \`\${process.env.NAME} \${process.pid}\`
-        resolve()
-      }, 300)))
-      const server = http.createServer((_, response) => {
-        const now = answer
-        setTimeout(() => response.end(now), 20)
-      })
-      server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
-      process.once('SIGTERM', async () => {
-        await monitor.drain()
-        server.close()
-        server.closeIdleConnections()
-      })
-      monitor.start(server)
-      server.listen(Number(process.env.PORT), '127.0.0.1')`, { NAME: name, PORT: String(port) })
-    const untilWaited = async ({ port }: Port) => {
-      const { status, output } = await runFtwMonitor(
-        t, 'wait', '--port', String(port), '--timeout', '15')
-      assert.equal(status, 0, output)
-    }
-    const processes = instances.map(launch)
-    await Promise.all(instances.map(untilWaited))
-    const haproxy = await balanceByAgent(t, instances)
-    const served = new Map<string, number>()
-    const failed: string[] = []
-    const askOnce = async (options: http.RequestOptions) => {
-      const answer = await requestFrom(haproxy.port, '/', options).catch(String)
-      if (typeof answer === 'string') failed.push(answer)
-      else if (answer.status !== 200) failed.push(`${answer.status} ${answer.body}`)
-      else served.set(answer.body, (served.get(answer.body) ?? 0) + 1)
-    }
-    const agent = new http.Agent({ keepAlive: true })
-    t.after(() => agent.destroy())
-    const askers = [{}, {}, { agent }, { agent }, ...instances.flatMap(({ name }) => {
-      const headers = { Cookie: `INSTANCE=${name}` }
-      return [{ headers }, { headers, agent }]
-    })].map((options) => keepAsking(5, () => askOnce(options)))
-    await until(() => served.size === 3, 'all three serve')
-    for (const [index, instance] of instances.entries()) {
-      const old = processes[index]!
-      old.child.kill('SIGTERM')
-      assert.equal(await old.exit, 0, old.output)
-      const restarted = launch(instance)
-      await untilWaited(instance)
-      await haproxy.untilState(instance.name, /^UP$/)
-      const { pid } = restarted.child
-      await until(() => served.has(`${instance.name} ${pid}`), `${instance.name} serves again`)
-    }
-    for (const asker of askers) await asker.stop()
-    const requests = [...served.values()].reduce((sum, count) => sum + count)
-    assert.deepEqual(failed, [])
-    assert.equal(served.has('cold'), false)
-    assert.equal(served.size, 6)
-    assert.ok(requests > 500, `${requests} requests`)
-  })
-
-// --- Helpers of the faults -----------------------------------------------------------------------
-
-const UNSAFE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u
-const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
-
-/** A connection that stays open, what came over it, and whether it has been closed. */
-async function connect(
-  t: TestContext, port: number, options: { from?: string, allowHalfOpen?: boolean } = {}
-) {
-  const { from, allowHalfOpen = false } = options
-  const socket = net.connect(
-    { port, host: '127.0.0.1', allowHalfOpen, ...from !== undefined && { localAddress: from } })
-  const peer = { socket, transcript: '', closed: false }
-  socket.setEncoding('utf8').on('data', (text: string) => { peer.transcript += text })
-  socket.on('error', () => {}).on('close', () => { peer.closed = true })
-  t.after(() => { socket.destroy() })
-  await once(socket, 'connect')
-  return peer
-}
-
-type Peer = Awaited<ReturnType<typeof connect>>
-
-/** Waits until the monitor has seen what was sent before: it takes things in their order. */
-async function untilSeen(port: number): Promise<void> {
-  for (let turn = 0; turn < 5; turn++) await ask(port, 'quit\n')
-}
-
-/** A service of its own process with its monitor, which tells its memory when asked. */
-async function host(t: TestContext, options: { flags?: string[], descriptors?: number } = {}) {
-  const { flags = [], descriptors } = options
-  const script = `
-    const server = http.createServer((_, response) => response.end('hello')).listen(0, '127.0.0.1')
-    monitor.registerWarmup('/', () => {})
-    monitor.register('big', '', (peer) => peer.write('x'.repeat(65_536)))
-    monitor.register('collected', '', (peer) => {
-      globalThis.gc()
-      const { heapUsed, external } = process.memoryUsage()
-      peer.write(heapUsed + external + '\\n')
+  test('silent instances are asked at the same time, and given one second each', async (t) => {
+    const silent: number[] = []
+    while (silent.length < 5) silent.push(await fakeInstance(t, () => {}))
+    const dripping = await fakeInstance(t, (socket) => {
+      const timer = setInterval(() => socket.write(' '), 100)
+      socket.on('close', () => clearInterval(timer))
     })
-    const logger = { ...console, info() {} }
-    const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
-    console.log('ports', port, server.address().port)
-  `
-  const source = `import http from 'node:http'
-    import * as monitor from ${JSON.stringify(MODULE.href)}
-    ${script}`
-  const node = [process.execPath, ...flags, '--input-type=module', '-e', source]
-  const limit = descriptors === undefined ? '' : `ulimit -n ${descriptors}; `
-  const child = watch(t, spawn('sh', ['-c', `${limit}exec "$@"`, 'sh', ...node]))
-  await until(() => /^ports \d+ \d+\n/m.test(child.output), 'the host has started')
-  const [, port, app] = /^ports (\d+) (\d+)\n/m.exec(child.output)!.map(Number)
-  await untilHealthy(port!)
-  return { port: port!, app: app!, child, pid: child.child.pid! }
-}
-
-/** How many descriptors a process holds; 0 where there is no procfs to tell it. */
-function descriptorsOf(pid: number | 'self'): number {
-  return existsSync(`/proc/${pid}/fd`) ? readdirSync(`/proc/${pid}/fd`).length : 0
-}
-
-async function getStatus(port: number, path = '/'): Promise<number | undefined> {
-  const request = http.get({ port, path, host: '127.0.0.1', agent: false, timeout: 2_000 })
-  request.on('timeout', () => request.destroy(new Error('no answer within 2 s')))
-  const [response] = await once(request, 'response') as [http.IncomingMessage]
-  response.resume()
-  return response.statusCode
-}
-
-// --- Bounds: what is sent ------------------------------------------------------------------------
-
-test('a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const line = (bytes: number) => 'health_check'.padEnd(bytes)
-  assert.equal(await ask(port, `${line(4_096)}\n`), 'OK\n')
-  assert.equal(await ask(port, line(4_096), { end: true }), 'OK\n')
-  assert.match(await ask(port, `${'é'.repeat(2_048)}\n`), /^Invalid command/)
-  for (const tooLong of [
-    `${line(4_097)}\n`, line(4_097), `${'é'.repeat(2_048)}x\n`, ' '.repeat(4_097),
-    '\0'.repeat(9_999)
-  ]) assert.equal(await ask(port, tooLong), 'Line too long\n')
-  assert.equal(await ask(port, `interactive\n${line(4_096)}\n${line(4_097)}\nhealth_check\n`),
-    'Interactive mode on.  Use "quit" To exit.\nOK\nLine too long\n')
-})
-
-test('a head of HTTP is held to the limit of Node.js, its request line included', async (t) => {
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const head = (path: string, header: string) =>
-    `GET ${path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: ${header}\r\n\r\n`
-  const long = (bytes: number) => 'a'.repeat(bytes)
-  for (const [text, status] of [
-    [head('/health_check', long(http.maxHeaderSize - 1_000)), 200],
-    [head(`/${long(http.maxHeaderSize - 1_000)}`, ''), 404],
-    [head('/health_check', long(http.maxHeaderSize)), 431],
-    [head(`/${long(http.maxHeaderSize)}`, ''), 431],
-    [head(`/${long(http.maxHeaderSize / 2)}`, long(http.maxHeaderSize / 2)), 431],
-    [`GET /${long(http.maxHeaderSize + 1)}`, 431]
-  ] as const) {
-    const reply = await ask(port, text)
-    assert.ok(reply.startsWith(`HTTP/1.1 ${status} `), `${status}: ${reply.slice(0, 99)}`)
-  }
-})
-
-test('a line of 100 MiB is cut off, and costs the host no memory', async (t) => {
-  const { port } = await host(t, { flags: ['--expose-gc'] })
-  const before = Number(await ask(port, 'collected\n'))
-  const block = Buffer.alloc(65_536, 'a')
-  for (const [beginning, reply] of [['', 'Line too long\n'], ['GET /', 'HTTP/1.1 431 ']] as const) {
-    const peer = await connect(t, port, { allowHalfOpen: true })
-    peer.socket.write(beginning)
-    for (let sent = 0; sent < 104_857_600 && !peer.closed; sent += block.length) {
-      await new Promise((resolve) => peer.socket.write(block, resolve))
-    }
-    await until(() => peer.transcript.startsWith(reply) || peer.closed, 'it is refused')
-    if (beginning === '') assert.equal(peer.transcript, reply)
-    const grown = async () => Number(await ask(port, 'collected\n')) - before
-    await until(async () => await grown() < 10_000_000, 'what was read is free again')
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    peer.socket.destroy()
-  }
-})
-
-// --- Bounds: how many ----------------------------------------------------------------------------
-
-const HELD = 256
-
-test('the 257th is answered: the address with the most loses what was idle longest', async (t) => {
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const many = (count: number, from: string) =>
-    Promise.all(Array.from({ length: count }, () => connect(t, port, { from })))
-  const interactive = (peer: Peer) => {
-    peer.socket.write('interactive\n')
-    return until(() => peer.transcript.endsWith('exit.\n'), 'it is interactive')
-  }
-  const modest = await many(100, '127.0.0.1')
-  await untilSeen(port)
-  ticks.pass(1_000)
-  const [active, idle] = await many(2, '127.0.0.2') as [Peer, Peer]
-  await Promise.all([active, idle].map(interactive))
-  ticks.pass(1_000)
-  const greedy = await many(HELD - 102, '127.0.0.2')
-  active.socket.write('health_check\n')
-  await until(() => active.transcript.endsWith('OK\n'), 'it is answered')
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  await until(() => idle.closed, 'the one that was idle longest is closed')
-  assert.deepEqual([...modest, ...greedy, active].filter(({ closed }) => closed), [])
-})
-
-test('where none is idle, the oldest of the address with the most makes room', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  let hanging = 0
-  monitor.register('hang', '', () => {
-    hanging++
-    return new Promise(() => {})
+    const well = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
+    const began = Date.now()
+    const { status, stdout, stderr } = await runProgram(t, [
+      'dump-perf-metrics',
+      ...[...silent, dripping, well].map(String)
+    ])
+    const took = Date.now() - began
+    assert.ok(took >= 1_000 && took < 3_000, `${took} ms`)
+    assert.equal(status, 0)
+    assert.equal(stderr.split('\n').length - 1, 6)
+    assert.equal(parseDump(stdout)[0]?.tags['process'], String(well))
   })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const hang = async (from: string) => {
-    const peer = await connect(t, port, { from })
-    peer.socket.write('hang\n')
-    return peer
-  }
-  const elder = await hang('127.0.0.1')
-  await until(() => hanging === 1, 'the first one runs')
-  ticks.pass(1_000)
-  const oldest = await hang('127.0.0.2')
-  await until(() => hanging === 2, 'the second one runs')
-  ticks.pass(1_000)
-  const rest = await Promise.all(Array.from({ length: HELD - 2 }, () => hang('127.0.0.2')))
-  await until(() => hanging === HELD, 'all run')
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  await until(() => oldest.closed, 'the oldest is closed')
-  assert.deepEqual([elder, ...rest].filter(({ closed }) => closed), [])
 })
 
-test('a prober that takes 100 ms gets every answer in a connect flood from 127.0.0.2',
-  async (t) => {
-    const { port } = await host(t)
-    const flood = run(t, `
-      let connected = 0
-      const connect = () => {
-        const socket = net.connect({ port: ${port}, host: '127.0.0.1', localAddress: '127.0.0.2' })
-        socket.on('error', () => {}).on('connect', () => {
-          if (++connected % 1_000 === 0) console.log('flooding')
-        }).on('close', connect)
+describe('Real programs', SIDE_BY_SIDE, () => {
+  test(
+    'three instances behind HAProxy are restarted in turn without one failed request',
+    needs('haproxy'),
+    async (t) => {
+      const instances = await Promise.all(
+        ['one', 'two', 'three'].map(async (name) => {
+          const instancePort = await freePort()
+          return { name, instancePort, port: instancePort + 80 }
+        })
+      )
+      const launch = ({ name, instancePort }: Backend) =>
+        runScript(t, {
+          script: `
+            let answer = 'cold'
+            monitor.registerWarmup('/', async () => {
+              await pause(300)
+              answer = \`\${process.env.NAME} \${process.pid}\`
+            })
+            const server = http.createServer((_, response) => {
+              const now = answer
+              setTimeout(() => response.end(now), 20)
+            })
+            // The balancer ends idle connections, or it may lose a race.
+            server.keepAliveTimeout = 60_000
+            process.once('SIGTERM', async () => {
+              await monitor.drain()
+              server.close()
+              server.closeIdleConnections()
+            })
+            monitor.start(server)
+            server.listen(Number(process.env.PORT), '127.0.0.1')`,
+          env: { NAME: name, PORT: String(instancePort) }
+        })
+      const untilWaited = async ({ instancePort }: Backend) => {
+        const words = ['wait', '--port', String(instancePort), '--timeout', '15']
+        const { status, stdout, stderr } = await runProgram(t, words)
+        assert.equal(status, 0, stdout + stderr)
       }
-      for (let each = 0; each < 600; each++) connect()
-    `)
+      const processes = instances.map(launch)
+      await Promise.all(instances.map(untilWaited))
+      const haproxy = await balanceByAgent(t, instances)
+      const served = new Map<string, number>()
+      const failed: string[] = []
+      const askOnce = async (options: PageOptions) => {
+        const answer = await getPage(haproxy.frontPort, '/', options).catch(String)
+        if (typeof answer === 'string') failed.push(answer)
+        else if (answer.status !== 200) failed.push(`${answer.status} ${answer.body}`)
+        else served.set(answer.body, (served.get(answer.body) ?? 0) + 1)
+      }
+      const agent = new http.Agent({ keepAlive: true })
+      t.after(() => agent.destroy())
+      const askers = [
+        {},
+        {},
+        { agent },
+        { agent },
+        ...instances.flatMap(({ name }) => {
+          const headers = { Cookie: `INSTANCE=${name}` }
+          return [{ headers }, { headers, agent }]
+        })
+      ].map((options) => keepAsking(5, () => askOnce(options)))
+      await until(() => served.size === 3, 'all three serve')
+      for (const [index, instance] of instances.entries()) {
+        const old = processes[index]!
+        old.child.kill('SIGTERM')
+        assert.equal(await old.exit, 0, old.output)
+        const restarted = launch(instance)
+        await untilWaited(instance)
+        await haproxy.untilState(instance.name, /^UP$/)
+        const { pid } = restarted.child
+        await until(() => served.has(`${instance.name} ${pid}`), `${instance.name} serves again`)
+      }
+      for (const asker of askers) await asker.stop()
+      const requests = [...served.values()].reduce((sum, count) => sum + count)
+      assert.deepEqual(failed, [])
+      assert.equal(served.has('cold'), false)
+      assert.equal(served.size, 6)
+      assert.ok(requests > 500, `${requests} requests`)
+    }
+  )
+
+  test(
+    'HAProxy gives a busy instance less, and as much as before when it is relaxed',
+    needs('haproxy'),
+    async (t) => {
+      const instances = await Promise.all(
+        ['one', 'two'].map((name) =>
+          bootProcess(t, { script: BUSY, flags: [flagForPace(25)], name })
+        )
+      )
+      const [one] = instances
+      const haproxy = await balanceByAgent(t, instances)
+      const weightOf = async (name: string) => Number((await haproxy.stateOf(name))['weight'])
+      type Holds = (number: number) => boolean
+      const expectShare = async (isRight: Holds, hasWeight: Holds) => {
+        await until(async () => hasWeight(await weightOf('one')), 'HAProxy weights it')
+        await until(async () => (await weightOf('two')) >= 80, 'HAProxy leaves the other')
+        const shareIsRight = async () => {
+          let served = 0
+          for (let request = 0; request < 100; request++) {
+            const { status, body } = await getPage(haproxy.frontPort, '/')
+            assert.equal(status, 200)
+            if (body === 'one') served++
+          }
+          return isRight(served / 100)
+        }
+        await until(shareIsRight, 'it gets its share of a hundred requests', 20_000)
+      }
+      await expectShare(
+        (share) => share > 0.4 && share < 0.6,
+        (weight) => weight >= 80
+      )
+      await getPage(one!.instancePort, '/busy')
+      await expectShare(
+        (share) => share < 0.25,
+        (weight) => weight <= 20
+      )
+      await getPage(one!.instancePort, '/relax')
+      await expectShare(
+        (share) => share > 0.4 && share < 0.6,
+        (weight) => weight >= 80
+      )
+    }
+  )
+
+  test(
+    'curl tells by its exit status whether the instance is healthy',
+    needs('curl'),
+    async (t) => {
+      const { monitor, port } = await bootInstance(t)
+      const curl = () => runToEnd(t, 'curl', ['-fsS', `http://127.0.0.1:${port}/health_check`])
+      assert.deepEqual(await curl(), { status: 0, stdout: 'OK\n', stderr: '' })
+      void monitor.drain()
+      const { status, stderr } = await curl()
+      assert.equal(status, 22)
+      assert.match(stderr, /503/)
+    }
+  )
+
+  test('promtool has nothing to remark on metrics', needs('promtool'), async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    const check = async () => {
+      const { body } = await getPage(port, '/metrics')
+      return await runToEnd(t, 'promtool', ['check', 'metrics'], { input: body })
+    }
+    assert.deepEqual(await check(), { status: 0, stdout: '', stderr: '' })
+    for (const name of ['main', 'a"b', 'c\\d', 'e\\"f', 'größe', '{x="y"}', '😀']) {
+      monitor.registerDatabase(name, { isConnected: () => name !== 'main' }).loads(1.5e21)
+    }
+    assert.deepEqual(await check(), { status: 0, stdout: '', stderr: '' })
+  })
+
+  test(
+    'what an operator set with `set server … state` stays, whatever the agent check says',
+    needs('haproxy'),
+    async (t) => {
+      const { monitor, haproxy, untilTold } = await balanceOne(t)
+      for (const [word, state] of [
+        ['maint', /^MAINT/],
+        ['drain', /^DRAIN/]
+      ] as const) {
+        await haproxy.command(`set server back/one state ${word}`)
+        await haproxy.untilState('one', state)
+        void monitor.drain()
+        await untilTold(/stopped \(Draining\)$/)
+        monitor.resume()
+        await untilTold(/up$/)
+        await haproxy.untilState('one', state)
+        assert.equal((await getPage(haproxy.frontPort, '/')).status, 503)
+        await haproxy.command('set server back/one state ready')
+        await haproxy.untilState('one', /^UP$/)
+      }
+      assert.equal((await getPage(haproxy.frontPort, '/')).status, 200)
+    }
+  )
+
+  test('a reason that reads like an order is none to HAProxy', needs('haproxy'), async (t) => {
+    const { monitor, haproxy, untilTold } = await balanceOne(t)
+    void monitor.drain({ reason: 'maint drain ready up 100% #down' })
+    await untilTold(/stopped \(maint drain ready up 100% #down\)$/)
+    await haproxy.untilState('one', /^DOWN \(agent\)$/)
+    monitor.resume()
+    await haproxy.untilState('one', /^UP$/)
+  })
+})
+
+describe('Real programs', ALONE, () => {
+  test('the demo answers nc as the README says', needs('nc'), async (t) => {
+    const port = await freePort()
+    const demo = startProgram(t, ['demo'], { PORT: String(port) })
+    const shell = async (command: string) => {
+      const adapted = command.replaceAll('8160', String(port + 80))
+      const { status, stdout, stderr } = await runToEnd(t, 'sh', ['-c', adapted])
+      assert.equal(status, 0, `${command}: ${stdout}${stderr}`)
+      return stdout + stderr
+    }
+    await until(() => demo.output.includes('listening on'), 'the demo listens')
+    const isEarly = ({ reply }: { reply: string }) => reply === 'Warmup in progress\n'
+    assert.ok(TRANSCRIPT.some(isEarly) && TRANSCRIPT.length >= 3)
+    const startedAt = performance.now()
+    const hasBooted = async () =>
+      (await ask(port + 80, 'health_check\n')) !== 'Instance is booting\n'
+    await until(hasBooted, 'it has booted')
+    for (const { command, reply } of TRANSCRIPT.filter(isEarly)) {
+      assert.equal(await shell(command), reply)
+    }
+    const page = await getPage(port, '/')
+    assert.equal(page.status, 200)
+    await untilHealthy(port + 80)
+    const tookMs = performance.now() - startedAt
+    assert.ok(tookMs > 2_500 && tookMs < 4_500, `its warm-up took ${tookMs} ms`)
+    for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
+      assert.equal(await shell(command), reply)
+    }
+    for (const line of [
+      'printf health_check | nc -N localhost 8160',
+      "printf 'health_check\\r\\n' | nc -N 127.0.0.1 8160"
+    ]) {
+      assert.equal(await shell(line), 'OK\n', line)
+    }
+  })
+
+  test(
+    'curl, Kubernetes and nc, asking at the same time, are told one verdict',
+    { ...needs('curl'), ...needs('nc') },
+    async (t) => {
+      let connected = true
+      const { monitor, port } = await bootInstance(t, {
+        databases: { main: { isConnected: () => connected } }
+      })
+      const askingMs = IS_SLOW_WANTED ? 30_000 : 800
+      const url = `http://127.0.0.1:${port}/health_check`
+      const kubelet = { headers: { 'User-Agent': 'kube-probe/1.31' }, limitMs: 1_000 }
+      const probers = {
+        curl: async () => {
+          const words = ['-sS', '-w', '%{http_code}', url]
+          const { status, stdout, stderr } = await runToEnd(t, 'curl', words)
+          return `${status} ${stdout}${stderr}`
+        },
+        Kubernetes: async () => {
+          const { status, body } = await getPage(port, '/health_check', kubelet)
+          return `${status} ${body}`
+        },
+        nc: async () => {
+          const words = ['-N', '127.0.0.1', String(port)]
+          const input = 'health_check\n'
+          const { status, stdout, stderr } = await runToEnd(t, 'nc', words, { input })
+          return `${status} ${stdout}${stderr}`
+        }
+      }
+      const phases = [
+        [
+          'OK\n',
+          200,
+          () => {
+            connected = true
+          }
+        ],
+        [
+          "Error: Database 'main' disconnected.\n",
+          503,
+          () => {
+            connected = false
+          }
+        ],
+        ['Out for the night\n', 503, () => void monitor.drain({ reason: 'Out for the night' })],
+        [
+          'OK\n',
+          200,
+          () => {
+            connected = true
+            monitor.resume()
+          }
+        ]
+      ] as const
+      for (const [reason, status, begin] of phases) {
+        begin()
+        const end = Date.now() + askingMs / phases.length
+        const told = {
+          curl: new Set<string>(),
+          Kubernetes: new Set<string>(),
+          nc: new Set<string>()
+        }
+        await Promise.all(
+          Object.entries(probers).map(async ([name, askOnce]) => {
+            while (Date.now() < end) told[name as keyof typeof told].add(await askOnce())
+          })
+        )
+        assert.deepEqual(told, {
+          curl: new Set([`0 ${reason}${status}`]),
+          Kubernetes: new Set([`${status} ${reason}`]),
+          nc: new Set([`0 ${reason}`])
+        })
+      }
+    }
+  )
+
+  test(
+    'drain() waits for both of two probers with their own pace, not for one nc',
+    needs('nc'),
+    async (t) => {
+      const { monitor, port } = await bootInstance(t)
+      const told = { fast: 0, slow: 0 }
+      const note = (name: keyof typeof told, reply: string) => {
+        assert.match(reply, /^(OK|Draining)\n$/)
+        if (reply === 'Draining\n') told[name]++
+      }
+      const words = ['-N', '-s', '127.0.0.3', '127.0.0.1', String(port)]
+      const { stdout, stderr } = await runToEnd(t, 'nc', words, { input: 'health_check\n' })
+      assert.equal(stdout + stderr, 'OK\n')
+      const askByLine = async () => {
+        note('fast', await ask(port, 'health_check\n'))
+      }
+      const askByHttp = async () => {
+        const { body } = await getPage(port, '/health_check', { from: '127.0.0.2' })
+        note('slow', body)
+      }
+      const probers = [keepAsking(30, askByLine), keepAsking(150, askByHttp)]
+      await until(() => probers.every(({ answers }) => answers > 3), 'both have asked')
+      const startedAt = performance.now()
+      const drained = monitor.drain().then(() => ({ ...told }))
+      await until(() => told.fast >= 3, 'the fast one knows')
+      assert.equal(told.slow < 3, true)
+      const atTheEnd = await drained
+      assert.ok(atTheEnd.fast >= 3 && atTheEnd.slow >= 3, JSON.stringify(atTheEnd))
+      assert.ok(performance.now() - startedAt < 3_000, 'nobody waits for nc')
+      for (const prober of probers) await prober.stop()
+    }
+  )
+
+  test(
+    'a drained instance gets no request within two agent intervals, cookies or not, while those ' +
+      'that run are finished',
+    needs('haproxy'),
+    async (t) => {
+      const arrivals: number[] = []
+      const instances = await Promise.all(
+        ['one', 'two'].map(async (name) => {
+          const { server, held, letGo } = await serveHeld(t)
+          server.on('request', () => {
+            if (name === 'one') arrivals.push(performance.now())
+          })
+          const instance = await bootInstance(t, { server })
+          return { name, held, letGo, ...instance }
+        })
+      )
+      const { monitor, held, letGo } = instances[0]!
+      const haproxy = await balanceByAgent(t, instances)
+      await haproxy.untilState('one', /^UP$/)
+      const Cookie = 'INSTANCE=one'
+      const keepAlive = new http.Agent({ keepAlive: true })
+      t.after(() => keepAlive.destroy())
+      const clients = [{}, { headers: { Cookie } }, { headers: { Cookie }, agent: keepAlive }]
+      const askers = clients.map((client) =>
+        keepAsking(5, async () => {
+          const { status, body } = await getPage(haproxy.frontPort, '/', client)
+          assert.deepEqual([status, body], [200, 'served'])
+        })
+      )
+      const late = getPage(haproxy.frontPort, '/held', { headers: { Cookie } })
+      await until(() => held.length === 1, 'a request is in flight')
+      await until(() => askers.every(({ answers }) => answers > 20), 'all are served')
+      const drainedAt = performance.now()
+      let isDrained = false
+      const drained = monitor.drain().then(() => {
+        isDrained = true
+      })
+      const end = drainedAt + 4 * AGENT_INTERVAL_MS
+      const asked = askers.map(({ answers }) => answers)
+      await until(() => performance.now() > end, 'four intervals are over')
+      for (const [index, { answers }] of askers.entries()) assert.ok(answers > asked[index]! + 20)
+      const last = Math.max(...arrivals) - drainedAt
+      assert.ok(last < 2 * AGENT_INTERVAL_MS, `a request came ${last} ms after drain()`)
+      assert.match((await haproxy.stateOf('one'))['status'] ?? '', /^DOWN \(agent\)$/)
+      assert.equal(isDrained, false)
+      letGo()
+      const { status, body } = await late
+      assert.deepEqual([status, body], [200, 'late'])
+      await drained
+      const before = arrivals.length
+      monitor.resume()
+      await until(() => arrivals.length > before, 'requests come back')
+      for (const asker of askers) await asker.stop()
+    }
+  )
+
+  test(
+    'HAProxy, as in the README, takes an instance in only while it is healthy',
+    needs('haproxy'),
+    async (t) => {
+      const pace = 8
+      quicken(t, pace)
+      const monitor = await importMonitor(t)
+      const instancePort = await freePort()
+      const front = await freePort()
+      const secondFront = await freePort()
+      const nowhere = await freePort()
+      const logger = recorder()
+      const finale = latch()
+      const tries: number[] = []
+      let checks = 0
+      let database = (): boolean | Promise<boolean> => true
+      monitor.registerDatabase('main', {
+        isConnected: () => {
+          checks++
+          return database()
+        }
+      })
+      let warmUp = async () => {
+        tries.push(performance.now())
+        if (tries.length <= 2) throw new Error('OK, not yet')
+        await finale.opened
+      }
+      monitor.registerWarmup('/', () => warmUp())
+      const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
+      assert.ok(await monitor.start({ server, logger }))
+      const { statusOf } = await startHaproxy(t, (socket) =>
+        configure(front, instancePort, nowhere, socket)
+      )
+      const is = async (status: string) => (await statusOf('app1')).startsWith(status)
+      const becomes = (status: string) => until(() => is(status), `app1 is ${status}`)
+      const staysDown = async (what: string, balancers = 1) => {
+        const before = checks
+        await until(() => checks >= before + 4 * balancers, 'more checks have come')
+        assert.ok(await is('DOWN'), what)
+      }
+      const viaFront = (path = '/') => getPage(front, path)
+
+      await becomes('DOWN') // while it warms up, which fails twice
+      assert.notEqual((await viaFront()).body, 'hello')
+      await until(() => tries.length === 3, 'the third try has begun')
+      await staysDown('while it warms up')
+      const [firstAt = 0, secondAt = 0, thirdAt = 0] = tries
+      const firstPauseMs = pace * (secondAt - firstAt)
+      const secondPauseMs = pace * (thirdAt - secondAt)
+      assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries}`)
+      finale.open()
+      await becomes('UP')
+      assert.equal((await viaFront()).body, 'hello')
+
+      database = () => false
+      await becomes('DOWN')
+      for (const [what, text] of Object.entries(FORGED)) {
+        database = () => {
+          throw new Error(text)
+        }
+        await staysDown(what)
+      }
+      database = () => true
+      await becomes('UP')
+
+      const again = latch()
+      warmUp = () => again.opened
+      const page = getPage(instancePort, '/@@warmup')
+      await becomes('DOWN') // while it warms up as it was told
+      again.open()
+      await page
+      await becomes('UP')
+
+      let calls = 0
+      warmUp = async () => {
+        calls++
+      }
+      const second = await startHaproxy(t, (socket) => {
+        const whole = configure(secondFront, instancePort, nowhere, socket)
+        const open = whole.replace(/^.*\bdeny\b.*@@warmup.*\n/m, '')
+        assert.notEqual(open, whole)
+        return open
+      })
+      await second.untilState('app1', /^UP/)
+      const denied = await viaFront('/@@warmup')
+      assert.equal(denied.status, 403)
+      const refused = await getPage(secondFront, '/@@warmup')
+      assert.equal(refused.status, 403)
+      assert.notEqual(refused.body, denied.body) // the instance itself has refused it
+      assert.equal(calls, 0)
+
+      await monitor.stop()
+      for (const [what, text] of Object.entries(FORGED)) {
+        database = () => true
+        warmUp = async () => {
+          throw new Error(text)
+        }
+        assert.ok(await monitor.start({ server, logger }), what)
+        await untilVerdict(monitor, /^Warmup failed/)
+        await becomes('DOWN')
+        await staysDown(`a warm-up that failed: ${what}`, 2)
+        await monitor.stop()
+      }
+    }
+  )
+})
+
+describe('Attacks and limits', PAIRWISE, () => {
+  test('a page of another origin cannot change the state of an instance', async (t) => {
+    let calls = 0
+    const count = () => {
+      calls++
+    }
+    const server = await serve(t)
+    const { monitor, port } = await bootInstance(t, { performers: { '/': count }, server })
+    monitor.register('own', 'Own', count)
+    monitor.register('near', 'Near', count, { local: true })
+    calls = 0
+    const expectUnchanged = async (what: string) => {
+      assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
+      assert.equal(calls, 0, what)
+      assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
+      const client = { headers: { Connection: 'keep-alive' } }
+      const { headers } = await getPage(portOf(server), '/', client)
+      assert.equal(headers.connection, 'keep-alive', what)
+    }
+    const browser = {
+      'User-Agent': 'Mozilla/5.0',
+      Origin: 'https://evil.example',
+      Referer: 'https://evil.example/',
+      'Sec-Fetch-Site': 'cross-site'
+    }
+    const asImage = { ...browser, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
+    const lines = 'drain\ndrain now\r\ninteractive\nown\nnear\nresume\n'
+    const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${lines}--x--\r\n`
+    const paths = [
+      '/drain',
+      '/drain/now',
+      '/resume',
+      '/interactive',
+      '/quit',
+      '/own',
+      '/near',
+      '/%64rain',
+      '//drain',
+      '/./drain',
+      '/drain?',
+      '/drain%0A',
+      '/%0Adrain%0A',
+      '/@@warmup',
+      '/health_check',
+      '/'
+    ]
+    for (const path of paths) {
+      const forms: [string, PageOptions][] = [
+        ['GET', { headers: asImage }],
+        ['HEAD', { headers: browser, method: 'HEAD' }]
+      ]
+      for (const type of [
+        'text/plain',
+        'application/x-www-form-urlencoded',
+        'multipart/form-data; boundary=x'
+      ]) {
+        const headers = { ...browser, 'Content-Type': type }
+        const chunked = { ...headers, 'Transfer-Encoding': 'chunked' }
+        const body = type.startsWith('multi') ? multipart : lines
+        forms.push([type, { headers, method: 'POST', body }])
+        forms.push([`chunked ${type}`, { headers: chunked, method: 'POST', body: lines }])
+      }
+      const preflight = { ...browser, 'Access-Control-Request-Method': 'DRAIN' }
+      forms.push(['preflight', { headers: preflight, method: 'OPTIONS' }])
+      for (const [form, options] of forms) {
+        const { headers } = await getPage(port, path, options)
+        const granted = Object.keys(headers).filter((name) => name.startsWith('access-control-'))
+        assert.deepEqual(granted, [], `${form} ${path}`)
+        await expectUnchanged(`${form} ${path}`)
+      }
+    }
+    const head = Object.entries(browser)
+      .map(([name, value]) => `${name}: ${value}\r\n`)
+      .join('')
+    const post =
+      `POST / HTTP/1.1\r\nHost: x\r\n${head}Content-Type: text/plain\r\n` +
+      `Content-Length: ${lines.length}\r\n\r\n${lines}`
+    const transcripts = {
+      'kept alive and pipelined': post.repeat(5),
+      'a beacon whose page is left': post,
+      'a WebSocket':
+        `GET /drain HTTP/1.1\r\nHost: x\r\n${head}Connection: Upgrade\r\nUpgrade: ` +
+        `websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ZHJhaW4=\r\n\r\n${lines}`,
+      'TLS whose session is text': `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${lines}`
+    }
+    for (const [what, text] of Object.entries(transcripts)) {
+      await ask(port, text, { end: true, limitMs: 500 }).catch(() => '')
+      await expectUnchanged(what)
+    }
+    for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
+      for (const [method, body] of [
+        ['GET', ''],
+        ['POST', lines]
+      ] as const) {
+        const path = `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
+        const page = getPage(port, path, { headers: browser, method, body })
+        await page.catch(() => {}) // reset past Node's own limit
+        await expectUnchanged(`${method} of ${length} characters`)
+      }
+    }
+    for (const [method, headers] of [
+      ['GET', asImage],
+      ['POST', browser],
+      ['OPTIONS', browser],
+      ['GET', { Origin: 'null' }],
+      ['GET', { 'Sec-Fetch-Site': 'same-site' }]
+    ] as const) {
+      const { status } = await getPage(portOf(server), '/@@warmup', { headers, method })
+      assert.equal(status, 403)
+      await expectUnchanged(`${method} of the instance's view`)
+    }
+  })
+
+  test('control characters from outside reach no log line, nor forge one or a frame', async (t) => {
+    const forged = `${EVIL}\nftw-monitor forged\n    at forged (frame)\n    at forged (${EVIL}:1:2)`
+    const failing = (message: string) => {
+      throw new Error(message)
+    }
+    const { monitor, port, logger } = await bootInstance(t, {
+      performers: { '/': () => failing(forged) },
+      databases: { main: { isConnected: () => failing(forged) } },
+      until: 'started'
+    })
+    monitor.register('echo', '', (_, ...words) => failing(words.join(' ')), { http: true })
+    monitor.register('later', '', async (_, ...words) => failing(words.join(' ')), { http: true })
+    monitor.register('thrown', '', () => {
+      throw forged
+    })
+    monitor.register('named', '', () => {
+      throw Object.assign(new Error('x'), { name: forged })
+    })
+    monitor.register('stacked', '', () => {
+      throw Object.assign(new Error('x'), { stack: `Error: x\nforged\n    at ${EVIL}\n${EVIL}` })
+    })
+    const path = encodeURIComponent(forged)
+    for (const name of ['echo', 'later']) {
+      await getPage(port, `/${name}/${path}`, { limitMs: 2_000 })
+    }
+    for (const line of ['thrown', 'named', 'stacked', 'health_check', `nope${EVIL}`]) {
+      await ask(port, `${line}\n`)
+    }
+    await until(
+      () => logger.lines.some((line) => line.includes('tries again')),
+      'the warm-up failed'
+    )
+    assert.equal(errorsOf(logger).length, 5)
+    for (const logged of logger.lines) {
+      const [first, ...frames] = logged.split('\n')
+      assert.doesNotMatch(first!, UNSAFE)
+      for (const frame of frames) {
+        assert.doesNotMatch(frame, UNSAFE)
+        assert.match(frame, /^ +at /)
+        assert.doesNotMatch(frame, /forged/, logged)
+      }
+    }
+  })
+
+  test('control characters from outside come back in no reply', async (t) => {
+    const failing = (message: string) => {
+      throw new Error(message)
+    }
+    const { monitor, port } = await bootInstance(t, {
+      performers: WARM,
+      databases: {
+        main: {
+          isConnected: () => {
+            throw new Error(`${EVIL}\nforged`)
+          },
+          connections: () => [{ openedAt: 0, info: `${EVIL}\nforged` }]
+        }
+      },
+      until: 'started'
+    })
+    monitor.register('echo', '', (_, ...words) => failing(words.join(' ')), { http: true })
+    const evil = EVIL.replace(/[\u2028\r]/g, '')
+    for (const line of [
+      `nope${evil}`,
+      `echo ${evil}`,
+      `help ${evil}`,
+      `dbinfo ${evil}`,
+      `dbinfo main ${evil}`,
+      `monitor ${evil}`,
+      'monitor 0 main',
+      'health_check',
+      'agent_check',
+      'perf_metrics',
+      `interactive ${evil}`,
+      evil
+    ]) {
+      const reply = await ask(port, `interactive\n${line}\nquit\n`)
+      assert.doesNotMatch(reply.replace(/[\n\t]/g, ''), UNSAFE, line)
+      assert.doesNotMatch(reply, /^forged/m)
+    }
+    const path = `/echo/${encodeURIComponent(EVIL)}`
+    const body = await ask(port, headOf(path, 'Connection: close'))
+    assert.doesNotMatch(body.replace(/[\r\n]/g, ''), UNSAFE)
+  })
+
+  test('10,000 connections reset at every moment leave the host alive and healthy', async (t) => {
+    const host = runScript(t, {
+      script: `
+        monitor.register('flow', '', async (connection) => {
+          for (let count = 0; count < 100; count++) {
+            connection.write('flowing '.repeat(100))
+            await nextTurn()
+          }
+        })
+        const server = http.createServer((_, response) => response.end('hello'))
+        server.listen(0, '127.0.0.1', async () => {
+          const logger = { info() {}, warn: console.log, error: console.log }
+          const { port } = await monitor.start({ server, listen: { port: 0 }, logger })
+          console.log('port ' + port)
+        })`
+    })
+    await until(() => /^port \d+$/m.test(host.output), 'the host listens')
+    const port = Number(host.output.match(/^port (\d+)$/m)?.[1])
+    await untilHealthy(port)
+    const beforeSending = (socket: net.Socket, reset: () => void) => {
+      socket.on('connect', reset)
+    }
+    const afterSending = (socket: net.Socket, reset: () => void) => {
+      socket.write('health_check\n', reset)
+    }
+    const inMidReply = (socket: net.Socket, reset: () => void) => {
+      socket.on('data', reset)
+      socket.write('flow\n')
+    }
+    const moments = [beforeSending, afterSending, inMidReply]
+    let count = 0
+    const resetOne = async () => {
+      const resetAt = moments[count % 3]!
+      count++
+      const socket = connectTo(port, {})
+      const closed = new Promise((resolve) => socket.on('close', resolve))
+      socket.on('error', () => {})
+      resetAt(socket, () => {
+        socket.resetAndDestroy()
+      })
+      await closed
+    }
+    const resetMany = async () => {
+      while (count < 10_000) await resetOne()
+    }
+    await Promise.all(Array.from({ length: 100 }, resetMany))
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.equal(host.child.exitCode, null)
+    assert.equal(host.output, `port ${port}\n`)
+  })
+
+  test('a line of 100 MiB is cut off, and costs the host no memory', async (t) => {
+    const { port } = await bootProcess(t, MEASURED)
+    const before = await askMemory(port)
+    const block = Buffer.alloc(65_536, 'a')
+    for (const [beginning, reply] of [
+      ['', 'Line too long\n'],
+      ['GET /', 'HTTP/1.1 431 ']
+    ] as const) {
+      const peer = await converse(t, port, { allowHalfOpen: true })
+      peer.socket.write(beginning)
+      for (let sent = 0; sent < 104_857_600 && !peer.isClosed; sent += block.length) {
+        await new Promise((resolve) => peer.socket.write(block, resolve))
+      }
+      await until(() => peer.transcript.startsWith(reply) || peer.isClosed, 'it is refused')
+      if (beginning === '') assert.equal(peer.transcript, reply)
+      const grown = async () => (await askMemory(port)) - before
+      await until(async () => (await grown()) < 10_000_000, 'what was read is free again')
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      peer.socket.destroy()
+    }
+  })
+
+  for (const [kind, request] of [
+    ['lines', 'big\n'],
+    ['HTTP', headOf('/help')]
+  ] as const) {
+    test(`a client that never reads, and sends ${kind} without end, costs no memory`, async (t) => {
+      const { port } = await bootProcess(t, MEASURED)
+      const before = await askMemory(port)
+      const peers = await Promise.all(Array.from({ length: 4 }, () => converse(t, port)))
+      const block = request.repeat(10_000)
+      const pour = async ({ socket }: Peer) => {
+        socket.pause().write(kind === 'lines' ? 'interactive\n' : '')
+        for (let sent = 0; sent < 20_000_000 && !socket.destroyed; sent += block.length) {
+          await new Promise((resolve) => socket.write(block, resolve))
+        }
+      }
+      for (const peer of peers) void pour(peer)
+      let sent = -1
+      await until(
+        async () => {
+          const last = sent
+          for (let turn = 0; turn < 5; turn++) await untilSeen(port)
+          sent = peers.reduce(
+            (sum, { socket }) => sum + socket.bytesWritten - socket.writableLength,
+            0
+          )
+          return sent === last
+        },
+        'no more is taken from any of them',
+        20_000
+      )
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      const grown = (await askMemory(port)) - before
+      assert.ok(grown < peers.length * 1_500_000, `${grown} bytes more`)
+    })
+  }
+
+  test('a prober that takes 100 ms gets every answer in a connect flood from 127.0.0.2', async (t) => {
+    const { port } = await bootProcess(t)
+    const flood = runScript(t, {
+      script: `
+        let connected = 0
+        const connect = () => {
+          const from = { host: '127.0.0.1', localAddress: '127.0.0.2' }
+          const socket = net.connect({ port: ${port}, ...from })
+          socket.on('error', () => {})
+          socket.on('close', connect)
+          socket.on('connect', () => {
+            connected++
+            if (connected % 1_000 === 0) console.log('flooding')
+          })
+        }
+        for (let each = 0; each < 600; each++) connect()`
+    })
     await until(() => flood.output.includes('flooding'), 'the flood has begun')
     const replies = []
     for (let probe = 0; probe < 10; probe++) {
-      const peer = await connect(t, port, { from: '127.0.0.1' })
+      const peer = await converse(t, port, { from: '127.0.0.1' })
       await pause(100)
       peer.socket.write('health_check\n')
-      await until(() => peer.closed, 'it is closed')
+      await until(() => peer.isClosed, 'it is closed')
       replies.push(peer.transcript)
     }
     assert.deepEqual(replies, Array(10).fill('OK\n'))
     assert.ok(flood.output.split('flooding').length > 3, 'the flood has gone on')
   })
 
-const HARD_LIMIT = Number(spawnSync('sh', ['-c', 'ulimit -Hn'], { encoding: 'utf8' }).stdout)
-const NEEDS_DESCRIPTORS = HARD_LIMIT < 5_500
-  ? { skip: `5,000 clients need more than ${HARD_LIMIT} descriptors` } : {}
-
-test('5,000 idle connections do not use up 1,024 descriptors: both ports keep answering',
-  NEEDS_DESCRIPTORS, async (t) => {
-    const { port, app, pid } = await host(t, { descriptors: 1_024 })
-    const sockets: net.Socket[] = []
-    t.after(() => sockets.forEach((socket) => socket.destroy()))
-    while (sockets.length < 5_000) {
-      await Promise.all(Array.from({ length: 250 }, async () => {
-        const socket = net.connect({ port, host: '127.0.0.1', allowHalfOpen: true })
-        sockets.push(socket.on('error', () => {}))
-        await once(socket, 'connect')
-      }))
-      assert.equal(await ask(port, 'health_check\n', { limitMs: 2_000 }), 'OK\n')
-      assert.equal(await getStatus(app), 200)
-      assert.ok(descriptorsOf(pid) < 400, `${descriptorsOf(pid)} descriptors`)
-    }
-  })
-
-// --- Bounds: how long ----------------------------------------------------------------------------
-
-test('a line has 60 s to come, not less, and not more for coming in drops', async (t) => {
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const open = () => connect(t, port)
-  const [intime, silent, dripping] = [await open(), await open(), await open()]
-  dripping.socket.write('health')
-  await untilSeen(port)
-  ticks.pass(59_500)
-  dripping.socket.write('_chec')
-  intime.socket.write('health_check\n')
-  await until(() => intime.closed, 'it is answered')
-  assert.deepEqual([intime.transcript, silent.closed, dripping.closed], ['OK\n', false, false])
-  ticks.pass(750)
-  await until(() => silent.closed && dripping.closed, 'they are cut off')
-  assert.equal(silent.transcript + dripping.transcript, '')
-})
-
-test('a head of HTTP has 60 s to come, not less, and not more for coming in drops', async (t) => {
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const open = () => connect(t, port)
-  const [intime, half, line] = [await open(), await open(), await open()]
-  line.socket.write('GET /health_check HT')
-  for (const { socket } of [intime, half]) {
-    socket.write('GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n')
-  }
-  await untilSeen(port)
-  ticks.pass(59_500)
-  half.socket.write('X: a\r\n')
-  line.socket.write('TP/1.1\r\n')
-  intime.socket.write('\r\n')
-  await until(() => intime.closed, 'it is answered')
-  assert.match(intime.transcript, /^HTTP\/1.1 200 OK\r\n/)
-  assert.deepEqual([half.closed, line.closed], [false, false])
-  ticks.pass(750)
-  await until(() => half.closed && line.closed, 'they are cut off')
-  assert.equal(half.transcript + line.transcript, '')
-})
-
-test('interactive mode bears 15 minutes of silence, not less and not more', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  monitor.register('calc', '', (connection) => {
-    connection.write('.')
-    return 'more'
-  })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const peers: Peer[] = []
-  for (const first of ['interactive\n', 'interactive\n', 'calc\n']) {
-    const peer = await connect(t, port)
-    peer.socket.write(first)
-    await until(() => peer.transcript !== '', 'it is answered')
-    peers.push(peer)
-  }
-  ticks.pass(15 * 60_000 - 500)
-  peers[0]!.socket.write('health_check\n')
-  await until(() => peers[0]!.transcript.endsWith('OK\n'), 'it is answered')
-  assert.ok(!peers[1]!.closed && !peers[2]!.closed)
-  ticks.pass(750)
-  await until(() => peers[1]!.closed && peers[2]!.closed, 'they are cut off')
-  assert.equal(peers[0]!.closed, false)
-  ticks.pass(15 * 60_000 - 1_000)
-  peers[0]!.socket.write('quit\n')
-  await until(() => peers[0]!.closed, 'it is closed')
-  assert.match(peers[0]!.transcript, /Goodbye\.\n$/)
-})
-
-test('a command has 30 s to answer, not less; then its time-out is told and closed', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  const finish: (() => void)[] = []
-  monitor.register('slow', '', async (connection) => {
-    await new Promise<void>((resolve) => finish.push(resolve))
-    connection.write('done\n')
-  }, { http: true })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const lines = ['slow\n', 'slow\n', 'interactive\nslow\nquit\n',
-    'GET /slow HTTP/1.1\r\nHost: a\r\n\r\n']
-  const peers: Peer[] = []
-  for (const [index, line] of lines.entries()) {
-    const peer = await connect(t, port)
-    peer.socket.write(line)
-    await until(() => finish.length === index + 1, 'it runs')
-    peers.push(peer)
-  }
-  ticks.pass(29_500)
-  finish[0]!()
-  await until(() => peers[0]!.closed, 'it is answered')
-  assert.equal(peers[0]!.transcript, 'done\n')
-  assert.ok(!peers[1]!.closed && !peers[2]!.closed && !peers[3]!.closed)
-  ticks.pass(750)
-  await until(() => peers.every(({ closed }) => closed), 'they are closed')
-  finish.forEach((each) => each())
-  await untilSeen(port)
-  assert.equal(peers[1]!.transcript, 'Error: slow timed out\n')
-  assert.match(peers[2]!.transcript, /exit\.\nError: slow timed out\n$/)
-  assert.match(peers[3]!.transcript, /^HTTP\/1.1 500 [^]+\r\n\r\nError: slow timed out\n$/)
-})
-
-test('a peer that does not close after us is closed after 5 s, not earlier', async (t) => {
-  const ticks = takeTicks(t)
-  const port = await startFor(await freshAndWarm(t), await serve(t))
-  await untilHealthy(port)
-  const texts = ['health_check\n', 'nope\n', ' '.repeat(9_999)]
-  const peers = await Promise.all(texts.map(async (text) => {
-    const peer = await connect(t, port, { allowHalfOpen: true })
-    peer.socket.write(text)
-    await once(peer.socket, 'end')
-    return peer
-  }))
-  const sendMore = async () => {
-    for (const { socket } of peers) socket.write('more')
-    await untilSeen(port)
-    return peers.map(({ closed }) => closed)
-  }
-  ticks.pass(4_500)
-  await sendMore() // what a closed one is sent makes it known only to the next
-  assert.deepEqual(await sendMore(), [false, false, false])
-  ticks.pass(750)
-  await until(async () => (await sendMore()).every(Boolean), 'they are closed')
-})
-
-// --- Bounds: what is not taken -------------------------------------------------------------------
-
-test('the next line waits until the last reply has been taken', async (t) => {
-  const LINES = 100
-  const reply = 'x'.repeat(1_000_000)
-  const monitor = await freshAndWarm(t)
-  let calls = 0
-  monitor.register('big', '', (connection) => {
-    calls++
-    connection.write(reply)
-  })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const peer = await connect(t, port)
-  let taken = 0
-  peer.socket.pause().removeAllListeners('data')
-  peer.socket.on('data', (text: string) => { taken += text.length }).pause()
-  peer.socket.write(`interactive\n${'big\n'.repeat(LINES)}quit\n`)
-  await until(() => calls > 0, 'the first line is answered')
-  for (let turn = 0; turn < 10; turn++) await untilSeen(port)
-  assert.ok(calls < LINES / 4, `${calls} replies, none of them taken`)
-  peer.socket.resume()
-  await until(() => peer.closed, 'all is answered')
-  assert.equal(calls, LINES)
-  const around = 'Interactive mode on.  Use "quit" To exit.\nGoodbye.\n'
-  assert.equal(taken, LINES * reply.length + around.length)
-})
-
-test('what a command leaves unsent may be 1 MiB; with more the client is cut off', async (t) => {
-  const MIB = 1_048_576
-  const monitor = await freshAndWarm(t)
-  monitor.register('mib', '', (connection) => connection.write('x'.repeat(MIB)), { http: true })
-  let written = 0
-  monitor.register('endless', '', async (connection) => {
-    for (written = 0; written < 64 * MIB; written += MIB / 16) {
-      connection.write('x'.repeat(MIB / 16))
-      if (written % MIB === 0) await new Promise((resolve) => setImmediate(resolve))
-    }
-  }, { http: true })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  assert.equal((await ask(port, 'mib\n')).length, MIB)
-  const whole = await ask(port, 'GET /mib HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n')
-  assert.equal(whole.split('\r\n\r\n')[1]?.length, MIB)
-
-  for (const text of ['endless\n', 'GET /endless HTTP/1.1\r\nHost: a\r\n\r\n']) {
-    const peer = await connect(t, port)
-    peer.socket.pause().write(text)
-    written = 0
-    await until(() => written >= 64 * MIB, 'the command has ended')
-    peer.socket.resume()
-    await until(() => peer.closed, 'it is cut off')
-    assert.ok(peer.transcript.length < 16 * MIB, `${peer.transcript.length} bytes were sent`)
-  }
-})
-
-for (const [kind, request] of [
-  ['lines', 'big\n'], ['HTTP', 'GET /help HTTP/1.1\r\nHost: a\r\n\r\n']
-] as const) {
-  test(`a client that never reads, and sends ${kind} without end, costs no memory`, async (t) => {
-    const { port } = await host(t, { flags: ['--expose-gc'] })
-    const before = Number(await ask(port, 'collected\n'))
-    const peers = await Promise.all(Array.from({ length: 4 }, () => connect(t, port)))
-    const block = request.repeat(10_000)
-    const pour = async ({ socket }: Peer) => {
-      socket.pause().write(kind === 'lines' ? 'interactive\n' : '')
-      for (let sent = 0; sent < 20_000_000 && !socket.destroyed; sent += block.length) {
-        await new Promise((resolve) => socket.write(block, resolve))
+  test(
+    '5,000 idle connections do not use up 1,024 descriptors: both ports keep answering',
+    NEEDS_DESCRIPTORS,
+    async (t) => {
+      const { port, instancePort, watched } = await bootProcess(t, { descriptors: 1_024 })
+      const pid = watched.child.pid!
+      const sockets: net.Socket[] = []
+      t.after(() => {
+        for (const socket of sockets) socket.destroy()
+      })
+      while (sockets.length < 5_000) {
+        await Promise.all(
+          Array.from({ length: 250 }, async () => {
+            const socket = connectTo(port, { allowHalfOpen: true })
+            socket.on('error', () => {})
+            sockets.push(socket)
+            await once(socket, 'connect')
+          })
+        )
+        assert.equal(await ask(port, 'health_check\n', { limitMs: 2_000 }), 'OK\n')
+        assert.equal((await getPage(instancePort, '/', { limitMs: 2_000 })).status, 200)
+        assert.ok(descriptorsOf(pid) < 400, `${descriptorsOf(pid)} descriptors`)
       }
     }
-    peers.forEach((peer) => void pour(peer))
-    let sent = -1
-    await until(async () => {
-      const last = sent
-      for (let turn = 0; turn < 5; turn++) await untilSeen(port)
-      sent = peers.reduce((sum, { socket }) => sum + socket.bytesWritten - socket.writableLength, 0)
-      return sent === last
-    }, 'no more is taken from any of them', 20_000)
+  )
+})
+
+describe('Attacks and limits', ALONE, () => {
+  test('the 257th is answered: the address with the most loses what was idle longest', async (t) => {
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const many = (count: number, from: string) =>
+      Promise.all(Array.from({ length: count }, () => converse(t, port, { from })))
+    const interactive = (peer: Peer) => {
+      peer.socket.write('interactive\n')
+      return until(() => peer.transcript.endsWith('exit.\n'), 'it is interactive')
+    }
+    const modest = await many(100, '127.0.0.1')
+    await untilSeen(port)
+    ticks.pass(1_000)
+    const [active, idle] = (await many(2, '127.0.0.2')) as [Peer, Peer]
+    await Promise.all([active, idle].map(interactive))
+    ticks.pass(1_000)
+    const greedy = await many(HELD - 102, '127.0.0.2')
+    active.socket.write('health_check\n')
+    await until(() => active.transcript.endsWith('OK\n'), 'it is answered')
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    const grown = Number(await ask(port, 'collected\n')) - before
-    assert.ok(grown < peers.length * 1_500_000, `${grown} bytes more`)
+    await until(() => idle.isClosed, 'the one that was idle longest is closed')
+    assert.deepEqual(
+      [...modest, ...greedy, active].filter(({ isClosed }) => isClosed),
+      []
+    )
   })
-}
 
-test('a client that does not read its replies is cut off after 30 s, not earlier', async (t) => {
-  const ticks = takeTicks(t)
-  const monitor = await freshAndWarm(t)
-  let calls = 0
-  monitor.register('big', '', (connection) => {
-    calls++
-    connection.write('x'.repeat(1_000_000))
-  })
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const [reader, deaf] = [await connect(t, port), await connect(t, port)]
-  for (const { socket } of [reader, deaf]) {
-    socket.pause().write(`interactive\n${'big\n'.repeat(50)}`)
-  }
-  let before = -1
-  await until(async () => {
-    const last = before
-    before = calls
-    for (let turn = 0; turn < 5; turn++) await untilSeen(port)
-    return calls > 1 && calls === last
-  }, 'both are waited for')
-  ticks.pass(29_500)
-  reader.socket.resume()
-  await until(() => reader.transcript.length > 50_000_000, 'it has read all')
-  ticks.pass(750)
-  deaf.socket.resume()
-  await until(() => deaf.closed, 'it is cut off')
-  assert.ok(deaf.transcript.length < 50_000_000)
-  assert.equal(reader.closed, false)
-})
-
-// --- Bounds: control characters ------------------------------------------------------------------
-
-const EVIL = 'a\x1b[31mred\x07\u009b2J\u202eright to left\u2028line\0nul\rreturn'
-
-test('control characters from outside reach no log line, nor forge one or a frame', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const logger = recorder()
-  const forged = `${EVIL}\nftw-monitor forged\n    at forged (frame)\n    at forged (${EVIL}:1:2)`
-  const failing = (message: string) => { throw new Error(message) }
-  monitor.register('echo', '', (_, ...words) => failing(words.join(' ')), { http: true })
-  monitor.register('later', '', async (_, ...words) => failing(words.join(' ')), { http: true })
-  monitor.register('thrown', '', () => { throw forged })
-  monitor.register('named', '', () => { throw Object.assign(new Error('x'), { name: forged }) })
-  monitor.register('stacked', '', () => {
-    throw Object.assign(new Error('x'), { stack: `Error: x\nforged\n    at ${EVIL}\n${EVIL}` })
-  })
-  monitor.registerDatabase('main', { isConnected: () => failing(forged) })
-  monitor.registerWarmup('/', () => failing(forged))
-  const port = await startFor(monitor, await serve(t), { logger })
-  const path = encodeURIComponent(forged)
-  for (const name of ['echo', 'later']) await getStatus(port, `/${name}/${path}`)
-  for (const line of ['thrown', 'named', 'stacked', 'health_check', `nope${EVIL}`]) {
-    await ask(port, `${line}\n`)
-  }
-  await until(() => logger.lines.some((line) => line.includes('tries again')), 'the warm-up failed')
-  assert.equal(logger.lines.filter((line) => line.startsWith('error')).length, 5)
-  for (const logged of logger.lines) {
-    const [first, ...frames] = logged.split('\n')
-    assert.doesNotMatch(first!, UNSAFE)
-    for (const frame of frames) {
-      assert.doesNotMatch(frame, UNSAFE)
-      assert.match(frame, /^ +at /)
-      assert.doesNotMatch(frame, /forged/, logged)
-    }
-  }
-})
-
-test('control characters from outside come back in no reply', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const failing = (message: string) => { throw new Error(message) }
-  monitor.register('echo', '', (_, ...words) => failing(words.join(' ')), { http: true })
-  monitor.registerDatabase('main', {
-    isConnected: () => { throw new Error(`${EVIL}\nforged`) },
-    connections: () => [{ openedAt: 0, info: `${EVIL}\nforged` }]
-  })
-  const port = await startFor(monitor, await serve(t))
-  const evil = EVIL.replace(/[\u2028\r]/g, '')
-  for (const line of [
-    `nope${evil}`, `echo ${evil}`, `help ${evil}`, `dbinfo ${evil}`, `dbinfo main ${evil}`,
-    `monitor ${evil}`, 'monitor 0 main', 'health_check', 'agent_check', 'perf_metrics',
-    `interactive ${evil}`, evil
-  ]) {
-    const reply = await ask(port, `interactive\n${line}\nquit\n`)
-    assert.doesNotMatch(reply.replace(/[\n\t]/g, ''), UNSAFE, line)
-    assert.doesNotMatch(reply, /^forged/m)
-  }
-  const body = await ask(port,
-    `GET /echo/${encodeURIComponent(EVIL)} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n`)
-  assert.doesNotMatch(body.replace(/[\r\n]/g, ''), UNSAFE)
-})
-
-test('control characters in a reply do not reach the terminal', async (t) => {
-  const [half, rest] = [`${EVIL}\nhealthy\tlong \x1b`, ']0;title\x07\u009b5m\x7f\n']
-  const port = await fakeInstance(t, (socket) => {
-    socket.setNoDelay().write(half)
-    socket.once('data', () => socket.end(rest))
-  })
-  for (const args of [['help'], ['interactive'], ['health_check'], ['wait', '--timeout', '0']]) {
-    const { stdout, stderr } = await runProgram(t, [...args, '--port', String(port)])
-    assert.ok(stdout.includes('healthy\tlong') || args[0] === 'wait', stdout)
-    assert.doesNotMatch((stdout + stderr).replace(/[\n\t]/g, ''), UNSAFE)
-  }
-})
-
-// --- What fails in the host ----------------------------------------------------------------------
-
-const thrower = () => { throw new Error('trap') }
-const TRAPS = Object.fromEntries([
-  'get', 'has', 'getPrototypeOf', 'getOwnPropertyDescriptor', 'ownKeys', 'set', 'apply', 'construct'
-].map((name) => [name, thrower]))
-const trapped = (names: string[], target: object = {}) => Object.defineProperties(target,
-  Object.fromEntries(names.map((name) => [name, { get: thrower }])))
-
-/** What a command may throw: anything. */
-const THROWN: Record<string, unknown> = {
-  error: new Error('boom'), text: 'boom', nothing: undefined, null: null, bigint: 42n,
-  symbol: Symbol('boom'), function: thrower, bare: Object.create(null),
-  getters: trapped(['stack', 'name', 'message', 'cause', 'code', 'then', 'toString']),
-  proxy: new Proxy({}, TRAPS), proxiedError: new Proxy(new Error('boom'), TRAPS),
-  errorWithGetters: trapped(['stack', 'name', 'message', 'cause', 'code'], new Error('boom')),
-  errorWithName: trapped(['name'], new Error('boom')),
-  errorWithStack: trapped(['stack'], new Error('boom')),
-  errorWithMessage: trapped(['message'], new Error('boom')),
-  oddError: Object.assign(new Error(),
-    { name: Symbol('name'), message: { toString: thrower }, stack: 7 }),
-  ownCause: Object.assign(new Error('fetch failed'), { name: 'x'.repeat(1e6) })
-}
-Object.assign(THROWN['ownCause'] as object, { cause: THROWN['ownCause'] })
-
-test('whatever a command throws or rejects with is one line, and the host lives', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const logger = recorder()
-  const port = await startFor(monitor, await serve(t), { logger })
-  await untilHealthy(port)
-  for (const [kind, thrown] of Object.entries(THROWN)) {
-    const ways: Record<string, () => void | Promise<void>> = {
-      throws: () => { throw thrown },
-      rejects: () => Promise.reject(thrown),
-      'rejects later': async () => {
-        await new Promise((resolve) => setImmediate(resolve))
-        throw thrown
-      }
-    }
-    for (const [way, command] of Object.entries(ways)) {
-      monitor.register('fails', '', command, { http: true })
-      const reply = await ask(port, 'fails\n', { limitMs: 2_000 })
-      assert.match(reply, /^\P{Cc}{1,500}\n$/u, `${kind} ${way}`)
-      assert.equal(await getStatus(port, '/fails'), 500)
-    }
-  }
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  assert.ok(logger.lines.filter((line) => line.startsWith('error')).length >= 40)
-})
-
-test('whatever a command returns, it is a mode or one line says that it is none', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const twice = (resolve: (value: unknown) => void, reject: (error: Error) => void) => {
-    resolve('quit')
-    resolve('interactive')
-    reject(new Error('boom'))
-    throw new Error('boom')
-  }
-  const fine: unknown[] = [undefined, 'quit', Promise.resolve('quit'), { then: twice }]
-  const wrong: unknown[] = [
-    null, 0, 42n, true, '', 'nope', 'OK\nOK', Symbol('mode'), [], {}, thrower, Object.create(null),
-    { then: 1 }, trapped(['then']), { then: thrower }, trapped(['toString']), new Proxy({}, TRAPS),
-    { then: (resolve: Function) => resolve('no') },
-    { then: (resolve: Function) => resolve({ then: thrower }) },
-    Promise.resolve(new Proxy({ then: undefined }, { getPrototypeOf: thrower }))
-  ]
-  for (const returned of [...fine, ...wrong]) {
-    monitor.register('odd', '', (() => returned) as () => void)
-    const reply = await ask(port, 'odd\n', { limitMs: 2_000 })
-    if (fine.includes(returned)) assert.equal(reply, '')
-    else assert.match(reply, /^\P{Cc}+\n$/u)
-    assert.doesNotMatch(reply, /OK/)
-  }
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-})
-
-test('a command that answers or fails after its connection is gone harms nobody', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const resume: (() => void)[] = []
-  for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
-    monitor.register(`late-${outcome}`, '', async (connection) => {
-      await new Promise<void>((resolve) => resume.push(resolve))
-      for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
-      if (outcome === 'fails') throw new Error(`${connection.remoteAddress} ${connection.local}`)
-      return outcome as 'quit'
-    }, { http: true })
-  }
-  const server = await serve(t)
-  const port = await startFor(monitor, server)
-  await untilHealthy(port)
-  const endings: ((socket: net.Socket) => unknown)[] = [
-    (socket) => socket.resetAndDestroy(), (socket) => socket.destroy(), (socket) => socket.end()
-  ]
-  for (const end of endings) {
-    for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
-      const name = `late-${outcome}`
-      for (const line of [`${name}\n`, `GET /${name} HTTP/1.1\r\nHost: a\r\n\r\n`]) {
-        const peer = await connect(t, port)
-        peer.socket.write(line)
-        await until(() => resume.length > 0, 'it runs')
-        end(peer.socket)
-        await untilSeen(port)
-        resume.pop()!()
-        await untilSeen(port)
-        peer.socket.destroy()
-      }
-    }
-  }
-  const hung = await connect(t, port)
-  hung.socket.write('late-fails\n')
-  await until(() => resume.length > 0, 'it runs')
-  await monitor.stop()
-  resume.pop()!()
-  await until(() => hung.closed, 'stop has closed it')
-  await untilHealthy(await startFor(monitor, server))
-})
-
-/** What a database may answer instead of true, and how that is called. */
-const NOT_CONNECTED: [answer: () => unknown, called: RegExp][] = [
-  ...[false, undefined, null, 0, 1, 'true', {}, [], [true], Symbol('true'), thrower, { then: true }]
-    .map((value): [() => unknown, RegExp] => [() => value, /disconnected\.$/]),
-  ...[1, 'true', null].map((value): [() => unknown, RegExp] =>
-    [async () => value, /disconnected\.$/]),
-  ...Object.values(THROWN).flatMap((thrown): [() => unknown, RegExp][] => [
-    [() => { throw thrown }, / failed: /], [() => Promise.reject(thrown), / failed: /]
-  ]),
-  [() => trapped(['then']), / failed: trap$/], [() => ({ then: thrower }), / failed: trap$/],
-  [() => new Proxy({}, TRAPS), / failed: trap$/],
-  [() => ({ then: (_: unknown, reject: Function) => reject(new Error('no')) }), / failed: no$/],
-  [() => ({ then: (resolve: Function) => resolve({ then: thrower }) }), / failed: trap$/],
-  [() => ({ then: (resolve: Function) => { resolve(false); resolve(true) } }), /disconnected\.$/],
-  [() => new Promise(() => {}), / timed out\.$/], [() => ({ then() {} }), / timed out\.$/],
-  [() => ({ then: (resolve: Function) => resolve(new Promise(() => {})) }), / timed out\.$/]
-]
-
-test('a database that hangs, throws or lies is told so within a second', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  await Promise.all(NOT_CONNECTED.map(async ([answer, called], index) => {
-    monitor.registerDatabase(`db${index}`, { isConnected: answer as () => boolean })
-    const began = Date.now()
-    const { error } = JSON.parse(await ask(port, `perf_metrics db${index}\n`))
-    assert.match(error, called)
-    assert.ok(error.startsWith(`Database 'db${index}' `) && error.length <= 500)
-    assert.equal(await ask(port, `zeostatus db${index}\n`), 'False\n')
-    assert.ok(Date.now() - began < 1_500, `${called}: ${Date.now() - began} ms`)
-  }))
-  assert.equal(await ask(port, 'health_check\n'), "Error: Database 'db0' disconnected.\n")
-  assert.match(await ask(port, 'metrics\n'), /database_connected\{database="db0"\} 0\n/)
-  assert.deepEqual(await monitor.health(),
-    { healthy: false, reason: "Error: Database 'db0' disconnected." })
-})
-
-test('figures and connections of wrong types are -1 or one line, and the host lives', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const port = await startFor(monitor, await serve(t))
-  await untilHealthy(port)
-  const wrong: unknown[] = [
-    undefined, null, 7, 'text', true, Symbol('x'), [], thrower, Object.create(null), { then: 1 },
-    { size: '12', nonGhost: NaN, accesses: Infinity, objects: {}, bytes: Symbol('x') },
-    { maxSize: null, recordsAdded: [7], bytesAdded: thrower, conflicts: new Date(7) },
-    [null, 7, 'text', [], {}, { openedAt: 'yesterday', info: 'x' }, { openedAt: NaN, info: null },
-      { openedAt: new Date(NaN), info: { toString: thrower } }, { openedAt: {}, info: Symbol('x') }]
-  ]
-  const failing: unknown[] = [
-    new Proxy({}, TRAPS), trapped(['then']), { then: thrower }, [new Proxy({}, TRAPS)],
-    trapped(['size', 'nonGhost', 'accesses', 'recordsAdded', 'objects', 'maxSize']),
-    [trapped(['openedAt', 'info'])], [{ openedAt: Symbol('x'), info: '' }]
-  ]
-  for (const value of [...wrong, ...failing]) {
-    const answer = () => value as never
-    monitor.registerDatabase('main',
-      { isConnected: () => true, figures: answer, connections: answer })
-    for (const [line, shape] of [
-      ['dbinfo', /^0 0 0 -1 -1\n$/], ['zeocache', /^-1 -1 -1 -1 -1\n$/],
-      ['monitor 0 main', /^(-1|\d+)\nVmRSS:\t *\d+ kB\n(-?\d+\.\d \P{Cc}*\n)*$/u],
-      ['perf_metrics', /^\{"instance":[^\n]+\}\n$/]
-    ] as const) {
-      const reply = await ask(port, `${line}\n`)
-      if (wrong.includes(value) || shape.test(reply)) assert.match(reply, shape)
-      else assert.match(reply, /^\P{Cc}+\n$/u)
-    }
-  }
-  assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-})
-
-test('figures that hang are given up within a second', async (t) => {
-  const monitor = await freshAndWarm(t)
-  const hang = () => new Promise<never>(() => {})
-  monitor.registerDatabase('main', { isConnected: () => true, figures: hang, connections: hang })
-  const port = await startFor(monitor, await serve(t))
-  const began = Date.now()
-  await Promise.all(['dbinfo', 'zeocache', 'perf_metrics', 'monitor 0 main'].map(async (line) => {
-    assert.match(await ask(port, `${line}\n`), /^[^\n]+\n$/)
-  }))
-  assert.ok(Date.now() - began < 1_500, `${Date.now() - began} ms`)
-})
-
-test('a logger that throws or rejects is no reason to fail', async (t) => {
-  let calls = 0
-  const throws = () => {
-    calls++
-    throw new Error('no log')
-  }
-  const rejects = async () => throws()
-  for (const say of [throws, rejects]) {
-    const monitor = await fresh(t)
-    calls = 0
-    monitor.register('fails', '', () => { throw new Error('boom') })
-    monitor.registerWarmup('/', () => { throw new Error('cold') })
-    const logger = { info: say, warn: say, error: say }
-    const port = await startFor(monitor, await serve(t), { logger })
-    const failed = async () => await ask(port, 'health_check\n') === 'Warmup failed: cold\n'
-    await until(failed, 'the warm-up has failed')
-    assert.equal(await ask(port, 'fails\n'), 'Error: boom\n')
-    await untilSeen(port)
-    assert.ok(calls >= 4, `${calls} lines`)
-    await monitor.stop()
-  }
-})
-
-// --- What stays behind ---------------------------------------------------------------------------
-
-test('1,000 rounds of start and stop leave the server exactly the listeners it had', async (t) => {
-  const server = await serve(t)
-  server.on('upgrade', () => {})
-  const emit = server.emit
-  const facts = () => ({
-    own: Object.getOwnPropertyNames(server).sort(), same: server.emit === emit,
-    listeners: server.eventNames().map((name) => [name, server.rawListeners(name)]),
-    process: process.eventNames().map((name) => [name, process.listenerCount(name)])
-  })
-  const before = facts()
-  const monitor = await freshAndWarm(t)
-  await untilHealthy(await startFor(monitor, server))
-  await monitor.stop()
-  const descriptors = descriptorsOf('self')
-  const timers = process.getActiveResourcesInfo().length
-  for (let round = 0; round < 1_000; round++) {
-    const port = await startFor(monitor, server)
-    if (round % 50 === 0) {
-      const left = await connect(t, port)
-      left.socket.write('interactive\n')
-      await untilHealthy(port)
-    }
-    assert.notEqual(server.emit, emit)
-    await monitor.stop()
-  }
-  assert.deepEqual(facts(), before)
-  await until(() => descriptorsOf('self') <= descriptors + 2, 'all sockets are closed')
-  await until(() => process.getActiveResourcesInfo().length <= timers + 4, 'no timer is left')
-  assert.equal(await getStatus(portOf(server)), 200)
-})
-
-test('an emit that the server had of its own is put back, and works in between', async (t) => {
-  const server = await serve(t)
-  let seen = 0
-  const own = function (this: net.Server, ...args: unknown[]) {
-    seen++
-    return Reflect.apply(net.Server.prototype.emit, this, args)
-  }
-  server.emit = own as typeof server.emit
-  const before = Object.getOwnPropertyDescriptor(server, 'emit')
-  const monitor = await freshAndWarm(t)
-  await untilHealthy(await startFor(monitor, server))
-  seen = 0
-  assert.equal(await getStatus(portOf(server)), 200)
-  assert.ok(seen > 0)
-  await monitor.stop()
-  assert.deepEqual(Object.getOwnPropertyDescriptor(server, 'emit'), before)
-})
-
-// --- Endurance -----------------------------------------------------------------------------------
-
-/** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
-function hostileBytes(random: () => number): Buffer {
-  const noise = () => Buffer.from(Array.from({ length: Math.floor(random() ** 3 * 600) },
-    () => Math.floor(random() * 256)))
-  const known = [
-    'health_check\n', 'interactive\n', 'help\n', '\n', '\r\n', 'quit', 'dbinfo - 1\n', 'nope ',
-    'perf_metrics\n', 'GET /health_check HTTP/1.1\r\n', 'Host: a\r\n', '\r\n\r\n',
-    'POST /%ff%00 HTTP/1.0\r\n', 'Content-Length: 9\r\n\r\n', 'Connection: Upgrade\r\n',
-    'Transfer-Encoding: chunked\r\n\r\nfff\r\n', 'Upgrade: h2c\r\n', 'Expect: 100-continue\r\n',
-    'GET / HTTP/1.1\r\n\r\n', 'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n', 'CONNECT a:1 HTTP/1.1\r\n\r\n',
-    '\x16\x03\x01', 'GET /../..//help?%0a HTTP/1.1\r\n\r\n'
-  ]
-  const parts = Array.from({ length: 1 + Math.floor(random() * 5) }, () => random() < 0.5 ? noise()
-    : Buffer.from(known[Math.floor(random() * known.length)]!, 'latin1'))
-  return Buffer.concat(parts)
-}
-
-/** Sends the bytes in pieces, and then resets the connection, or takes what comes until its end. */
-async function sendHostile(port: number, from: string, random: () => number): Promise<void> {
-  const bytes = hostileBytes(random)
-  const socket = net.connect({ port, host: '127.0.0.1', localAddress: from })
-  const reset = random() < 0.5
-  const closed = new Promise((resolve) => socket.on('close', resolve))
-  socket.on('error', () => {}).setTimeout(20_000, () => socket.destroy()).resume()
-  for (let at = 0; at < bytes.length && !socket.destroyed;) {
-    const end = at + 1 + Math.floor(random() * bytes.length)
-    await new Promise((resolve) => socket.write(bytes.subarray(at, end), resolve))
-    at = end
-  }
-  if (reset) socket.resetAndDestroy()
-  else socket.end()
-  await closed
-}
-
-for (const [total, options] of [[2_000, {}], [100_000, SLOW]] as const) {
-  test(`${total} hostile connections of random bytes, half of them reset, harm nobody`,
-    { ...options, timeout: 600_000 }, async (t) => {
-      const { port, app, pid, child } = await host(t)
-      const before = descriptorsOf(pid)
-      let begun = 0
-      await Promise.all(Array.from({ length: 50 }, async (_, client) => {
-        const random = seeded(client)
-        while (begun++ < total) await sendHostile(port, `127.0.0.${2 + client % 4}`, random)
-      }))
-      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-      assert.equal(await getStatus(app), 200)
-      await until(() => descriptorsOf(pid) <= before, 'all connections are closed')
-      assert.equal(child.output.replace(/^ports.*\n/, ''), '', 'nothing is logged')
-      assert.equal(child.child.exitCode, null)
+  test('where none is idle, the oldest of the address with the most makes room', async (t) => {
+    const ticks = takeTicks(t)
+    let hanging = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('hang', '', () => {
+      hanging++
+      return hang()
     })
-}
-
-test('after 200,000 checks memory, collected, stands within 5 MB of where it stood after 20,000',
-  { ...SLOW, timeout: 600_000 }, async (t) => {
-    const { port } = await host(t, { flags: ['--expose-gc'] })
-    const check = async (count: number) => {
-      let begun = 0
-      await Promise.all(Array.from({ length: 32 }, async () => {
-        while (begun++ < count) assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-      }))
+    const begin = async (from: string) => {
+      const peer = await converse(t, port, { from })
+      peer.socket.write('hang\n')
+      return peer
     }
-    await check(20_000)
-    const early = Number(await ask(port, 'collected\n'))
-    await check(180_000)
-    const grown = Number(await ask(port, 'collected\n')) - early
-    assert.ok(grown < 5_000_000, `${grown} bytes more`)
+    const elder = await begin('127.0.0.1')
+    await until(() => hanging === 1, 'the first one runs')
+    ticks.pass(1_000)
+    const oldest = await begin('127.0.0.2')
+    await until(() => hanging === 2, 'the second one runs')
+    ticks.pass(1_000)
+    const rest = await Promise.all(Array.from({ length: HELD - 2 }, () => begin('127.0.0.2')))
+    await until(() => hanging === HELD, 'all run')
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    await until(() => oldest.isClosed, 'the oldest is closed')
+    assert.deepEqual(
+      [elder, ...rest].filter(({ isClosed }) => isClosed),
+      []
+    )
   })
+})
+
+describe('Endurance', TOGETHER, () => {
+  test('a server that does not listen within 10 s is warned of once', SLOW, async (t) => {
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const server = http.createServer()
+    closeLater(t, server)
+    const started = monitor.start({ server, logger, listen: LOOPBACK })
+    await until(() => logger.lines.length > 0, 'it warns', 11_000)
+    await pause(1_000)
+    assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
+    server.on('request', hello)
+    server.listen(0, '127.0.0.1')
+    assert.ok(await started)
+  })
+
+  test('the program gives a monitor that is silent up after 30 s', SLOW, async (t) => {
+    const silent = net.createServer((socket) => {
+      socket.on('error', () => {}).resume()
+    })
+    t.after(() => silent.close())
+    await once(silent.listen(0, '127.0.0.1'), 'listening')
+    const { status, stderr } = await runProgram(t, ['health_check'], {
+      env: { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(silent)}` }
+    })
+    assert.equal(status, 2)
+    assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
+  })
+
+  test('the command `drain` gives up after 25 s, and says what it waited for', SLOW, async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held', { limitMs: 30_000 })
+    await until(() => held.length === 1, 'a request is in flight')
+    const startedAt = performance.now()
+    const transcript = await ask(port, 'drain\n', { limitMs: 28_000 })
+    const seconds = (performance.now() - startedAt) / 1_000
+    assert.match(transcript, /^Draining: .*\nNot drained after 25 s: .*\b1 requests in flight\n$/)
+    assert.ok(seconds > 24.9 && seconds < 26, `${seconds} s`)
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+    letGo()
+    await answer
+  })
+
+  test('agent_check tells what the event loop left over in ten seconds or so', SLOW, async (t) => {
+    const { port, instancePort } = await bootProcess(t, { script: BUSY })
+    const timeUntil = async (holds: (share: number) => boolean, what: string) => {
+      const startedAt = performance.now()
+      await until(async () => holds(await askShare(port)), what, 20_000)
+      return (performance.now() - startedAt) / 1_000
+    }
+    await timeUntil((share) => share >= 95, 'it is relaxed')
+    await pause(10_000) // past what its start has cost
+    await getPage(instancePort, '/busy')
+    const busySeconds = await timeUntil((share) => share <= 15, 'it is busy')
+    assert.ok(busySeconds > 6 && busySeconds < 13, `busy after ${busySeconds} s`)
+    await timeUntil((share) => share === 10, 'never less than 10')
+    await getPage(instancePort, '/relax')
+    const relaxedSeconds = await timeUntil((share) => share >= 95, 'it is relaxed again')
+    assert.ok(relaxedSeconds > 6 && relaxedSeconds < 13, `relaxed after ${relaxedSeconds} s`)
+  })
+})
+
+describe('Endurance', ALONE, () => {
+  test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
+    const monitor = await importMonitor(t)
+    monitor.registerWarmup('/', () => {})
+    await serve(t, () => {}, { host: '127.0.0.1', port })
+    await monitor.start({ logger: recorder() })
+    await untilHealthy(port + 80, 30_000)
+  })
+
+  for (const [total, options] of [
+    [10_000, {}],
+    [1_000_000, SLOW]
+  ] as const) {
+    test(
+      `${total} requests later, aborted ones among them, none is counted in flight`,
+      { ...options, timeout: 300_000 },
+      async (t) => {
+        const PIPELINED = 100
+        let held = 0
+        const server = await serve(t, ({ url }, response) => {
+          if (url === '/hold') held++
+          else response.end()
+        })
+        const { port } = await bootInstance(t, { performers: WARM, server })
+        const rest = headOf('/').repeat(PIPELINED - 1)
+        const last = headOf('/', 'Connection: close')
+        for (let sent = 0; sent < total; sent += 10 * PIPELINED) {
+          const whole = Array.from({ length: 9 }, () => ask(portOf(server), rest + last))
+          const aborted = connectTo(portOf(server), {}).on('error', () => {})
+          const before = held
+          aborted.write(headOf('/hold') + rest)
+          for (const transcript of await Promise.all(whole)) {
+            assert.equal(transcript.match(/HTTP\/1.1 200 OK/g)?.length, PIPELINED)
+          }
+          await until(() => held > before, 'the one to be aborted has come')
+          aborted.resetAndDestroy()
+        }
+        await until(async () => (await askMonitor(port, '0')).count === 0, 'none is in flight')
+        const metrics = JSON.parse(await ask(port, 'perf_metrics\n'))
+        const { in_flight, requests } = metrics.http
+        assert.equal(in_flight, 0)
+        assert.ok(requests > total * 0.9 && requests <= total, `${requests} counted`)
+      }
+    )
+  }
+
+  test('1,000 rounds of start and stop leave the server exactly the listeners it had', async (t) => {
+    const server = await serve(t)
+    server.on('upgrade', () => {})
+    const emit = server.emit
+    const facts = () => ({
+      own: Object.getOwnPropertyNames(server).sort(),
+      same: server.emit === emit,
+      listeners: server.eventNames().map((name) => [name, server.rawListeners(name)]),
+      process: process.eventNames().map((name) => [name, process.listenerCount(name)])
+    })
+    const before = facts()
+    const { monitor } = await bootInstance(t, { performers: WARM, server })
+    await monitor.stop()
+    const descriptors = descriptorsOf('self')
+    const timers = process.getActiveResourcesInfo().length
+    for (let round = 0; round < 1_000; round++) {
+      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+      if (round % 50 === 0) {
+        const left = await converse(t, port)
+        left.socket.write('interactive\n')
+        await untilHealthy(port)
+      }
+      assert.notEqual(server.emit, emit)
+      await monitor.stop()
+    }
+    assert.deepEqual(facts(), before)
+    await until(() => descriptorsOf('self') <= descriptors + 2, 'all sockets are closed')
+    await until(() => process.getActiveResourcesInfo().length <= timers + 4, 'no timer is left')
+    assert.equal((await getPage(portOf(server), '/', { limitMs: 2_000 })).status, 200)
+  })
+
+  for (const [total, options] of [
+    [2_000, {}],
+    [100_000, SLOW]
+  ] as const) {
+    test(
+      `${total} hostile connections of random bytes, half of them reset, harm nobody`,
+      { ...options, timeout: 600_000 },
+      async (t) => {
+        const { port, instancePort, watched } = await bootProcess(t)
+        const pid = watched.child.pid!
+        const before = descriptorsOf(pid)
+        let begun = 0
+        await Promise.all(
+          Array.from({ length: 50 }, async (_, client) => {
+            const random = seeded(client)
+            while (begun < total) {
+              begun++
+              await sendHostile(port, `127.0.0.${2 + (client % 4)}`, random)
+            }
+          })
+        )
+        assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+        assert.equal((await getPage(instancePort, '/', { limitMs: 2_000 })).status, 200)
+        await until(() => descriptorsOf(pid) <= before, 'all connections are closed')
+        assert.equal(watched.output.replace(/^ports.*\n/, ''), '', 'nothing is logged')
+        assert.equal(watched.child.exitCode, null)
+      }
+    )
+  }
+
+  test(
+    'after 200,000 checks memory, collected, stands within 5 MB of where it stood after 20,000',
+    { ...SLOW, timeout: 600_000 },
+    async (t) => {
+      const { port } = await bootProcess(t, MEASURED)
+      const check = async (count: number) => {
+        let begun = 0
+        await Promise.all(
+          Array.from({ length: 32 }, async () => {
+            while (begun < count) {
+              begun++
+              assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+            }
+          })
+        )
+      }
+      await check(20_000)
+      const early = await askMemory(port)
+      await check(180_000)
+      const grown = (await askMemory(port)) - early
+      assert.ok(grown < 5_000_000, `${grown} bytes more`)
+    }
+  )
+})
