@@ -87,6 +87,9 @@ export interface Figures {
 
 /** Whatever the instance cannot serve without. */
 export interface Database {
+  /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
+   *  warning in `status`. */
+  optional?: boolean
   /** Has 900 ms to answer; only `true` is connected. A check shares a question that is out. */
   isConnected(): boolean | Promise<boolean>
   /** Lists the open connections, for the command `monitor`. */
@@ -106,6 +109,67 @@ export interface Activity {
   stores: Count
   /** Counts connections that were opened. */
   connections: Count
+}
+
+/** How the instance is, as `status()` gives it. What cannot be known is -1. */
+export interface Status {
+  /** Whether it may be sent requests. */
+  healthy: boolean
+  /** `OK`, or why not. */
+  reason: string
+  /** Where the instance is reached; '' before that is known. */
+  url: string
+  /** How long the process has run. */
+  uptimeSeconds: number
+  requestsInFlight: number
+  /** Connections of WebSockets, say. */
+  upgradedConnections: number
+  /** The busy part of the last ten seconds, from 0 to 1. */
+  eventLoopUtilization: number
+  residentMemoryBytes: number
+  warmup: SiteStatus[]
+  databases: DatabaseStatus[]
+  probers: ProberStatus[]
+  /** `undefined` where it does not drain. */
+  draining: DrainingStatus | undefined
+}
+
+/** How the warm-up of a site stands. */
+export interface SiteStatus {
+  site: string
+  status: 'off' | 'waiting' | 'running' | 'warm' | 'failed'
+  /** How long it took, or has run so far. */
+  seconds: number
+  /** Why it failed, '' if it did not. */
+  failure: string
+}
+
+/** How a database is. */
+export interface DatabaseStatus {
+  name: string
+  optional: boolean
+  connected: boolean
+  /** What is wrong with it, '' if nothing: `disconnected`, `timed out`, or `failed: REASON`. */
+  trouble: string
+  /** How long the last answer took. */
+  answeredMs: number
+}
+
+/** An address that asks for the verdict. */
+export interface ProberStatus {
+  address: string
+  askedSecondsAgo: number
+  /** The mean of its last pauses. */
+  intervalSeconds: number
+}
+
+/** How far draining is. */
+export interface DrainingStatus {
+  seconds: number
+  /** How many probers must be told. */
+  probers: number
+  /** How many of them know. */
+  probersInformed: number
 }
 
 /** What a warm-up performer is told. */
@@ -221,6 +285,10 @@ const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
+const TICKS_PER_SECOND = 1_000 / TICK_MS
+const CHART_SECONDS = 120 // two minutes on the page
+const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
+const COLLECTOR_MS = 5_000 // half of Prometheus's own limit
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 
 // Of a connection
@@ -239,6 +307,7 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
 const commands = new Map<string, Entry>()
 const databases = new Map<string, RegisteredDatabase>()
 const performers = new Map<string, WarmupPerformer>()
+const collectors: Collector[] = []
 
 /** Where the instance is reached. */
 interface Instance {
@@ -275,6 +344,8 @@ class Host {
   /** Connections of WebSockets, say: no request is in flight there. */
   readonly upgraded = new Set<net.Socket>()
   readonly http2Sessions = new Set<Http2Session>()
+  /** Of the responses pipelined on a connection, the one after which it is to close. */
+  readonly lastOfConnection = new WeakMap<net.Socket, http.ServerResponse>()
   requests = 0
   errors = 0
 
@@ -300,11 +371,25 @@ class Monitor {
   readonly sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
 }
 
+/** A second of the instance's life. */
+interface Second {
+  utilization: number
+  requests: number
+  /** The largest delay of our tick. */
+  lagMs: number
+}
+
 /** How busy the event loop is. */
 class Load {
   samples: object[] = []
   /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
   utilization = -1
+  tickedAtMs = performance.now()
+  ticks = 0
+  /** How many requests there had been when the last second began. */
+  requestsBefore = 0
+  lagMs = 0
+  seconds: Second[] = []
 }
 
 /** The warm-up of some sites, one after the other. */
@@ -326,8 +411,9 @@ class WarmupState {
   /** What holds while nothing runs. */
   outcome: 'off' | 'cold' | 'done' | 'failed' = 'cold'
   failure = ''
-  /** For each site that was tried: why it failed, '' if it did not. */
-  readonly tried = new Map<string, string>()
+  /** Each site whose turn has come. */
+  readonly sites = new Map<string, SiteStatus>()
+  runningSinceMs = 0
   /** The first one is running, the others wait. */
   readonly runs: Run[] = []
   /** Our own request for the view bears this token. */
@@ -336,7 +422,7 @@ class WarmupState {
   isViewSeen = false
 }
 
-/** An address that asks for the verdict. */
+/** What is known of an address that asks for the verdict. */
 class Prober {
   /** How many drained answers it had. */
   told = 0
@@ -352,6 +438,13 @@ class Prober {
 
   get lastAskedAtMs(): number {
     return this.#askedAtMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
+  }
+
+  /** The mean of the pauses that are known. */
+  get intervalMs(): number {
+    const known = this.#askedAtMs.filter((atMs) => atMs > -Infinity)
+    if (known.length < 2) return -1
+    return (this.lastAskedAtMs - Math.min(...known)) / (known.length - 1)
   }
 
   /** The ask before the one before the last, -Infinity where there is none. */
@@ -555,10 +648,10 @@ function isEndpoint(value: unknown): boolean {
 function tick(): void {
   state.clock.nowMs += TICK_MS
   state.probers.lookupsInTick = 0
-  measureLoad()
+  measureLoad(state)
   boot()
   // A page that hangs in its warm-up would keep alive a process that has closed its server.
-  if (warmupStatus() === 'running' && isLookDue(state)) void lookAtInstance(state)
+  if (warmupStage() === 'running' && isLookDue(state)) void lookAtInstance(state)
   if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
   doWhatIsDue()
   for (const session of state.monitor.sessions) session?.enforceLimit()
@@ -919,7 +1012,7 @@ function onRequest(request: http.IncomingMessage, response: http.ServerResponse)
   const line = `${method} ${url}`
   host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
   host.requests++
-  if (state.draining || host.isClosing) sendClientElsewhere(response)
+  if (state.draining || host.isClosing) sendClientElsewhere(host, response, socket)
 }
 
 function onResponseClose(this: http.ServerResponse): void {
@@ -932,7 +1025,8 @@ function onResponseClose(this: http.ServerResponse): void {
 function forgetDeadRequests(): void {
   const { inFlight } = state.host
   for (const [response, { socket }] of inFlight) {
-    if (!socket || socket.destroyed || response.destroyed) inFlight.delete(response)
+    const isDead = attempt(() => !socket || socket.destroyed || response.destroyed)
+    if (isDead ?? true) inFlight.delete(response) // what cannot be looked at is not waited for
   }
 }
 
@@ -954,10 +1048,10 @@ function verdict(): string {
   const trouble = firstTrouble()
   if (trouble) return red(`Error: ${trouble}`)
 
-  const status = warmupStatus()
-  if (!state.isAccepting || status === 'cold') return 'Instance is booting'
-  if (status === 'running') return 'Warmup in progress'
-  if (status === 'failed') return red(`Warmup failed: ${state.warmup.failure}`)
+  const stage = warmupStage()
+  if (!state.isAccepting || stage === 'cold') return 'Instance is booting'
+  if (stage === 'running') return 'Warmup in progress'
+  if (stage === 'failed') return red(`Warmup failed: ${state.warmup.failure}`)
   return 'OK'
 }
 
@@ -988,14 +1082,13 @@ function red(text: string): string {
 
 // --- Databases and counters ----------------------------------------------------------------------
 
-type DatabaseMethod = 'isConnected' | 'connections' | 'figures'
-
 interface RegisteredDatabase {
   name: string
-  database: Database
+  isOptional: boolean
   counters: Record<keyof Activity, Counter>
-  /** What was asked and is not answered yet. */
-  questions: Map<DatabaseMethod, Question>
+  isConnected: Inquiry
+  connections: Inquiry | undefined
+  figures: Inquiry | undefined
   /** What was wrong with it when it was last asked, '' if nothing. */
   trouble: string
 }
@@ -1010,8 +1103,18 @@ export function registerDatabase(name: string, database: Database): Activity {
       mayHaveMethod(database, 'figures'),
     'a database has isConnected(), and may have connections() and figures()'
   )
+  must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
   const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
-  databases.set(name, { name, database, counters, questions: new Map(), trouble: '' })
+  const inquiry = (ask: () => unknown): Inquiry => new Inquiry(ask, DATABASE_MS)
+  databases.set(name, {
+    name,
+    isOptional: database.optional === true,
+    counters,
+    isConnected: inquiry(() => database.isConnected()),
+    connections: database.connections && inquiry(() => database.connections?.()),
+    figures: database.figures && inquiry(() => database.figures?.()),
+    trouble: ''
+  })
   return {
     loads: (count) => counters.loads.add(count),
     stores: (count) => counters.stores.add(count),
@@ -1025,39 +1128,48 @@ async function inspectDatabase(registered: RegisteredDatabase): Promise<string> 
   return registered.trouble
 }
 
-async function findTrouble(registered: RegisteredDatabase): Promise<string> {
-  const subject = `Database '${registered.name}'`
+async function findTrouble({ isConnected }: RegisteredDatabase): Promise<string> {
   try {
-    const answer = await ask(registered, 'isConnected')
-    return answer === true ? '' : `${subject} disconnected.`
+    const answer = await isConnected.ask()
+    return answer === true ? '' : 'disconnected'
   } catch (error) {
-    return error === TIMED_OUT ? `${subject} timed out.` : `${subject} failed: ${wording(error)}`
+    return error === TIMED_OUT ? 'timed out' : `failed: ${wording(error)}`
   }
 }
 
-/** What is wrong with the first database with which something is. */
+/** What is wrong with the first database that the instance cannot do without, '' if nothing. */
 function firstTrouble(): string {
-  for (const { trouble } of databases.values()) {
-    if (trouble) return trouble
+  for (const registered of databases.values()) {
+    if (registered.trouble && !registered.isOptional) return describeTrouble(registered)
   }
   return ''
 }
 
+/** In ftw.monitor's words. */
+function describeTrouble({ name, trouble }: RegisteredDatabase): string {
+  return `Database '${name}' ${trouble}${trouble.startsWith('failed') ? '' : '.'}`
+}
+
 const TIMED_OUT = new Error('no answer in time')
 
-/** A question to a database. */
+/** A question that is out. */
 class Question {
   readonly askedAtMs = performance.now()
   readonly answer: Promise<unknown>
   readonly #settle: Deferred<unknown>
   readonly #timer: ReturnType<typeof setTimeout>
 
-  constructor() {
+  constructor(limitMs: number) {
     this.#settle = deferred()
     this.answer = this.#settle.promise
+    this.answer.catch(doNothing) // given up, nobody may be left to hear of its failure
     // setImmediate: after the host has blocked, read first what came in time.
     const timeOut = (): unknown => setImmediate(this.#settle.reject, TIMED_OUT)
-    this.#timer = setTimeout(timeOut, DATABASE_MS).unref()
+    this.#timer = setTimeout(timeOut, limitMs).unref()
+  }
+
+  get ageMs(): number {
+    return performance.now() - this.askedAtMs
   }
 
   resolve(answer: unknown): void {
@@ -1071,31 +1183,39 @@ class Question {
   }
 }
 
-/** Asks a database. Whoever comes while a question is out shares it, so nobody multiplies queries;
- *  after 30 s without an answer it is asked anew. */
-function ask(registered: RegisteredDatabase, method: DatabaseMethod): Promise<unknown> {
-  const open = registered.questions.get(method)
-  if (open && performance.now() - open.askedAtMs < QUESTION_MS) return open.answer
+/** Asks the host's own function. Whoever comes while a question is out shares it, so nobody
+ *  multiplies queries; after 30 s without an answer it is asked anew. */
+class Inquiry {
+  /** How long the last answer took, -1 where there was none. */
+  answeredMs = -1
+  readonly #put: () => unknown
+  readonly #limitMs: number
+  #open: Question | undefined
 
-  const question = new Question()
-  registered.questions.set(method, question)
-  question.answer.catch(doNothing) // given up, nobody may be left to hear of its failure
-  void pose(registered, method)
-  return question.answer
-}
-
-/** Settles the question that is open when the answer comes, be it this one or a later one. */
-async function pose(
-  { database, questions }: RegisteredDatabase,
-  method: DatabaseMethod
-): Promise<void> {
-  try {
-    const answer: unknown = await database[method]?.()
-    questions.get(method)?.resolve(answer)
-  } catch (error) {
-    questions.get(method)?.reject(error)
+  constructor(put: () => unknown, limitMs: number) {
+    this.#put = put
+    this.#limitMs = limitMs
   }
-  questions.delete(method)
+
+  ask(): Promise<unknown> {
+    if (this.#open && this.#open.ageMs < QUESTION_MS) return this.#open.answer
+    const question = new Question(this.#limitMs)
+    this.#open = question
+    void this.#pose()
+    return question.answer
+  }
+
+  /** The question that is open when an answer comes has that answer, be it put later or not. */
+  async #pose(): Promise<void> {
+    try {
+      const answer: unknown = await this.#put()
+      this.answeredMs = this.#open?.ageMs ?? -1
+      this.#open?.resolve(answer)
+    } catch (error) {
+      this.#open?.reject(error)
+    }
+    this.#open = undefined
+  }
 }
 
 /** Counts events, and remembers an hour of them by the second. */
@@ -1146,7 +1266,7 @@ function allSites(): string[] {
   return performers.size > 0 ? [...performers.keys()] : ['/']
 }
 
-function warmupStatus(): 'off' | 'cold' | 'running' | 'done' | 'failed' {
+function warmupStage(): 'off' | 'cold' | 'running' | 'done' | 'failed' {
   return state.warmup.runs.length > 0 ? 'running' : state.warmup.outcome
 }
 
@@ -1178,10 +1298,11 @@ async function performRun(
   clock.due.set(expire, clock.nowMs + WARMUP_MS)
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
-    const outcome = await warmSite(begun, site, signal)
+    const { failure, seconds } = await warmSite(begun, site, signal)
     if (!isCurrent(begun)) continue
-    const level = warmup.tried.get(site) ? 'warn' : 'info'
-    log(level, `(${index + 1}/${sites.length}) ${outcome}`)
+    const outcome = failure ? `failed (${failure})` : 'is warm'
+    const text = `(${index + 1}/${sites.length}) ${site} ${outcome} after ${seconds.toFixed(1)} s`
+    log(failure ? 'warn' : 'info', text)
   }
   clock.due.delete(expire) // else what outlives the warm-up would end by its signal
 
@@ -1192,15 +1313,18 @@ async function performRun(
   return failure
 }
 
-/** Warms one site, remembers whether it failed, and gives what is to be logged. */
-async function warmSite(begun: State, site: string, signal: AbortSignal): Promise<string> {
+/** Warms one site, and remembers how it went. */
+async function warmSite(begun: State, site: string, signal: AbortSignal): Promise<SiteStatus> {
+  const { warmup, instance } = begun
   const startedAtMs = performance.now()
-  const failure = await tryPerformer(site, `${begun.instance?.url}${site}`, signal)
-  begun.warmup.tried.set(site, failure && site !== '/' ? `${site}: ${failure}` : failure)
+  warmup.runningSinceMs = startedAtMs
+  warmup.sites.set(site, { site, status: 'running', seconds: 0, failure: '' })
 
-  const seconds = ((performance.now() - startedAtMs) / 1_000).toFixed(1)
-  const outcome = failure ? `failed (${failure})` : 'is warm'
-  return `${site} ${outcome} after ${seconds} s`
+  const failure = await tryPerformer(site, `${instance?.url}${site}`, signal)
+  const seconds = (performance.now() - startedAtMs) / 1_000
+  const outcome: SiteStatus = { site, status: failure ? 'failed' : 'warm', seconds, failure }
+  warmup.sites.set(site, outcome)
+  return outcome
 }
 
 /** Why the performer failed, '' if it did not. A performer may not heed the signal. */
@@ -1219,9 +1343,13 @@ async function tryPerformer(site: string, url: string, signal: AbortSignal): Pro
 }
 
 /** Why these sites are not warm, '' if they are. */
-function failureOf({ tried }: WarmupState, sites: string[]): string {
-  const failures = sites.map((site) => tried.get(site))
-  return failures.filter(Boolean).join('; ')
+function failureOf({ sites }: WarmupState, names: string[]): string {
+  const failures: string[] = []
+  for (const name of names) {
+    const failure = sites.get(name)?.failure
+    if (failure) failures.push(name === '/' ? failure : `${name}: ${failure}`)
+  }
+  return failures.join('; ')
 }
 
 function abortWarmups({ viewController, runs }: WarmupState, reason: string): void {
@@ -1239,7 +1367,7 @@ async function warmUpAutomatically(): Promise<void> {
   while (isCurrent(begun) && warmup.outcome !== 'done') {
     while (isShuttingDown()) await pause(TICK_MS)
 
-    const untried = allSites().filter((site) => !warmup.tried.has(site))
+    const untried = allSites().filter((site) => !warmup.sites.has(site))
     if (untried.length > 0) {
       await warmUp(untried) // joins the run that the view may have begun
       continue
@@ -1257,9 +1385,9 @@ async function warmUpAutomatically(): Promise<void> {
   }
 }
 
-function forgetFailures({ tried }: WarmupState): void {
-  for (const [site, failure] of tried) {
-    if (failure) tried.delete(site)
+function forgetFailures({ sites }: WarmupState): void {
+  for (const [name, site] of sites) {
+    if (site.status === 'failed') sites.delete(name)
   }
 }
 
@@ -1287,9 +1415,9 @@ async function askView({ instance, warmup }: State): Promise<void> {
 
 /** The default performer: loads the page that the first visitor would have waited for. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
-  const status = await visit(url, signal)
-  if (status >= 500) throw new Error(`it answered ${status}`)
-  if (status >= 300) log('warn', `got ${status} for ${site}: nothing behind it was loaded`)
+  const code = await visit(url, signal)
+  if (code >= 500) throw new Error(`it answered ${code}`)
+  if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
 }
 
 /** Gives the status of a page when all of it has come. Some servers answer nothing but upgrades. */
@@ -1308,9 +1436,9 @@ async function visit(url: string, signal: AbortSignal): Promise<number> {
 }
 
 async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
-  const { status, body } = await fetch(url, { redirect: 'manual', signal })
-  await body?.pipeTo(new WritableStream())
-  return status
+  const page = await fetch(url, { redirect: 'manual', signal })
+  await page.body?.pipeTo(new WritableStream())
+  return page.status
 }
 
 /** As fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
@@ -1382,9 +1510,10 @@ async function answerWhenWarm(response: http.ServerResponse, sites: string[]): P
   }
 }
 
-function answerView(response: http.ServerResponse, status: number, text: string): void {
-  sendClientElsewhere(response) // else our connection would outlive the server
-  response.writeHead(status, { 'Content-Type': PLAIN_TEXT })
+function answerView(response: http.ServerResponse, code: number, text: string): void {
+  // Else our connection would outlive the server.
+  sendClientElsewhere(state.host, response, response.req?.socket)
+  response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
   response.end(text)
 }
 
@@ -1398,7 +1527,7 @@ const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
 
 function isFromHere(request: http.IncomingMessage): boolean {
   if (TOKEN_HEADER in request.headers) return false // of another instance
-  return isLocal(request.socket) && isOwnName(request) && !isForwarded(request)
+  return isLocal(request.socket) && isOwnName(request) && !isForwarded(request, ['none'])
 }
 
 /** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its name. */
@@ -1424,21 +1553,20 @@ function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
 
 const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
 
-/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser. */
-function isForwarded({ headers }: http.IncomingMessage): boolean {
-  if (isFromWebPage(headers)) return true
+/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser, unless
+ *  it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
+function isForwarded({ headers }: http.IncomingMessage, ownSites: string[]): boolean {
+  const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
+  if (!ownSites.includes(fetchSite)) return true
   return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
 }
 
-const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
-
-function isFromWebPage(headers: http.IncomingHttpHeaders): boolean {
-  const fetchSite = headers['sec-fetch-site']
-  if (fetchSite !== undefined) return fetchSite !== 'none'
-
-  // Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla.
-  return (headers['user-agent'] ?? '').startsWith('Mozilla/')
+/** Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla. */
+function siteOfOldBrowser(headers: http.IncomingHttpHeaders): string {
+  return (headers['user-agent'] ?? '').startsWith('Mozilla/') ? 'unknown' : 'none'
 }
+
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
 
 // --- Draining and shutdown -----------------------------------------------------------------------
 
@@ -1539,36 +1667,39 @@ function pollingPause(): Promise<void> {
   })
 }
 
-/** Of the requests pipelined on a connection, only the last may close it. */
-function sendClientsElsewhere({ inFlight }: Host): void {
-  const lastOfSocket = new Map<net.Socket, http.ServerResponse>()
-  for (const [response, { socket }] of inFlight) lastOfSocket.set(socket, response)
-  for (const response of lastOfSocket.values()) sendClientElsewhere(response)
+function sendClientsElsewhere(host: Host): void {
+  for (const [response, { socket }] of host.inFlight) sendClientElsewhere(host, response, socket)
 }
 
 /** Has a keep-alive client go elsewhere with its next request; HTTP/2 knows GOAWAY for that. All
  *  else that the application answers stays as it is, byte for byte. */
-function sendClientElsewhere(response: http.ServerResponse): void {
-  const { stream } = response as { stream?: { session?: Http2Session } }
+function sendClientElsewhere(host: Host, response: http.ServerResponse, socket: net.Socket): void {
   attempt(() => {
-    if (stream) stream.session?.close()
-    else if (!response.headersSent) closeConnectionAfter(response)
+    const { stream } = response as { stream?: { session?: Http2Session } }
+    host.lastOfConnection.set(socket, response)
+    if (stream?.session) stream.session.close()
+    else if (!response.headersSent) closeConnectionAfter(host, response, socket)
   })
 }
 
-/** A `Connection: keep-alive` of the application's own would keep the connection all the same. A
- *  header set by us would change how `writeHead` treats the application's; so one that is there is
- *  replaced in its place. */
-function closeConnectionAfter(response: http.ServerResponse): void {
+/** A header set by us would change how `writeHead` treats the application's. So we only take the
+ *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its place. */
+function closeConnectionAfter(host: Host, response: http.ServerResponse, socket: net.Socket): void {
+  const { shouldKeepAlive } = response
   response.shouldKeepAlive = false
 
-  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the response below
+  // oxlint-disable-next-line typescript/unbound-method -- it is applied to its response below
   const innerWriteHead = response.writeHead
-  response.writeHead = (...args: unknown[]): http.ServerResponse => {
-    const names = response.getHeaderNames?.() ?? []
-    if (names.includes('connection')) replaceKeepAliveSet(response)
-    return Reflect.apply(innerWriteHead, response, args.map(withoutKeepAlive) as [number])
+
+  function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
+    if (host.lastOfConnection.get(socket) !== response) {
+      response.shouldKeepAlive = shouldKeepAlive // else those pipelined behind it would be lost
+      return Reflect.apply(innerWriteHead, this, args as [number])
+    }
+    attempt(() => replaceKeepAliveSet(this))
+    return Reflect.apply(innerWriteHead, this, args.map(withoutKeepAlive) as [number])
   }
+  response.writeHead = writeHead
 }
 
 function replaceKeepAliveSet(response: http.ServerResponse): void {
@@ -1576,7 +1707,7 @@ function replaceKeepAliveSet(response: http.ServerResponse): void {
   if (!KEEP_ALIVE.test(String(value))) return
   const { getRawHeaderNames }: { getRawHeaderNames?: () => string[] } = Object(response) // untyped
   const names = getRawHeaderNames?.call(response) ?? []
-  response.setHeader(names.find(isConnection) ?? 'Connection', 'close')
+  response.setHeader(names.find(isConnection) ?? 'Connection', toClose(value) as string)
 }
 
 const KEEP_ALIVE = /keep-alive/i
@@ -1587,23 +1718,26 @@ function withoutKeepAlive(headers: unknown): unknown {
   if (!isObject(headers)) return headers
   if (!Array.isArray(headers)) return withoutKeepAliveIn(headers)
   return headers.map((part: unknown, index) => {
-    if (Array.isArray(part)) return withoutKeepAlive(part)
-    return isConnection(headers[index - 1]) && index % 2 === 1 ? unlessKeepAlive(part) : part
+    const isValue = index % 2 === 1
+    if (isValue && isConnection(headers[index - 1])) return toClose(part)
+    return Array.isArray(part) ? withoutKeepAlive(part) : part
   })
 }
 
 function withoutKeepAliveIn(headers: Record<string, unknown>): Record<string, unknown> {
-  const name = Object.keys(headers).find(isConnection)
-  if (name === undefined) return headers
-  return { ...headers, [name]: unlessKeepAlive(headers[name]) }
+  const names = Object.keys(headers).filter(isConnection)
+  const replaced = names.map((name) => [name, toClose(headers[name])])
+  return names.length > 0 ? { ...headers, ...Object.fromEntries(replaced) } : headers
 }
 
 function isConnection(name: unknown): boolean {
   return typeof name === 'string' && name.toLowerCase() === 'connection'
 }
 
-function unlessKeepAlive(value: unknown): unknown {
-  return KEEP_ALIVE.test(String(value)) ? 'close' : value
+/** Other names, as in `keep-alive, Upgrade`, stay. */
+function toClose(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(toClose)
+  return typeof value === 'string' ? value.replace(KEEP_ALIVE, 'close') : value
 }
 
 // Shutdown
@@ -1765,13 +1899,15 @@ function closeConnections(
   server: net.Server,
   method: 'closeIdleConnections' | 'closeAllConnections'
 ): void {
-  const { [method]: close } = server as { [name in typeof method]?: () => void }
-  attempt(() => close?.call(server))
+  attempt(() => (server as { [name in typeof method]?: () => void })[method]?.())
 }
 
 function cut(response: http.ServerResponse, socket: net.Socket): void {
-  const { stream } = response as { stream?: { destroy(): void } }
-  attempt(() => (stream ?? socket).destroy())
+  attempt(() => {
+    const { stream } = response as { stream?: { session?: Http2Session; destroy(): void } }
+    if (stream?.session) stream.destroy()
+    else socket.destroy()
+  })
 }
 
 /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
@@ -1837,7 +1973,7 @@ interface Asker extends Connection {
   /** Whether a person sits there, in interactive mode; else it is a program. */
   readonly isPerson: boolean
   /** Writes what went wrong, with a status for HTTP. */
-  refuse(text: string, status: number): void
+  refuse(text: string, code: number): void
 }
 
 type Answer = Mode | void | Promise<Mode | void>
@@ -1846,6 +1982,8 @@ interface Entry {
   doc: string
   http: boolean
   local: boolean
+  /** Whether `help` leaves it out. */
+  hidden: boolean
   /** The media type of what it writes. */
   type: string
   run(asker: Asker, args: string[]): Answer
@@ -1885,9 +2023,10 @@ export function register(
 function addCommand(
   name: string,
   doc: string,
-  write: (asker: Asker, ...args: string[]) => void | Promise<void>
+  write: (asker: Asker, ...args: string[]) => void | Promise<void>,
+  how: Partial<Entry> = {}
 ): void {
-  addEntry(name, { doc, run: (asker, args) => write(asker, ...args) })
+  addEntry(name, { doc, run: (asker, args) => write(asker, ...args), ...how })
 }
 
 /** Adds a command of ours that gives the text of its reply, without the last line feed. */
@@ -1911,6 +2050,7 @@ function addEntry(name: string, entry: Partial<Entry> & Pick<Entry, 'doc' | 'run
   commands.set(name, {
     http: true,
     local: false,
+    hidden: false,
     type: PLAIN_TEXT,
     loggedAtMs: -Infinity,
     ...entry
@@ -1985,7 +2125,8 @@ addCommand(
 )
 
 function listOfCommands(): string {
-  const lines = Array.from(commands, ([name, { doc }]) => `  ${name} -- ${summaryOf(doc)}`)
+  const shown = [...commands].filter(([, { hidden }]) => !hidden)
+  const lines = shown.map(([name, { doc }]) => `  ${name} -- ${summaryOf(doc)}`)
   return ['Supported commands:', ...lines.sort()].join('\n')
 }
 
@@ -2027,6 +2168,12 @@ addCommand(
   checkHealth
 )
 
+addCommand('readyz', 'Answer as health_check does, under the name of Kubernetes', checkHealth, {
+  hidden: true
+})
+
+addReport('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: true })
+
 /** Awaits nothing where there is nothing to be asked: a promise is 15 % of a check. */
 function checkHealth(asker: Asker): void | Promise<void> {
   noteProber(asker, 1)
@@ -2056,9 +2203,9 @@ function idlePercentage(): number {
 }
 
 addReport('warmup_state', 'Get instance warmup state.', () => {
-  const status = warmupStatus()
-  if (status === 'running') return '0 1'
-  return status === 'done' ? '1 0' : '0 0'
+  const stage = warmupStage()
+  if (stage === 'running') return '0 1'
+  return stage === 'done' ? '1 0' : '0 0'
 })
 
 addReport(
@@ -2116,7 +2263,7 @@ function countsOf(
 async function figuresOf(
   registered: RegisteredDatabase | undefined
 ): Promise<(name: keyof Figures) => number> {
-  const figures: unknown = registered && (await ask(registered, 'figures'))
+  const figures: unknown = await registered?.figures?.ask()
   return (name) => {
     const value = isObject(figures) ? figures[name] : undefined
     return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
@@ -2194,8 +2341,7 @@ function openRequests(): Open[] | undefined {
 }
 
 async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
-  if (!registered.database.connections) return undefined
-  const open = await ask(registered, 'connections')
+  const open = await registered.connections?.ask()
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
@@ -2207,13 +2353,34 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
 type MeasureLoad = (now?: object, before?: object) => { active: number; utilization: number }
 
 /** Measured once a tick, so that probers get the same answer and none spoils another's. */
-function measureLoad(): void {
-  const { load } = state
+function measureLoad({ load, host }: State): void {
+  measureUtilization(load)
+
+  const nowMs = performance.now()
+  load.lagMs = Math.max(load.lagMs, nowMs - load.tickedAtMs - TICK_MS)
+  load.tickedAtMs = nowMs
+  load.ticks++
+  if (load.ticks % TICKS_PER_SECOND > 0) return
+
+  const requests = host.requests - load.requestsBefore
+  const second = { utilization: load.utilization, requests, lagMs: load.lagMs }
+  load.seconds = [...load.seconds.slice(1 - CHART_SECONDS), second]
+  load.requestsBefore = host.requests
+  load.lagMs = 0
+}
+
+function measureUtilization(load: Load): void {
   const { eventLoopUtilization }: { eventLoopUtilization?: MeasureLoad } = Object(performance)
   const now = eventLoopUtilization?.()
   if (!now?.active) return // it is missing on Bun, and always 0 on Deno
   load.samples = [...load.samples.slice(-LOAD_SAMPLES), now]
   load.utilization = eventLoopUtilization?.(now, load.samples[0]).utilization || 0
+}
+
+/** The largest delay of our tick lately. */
+function lagSeconds({ load }: State): number {
+  const lately = load.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
+  return Math.max(load.lagMs, ...lately) / 1_000
 }
 
 /** Without a server given, nothing is known of requests. */
@@ -2232,8 +2399,9 @@ addReport(
   async (_, name = '-', seconds = '300') => {
     const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
-    const trouble = registered && (await inspectDatabase(registered))
-    if (trouble) return JSON.stringify({ error: red(trouble) })
+    if (registered && (await inspectDatabase(registered))) {
+      return JSON.stringify({ error: red(describeTrouble(registered)) })
+    }
 
     return JSON.stringify({
       instance: {
@@ -2297,12 +2465,87 @@ addReport(
   'metrics',
   'Get metrics for Prometheus, in its text exposition format',
   async () => {
-    await Promise.all(Array.from(databases.values(), inspectDatabase))
+    await inspectAll()
+    const collected = await collectAll()
     const families = [...processFamilies(), ...instanceFamilies(), ...databaseFamilies()]
-    return families.flatMap(linesOfFamily).join('\n')
+    const ours = families.filter(({ name }) => !collected.has(name))
+    return [...ours.flatMap(linesOfFamily), ...[...collected.values()].flat()].join('\n')
   },
   { type: PROMETHEUS_TEXT }
 )
+
+/** Asks for all that there is to show, whatever the verdict may need of it. */
+async function inspectAll(): Promise<void> {
+  const questions: Promise<unknown>[] = Array.from(databases.values(), inspectDatabase)
+  if (isLookDue(state)) questions.push(lookAtInstance(state))
+  await Promise.all(questions)
+}
+
+/** Gives metrics of the service's own, in Prometheus's text format. */
+interface Collector {
+  inquiry: Inquiry
+  /** A failure is logged once, until it works again. */
+  isFailing: boolean
+}
+
+/** Adds what the service has to say to `metrics`: `registerMetrics(() => client.register.metrics())`
+ *  of prom-client, say. `collect` gives Prometheus's text format, or a promise of it, within 5 s. A
+ *  family that it gives replaces ours of that name. What fails costs its own part, and one line in
+ *  the log. Throws a `TypeError` for what is no function. */
+export function registerMetrics(collect: () => string | Promise<string>): void {
+  must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
+  collectors.push({ inquiry: new Inquiry(collect, COLLECTOR_MS), isFailing: false })
+}
+
+/** Gives the lines of each family; of two collectors that give the same one the first counts. */
+async function collectAll(): Promise<Map<string, string[]>> {
+  const texts = await Promise.all(collectors.map(collectFrom))
+  const all = new Map<string, string[]>()
+  for (const text of texts) {
+    for (const [name, lines] of familiesIn(text)) {
+      if (!all.has(name)) all.set(name, lines)
+    }
+  }
+  return all
+}
+
+async function collectFrom(collector: Collector): Promise<string> {
+  try {
+    const text = await collector.inquiry.ask()
+    must(typeof text === 'string', 'registerMetrics takes a function that gives text')
+    collector.isFailing = false
+    return text
+  } catch (error) {
+    if (!collector.isFailing) log('warn', `leaves metrics out: ${wording(error)}`)
+    collector.isFailing = true
+    return ''
+  }
+}
+
+/** Takes a text apart into the lines of each family. */
+function familiesIn(text: string): Map<string, string[]> {
+  const families = new Map<string, string[]>()
+  let current = ''
+  for (const line of text.split(/\r?\n/)) {
+    const [, described, sample = ''] = METRICS_LINE.exec(line) ?? []
+    const name = described ?? sample
+    if (name === '') continue // a blank line, or a comment as `# EOF`
+    if (described !== undefined || !isSampleOf(current, sample)) current = name
+    const lines = families.get(current)
+    if (lines) lines.push(line)
+    else families.set(current, [line])
+  }
+  return families
+}
+
+/** `# TYPE size gauge`, `size{unit="B"} 7` */
+const METRICS_LINE = /^(?:# (?:HELP|TYPE) ([\w:]+)|([\w:]+)[\s{])/
+
+/** A histogram has samples of further names. */
+function isSampleOf(name: string, sample: string): boolean {
+  if (sample === name) return true
+  return sample.startsWith(`${name}_`) && /_(bucket|sum|count|created|total)$/.test(sample)
+}
 
 function linesOfFamily({ name, help, values }: Family): string[] {
   const known = [...values].filter(([, value]) => value >= 0)
@@ -2336,6 +2579,8 @@ function processFamilies(): Family[] {
   ]
 }
 
+const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
+
 function instanceFamilies(): Family[] {
   const isHealthy = Number(verdict() === 'OK')
   const isWarm = Number(state.warmup.outcome === 'done')
@@ -2347,7 +2592,8 @@ function instanceFamilies(): Family[] {
     family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
     family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
     family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
-    family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded)
+    family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
+    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, lagSeconds(state))
   ]
 }
 
@@ -2373,6 +2619,368 @@ function databaseFamilies(): Family[] {
     counted('stores'),
     counted('connections')
   ]
+}
+
+// Status
+
+/** Tells how the instance is, at one look. Answers within a second, and never rejects. */
+export async function status(): Promise<Status> {
+  await inspectAll()
+  const { host, load, instance } = state
+  const reason = verdict()
+  return {
+    healthy: reason === 'OK',
+    reason,
+    url: instance?.url ?? '',
+    uptimeSeconds: process.uptime(),
+    requestsInFlight: host.server ? host.inFlight.size : -1,
+    upgradedConnections: host.server ? host.upgraded.size : -1,
+    eventLoopUtilization: load.utilization,
+    residentMemoryBytes: process.memoryUsage.rss(),
+    warmup: allSites().map(siteStatus),
+    databases: Array.from(databases.values(), databaseStatus),
+    probers: Array.from(state.probers.known, ([address, prober]) => proberStatus(address, prober)),
+    draining: state.draining && drainingStatus(state.draining)
+  }
+}
+
+function siteStatus(site: string): SiteStatus {
+  const { sites, outcome, runningSinceMs } = state.warmup
+  const known = sites.get(site)
+  if (!known) {
+    return { site, status: outcome === 'off' ? 'off' : 'waiting', seconds: 0, failure: '' }
+  }
+  if (known.status !== 'running') return known
+  return { ...known, seconds: (performance.now() - runningSinceMs) / 1_000 }
+}
+
+function databaseStatus(registered: RegisteredDatabase): DatabaseStatus {
+  const { name, isOptional, trouble, isConnected } = registered
+  const connected = trouble === ''
+  return { name, optional: isOptional, connected, trouble, answeredMs: isConnected.answeredMs }
+}
+
+function proberStatus(address: string, { lastAskedAtMs, intervalMs }: Prober): ProberStatus {
+  const askedSecondsAgo = (state.clock.nowMs - lastAskedAtMs) / 1_000
+  return { address, askedSecondsAgo, intervalSeconds: Math.max(-1, intervalMs / 1_000) }
+}
+
+function drainingStatus(draining: Draining): DrainingStatus {
+  return {
+    seconds: (performance.now() - draining.sinceMs) / 1_000,
+    probers: draining.waitFor.length,
+    probersInformed: informed(draining)
+  }
+}
+
+/** What tells of others, the addresses of probers and the texts of errors, is for this machine only. */
+async function statusFor(asker: Asker): Promise<Status> {
+  const known = await status()
+  if (asker.local) return known
+  return {
+    ...known,
+    databases: known.databases.map((each) => ({
+      ...each,
+      trouble: each.trouble.split(':')[0] ?? ''
+    })),
+    probers: known.probers.map((each) => ({ ...each, address: 'a prober' })),
+    warmup: known.warmup.map((each) => ({ ...each, failure: '' }))
+  }
+}
+
+/** Not even the name of a site may make HAProxy's `expect string OK` green. */
+function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
+  return healthy ? text : text.replaceAll('OK', 'O K')
+}
+
+addCommand(
+  'status',
+  `Show how the instance is
+
+    status: the verdict, and what it comes from. Over HTTP it is JSON, in the shape of
+    application/health+json.
+`,
+  async (asker) => {
+    const known = await statusFor(asker)
+    if (asker instanceof Exchange)
+      asker.reply(renderJson(known), known.healthy ? 200 : 503, HEALTH_JSON)
+    else asker.write(renderText(known))
+  }
+)
+
+/** A line of the status: what it is about, its name, and how that is. */
+interface Row {
+  kind: 'instance' | 'warm-up' | 'database' | 'prober' | 'draining'
+  name: string
+  text: string
+  /** For a bar, from 0 to 1; -1 for one that moves without an end in sight. */
+  progress?: number
+}
+
+function rowsOf(known: Status): Row[] {
+  return [
+    instanceRow(known),
+    ...known.warmup.map(siteRow),
+    ...known.databases.map(databaseRow),
+    ...known.probers.map(proberRow),
+    drainingRow(known)
+  ]
+}
+
+function instanceRow(known: Status): Row {
+  const { url, uptimeSeconds, requestsInFlight, upgradedConnections } = known
+  const { eventLoopUtilization, residentMemoryBytes } = known
+  const parts = [url || 'not found yet', `up ${Math.floor(uptimeSeconds)} s`]
+  if (requestsInFlight >= 0) {
+    parts.push(`${requestsInFlight} requests in flight`, `${upgradedConnections} upgraded`)
+  }
+  if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
+  parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
+  return { kind: 'instance', name: '', text: parts.join(', ') }
+}
+
+function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
+  const time = `${seconds.toFixed(1)} s`
+  const row = { kind: 'warm-up', name: site } as const
+  switch (stage) {
+    case 'warm':
+      return { ...row, text: `warm after ${time}`, progress: 1 }
+    case 'running':
+      return { ...row, text: `running for ${time}`, progress: -1 }
+    case 'failed':
+      return { ...row, text: `failed after ${time}${failure && `: ${failure}`}`, progress: 0 }
+    case 'waiting':
+      return { ...row, text: 'waiting', progress: 0 }
+    case 'off':
+      return { ...row, text: 'off' }
+  }
+}
+
+function databaseRow({ name, optional, connected, trouble, answeredMs }: DatabaseStatus): Row {
+  const answered = `connected, answered in ${Math.round(answeredMs)} ms`
+  const text = `${connected ? answered : trouble}${optional ? ' (optional)' : ''}`
+  return { kind: 'database', name, text }
+}
+
+function proberRow({ address, askedSecondsAgo, intervalSeconds }: ProberStatus): Row {
+  const asked = `asked ${askedSecondsAgo.toFixed(1)} s ago`
+  const text = intervalSeconds >= 0 ? `${asked}, every ${intervalSeconds.toFixed(1)} s` : asked
+  return { kind: 'prober', name: address, text }
+}
+
+function drainingRow({ draining, requestsInFlight }: Status): Row {
+  if (!draining) return { kind: 'draining', name: '', text: 'no' }
+  const { seconds, probers, probersInformed } = draining
+  const inFlight = requestsInFlight >= 0 ? `, ${requestsInFlight} requests in flight` : ''
+  const progress = probers > 0 ? probersInformed / probers : 1
+  const text = `for ${seconds.toFixed(1)} s, ${probersInformed} of ${probers} probers know${inFlight}`
+  return { kind: 'draining', name: '', text, progress }
+}
+
+function percentage(share: number): number {
+  return Math.round(share * 100)
+}
+
+/** For people; the first line is the verdict's reason and nothing else. */
+function renderText(known: Status): string {
+  const rows = rowsOf(known)
+  const nameWidth = Math.max(...rows.map(({ name }) => name.length)) + 3
+  const lines = rows.map(({ kind, name, text }) => {
+    const title = kind.padEnd(STATUS_KIND_WIDTH)
+    return clean(name === '' ? `${title}${text}` : `${title}${name.padEnd(nameWidth)}${text}`)
+  })
+  return withoutOkUnlessHealthy(`${[known.reason, ...lines].join('\n')}\n`, known)
+}
+
+const STATUS_KIND_WIDTH = 11 // `instance`, the longest, and three blanks
+
+const HEALTH_JSON = 'application/health+json'
+
+type Health = 'pass' | 'warn' | 'fail'
+
+interface HealthCheck {
+  componentId?: string
+  componentType: 'system' | 'component' | 'datastore'
+  status: Health
+  observedValue: number
+  observedUnit: string
+  time: string
+  output?: string
+}
+
+/** In the shape of the draft "Health Check Response Format for HTTP APIs". */
+function renderJson(known: Status): string {
+  const isWarning = known.databases.some(({ connected }) => !connected)
+  const warned: Health = isWarning ? 'warn' : 'pass'
+  const whole = {
+    status: known.healthy ? warned : 'fail',
+    ...(known.healthy ? {} : { output: known.reason }),
+    description: known.url,
+    checks: healthChecks(known, new Date().toISOString())
+  }
+  return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
+}
+
+function healthChecks(known: Status, time: string): Record<string, HealthCheck[]> {
+  const measured = (observedValue: number, observedUnit: string): HealthCheck[] => [
+    { componentType: 'system', status: 'pass', observedValue, observedUnit, time }
+  ]
+  const { draining } = known
+  return {
+    uptime: measured(known.uptimeSeconds, 's'),
+    'requests:inFlight': measured(known.requestsInFlight, 'requests'),
+    'connections:upgraded': measured(known.upgradedConnections, 'connections'),
+    'eventLoop:utilization': measured(known.eventLoopUtilization, 'ratio'),
+    'memory:resident': measured(known.residentMemoryBytes, 'B'),
+    'warmup:duration': known.warmup.map((site) => warmupCheck(site, time)),
+    'database:responseTime': known.databases.map((database) => databaseCheck(database, time)),
+    'prober:interval': known.probers.map((prober) => proberCheck(prober, time)),
+    ...(draining && { 'draining:duration': [drainingCheck(draining, time)] })
+  }
+}
+
+function warmupCheck(site: SiteStatus, time: string): HealthCheck {
+  return {
+    componentId: site.site,
+    componentType: 'component',
+    status: site.status === 'warm' || site.status === 'off' ? 'pass' : 'fail',
+    observedValue: site.seconds,
+    observedUnit: 's',
+    time,
+    output: clean(siteRow(site).text)
+  }
+}
+
+function databaseCheck(database: DatabaseStatus, time: string): HealthCheck {
+  const broken: Health = database.optional ? 'warn' : 'fail'
+  return {
+    componentId: database.name,
+    componentType: 'datastore',
+    status: database.connected ? 'pass' : broken,
+    observedValue: database.answeredMs,
+    observedUnit: 'ms',
+    time,
+    output: clean(databaseRow(database).text)
+  }
+}
+
+function proberCheck(prober: ProberStatus, time: string): HealthCheck {
+  return {
+    componentId: prober.address,
+    componentType: 'component',
+    status: 'pass',
+    observedValue: prober.intervalSeconds,
+    observedUnit: 's',
+    time,
+    output: proberRow(prober).text
+  }
+}
+
+function drainingCheck(
+  { seconds, probers, probersInformed }: DrainingStatus,
+  time: string
+): HealthCheck {
+  return {
+    componentType: 'component',
+    status: 'fail',
+    observedValue: seconds,
+    observedUnit: 's',
+    time,
+    output: `${probersInformed} of ${probers} probers know`
+  }
+}
+
+// The page
+
+addCommand(
+  'page',
+  'Show the status as a page for a browser',
+  async (asker) => {
+    if (!(asker instanceof Exchange)) return refuse('Error: the page is for browsers')
+    const nonce = crypto.randomUUID()
+    const known = await statusFor(asker)
+    asker.headers['Content-Security-Policy'] =
+      `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
+      `frame-ancestors 'none'`
+    asker.reply(renderPage(known, nonce, asker.query === 'pause'), 200, HTML)
+  },
+  { hidden: true }
+)
+
+const HTML = 'text/html; charset=utf-8'
+
+const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem; overflow-wrap: anywhere }
+h1 { border-radius: .3rem; color: #fff; padding: .5rem 1rem }
+.pass { background: #17692d } .fail { background: #a8201a }
+table { border-spacing: 0 } th { text-align: start; font-weight: 600 }
+th, td { padding: .1rem .8rem .1rem 0; vertical-align: top } progress { width: 6rem }
+svg { width: 100%; height: 6rem; border-bottom: 1px solid; fill: none; stroke-width: 2 }
+.load { stroke: #c77700 } .requests { stroke: #2f6fd0 } li { display: inline-block; margin: 0 1rem 0 0 }
+ul { padding: 0 }`
+
+/** Refreshes itself without a script; `?pause` stops that. */
+function renderPage(known: Status, nonce: string, isPaused: boolean): string {
+  const rows = rowsOf(known).map(pageRow).join('\n')
+  const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
+  const links = offered.map(
+    ([name]) => `<li><a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
+  )
+  const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
+  const toggle = isPaused
+    ? '<a href="/">Refresh every two seconds</a>'
+    : '<a href="?pause">Pause</a>'
+  const page = `<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">${refresh}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>${escapeHtml(`${known.reason} - ${known.url}`)}</title>
+<style nonce="${nonce}">${PAGE_STYLE}</style></head><body><main>
+<h1 class="${known.healthy ? 'pass' : 'fail'}">${escapeHtml(known.reason)}</h1>
+<table>
+${rows}
+</table>
+${renderChart(state.load.seconds)}
+<ul>
+${links.join('\n')}
+</ul>
+<p>${toggle}</main></body></html>
+`
+  return withoutOkUnlessHealthy(page, known)
+}
+
+function pageRow({ kind, name, text, progress }: Row): string {
+  const cells = `<th scope="row">${kind}<td>${escapeHtml(name)}<td>${escapeHtml(text)}`
+  return `<tr>${cells}${progress === undefined ? '' : ` ${progressBar(progress)}`}`
+}
+
+function progressBar(progress: number): string {
+  return progress < 0 ? '<progress></progress>' : `<progress value="${progress}"></progress>`
+}
+
+/** The busy part of the event loop, and requests a second, over the last two minutes. */
+function renderChart(seconds: Second[]): string {
+  const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
+  const requests = seconds.map(({ requests: count }) => count)
+  const most = Math.max(1, ...requests)
+  const loadText = `loop ${percentage(loads.at(-1) ?? 0)} % busy`
+  const text = `${loadText}, ${requests.at(-1) ?? 0} requests a second (at most ${most})`
+  return `<figure><svg viewBox="0 0 ${CHART_SECONDS} 100" preserveAspectRatio="none" role="img"
+aria-label="The last two minutes: ${text}">
+${polyline('load', loads, 1)}
+${polyline('requests', requests, most)}
+</svg><figcaption>The last two minutes: ${text}</figcaption></figure>`
+}
+
+function polyline(name: string, values: number[], most: number): string {
+  const left = CHART_SECONDS - values.length
+  const points = values.map(
+    (value, index) => `${left + index},${(100 - (98 * value) / most).toFixed(1)}`
+  )
+  return `<polyline class="${name}" vector-effect="non-scaling-stroke" points="${points.join(' ')}"/>`
+}
+
+function escapeHtml(text: string): string {
+  return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
 }
 
 // --- The wire: lines -----------------------------------------------------------------------------
@@ -2737,16 +3345,23 @@ class Exchange implements Asker {
   readonly response: http.ServerResponse
   readonly name: string
   readonly args: string[]
-  status = 200
+  readonly query: string
+  readonly headers: Record<string, string | number> = {}
+  code = 200
+  /** The media type, where it is not that of the command. */
+  type: string | undefined
   body = ''
 
   constructor(session: HttpSession, response: http.ServerResponse) {
-    const [path = ''] = (response.req.url ?? '').split('?')
-    const [name = 'help', ...args] = segmentsOf(path) ?? [path] // no command has such a name
+    const { url = '', headers } = response.req
+    const [path = '', query = ''] = url.split('?')
+    const root = headers.accept?.includes('text/html') ? 'page' : 'help'
+    const [name = root, ...args] = segmentsOf(path) ?? [path] // no command has such a name
     this.session = session
     this.response = response
     this.name = name
     this.args = args
+    this.query = query
   }
 
   get remoteAddress(): string | undefined {
@@ -2755,7 +3370,8 @@ class Exchange implements Asker {
 
   get local(): boolean {
     const { req: request } = this.response
-    return this.session.local && isOwnName(request) && !isForwarded(request)
+    if (!this.session.local || !isOwnName(request)) return false
+    return !isForwarded(request, ['none', 'same-origin']) // our own page refreshes itself
   }
 
   run(): Answer {
@@ -2770,22 +3386,25 @@ class Exchange implements Asker {
     else this.body += text
   }
 
-  refuse(text: string, status: number): void {
+  refuse(text: string, code: number): void {
+    this.reply(text, code, PLAIN_TEXT)
+  }
+
+  reply(text: string, code: number, type: string): void {
     this.write(text)
-    this.status = status
+    this.code = code
+    this.type = type
   }
 
   send(): void {
-    const { response, status, body, name } = this
+    const { response, code, body, name, headers } = this
     if (response.headersSent) return
-    const type = status === 200 ? commands.get(name)?.type : undefined
-    response.writeHead(status, {
-      'Content-Type': type ?? PLAIN_TEXT,
-      'Content-Length': Buffer.byteLength(body),
-      'Cache-Control': 'no-store',
-      'X-Content-Type-Options': 'nosniff',
-      ...(status === 405 && { Allow: 'GET, HEAD' })
-    })
+    headers['Content-Type'] = this.type ?? commands.get(name)?.type ?? PLAIN_TEXT
+    headers['Content-Length'] = Buffer.byteLength(body)
+    headers['Cache-Control'] = 'no-store'
+    headers['X-Content-Type-Options'] = 'nosniff'
+    if (code === 405) headers['Allow'] = 'GET, HEAD'
+    response.writeHead(code, headers)
     response.end(body)
   }
 }
@@ -2946,6 +3565,7 @@ async function main(words: string[]): Promise<number> {
   if (name === '--help' || name === '-h') return print(USAGE)
   if (name === '--version') return print(VERSION)
   if (name === 'wait') return waitUntilHealthy(monitor, takeOption(words, 'timeout') ?? '300')
+  if (name === 'status') return showStatus(monitor, words.slice(1))
   if (name?.startsWith('-')) refuse(`knows no ${name}; try ftw-monitor --help`)
   return sendCommand(monitor, words)
 }
@@ -2956,6 +3576,8 @@ const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command to the monito
 ftw-monitor                       lists the commands, as ftw-monitor help does
 ftw-monitor interactive           joins the terminal to the monitor, until quit
 ftw-monitor wait [--timeout 300]  waits until the instance is healthy
+ftw-monitor status [--watch] [[NAME=][HOST:]PORT…]
+                                  shows how the instance is, or a line for each of several
 ftw-monitor dump-perf-metrics [--deployment NAME] [NAME=][HOST:]PORT…
                                   prints the figures of instances for InfluxDB
 ftw-monitor demo                  runs a small instance to try everything on
@@ -3063,25 +3685,98 @@ async function waitUntilHealthy(to: net.NetConnectOpts, timeout: string): Promis
   const timeoutSeconds = Number(timeout)
   if (!(timeoutSeconds >= 0)) refuse('--timeout needs a number of seconds')
 
-  let reasonBefore = ''
+  let progressBefore = ''
   for (;;) {
-    const reason = await askReason(to)
-    if (reason !== reasonBefore) console.log(`${process.uptime().toFixed(1)} s  ${reason}`)
-    reasonBefore = reason
-    if (reason === 'OK') return 0
+    const progress = await askProgress(to)
+    if (progress !== progressBefore) console.log(`${process.uptime().toFixed(1)} s  ${progress}`)
+    progressBefore = progress
+    if (progress === 'OK') return 0
     if (process.uptime() > timeoutSeconds) return 1
-    await new Promise((resolve) => setTimeout(resolve, TICK_MS))
+    await wakeAfter(TICK_MS)
   }
 }
 
-/** Asks in interactive mode, as a person does, so that `drain` does not wait for us. */
-async function askReason(to: net.NetConnectOpts): Promise<string> {
+function wakeAfter(ms: number): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, ms)
+  })
+}
+
+/** Asks for the status, which is no check, so that `drain` does not wait for us. */
+async function askProgress(to: net.NetConnectOpts): Promise<string> {
   try {
-    const script = 'interactive\nhealth_check\nquit\n'
-    const reply = await talk(net.connect(to), script, POLL_ANSWER_MS)
-    return clean(reply.split('\n')[1] || 'no answer')
+    const [reason = '', ...lines] = await askStatus(to)
+    const sites = lines.filter((line) => line.startsWith('warm-up'))
+    const running = sites.findIndex((line) => / running for /.test(line))
+    if (reason !== 'Warmup in progress' || running < 0) return reason || 'no answer'
+    const [, site] = sites[running]?.split(/ +/) ?? []
+    return `${reason}: ${site}, ${running + 1} of ${sites.length}`
   } catch (error) {
     return clean(wording(error))
+  }
+}
+
+/** Gives the lines of the status; the first one is the verdict. */
+async function askStatus(to: net.NetConnectOpts): Promise<string[]> {
+  const reply = await talk(net.connect(to), 'status\n', POLL_ANSWER_MS)
+  return reply.trimEnd().split('\n').map(clean)
+}
+
+/** Prints the status of one instance, or a line for each of several; once, or every second. */
+async function showStatus(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
+  const isWatched = words.includes('--watch')
+  const instances = words.filter((word) => word !== '--watch')
+  let exitCode = 1
+  let linesBefore = 0
+  process.once('SIGINT', () => process.exit(exitCode))
+  do {
+    const shown = instances.length > 0 ? await fleetStatus(instances) : await ownStatus(monitor)
+    exitCode = shown.healthy ? 0 : 1
+    if (isWatched && process.stdout.isTTY) eraseLines(linesBefore)
+    linesBefore = shown.lines.length
+    print(shown.lines.join('\n'))
+    if (isWatched) await wakeAfter(WATCH_MS)
+  } while (isWatched)
+  return exitCode
+}
+
+const WATCH_MS = 1_000
+
+/** Goes back to the first of the lines that were printed, and clears the screen from there. */
+function eraseLines(count: number): void {
+  if (count > 0) process.stdout.write(`\x1b[${count}A\x1b[J`)
+}
+
+interface Shown {
+  lines: string[]
+  healthy: boolean
+}
+
+async function ownStatus(monitor: net.NetConnectOpts): Promise<Shown> {
+  const lines = await askStatus(monitor)
+  return { lines, healthy: lines[0] === 'OK' }
+}
+
+async function fleetStatus(words: string[]): Promise<Shown> {
+  const all = await Promise.all(words.map(instanceStatus))
+  const nameWidth = Math.max(...all.map(({ name }) => name.length))
+  const reasonWidth = Math.max(...all.map(({ reason }) => reason.length))
+  const lines = all.map(({ name, reason, figures }) =>
+    `${name.padEnd(nameWidth)}  ${reason.padEnd(reasonWidth)}  ${figures}`.trimEnd()
+  )
+  return { lines, healthy: all.every(({ reason }) => reason === 'OK') }
+}
+
+/** Gives the verdict and, of the line about the instance, what stands behind its address. */
+async function instanceStatus(
+  word: string
+): Promise<{ name: string; reason: string; figures: string }> {
+  try {
+    const { name, monitor } = parseInstance(word)
+    const [reason = '', instance = ''] = await askStatus(monitor)
+    return { name, reason: reason || 'no answer', figures: instance.replace(/^.*?, /, '') }
+  } catch (error) {
+    return { name: word, reason: clean(wording(error)), figures: '' }
   }
 }
 
