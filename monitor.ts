@@ -2708,11 +2708,18 @@ addCommand(
   }
 )
 
-/** A line of the status: what it is about, its name, and how that is. */
+type Grade = 'pass' | 'warn' | 'fail'
+
+/** One thing that the status tells of: a line for people, a check of the JSON, a row of the page. */
 interface Row {
   kind: 'instance' | 'warm-up' | 'database' | 'prober' | 'draining'
   name: string
   text: string
+  grade: Grade
+  /** What is measured, in the words of the JSON, with its unit. */
+  measure: string
+  value: number
+  unit: string
   /** For a bar, from 0 to 1; -1 for one that moves without an end in sight. */
   progress?: number
 }
@@ -2736,12 +2743,18 @@ function instanceRow(known: Status): Row {
   }
   if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
   parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
-  return { kind: 'instance', name: '', text: parts.join(', ') }
+  return { ...measured('uptime', uptimeSeconds, 's'), text: parts.join(', ') }
+}
+
+function measured(measure: string, value: number, unit: string): Row {
+  return { kind: 'instance', name: '', text: '', grade: 'pass', measure, value, unit }
 }
 
 function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
   const time = `${seconds.toFixed(1)} s`
-  const row = { kind: 'warm-up', name: site } as const
+  const grade: Grade = stage === 'warm' || stage === 'off' ? 'pass' : 'fail'
+  const measure = { measure: 'warmup:duration', value: seconds, unit: 's', grade }
+  const row = { kind: 'warm-up', name: site, ...measure } as const
   switch (stage) {
     case 'warm':
       return { ...row, text: `warm after ${time}`, progress: 1 }
@@ -2759,22 +2772,27 @@ function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
 function databaseRow({ name, optional, connected, trouble, answeredMs }: DatabaseStatus): Row {
   const answered = `connected, answered in ${Math.round(answeredMs)} ms`
   const text = `${connected ? answered : trouble}${optional ? ' (optional)' : ''}`
-  return { kind: 'database', name, text }
+  const broken: Grade = optional ? 'warn' : 'fail'
+  const measure = { measure: 'database:responseTime', value: answeredMs, unit: 'ms' }
+  return { kind: 'database', name, text, grade: connected ? 'pass' : broken, ...measure }
 }
 
 function proberRow({ address, askedSecondsAgo, intervalSeconds }: ProberStatus): Row {
   const asked = `asked ${askedSecondsAgo.toFixed(1)} s ago`
   const text = intervalSeconds >= 0 ? `${asked}, every ${intervalSeconds.toFixed(1)} s` : asked
-  return { kind: 'prober', name: address, text }
+  const measure = { measure: 'prober:interval', value: intervalSeconds, unit: 's' }
+  return { kind: 'prober', name: address, text, grade: 'pass', ...measure }
 }
 
 function drainingRow({ draining, requestsInFlight }: Status): Row {
-  if (!draining) return { kind: 'draining', name: '', text: 'no' }
+  const row = { kind: 'draining', name: '', measure: 'draining:duration', unit: 's' } as const
+  if (!draining) return { ...row, text: 'no', grade: 'pass', value: 0 }
+
   const { seconds, probers, probersInformed } = draining
   const inFlight = requestsInFlight >= 0 ? `, ${requestsInFlight} requests in flight` : ''
-  const progress = probers > 0 ? probersInformed / probers : 1
   const text = `for ${seconds.toFixed(1)} s, ${probersInformed} of ${probers} probers know${inFlight}`
-  return { kind: 'draining', name: '', text, progress }
+  const progress = probers > 0 ? probersInformed / probers : 1
+  return { ...row, text, grade: 'fail', value: seconds, progress }
 }
 
 function percentage(share: number): number {
@@ -2796,98 +2814,41 @@ const STATUS_KIND_WIDTH = 11 // `instance`, the longest, and three blanks
 
 const HEALTH_JSON = 'application/health+json'
 
-type Health = 'pass' | 'warn' | 'fail'
-
-interface HealthCheck {
-  componentId?: string
-  componentType: 'system' | 'component' | 'datastore'
-  status: Health
-  observedValue: number
-  observedUnit: string
-  time: string
-  output?: string
-}
-
 /** In the shape of the draft "Health Check Response Format for HTTP APIs". */
 function renderJson(known: Status): string {
-  const isWarning = known.databases.some(({ connected }) => !connected)
-  const warned: Health = isWarning ? 'warn' : 'pass'
+  const isComplete = known.databases.every(({ connected }) => connected)
+  const grade: Grade = isComplete ? 'pass' : 'warn'
   const whole = {
-    status: known.healthy ? warned : 'fail',
-    ...(known.healthy ? {} : { output: known.reason }),
+    status: known.healthy ? grade : 'fail',
+    ...(!known.healthy && { output: known.reason }),
     description: known.url,
-    checks: healthChecks(known, new Date().toISOString())
+    checks: checksOf([
+      ...rowsOf(known),
+      measured('requests:inFlight', known.requestsInFlight, 'requests'),
+      measured('connections:upgraded', known.upgradedConnections, 'connections'),
+      measured('eventLoop:utilization', known.eventLoopUtilization, 'ratio'),
+      measured('memory:resident', known.residentMemoryBytes, 'B')
+    ])
   }
   return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
 }
 
-function healthChecks(known: Status, time: string): Record<string, HealthCheck[]> {
-  const measured = (observedValue: number, observedUnit: string): HealthCheck[] => [
-    { componentType: 'system', status: 'pass', observedValue, observedUnit, time }
-  ]
-  const { draining } = known
-  return {
-    uptime: measured(known.uptimeSeconds, 's'),
-    'requests:inFlight': measured(known.requestsInFlight, 'requests'),
-    'connections:upgraded': measured(known.upgradedConnections, 'connections'),
-    'eventLoop:utilization': measured(known.eventLoopUtilization, 'ratio'),
-    'memory:resident': measured(known.residentMemoryBytes, 'B'),
-    'warmup:duration': known.warmup.map((site) => warmupCheck(site, time)),
-    'database:responseTime': known.databases.map((database) => databaseCheck(database, time)),
-    'prober:interval': known.probers.map((prober) => proberCheck(prober, time)),
-    ...(draining && { 'draining:duration': [drainingCheck(draining, time)] })
+function checksOf(rows: Row[]): Record<string, object[]> {
+  const time = new Date().toISOString()
+  const checks: Record<string, object[]> = {}
+  for (const { kind, name, text, grade, measure, value, unit } of rows) {
+    const check = {
+      ...(name !== '' && { componentId: name }),
+      componentType: kind === 'database' ? 'datastore' : 'component',
+      status: grade,
+      observedValue: value,
+      observedUnit: unit,
+      time,
+      ...(text !== '' && { output: clean(text) })
+    }
+    checks[measure] = [...(checks[measure] ?? []), check]
   }
-}
-
-function warmupCheck(site: SiteStatus, time: string): HealthCheck {
-  return {
-    componentId: site.site,
-    componentType: 'component',
-    status: site.status === 'warm' || site.status === 'off' ? 'pass' : 'fail',
-    observedValue: site.seconds,
-    observedUnit: 's',
-    time,
-    output: clean(siteRow(site).text)
-  }
-}
-
-function databaseCheck(database: DatabaseStatus, time: string): HealthCheck {
-  const broken: Health = database.optional ? 'warn' : 'fail'
-  return {
-    componentId: database.name,
-    componentType: 'datastore',
-    status: database.connected ? 'pass' : broken,
-    observedValue: database.answeredMs,
-    observedUnit: 'ms',
-    time,
-    output: clean(databaseRow(database).text)
-  }
-}
-
-function proberCheck(prober: ProberStatus, time: string): HealthCheck {
-  return {
-    componentId: prober.address,
-    componentType: 'component',
-    status: 'pass',
-    observedValue: prober.intervalSeconds,
-    observedUnit: 's',
-    time,
-    output: proberRow(prober).text
-  }
-}
-
-function drainingCheck(
-  { seconds, probers, probersInformed }: DrainingStatus,
-  time: string
-): HealthCheck {
-  return {
-    componentType: 'component',
-    status: 'fail',
-    observedValue: seconds,
-    observedUnit: 's',
-    time,
-    output: `${probersInformed} of ${probers} probers know`
-  }
+  return checks
 }
 
 // The page
