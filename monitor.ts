@@ -281,6 +281,7 @@ const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for 
 const GOODBYE_MS = 1_000 // for cleanUp to say goodbye, and for a peer to answer it
 const ALIVE_MS = 1_000 // for a process that is done to end by itself
 const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
+const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
@@ -988,9 +989,9 @@ function onServerListening(): void {
 /** The monitor closes with the server, and comes back when that listens again. */
 function onServerClose(): void {
   if (ending || !isShuttingDown()) return // a server also closes that has never listened
-  const { host, options } = state
-  void closeMonitor(stateOfHost(host))
-  state.options = options
+  const next = stateOfHost(state.host)
+  next.options = state.options
+  void closeMonitor(next)
 }
 
 function keepUntilClose<T extends Pick<Http2Session, 'once'>>(all: Set<T>, one: T): void {
@@ -1012,6 +1013,7 @@ function onRequest(request: http.IncomingMessage, response: http.ServerResponse)
   const line = `${method} ${url}`
   host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
   host.requests++
+  if (host.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests() // where nothing ticks
   if (state.draining || host.isClosing) sendClientElsewhere(host, response, socket)
 }
 
@@ -1367,9 +1369,9 @@ async function warmUpAutomatically(): Promise<void> {
   while (isCurrent(begun) && warmup.outcome !== 'done') {
     while (isShuttingDown()) await pause(TICK_MS)
 
-    const untried = allSites().filter((site) => !warmup.sites.has(site))
+    const untried = allSites().filter((site) => !isTried(warmup, site))
     if (untried.length > 0) {
-      await warmUp(untried) // joins the run that the view may have begun
+      await warmUp(untried) // joins a run that the view, or somebody by hand, has begun
       continue
     }
     warmup.failure = failureOf(warmup, allSites())
@@ -1383,6 +1385,12 @@ async function warmUpAutomatically(): Promise<void> {
     forgetFailures(warmup)
     pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
   }
+}
+
+/** A site that is being warmed up again may still fail. */
+function isTried({ sites }: WarmupState, name: string): boolean {
+  const stage = sites.get(name)?.status
+  return stage === 'warm' || stage === 'failed'
 }
 
 function forgetFailures({ sites }: WarmupState): void {
@@ -2816,14 +2824,14 @@ const HEALTH_JSON = 'application/health+json'
 
 /** In the shape of the draft "Health Check Response Format for HTTP APIs". */
 function renderJson(known: Status): string {
-  const isComplete = known.databases.every(({ connected }) => connected)
-  const grade: Grade = isComplete ? 'pass' : 'warn'
+  const rows = rowsOf(known)
+  const isComplete = rows.every(({ grade }) => grade === 'pass')
   const whole = {
-    status: known.healthy ? grade : 'fail',
+    status: gradeOf(known.healthy, isComplete),
     ...(!known.healthy && { output: known.reason }),
     description: known.url,
     checks: checksOf([
-      ...rowsOf(known),
+      ...rows,
       measured('requests:inFlight', known.requestsInFlight, 'requests'),
       measured('connections:upgraded', known.upgradedConnections, 'connections'),
       measured('eventLoop:utilization', known.eventLoopUtilization, 'ratio'),
@@ -2831,6 +2839,11 @@ function renderJson(known: Status): string {
     ])
   }
   return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
+}
+
+function gradeOf(isHealthy: boolean, isComplete: boolean): Grade {
+  if (!isHealthy) return 'fail'
+  return isComplete ? 'pass' : 'warn'
 }
 
 function checksOf(rows: Row[]): Record<string, object[]> {
@@ -3639,7 +3652,8 @@ async function talk(
   return reply
 }
 
-const POLL_ANSWER_MS = 1_000 // of one instance among many, and of one try among many
+const FIGURES_ANSWER_MS = 1_000 // as in ftw.monitor
+const STATUS_ANSWER_MS = 2_000 // a database has most of a second to answer
 
 /** Waits until the instance is healthy, and prints why it is not. */
 async function waitUntilHealthy(to: net.NetConnectOpts, timeout: string): Promise<number> {
@@ -3679,7 +3693,7 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
 
 /** Gives the lines of the status; the first one is the verdict. */
 async function askStatus(to: net.NetConnectOpts): Promise<string[]> {
-  const reply = await talk(net.connect(to), 'status\n', POLL_ANSWER_MS)
+  const reply = await talk(net.connect(to), 'status\n', STATUS_ANSWER_MS)
   return reply.trimEnd().split('\n').map(clean)
 }
 
@@ -3754,7 +3768,7 @@ async function dumpPerfMetrics(words: string[]): Promise<number> {
 async function dumpInstance(word: string, deployment: string): Promise<string> {
   try {
     const { name, monitor } = parseInstance(word)
-    const json = await talk(net.connect(monitor), 'perf_metrics\n', POLL_ANSWER_MS)
+    const json = await talk(net.connect(monitor), 'perf_metrics\n', FIGURES_ANSWER_MS)
     const tags = `deployment=${deployment},process=${escapeTag(name)}`
     return `deployments,${tags} ${toFields(json)}\n`
   } catch (error) {
