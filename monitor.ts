@@ -330,6 +330,9 @@ interface RequestInFlight {
 /** An HTTP/2 session; its own type is in a module that we do not import. */
 interface Http2Session {
   close(): void
+  destroy(): void
+  /** Also once it has closed and no stream is left, while its client may still keep the connection. */
+  readonly destroyed: boolean
   once(event: 'close', listener: () => void): void
 }
 
@@ -342,6 +345,8 @@ class Host {
   /** Once `shutdown` has closed the server. */
   isClosing = false
   readonly inFlight = new Map<http.ServerResponse, RequestInFlight>()
+  /** All of them; of TLS that below it. Node.js itself forgets some, as before their handshake. */
+  readonly connections = new Set<net.Socket>()
   /** Connections of WebSockets, say: no request is in flight there. */
   readonly upgraded = new Set<net.Socket>()
   readonly http2Sessions = new Set<Http2Session>()
@@ -349,10 +354,21 @@ class Host {
   readonly lastOfConnection = new WeakMap<net.Socket, http.ServerResponse>()
   requests = 0
   errors = 0
+  /** One listener for all responses: a closure for each would cost more than all else here. */
+  readonly onResponseClose: (this: http.ServerResponse) => void
 
   constructor(server?: net.Server, logger: Logger = console) {
     this.server = server
     this.logger = logger
+    const requestEnded = (response: http.ServerResponse): void => this.requestEnded(response)
+    this.onResponseClose = function onResponseClose() {
+      requestEnded(this)
+    }
+  }
+
+  requestEnded(response: http.ServerResponse): void {
+    const wasInFlight = this.inFlight.delete(response)
+    if (wasInFlight && response.statusCode >= 500) this.errors++
   }
 }
 
@@ -525,7 +541,7 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
     log('warn', 'is started already; stop() it first')
     return state.monitor.server?.address() ?? false
   }
-  if (ending && !ending.isOver) {
+  if (isShutdownRunning()) {
     log('warn', 'does not start: the instance is shutting down')
     return false
   }
@@ -562,14 +578,14 @@ function warnUnlessAccepting(): void {
  *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  if (!ending || ending.isOver) takeSignalListenersOff()
-  await stopMonitor()
-}
-
-async function stopMonitor(): Promise<void> {
   const { host, settleStart } = state
-  host.unhook()
-  await closeMonitor(new State())
+  if (isShutdownRunning()) {
+    await closeMonitor(stateOfHost(host)) // whose requests the shutdown still waits for
+  } else {
+    takeSignalListenersOff()
+    host.unhook()
+    await closeMonitor(stateOfHost(new Host(undefined, host.logger)))
+  }
   settleStart(false)
 }
 
@@ -605,9 +621,8 @@ const START_OPTIONS = ['server', 'port', 'url', 'listen', 'logger']
 function toStartOptions(instance: unknown): StartOptions {
   const options: unknown = isServer(instance) ? { server: instance } : instance
   must(
-    isObject(options) && Object.keys(options).every((name) => START_OPTIONS.includes(name)),
-    'start() takes an http.Server (app.listen() of Express, fastify.server), or server, port, ' +
-      'url, listen, logger'
+    hasOnly(options, START_OPTIONS),
+    `start() takes an http.Server (app.listen() of Express, fastify.server), or ${START_OPTIONS.join(', ')}`
   )
 
   const { server, port, url, listen, logger = console } = options
@@ -656,7 +671,7 @@ function tick(): void {
   if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
   doWhatIsDue()
   for (const session of state.monitor.sessions) session?.enforceLimit()
-  forgetDeadRequests()
+  forgetDeadRequests(state.host)
 }
 
 function doWhatIsDue(): void {
@@ -963,6 +978,8 @@ function hook(server: net.Server, host: Host): () => void {
 /** Sees each event before the host does; what is taken, the host does not see. */
 function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
   switch (event) {
+    case 'connection':
+      return keepUntilClose(state.host.connections, args[0] as net.Socket)
     case 'listening':
       return onServerListening()
     case 'close':
@@ -994,9 +1011,10 @@ function onServerClose(): void {
   void closeMonitor(next)
 }
 
-function keepUntilClose<T extends Pick<Http2Session, 'once'>>(all: Set<T>, one: T): void {
-  all.add(one)
+function keepUntilClose<T extends net.Socket | Http2Session>(all: Set<T>, one: T): void {
+  if (one.destroyed) return // its 'close' is past
   one.once('close', () => all.delete(one))
+  all.add(one)
 }
 
 /** The application may emit a request that is none, so everything here may throw. */
@@ -1009,23 +1027,16 @@ function onRequest(request: http.IncomingMessage, response: http.ServerResponse)
   }
   if (host.inFlight.has(response)) return // emitted again, after checkContinue
 
-  response.on('close', onResponseClose)
+  response.on('close', host.onResponseClose)
   const line = `${method} ${url}`
   host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
   host.requests++
-  if (host.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests() // where nothing ticks
+  if (host.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests(host) // where nothing ticks
   if (state.draining || host.isClosing) sendClientElsewhere(host, response, socket)
 }
 
-function onResponseClose(this: http.ServerResponse): void {
-  const { host } = state
-  const wasInFlight = host.inFlight.delete(this)
-  if (wasInFlight && this.statusCode >= 500) host.errors++
-}
-
 /** Some responses never get their 'close'. */
-function forgetDeadRequests(): void {
-  const { inFlight } = state.host
+function forgetDeadRequests({ inFlight }: Host): void {
   for (const [response, { socket }] of inFlight) {
     const isDead = attempt(() => !socket || socket.destroyed || response.destroyed)
     if (isDead ?? true) inFlight.delete(response) // what cannot be looked at is not waited for
@@ -1631,6 +1642,7 @@ function toDrainOptions({
 }: DrainOptions): Required<DrainOptions> {
   must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
   must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
+  must(typeof timeoutMs === 'number', 'timeoutMs must be a number')
   must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
   return { reason, fall, timeoutMs }
 }
@@ -1750,7 +1762,11 @@ function toClose(value: unknown): unknown {
 
 // Shutdown
 
-type CheckedShutdownOptions = ShutdownOptions & Required<DrainOptions> & { exitAfterMs: number }
+interface CheckedShutdownOptions extends Required<DrainOptions> {
+  /** They may be an object of the caller's own class, whose methods want it. */
+  given: ShutdownOptions
+  exitAfterMs: number
+}
 
 /** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which the
  *  process ends, even if something still keeps it alive (which is logged). A second one ends it at
@@ -1765,7 +1781,7 @@ export function shutdownOnSignal(options: ShutdownOptions = {}): void {
     'signals must be names of signals, as SIGTERM'
   )
   takeSignalListenersOff()
-  for (const signal of signals) {
+  for (const signal of new Set(signals)) {
     const listener: SignalListener = (name, number) => onSignal(name, number, checked)
     signalState.listeners.set(signal, listener)
     process.on(signal, listener)
@@ -1800,12 +1816,15 @@ function exitThoughAlive(): void {
 
 /** What keeps the process alive, by kind: `2 TCPSocketWrap, 1 Timeout`. */
 function aliveResources(): string {
-  const kinds = process.getActiveResourcesInfo?.() ?? [] // Bun has none
+  const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
+  const kinds = all.filter((kind) => !STANDARD_STREAM.test(kind))
   const countByKind = new Map<string, number>()
   for (const kind of kinds) countByKind.set(kind, (countByKind.get(kind) ?? 0) + 1)
   const counts = Array.from(countByKind, ([kind, count]) => `${count} ${kind}`)
   return counts.join(', ') || 'a connection, a timer or the like'
 }
+
+const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // always there, and keeps nothing alive
 
 /** Ends what the instance does, in an order in which no request meets a closed database: tells
  *  `onSignal`, drains, closes the server, waits for its requests, calls `cleanUp`, ends upgraded
@@ -1816,17 +1835,35 @@ export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
 }
 
 function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
-  must(typeof options === 'object' && options, 'a shutdown takes options, as { cleanUp }')
+  must(
+    hasOnly(options, SHUTDOWN_OPTIONS),
+    `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
+  )
   const { reason, fall, timeoutMs } = toDrainOptions(options)
   const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
   must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
   must(mayHaveMethod(options, 'cleanUp'), 'cleanUp must be a function')
+  must(typeof exitAfterMs === 'number', 'exitAfterMs must be a number')
   must(
     exitAfterMs > timeoutMs && exitAfterMs <= TIMER_MAX_MS,
-    `exitAfterMs must be a number greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
+    `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
     RangeError
   )
-  return { ...options, reason, fall, timeoutMs, exitAfterMs }
+  return { given: options, reason, fall, timeoutMs, exitAfterMs }
+}
+
+const SHUTDOWN_OPTIONS = [
+  'onSignal',
+  'cleanUp',
+  'reason',
+  'fall',
+  'timeoutMs',
+  'exitAfterMs',
+  'signals'
+]
+
+function isShutdownRunning(): boolean {
+  return ending !== undefined && !ending.isOver
 }
 
 function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
@@ -1842,20 +1879,21 @@ async function performShutdown(
   signal: NodeJS.Signals | undefined
 ): Promise<void> {
   const { host } = state
-  const { timeoutMs, exitAfterMs } = options
+  const { given, timeoutMs, exitAfterMs } = options
   const cutAtMs = performance.now() + timeoutMs
   // The one timer that keeps the process alive: else that might end before cleanUp was called.
   const deadline = setTimeout(() => exitUndone(shutting, exitAfterMs), exitAfterMs)
 
-  const told = doPart(shutting, 'onSignal', () => options.onSignal?.({ signal }))
+  const told = doPart(shutting, 'onSignal', () => given.onSignal?.({ signal }))
   await doPart(shutting, 'draining', () => untilDrained(options))
   await doPart(shutting, 'the requests in flight', () => closeServer(host, cutAtMs, timeoutMs))
-  const cleaned = doPart(shutting, 'cleanUp', () => options.cleanUp?.({ signal }))
+  const cleaned = doPart(shutting, 'cleanUp', () => given.cleanUp?.({ signal }))
   await doPart(shutting, 'upgraded connections', () => endUpgraded(host))
   await Promise.all([told, cleaned])
-  await stopMonitor()
+  await stop()
 
   clearTimeout(deadline)
+  host.unhook()
   shutting.isOver = true
 }
 
@@ -1883,22 +1921,48 @@ async function closeServer(host: Host, cutAtMs: number, timeoutMs: number): Prom
 
   host.isClosing = true
   sendClientsElsewhere(host)
+  letOthersClose(server)
   attempt(() => server.close()) // it may be closed, or never have listened
   for (const session of http2Sessions) attempt(() => session.close())
-  while (inFlight.size > 0 && performance.now() < cutAtMs) {
+  do {
     closeConnections(server, 'closeIdleConnections')
-    await pollingPause()
-    forgetDeadRequests()
-  }
+    await pollingPause() // also for a connection whose answer has just been sent
+    forgetDeadRequests(host)
+  } while (isServing(host) && performance.now() < cutAtMs)
+
   if (inFlight.size > 0) {
-    log(
-      'warn',
-      `cuts ${inFlight.size} requests that are still in flight after ${timeoutMs / 1_000} s`
-    )
-    for (const [response, { socket }] of inFlight) cut(response, socket)
+    const text = `cuts ${inFlight.size} requests that are still in flight`
+    log('warn', `${text} after ${timeoutMs / 1_000} s`)
   }
-  await pollingPause() // for a connection whose answer has just been sent
+  for (const [response, { socket }] of inFlight) cut(response, socket)
+  for (const session of http2Sessions) attempt(() => session.destroy())
   closeConnections(server, 'closeAllConnections')
+  if (host.upgraded.size === 0) destroyAll(host.connections)
+}
+
+/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it runs
+ *  no more. */
+function letOthersClose(server: net.Server): void {
+  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
+  const innerClose = server.close
+  let isClosed = false
+  server.once('close', () => {
+    isClosed = true
+  })
+  server.close = (callback) => {
+    if (callback && isClosed) setImmediate(() => callback())
+    else if (callback) server.once('close', () => callback())
+    return isClosed ? server : Reflect.apply(innerClose, server, [])
+  }
+}
+
+/** An HTTP/2 server may serve streams, of which no request tells. */
+function isServing({ inFlight, http2Sessions }: Host): boolean {
+  return inFlight.size > 0 || [...http2Sessions].some(({ destroyed }) => !destroyed)
+}
+
+function destroyAll(sockets: Set<net.Socket>): void {
+  for (const socket of sockets) attempt(() => socket.destroy())
 }
 
 /** Node.js 20's closeIdleConnections leaves those that never sent a request, and an http2 server has
@@ -1919,11 +1983,12 @@ function cut(response: http.ServerResponse, socket: net.Socket): void {
 }
 
 /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
-async function endUpgraded({ upgraded }: Host): Promise<void> {
+async function endUpgraded({ upgraded, connections }: Host): Promise<void> {
   await untilNoneOrAfter(upgraded, GOODBYE_MS)
   for (const socket of upgraded) attempt(() => socket.end())
   await untilNoneOrAfter(upgraded, GOODBYE_MS)
-  for (const socket of upgraded) attempt(() => socket.destroy())
+  destroyAll(upgraded)
+  destroyAll(connections)
 }
 
 async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<void> {
@@ -3417,6 +3482,10 @@ function isObject(value: unknown): value is Record<string, unknown> {
 
 function hasMethods(value: unknown, ...names: string[]): boolean {
   return isObject(value) && names.every((name) => typeof value[name] === 'function')
+}
+
+function hasOnly(value: unknown, names: string[]): value is Record<string, unknown> {
+  return isObject(value) && Object.keys(value).every((name) => names.includes(name))
 }
 
 function mayHaveMethod(value: object, name: string): boolean {
