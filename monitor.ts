@@ -338,7 +338,7 @@ interface Http2Session {
 
 /** The server that `start` was given, and what passes through it. It is kept, and its requests are
  *  seen, even where there is no monitor, since `shutdown` waits for them. */
-class Host {
+class Application {
   readonly server: net.Server | undefined
   readonly logger: Logger
   unhook: () => void = doNothing
@@ -350,7 +350,8 @@ class Host {
   /** Connections of WebSockets, say: no request is in flight there. */
   readonly upgraded = new Set<net.Socket>()
   readonly http2Sessions = new Set<Http2Session>()
-  /** Of the responses pipelined on a connection, the one after which it is to close. */
+  /** The newest response of each connection, while draining. Only that one may carry `Connection:
+   *  close`, since Node.js drops whatever was pipelined behind such a response. */
   readonly lastOfConnection = new WeakMap<net.Socket, http.ServerResponse>()
   requests = 0
   errors = 0
@@ -372,7 +373,8 @@ class Host {
   }
 }
 
-/** Counts time by ticks: it stands still while the host blocks, which is no prober's fault. */
+/** Counts time by ticks. It does not advance while the application blocks the event loop, so that
+ *  clients are not blamed for that. */
 class Clock {
   ticker: ReturnType<typeof setInterval> | undefined
   nowMs = 0
@@ -384,7 +386,7 @@ class Clock {
 class Monitor {
   endpoint: net.ListenOptions = {}
   server: net.Server | undefined
-  /** Places, since a Map kept closed sockets alive until its next rehash. */
+  /** A fixed number of places: a Map was measured to keep closed sockets in memory. */
   readonly sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
 }
 
@@ -401,7 +403,7 @@ class Load {
   samples: object[] = []
   /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
   utilization = -1
-  tickedAtMs = performance.now()
+  tickedAtMs = 0
   ticks = 0
   /** How many requests there had been when the last second began. */
   requestsBefore = 0
@@ -417,7 +419,7 @@ interface Run {
   done: Promise<string>
 }
 
-/** What connecting told of an instance whose server was not given. */
+/** The result of our last connection to an instance whose server we were not given. */
 class Look {
   atMs = -Infinity
   isRefused = false
@@ -425,10 +427,10 @@ class Look {
 }
 
 class WarmupState {
-  /** What holds while nothing runs. */
+  /** What the last run came to; while one runs, `warmupStage()` says `running` instead. */
   outcome: 'off' | 'cold' | 'done' | 'failed' = 'cold'
   failure = ''
-  /** Each site whose turn has come. */
+  /** Each site whose warm-up has been started. */
   readonly sites = new Map<string, SiteStatus>()
   runningSinceMs = 0
   /** The first one is running, the others wait. */
@@ -442,7 +444,7 @@ class WarmupState {
 /** What is known of an address that asks for the verdict. */
 class Prober {
   /** How many drained answers it had. */
-  told = 0
+  drainedAnswers = 0
   asks = 0
   /** When it asked the last few times, by our clock, in a ring: a new array each time, and a new
    *  place in the Map, were 5 % of a check. */
@@ -464,8 +466,8 @@ class Prober {
     return (this.lastAskedAtMs - Math.min(...known)) / (known.length - 1)
   }
 
-  /** The ask before the one before the last, -Infinity where there is none. */
-  get thirdLastAskedAtMs(): number {
+  /** -Infinity until it has asked PROBER_ASKS times. */
+  get oldestAskMs(): number {
     return this.#askedAtMs[this.asks % PROBER_ASKS] ?? -Infinity
   }
 }
@@ -484,7 +486,7 @@ interface Draining {
   waitFor: Prober[]
 }
 
-/** A shutdown: it has begun, or it is over. */
+/** A shutdown: it has ownState, or it is over. */
 class Shutdown {
   isOver = false
   /** What is still to be done, in words. */
@@ -492,16 +494,17 @@ class Shutdown {
   done: Promise<void> = Promise.resolve()
 }
 
-/** All that `start` fills. `stop` puts a new one in its place, by which late callbacks know. */
+/** All that `start` fills. `stop` puts a new one in its place, so that a late callback sees that its
+ *  state is no longer the current one. */
 class State {
-  /** There are none where there is no monitor: it was not started, is switched off, or gave up. */
+  /** Undefined without a monitor: it was not started, is switched off, or gave up. */
   options: StartOptions | undefined
   /** Resolves what `start` promised. */
-  settleStart: (address: Address) => void = doNothing
+  resolveStart: (address: Address) => void = doNothing
   instance: Instance | undefined
   isAccepting = false
   draining: Draining | undefined
-  host = new Host()
+  app = new Application()
   readonly look = new Look()
   readonly clock = new Clock()
   readonly monitor = new Monitor()
@@ -512,20 +515,20 @@ class State {
 
 let state = new State()
 
-/** It outlives the state, since a monitor that gives up must not cost the clean-up. */
-let ending: Shutdown | undefined
+/** Kept outside the state: the shutdown must go on even if the monitor gives up. */
+let currentShutdown: Shutdown | undefined
 
 type SignalListener = (signal: NodeJS.Signals, number: number) => void
 
-/** What `shutdownOnSignal` has put onto the process. */
+/** The signals that `shutdownOnSignal` listens for. */
 const signalState = {
   listeners: new Map<NodeJS.Signals, SignalListener>(),
   /** Whether one has come: the next one ends the process. */
   isSignalled: false
 }
 
-function isCurrent(begun: State): boolean {
-  return begun === state
+function isCurrent(ownState: State): boolean {
+  return ownState === state
 }
 
 // --- Start and stop ------------------------------------------------------------------------------
@@ -545,48 +548,50 @@ export async function start(instance: net.Server | StartOptions = {}): Promise<A
     log('warn', 'does not start: the instance is shutting down')
     return false
   }
-  ending = undefined
-  takeHost(options)
+  currentShutdown = undefined
+  takeApplication(options)
   if (isSwitchedOff('FTW_MONITOR')) return false
   return new Promise((resolve) => begin(options, resolve))
 }
 
 /** Remembers the server, and sees its requests from now on. */
-function takeHost({ server, logger }: StartOptions): void {
-  state.host.unhook()
-  state.host = new Host(server, logger)
-  if (server) state.host.unhook = hook(server, state.host)
+function takeApplication({ server, logger }: StartOptions): void {
+  state.app.unhook()
+  state.app = new Application(server, logger)
+  if (server) state.app.unhook = hook(server, state.app)
 }
 
-function begin(options: StartOptions, settleStart: (address: Address) => void): void {
+function begin(options: StartOptions, resolveStart: (address: Address) => void): void {
   state.options = options
-  state.settleStart = settleStart
+  state.resolveStart = resolveStart
   state.clock.ticker = setInterval(tick, TICK_MS).unref()
+  state.load.tickedAtMs = performance.now()
+  state.load.requestsBefore = state.app.requests
   if (isSwitchedOff('FTW_MONITOR_AUTOWARMUP')) state.warmup.outcome = 'off'
 
-  later(options.server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
+  schedule(options.server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
   boot()
 }
 
 function warnUnlessAccepting(): void {
   if (state.isAccepting) return
-  if (state.host.server) log('warn', 'waits for the server to listen')
+  if (state.app.server) log('warn', 'waits for the server to listen')
   else log('warn', `finds nothing at ${state.instance?.url}`)
 }
 
 /** Closes the monitor and its connections, aborts what runs, takes its hook off the server and,
- *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
+ *  unless a shutdown has ownState, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { host, settleStart } = state
+  const { app, resolveStart } = state
   if (isShutdownRunning()) {
-    await closeMonitor(stateOfHost(host)) // whose requests the shutdown still waits for
+    await closeMonitor(stateOfApplication(app)) // whose requests the shutdown still waits for
   } else {
     takeSignalListenersOff()
-    host.unhook()
-    await closeMonitor(stateOfHost(new Host(undefined, host.logger)))
+    app.unhook()
+    await closeMonitor(stateOfApplication(new Application(undefined, app.logger)))
   }
-  settleStart(false)
+  resolveStart(false)
 }
 
 /** Puts another state in the place of the present one, and ends all that belonged to that. */
@@ -601,17 +606,17 @@ async function closeMonitor(next: State): Promise<void> {
   for (const session of closing.monitor.sessions) {
     if (session) cutOff(session.socket)
   }
-  await closed(closing.monitor.server)
+  await closeAndWait(closing.monitor.server)
 }
 
-/** The state in which nothing but the server is known. */
-function stateOfHost(host: Host): State {
+/** A fresh state that keeps only the application's server. */
+function stateOfApplication(app: Application): State {
   const next = new State()
-  next.host = host
+  next.app = app
   return next
 }
 
-async function closed(server: net.Server | undefined): Promise<void> {
+async function closeAndWait(server: net.Server | undefined): Promise<void> {
   if (!server?.listening) return
   await new Promise((resolve) => server.close(resolve))
 }
@@ -671,7 +676,7 @@ function tick(): void {
   if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
   doWhatIsDue()
   for (const session of state.monitor.sessions) session?.enforceLimit()
-  forgetDeadRequests(state.host)
+  forgetDeadRequests(state.app)
 }
 
 function doWhatIsDue(): void {
@@ -684,63 +689,67 @@ function doWhatIsDue(): void {
 }
 
 /** Does something after some time, unless stop() comes first. */
-function later(ms: number, task: () => void): void {
+function schedule(ms: number, task: () => void): void {
   state.clock.due.set(task, state.clock.nowMs + ms)
 }
 
 /** Resolves after some time; never after stop(). */
 function pause(ms: number): Promise<void> {
-  return new Promise((resolve) => later(ms, resolve))
+  return new Promise((resolve) => schedule(ms, resolve))
 }
 
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
-  const { server } = state.host
-  if (state.isAccepting || server?.listening === false) return
+  const ownState = state
+  const { server } = ownState.app
+  if (ownState.isAccepting || server?.listening === false) return
 
-  if (!state.instance && !foundInstance()) return
-  if (server) acceptRequests(state)
-  else void lookAtInstance(state)
+  if (!ownState.instance) openBesideInstance(ownState)
+  if (!isCurrent(ownState)) return // it gave up
+  if (server) acceptRequests(ownState)
+  else void lookAtInstance(ownState)
 }
 
 /** Finds out where the instance is, and opens the monitor port beside it. */
-function foundInstance(): boolean {
-  const { options = {} } = state
+function openBesideInstance(ownState: State): void {
+  const { options = {} } = ownState
   try {
     const bound = boundAddress(options)
-    state.instance = locateInstance(options, bound)
-    state.monitor.endpoint = monitorEndpoint(options, bound)
+    ownState.instance = locateInstance(options, bound)
+    ownState.monitor.endpoint = monitorEndpoint(options, bound)
   } catch (error) {
     giveUp(error)
-    return false
+    return
   }
   openMonitor()
-  return true
 }
 
-/** Without the server, only a connection tells whether the instance accepts them. Whoever comes
- *  meanwhile shares it. */
-function lookAtInstance(begun: State): Promise<void> {
-  const { look } = begun
-  look.pending ??= tryConnection(begun)
+/** Without the server, only a connection tells whether the instance accepts them. Callers that come
+ *  while one is tried get the same promise. */
+function lookAtInstance(ownState: State): Promise<void> {
+  const { look } = ownState
+  look.pending ??= tryConnection(ownState)
   return look.pending
 }
 
-async function tryConnection(begun: State): Promise<void> {
-  const { look, instance } = begun
-  if (!instance) return
-
-  const outcome = await connectionOutcome(toConnectOptions(instance))
+async function tryConnection(ownState: State): Promise<void> {
+  const { look, instance } = ownState
+  const outcome = instance ? await connectionOutcome(toConnectOptions(instance)) : 'unknown'
   look.pending = undefined
   look.atMs = performance.now()
   if (outcome === 'unknown') return // a full backlog, say: what was seen last still holds
   look.isRefused = outcome === 'refused'
-  if (outcome === 'accepted') acceptRequests(begun)
+  if (outcome === 'accepted') acceptRequests(ownState)
 }
 
 function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refused' | 'unknown'> {
   return new Promise((resolve) => {
-    const socket = net.connect(to).unref()
+    const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
+    if (!socket) {
+      resolve('unknown')
+      return
+    }
+    socket.unref()
     socket.setTimeout(LOOK_MS, () => {
       socket.destroy()
       resolve('unknown')
@@ -772,23 +781,23 @@ function isWithoutIpv6({
 const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
 /** Whether it is time to look again at an instance whose server was not given. */
-function isLookDue({ host, look, instance }: State): boolean {
-  if (host.server || !instance) return false
+function isLookDue({ app, look, instance }: State): boolean {
+  if (app.server || !instance) return false
   return performance.now() - look.atMs > LOOK_AGAIN_MS
 }
 
-function acceptRequests(begun: State): void {
-  if (!isCurrent(begun) || begun.isAccepting) return
-  begun.isAccepting = true
-  if (begun.warmup.outcome !== 'off') void warmUpAutomatically()
+function acceptRequests(ownState: State): void {
+  if (!isCurrent(ownState) || ownState.isAccepting) return
+  ownState.isAccepting = true
+  if (ownState.warmup.outcome !== 'off') void warmUpAutomatically()
 }
 
-/** What a deployment decides is warned of, and is never the host's end. */
+/** A wrong setting of a deployment costs a warning and the monitor, never the application. */
 function giveUp(error: unknown): void {
-  const { host, settleStart } = state
-  log('warn', wording(error))
-  void closeMonitor(stateOfHost(host))
-  settleStart(false)
+  const { app, resolveStart } = state
+  log('warn', errorText(error))
+  void closeMonitor(stateOfApplication(app))
+  resolveStart(false)
 }
 
 // --- Addresses -----------------------------------------------------------------------------------
@@ -804,7 +813,7 @@ interface Bound {
 function hostReaching(address: string): string {
   if (address === '') return 'localhost'
   if (address === '0.0.0.0') return '127.0.0.1'
-  // A host without IPv6 binds :: all the same, but has no ::1; `localhost` does in both worlds.
+  // A machine without IPv6 binds :: all the same, but has no ::1. `localhost` works with and without.
   return address === '::' ? 'localhost' : address
 }
 
@@ -813,7 +822,7 @@ function boundAddress({ server, port }: StartOptions): Bound {
     const text = readEnv('PORT')
     if (port === undefined && isPath(text)) return { address: '', port, path: text }
     const instancePort = port ?? readEnvAs('PORT', toPort)
-    if (instancePort === undefined) refuse('needs a port: set PORT, or start(server)')
+    if (instancePort === undefined) failWith('needs a port: set PORT, or start(server)')
     return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
   }
 
@@ -839,7 +848,7 @@ function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOpti
 
   const host = told.host ?? bound.address
   const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
-  if (!isPort(port)) refuse('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
+  if (!isPort(port)) failWith('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
   return host ? { exclusive: true, port, host } : { exclusive: true, port }
 }
 
@@ -897,26 +906,26 @@ function hostInUrl(host: string): string {
 // --- Listening -----------------------------------------------------------------------------------
 
 function openMonitor(isRetry = false): void {
-  const begun = state
+  const ownState = state
   const server = net.createServer({ allowHalfOpen: true }, openSession).unref()
-  begun.monitor.server = server
-  server.on('listening', () => onMonitorListening(begun, server))
-  server.on('error', (error) => onMonitorError(begun, server, error, isRetry))
+  ownState.monitor.server = server
+  server.on('listening', () => onMonitorListening(ownState, server))
+  server.on('error', (error) => onMonitorError(ownState, server, error, isRetry))
   try {
-    server.listen(begun.monitor.endpoint)
+    server.listen(ownState.monitor.endpoint)
   } catch (error) {
     server.emit('error', error) // thrown by Node.js where its permissions forbid listening
   }
 }
 
-function onMonitorListening(begun: State, server: net.Server): void {
-  if (!isCurrent(begun)) {
+function onMonitorListening(ownState: State, server: net.Server): void {
+  if (!isCurrent(ownState)) {
     server.close() // stopped while a name was looked up
     return
   }
   const address = server.address() ?? ''
   log('info', `listening on ${describeAddress(address)}`)
-  begun.settleStart(address)
+  ownState.resolveStart(address)
 }
 
 function describeAddress(address: net.AddressInfo | string): string {
@@ -925,25 +934,25 @@ function describeAddress(address: net.AddressInfo | string): string {
 }
 
 function onMonitorError(
-  begun: State,
+  ownState: State,
   server: net.Server,
   error: NodeJS.ErrnoException,
   isRetry: boolean
 ): void {
-  if (!isCurrent(begun) || server.listening) return // it could not accept a connection
+  if (!isCurrent(ownState) || server.listening) return // it could not accept a connection
 
-  const text = `cannot listen: ${wording(error)}`
+  const text = `cannot listen: ${errorText(error)}`
   const advice = PASSING_ERRORS.get(error.code)
   if (advice === undefined) {
     giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
     return
   }
   if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
-  begun.settleStart(false)
-  later(LISTEN_RETRY_MS, () => openMonitor(true))
+  ownState.resolveStart(false)
+  schedule(LISTEN_RETRY_MS, () => openMonitor(true))
 }
 
-/** What may pass, and what to do where it does not. */
+/** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
   [
     'EADDRINUSE',
@@ -955,13 +964,13 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
 // --- The hook on the server ----------------------------------------------------------------------
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
-function hook(server: net.Server, host: Host): () => void {
+function hook(server: net.Server, app: Application): () => void {
   // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
   const innerEmit = server.emit
   const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
 
   function emit(this: net.Server, ...all: [string, ...unknown[]]): boolean {
-    const isOurs = state.host === host // else somebody else's hook kept us here
+    const isOurs = state.app === app // a later wrapper may still call this one after stop()
     if (isOurs && attempt(() => onServerEvent(...all)) === 'taken') return true
     return Reflect.apply(innerEmit, this, all)
   }
@@ -979,7 +988,7 @@ function hook(server: net.Server, host: Host): () => void {
 function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
   switch (event) {
     case 'connection':
-      return keepUntilClose(state.host.connections, args[0] as net.Socket)
+      return trackUntilClose(state.app.connections, args[0] as net.Socket)
     case 'listening':
       return onServerListening()
     case 'close':
@@ -989,54 +998,57 @@ function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
       return onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
     case 'upgrade':
     case 'connect':
-      return keepUntilClose(state.host.upgraded, args[1] as net.Socket)
+      return trackUntilClose(state.app.upgraded, args[1] as net.Socket)
     case 'session':
-      return keepUntilClose(state.host.http2Sessions, args[0] as Http2Session)
+      return trackUntilClose(state.app.http2Sessions, args[0] as Http2Session)
   }
 }
 
 function onServerListening(): void {
-  const { options, host, settleStart } = state
+  const { options, app, resolveStart } = state
   if (!options) return
-  if (state.instance && hasMoved(options, state.instance)) void closeMonitor(stateOfHost(host))
+  if (state.instance && hasMoved(options, state.instance))
+    void closeMonitor(stateOfApplication(app))
   if (state.clock.ticker) boot()
-  else begin(options, settleStart)
+  else begin(options, resolveStart)
 }
 
 /** The monitor closes with the server, and comes back when that listens again. */
 function onServerClose(): void {
-  if (ending || !isShuttingDown()) return // a server also closes that has never listened
-  const next = stateOfHost(state.host)
+  if (currentShutdown || !isShuttingDown()) return // one that never listened emits `close` too
+  const next = stateOfApplication(state.app)
   next.options = state.options
+  next.resolveStart = state.resolveStart
+  next.draining = state.draining
   void closeMonitor(next)
 }
 
-function keepUntilClose<T extends net.Socket | Http2Session>(all: Set<T>, one: T): void {
+function trackUntilClose<T extends net.Socket | Http2Session>(all: Set<T>, one: T): void {
   if (one.destroyed) return // its 'close' is past
   one.once('close', () => all.delete(one))
   all.add(one)
 }
 
-/** The application may emit a request that is none, so everything here may throw. */
+/** The application may emit `request` with anything, so everything here may throw. */
 function onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
   const { method, url = '', socket } = request
-  const { host, options } = state
+  const { app, options } = state
   if (options && warmupSite(url) !== undefined) {
     warmupView(request, response)
     return 'taken'
   }
-  if (host.inFlight.has(response)) return // emitted again, after checkContinue
+  if (app.inFlight.has(response)) return // emitted again, after checkContinue
 
-  response.on('close', host.onResponseClose)
+  response.on('close', app.onResponseClose)
   const line = `${method} ${url}`
-  host.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
-  host.requests++
-  if (host.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests(host) // where nothing ticks
-  if (state.draining || host.isClosing) sendClientElsewhere(host, response, socket)
+  app.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
+  app.requests++
+  if (app.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests(app) // where nothing ticks
+  if (state.draining || app.isClosing) sendClientElsewhere(app, response, socket)
 }
 
 /** Some responses never get their 'close'. */
-function forgetDeadRequests({ inFlight }: Host): void {
+function forgetDeadRequests({ inFlight }: Application): void {
   for (const [response, { socket }] of inFlight) {
     const isDead = attempt(() => !socket || socket.destroyed || response.destroyed)
     if (isDead ?? true) inFlight.delete(response) // what cannot be looked at is not waited for
@@ -1055,16 +1067,16 @@ export async function health(): Promise<{ healthy: boolean; reason: string }> {
 
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function verdict(): string {
-  if (state.draining) return red(state.draining.reason)
+  if (state.draining) return toRedLine(state.draining.reason)
   if (isShuttingDown()) return 'Instance is shutting down'
 
   const trouble = firstTrouble()
-  if (trouble) return red(`Error: ${trouble}`)
+  if (trouble) return toRedLine(`Error: ${trouble}`)
 
   const stage = warmupStage()
   if (!state.isAccepting || stage === 'cold') return 'Instance is booting'
   if (stage === 'running') return 'Warmup in progress'
-  if (stage === 'failed') return red(`Warmup failed: ${state.warmup.failure}`)
+  if (stage === 'failed') return toRedLine(`Warmup failed: ${state.warmup.failure}`)
   return 'OK'
 }
 
@@ -1072,24 +1084,27 @@ function verdict(): string {
  *  promise is 15 % of a check. */
 function inspect(): Promise<unknown> | undefined {
   if (state.draining) return undefined
-  const isLookNeeded = isLookDue(state)
-  if (databases.size === 0 || isShuttingDown()) {
-    return isLookNeeded ? lookAtInstance(state) : undefined
-  }
+  if (state.app.server && isShuttingDown()) return undefined
+  if (databases.size === 0 && !isLookDue(state)) return undefined
+  return inspectAll()
+}
+
+/** Also what the verdict does not need. */
+function inspectAll(): Promise<unknown> {
   const questions: Promise<unknown>[] = Array.from(databases.values(), inspectDatabase)
-  if (isLookNeeded) questions.push(lookAtInstance(state))
+  if (isLookDue(state)) questions.push(lookAtInstance(state))
   return Promise.all(questions)
 }
 
 /** Known at once after `server.close()`, where `close` comes only when the last request is gone. */
 function isShuttingDown(): boolean {
   if (!state.isAccepting) return false
-  const { server } = state.host
+  const { server } = state.app
   return server ? !server.listening : state.look.isRefused
 }
 
 /** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
-function red(text: string): string {
+function toRedLine(text: string): string {
   return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
 }
 
@@ -1099,9 +1114,9 @@ interface RegisteredDatabase {
   name: string
   isOptional: boolean
   counters: Record<keyof Activity, Counter>
-  isConnected: Inquiry
-  connections: Inquiry | undefined
-  figures: Inquiry | undefined
+  isConnected: SharedCall
+  connections: SharedCall | undefined
+  figures: SharedCall | undefined
   /** What was wrong with it when it was last asked, '' if nothing. */
   trouble: string
 }
@@ -1118,14 +1133,14 @@ export function registerDatabase(name: string, database: Database): Activity {
   )
   must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
   const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
-  const inquiry = (ask: () => unknown): Inquiry => new Inquiry(ask, DATABASE_MS)
+  const call = (ask: () => unknown): SharedCall => new SharedCall(ask, DATABASE_MS)
   databases.set(name, {
     name,
     isOptional: database.optional === true,
     counters,
-    isConnected: inquiry(() => database.isConnected()),
-    connections: database.connections && inquiry(() => database.connections?.()),
-    figures: database.figures && inquiry(() => database.figures?.()),
+    isConnected: call(() => database.isConnected()),
+    connections: database.connections && call(() => database.connections?.()),
+    figures: database.figures && call(() => database.figures?.()),
     trouble: ''
   })
   return {
@@ -1146,7 +1161,7 @@ async function findTrouble({ isConnected }: RegisteredDatabase): Promise<string>
     const answer = await isConnected.ask()
     return answer === true ? '' : 'disconnected'
   } catch (error) {
-    return error === TIMED_OUT ? 'timed out' : `failed: ${wording(error)}`
+    return error === TIMED_OUT ? 'timed out' : `failed: ${errorText(error)}`
   }
 }
 
@@ -1165,7 +1180,7 @@ function describeTrouble({ name, trouble }: RegisteredDatabase): string {
 
 const TIMED_OUT = new Error('no answer in time')
 
-/** A question that is out. */
+/** What those are waiting for who asked together. */
 class Question {
   readonly askedAtMs = performance.now()
   readonly answer: Promise<unknown>
@@ -1175,8 +1190,8 @@ class Question {
   constructor(limitMs: number) {
     this.#settle = deferred()
     this.answer = this.#settle.promise
-    this.answer.catch(doNothing) // given up, nobody may be left to hear of its failure
-    // setImmediate: after the host has blocked, read first what came in time.
+    this.answer.catch(doNothing) // nobody may be waiting any more
+    // setImmediate: after the application has blocked, read first what came in time.
     const timeOut = (): unknown => setImmediate(this.#settle.reject, TIMED_OUT)
     this.#timer = setTimeout(timeOut, limitMs).unref()
   }
@@ -1196,17 +1211,18 @@ class Question {
   }
 }
 
-/** Asks the host's own function. Whoever comes while a question is out shares it, so nobody
- *  multiplies queries; after 30 s without an answer it is asked anew. */
-class Inquiry {
-  /** How long the last answer took, -1 where there was none. */
+/** Calls a function of the application's. Whoever asks while a call is pending shares its answer, so
+ *  that many probers cost one query. If a call hangs for 30 s, another one is started; the first that
+ *  succeeds answers everybody who is waiting. */
+class SharedCall {
+  /** How long the last answer took, -1 if there was none. */
   answeredMs = -1
-  readonly #put: () => unknown
+  readonly #call: () => unknown
   readonly #limitMs: number
   #open: Question | undefined
 
-  constructor(put: () => unknown, limitMs: number) {
-    this.#put = put
+  constructor(call: () => unknown, limitMs: number) {
+    this.#call = call
     this.#limitMs = limitMs
   }
 
@@ -1214,20 +1230,21 @@ class Inquiry {
     if (this.#open && this.#open.ageMs < QUESTION_MS) return this.#open.answer
     const question = new Question(this.#limitMs)
     this.#open = question
-    void this.#pose()
+    void this.#settle(question)
     return question.answer
   }
 
-  /** The question that is open when an answer comes has that answer, be it put later or not. */
-  async #pose(): Promise<void> {
+  async #settle(question: Question): Promise<void> {
     try {
-      const answer: unknown = await this.#put()
-      this.answeredMs = this.#open?.ageMs ?? -1
+      const answer: unknown = await this.#call()
+      this.answeredMs = question.ageMs
+      question.resolve(answer)
       this.#open?.resolve(answer)
+      this.#open = undefined
     } catch (error) {
-      this.#open?.reject(error)
+      question.reject(error)
+      if (this.#open === question) this.#open = undefined
     }
-    this.#open = undefined
   }
 }
 
@@ -1237,7 +1254,7 @@ class Counter {
   /** The oldest second comes first. */
   readonly #countBySecond = new Map<number, number>()
 
-  /** JavaScript may pass '3', which is not to be appended to the number. */
+  /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
   add(count: unknown = 1): void {
     const events = Number(count)
     must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
@@ -1300,8 +1317,8 @@ async function performRun(
   controller: AbortController,
   runBefore: Promise<string> | undefined
 ): Promise<string> {
-  const begun = state
-  const { clock, warmup } = begun
+  const ownState = state
+  const { clock, warmup } = ownState
   const { signal } = controller
   await runBefore
 
@@ -1311,13 +1328,13 @@ async function performRun(
   clock.due.set(expire, clock.nowMs + WARMUP_MS)
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
   for (const [index, site] of sites.entries()) {
-    const { failure, seconds } = await warmSite(begun, site, signal)
-    if (!isCurrent(begun)) continue
+    const { failure, seconds } = await warmSite(ownState, site, signal)
+    if (!isCurrent(ownState)) continue
     const outcome = failure ? `failed (${failure})` : 'is warm'
     const text = `(${index + 1}/${sites.length}) ${site} ${outcome} after ${seconds.toFixed(1)} s`
     log(failure ? 'warn' : 'info', text)
   }
-  clock.due.delete(expire) // else what outlives the warm-up would end by its signal
+  clock.due.delete(expire) // work that goes on after the warm-up must not be aborted
 
   warmup.runs.shift()
   const failure = failureOf(warmup, sites)
@@ -1327,8 +1344,8 @@ async function performRun(
 }
 
 /** Warms one site, and remembers how it went. */
-async function warmSite(begun: State, site: string, signal: AbortSignal): Promise<SiteStatus> {
-  const { warmup, instance } = begun
+async function warmSite(ownState: State, site: string, signal: AbortSignal): Promise<SiteStatus> {
+  const { warmup, instance } = ownState
   const startedAtMs = performance.now()
   warmup.runningSinceMs = startedAtMs
   warmup.sites.set(site, { site, status: 'running', seconds: 0, failure: '' })
@@ -1351,7 +1368,7 @@ async function tryPerformer(site: string, url: string, signal: AbortSignal): Pro
     signal.throwIfAborted()
     return ''
   } catch (error) {
-    return wording(error)
+    return errorText(error)
   }
 }
 
@@ -1372,17 +1389,17 @@ function abortWarmups({ viewController, runs }: WarmupState, reason: string): vo
 
 /** After boot, until all is warm: one passing error must not keep an instance out for good. */
 async function warmUpAutomatically(): Promise<void> {
-  const begun = state
-  const { warmup } = begun
-  await askView(begun)
+  const ownState = state
+  const { warmup } = ownState
+  await askView(ownState)
 
   let pauseMs = WARMUP_RETRY_MS
-  while (isCurrent(begun) && warmup.outcome !== 'done') {
+  while (isCurrent(ownState) && warmup.outcome !== 'done') {
     while (isShuttingDown()) await pause(TICK_MS)
 
     const untried = allSites().filter((site) => !isTried(warmup, site))
     if (untried.length > 0) {
-      await warmUp(untried) // joins a run that the view, or somebody by hand, has begun
+      await warmUp(untried) // joins a run that the view, or somebody by hand, has ownState
       continue
     }
     warmup.failure = failureOf(warmup, allSites())
@@ -1417,7 +1434,7 @@ const TOKEN_HEADER = 'x-ftw-monitor-token'
 async function askView({ instance, warmup }: State): Promise<void> {
   if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
 
-  later(VIEW_MS, () => {
+  schedule(VIEW_MS, () => {
     if (!warmup.isViewSeen) warmup.viewController.abort()
   })
   try {
@@ -1445,7 +1462,7 @@ async function visit(url: string, signal: AbortSignal): Promise<number> {
   const warn = (): void => {
     log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
   }
-  later(PAGE_WARNING_MS, warn)
+  schedule(PAGE_WARNING_MS, warn)
   try {
     const isSecure = /^https:/i.test(url)
     return isSecure ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
@@ -1460,7 +1477,7 @@ async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
   return page.status
 }
 
-/** As fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
+/** Without fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
 function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
   const socketPath = state.instance?.path
   return new Promise((resolve, reject) => {
@@ -1522,7 +1539,7 @@ function viewRefusal(
 async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
   const failure = await warmUp(sites)
   try {
-    if (failure) answerView(response, 500, red(`Warmup failed: ${failure}`))
+    if (failure) answerView(response, 500, toRedLine(`Warmup failed: ${failure}`))
     else answerView(response, 200, 'Warmup successful')
   } catch {
     // The application may have answered meanwhile.
@@ -1530,8 +1547,8 @@ async function answerWhenWarm(response: http.ServerResponse, sites: string[]): P
 }
 
 function answerView(response: http.ServerResponse, code: number, text: string): void {
-  // Else our connection would outlive the server.
-  sendClientElsewhere(state.host, response, response.req?.socket)
+  // A keep-alive connection of ours would delay server.close().
+  sendClientElsewhere(state.app, response, response.req?.socket)
   response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
   response.end(text)
 }
@@ -1599,7 +1616,7 @@ export async function drain(options: DrainOptions = {}): Promise<void> {
 
 /** Takes the instance in again; not while it shuts down. */
 export function resume(): void {
-  if (ending) log('warn', 'does not resume: the instance is shutting down')
+  if (currentShutdown) log('warn', 'does not resume: the instance is shutting down')
   else state.draining = undefined
 }
 
@@ -1614,17 +1631,17 @@ async function untilDrained(
   const waitFor = beginDraining(reason, fall)
   const startedAtMs = performance.now()
   let quietSinceMs = startedAtMs
-  let requestsBefore = state.host.requests
+  let requestsBefore = state.app.requests
   let progressBefore = ''
   while (state.draining?.waitFor === waitFor) {
     const progress = describeProgress(state.draining)
     if (progress !== progressBefore) report(`Draining: ${progress}`)
     progressBefore = progress
 
-    const { inFlight, requests } = state.host
+    const { inFlight, requests } = state.app
     const nowMs = performance.now()
     const isBusy = inFlight.size > 0 || requests !== requestsBefore
-    if (isBusy || informed(state.draining) < waitFor.length) quietSinceMs = nowMs
+    if (isBusy || countInformed(state.draining) < waitFor.length) quietSinceMs = nowMs
     requestsBefore = requests
     if (nowMs - quietSinceMs >= QUIET_MS) return 'Drained'
     if (nowMs - startedAtMs >= timeoutMs) {
@@ -1654,7 +1671,7 @@ function beginDraining(reason: string, fall: number): Prober[] {
     sinceMs: performance.now()
   }
   state.draining = { reason, fall, waitFor, sinceMs }
-  sendClientsElsewhere(state.host)
+  sendClientsElsewhere(state.app)
   return waitFor
 }
 
@@ -1662,20 +1679,20 @@ function beginDraining(reason: string, fall: number): Prober[] {
 function frequentProbers(): Prober[] {
   const { clock, probers } = state
   const frequent = [...probers.known.values()].filter(
-    ({ thirdLastAskedAtMs }) => clock.nowMs - thirdLastAskedAtMs <= PROBER_MS
+    ({ oldestAskMs }) => clock.nowMs - oldestAskMs <= PROBER_MS
   )
-  for (const prober of frequent) prober.told = 0
+  for (const prober of frequent) prober.drainedAnswers = 0
   return frequent
 }
 
 /** How many probers have had drained answers enough. */
-function informed({ waitFor, fall }: Draining): number {
-  return waitFor.filter(({ told }) => told >= fall).length
+function countInformed({ waitFor, fall }: Draining): number {
+  return waitFor.filter(({ drainedAnswers }) => drainedAnswers >= fall).length
 }
 
 function describeProgress(draining: Draining): string {
-  const probers = `${informed(draining)} of ${draining.waitFor.length} probers know`
-  const { server, inFlight, upgraded } = state.host
+  const probers = `${countInformed(draining)} of ${draining.waitFor.length} probers know`
+  const { server, inFlight, upgraded } = state.app
   if (!server) return probers
   const progress = `${probers}, ${inFlight.size} requests in flight`
   return upgraded.size > 0 ? `${progress}, ${upgraded.size} upgraded connections` : progress
@@ -1687,24 +1704,32 @@ function pollingPause(): Promise<void> {
   })
 }
 
-function sendClientsElsewhere(host: Host): void {
-  for (const [response, { socket }] of host.inFlight) sendClientElsewhere(host, response, socket)
+function sendClientsElsewhere(app: Application): void {
+  for (const [response, { socket }] of app.inFlight) sendClientElsewhere(app, response, socket)
 }
 
 /** Has a keep-alive client go elsewhere with its next request; HTTP/2 knows GOAWAY for that. All
  *  else that the application answers stays as it is, byte for byte. */
-function sendClientElsewhere(host: Host, response: http.ServerResponse, socket: net.Socket): void {
+function sendClientElsewhere(
+  app: Application,
+  response: http.ServerResponse,
+  socket: net.Socket
+): void {
   attempt(() => {
     const { stream } = response as { stream?: { session?: Http2Session } }
-    host.lastOfConnection.set(socket, response)
+    app.lastOfConnection.set(socket, response)
     if (stream?.session) stream.session.close()
-    else if (!response.headersSent) closeConnectionAfter(host, response, socket)
+    else if (!response.headersSent) closeConnectionAfter(app, response, socket)
   })
 }
 
 /** A header set by us would change how `writeHead` treats the application's. So we only take the
  *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its place. */
-function closeConnectionAfter(host: Host, response: http.ServerResponse, socket: net.Socket): void {
+function closeConnectionAfter(
+  app: Application,
+  response: http.ServerResponse,
+  socket: net.Socket
+): void {
   const { shouldKeepAlive } = response
   response.shouldKeepAlive = false
 
@@ -1712,8 +1737,8 @@ function closeConnectionAfter(host: Host, response: http.ServerResponse, socket:
   const innerWriteHead = response.writeHead
 
   function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
-    if (host.lastOfConnection.get(socket) !== response) {
-      response.shouldKeepAlive = shouldKeepAlive // else those pipelined behind it would be lost
+    if (app.lastOfConnection.get(socket) !== response) {
+      response.shouldKeepAlive = shouldKeepAlive // more requests are pipelined behind this one
       return Reflect.apply(innerWriteHead, this, args as [number])
     }
     attempt(() => replaceKeepAliveSet(this))
@@ -1727,7 +1752,10 @@ function replaceKeepAliveSet(response: http.ServerResponse): void {
   if (!KEEP_ALIVE.test(String(value))) return
   const { getRawHeaderNames }: { getRawHeaderNames?: () => string[] } = Object(response) // untyped
   const names = getRawHeaderNames?.call(response) ?? []
-  response.setHeader(names.find(isConnection) ?? 'Connection', toClose(value) as string)
+  response.setHeader(
+    names.find(isConnection) ?? 'Connection',
+    withoutKeepAliveToken(value) as string
+  )
 }
 
 const KEEP_ALIVE = /keep-alive/i
@@ -1739,14 +1767,14 @@ function withoutKeepAlive(headers: unknown): unknown {
   if (!Array.isArray(headers)) return withoutKeepAliveIn(headers)
   return headers.map((part: unknown, index) => {
     const isValue = index % 2 === 1
-    if (isValue && isConnection(headers[index - 1])) return toClose(part)
+    if (isValue && isConnection(headers[index - 1])) return withoutKeepAliveToken(part)
     return Array.isArray(part) ? withoutKeepAlive(part) : part
   })
 }
 
 function withoutKeepAliveIn(headers: Record<string, unknown>): Record<string, unknown> {
   const names = Object.keys(headers).filter(isConnection)
-  const replaced = names.map((name) => [name, toClose(headers[name])])
+  const replaced = names.map((name) => [name, withoutKeepAliveToken(headers[name])])
   return names.length > 0 ? { ...headers, ...Object.fromEntries(replaced) } : headers
 }
 
@@ -1755,8 +1783,8 @@ function isConnection(name: unknown): boolean {
 }
 
 /** Other names, as in `keep-alive, Upgrade`, stay. */
-function toClose(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(toClose)
+function withoutKeepAliveToken(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(withoutKeepAliveToken)
   return typeof value === 'string' ? value.replace(KEEP_ALIVE, 'close') : value
 }
 
@@ -1863,14 +1891,14 @@ const SHUTDOWN_OPTIONS = [
 ]
 
 function isShutdownRunning(): boolean {
-  return ending !== undefined && !ending.isOver
+  return currentShutdown !== undefined && !currentShutdown.isOver
 }
 
 function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
-  if (ending) return ending.done
-  ending = new Shutdown()
-  ending.done = performShutdown(ending, options, signal)
-  return ending.done
+  if (currentShutdown) return currentShutdown.done
+  currentShutdown = new Shutdown()
+  currentShutdown.done = performShutdown(currentShutdown, options, signal)
+  return currentShutdown.done
 }
 
 async function performShutdown(
@@ -1878,23 +1906,28 @@ async function performShutdown(
   options: CheckedShutdownOptions,
   signal: NodeJS.Signals | undefined
 ): Promise<void> {
-  const { host } = state
+  const { app } = state
   const { given, timeoutMs, exitAfterMs } = options
   const cutAtMs = performance.now() + timeoutMs
   // The one timer that keeps the process alive: else that might end before cleanUp was called.
   const deadline = setTimeout(() => exitUndone(shutting, exitAfterMs), exitAfterMs)
 
   const told = doPart(shutting, 'onSignal', () => given.onSignal?.({ signal }))
-  await doPart(shutting, 'draining', () => untilDrained(options))
-  await doPart(shutting, 'the requests in flight', () => closeServer(host, cutAtMs, timeoutMs))
+  await doPart(shutting, 'draining', () => drainForShutdown(options))
+  await doPart(shutting, 'the requests in flight', () => closeServer(app, cutAtMs, timeoutMs))
   const cleaned = doPart(shutting, 'cleanUp', () => given.cleanUp?.({ signal }))
-  await doPart(shutting, 'upgraded connections', () => endUpgraded(host))
+  await doPart(shutting, 'upgraded connections', () => endUpgraded(app))
   await Promise.all([told, cleaned])
-  await stop()
+  await doPart(shutting, 'the monitor', stop)
 
   clearTimeout(deadline)
-  host.unhook()
+  app.unhook()
   shutting.isOver = true
+}
+
+async function drainForShutdown(options: Required<DrainOptions>): Promise<void> {
+  const outcome = await untilDrained(options)
+  if (outcome !== 'Drained') log('warn', outcome)
 }
 
 /** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
@@ -1903,7 +1936,7 @@ async function doPart(shutting: Shutdown, name: string, part: () => unknown): Pr
   try {
     await part()
   } catch (error) {
-    log('error', `failed to shut down: ${name}: ${wording(error)}`, ...framesOf(error))
+    log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
     process.exitCode ||= 1
   }
   shutting.undone.delete(name)
@@ -1915,29 +1948,29 @@ function exitUndone({ undone }: Shutdown, afterMs: number): void {
 }
 
 /** Closes the server and its connections, each as soon as no request is in flight on it. */
-async function closeServer(host: Host, cutAtMs: number, timeoutMs: number): Promise<void> {
-  const { server, inFlight, http2Sessions } = host
+async function closeServer(app: Application, cutAtMs: number, timeoutMs: number): Promise<void> {
+  const { server, inFlight, http2Sessions } = app
   if (!server) return
 
-  host.isClosing = true
-  sendClientsElsewhere(host)
+  app.isClosing = true
+  sendClientsElsewhere(app)
   letOthersClose(server)
   attempt(() => server.close()) // it may be closed, or never have listened
   for (const session of http2Sessions) attempt(() => session.close())
   do {
     closeConnections(server, 'closeIdleConnections')
     await pollingPause() // also for a connection whose answer has just been sent
-    forgetDeadRequests(host)
-  } while (isServing(host) && performance.now() < cutAtMs)
+    forgetDeadRequests(app)
+  } while (isServing(app) && performance.now() < cutAtMs)
 
   if (inFlight.size > 0) {
     const text = `cuts ${inFlight.size} requests that are still in flight`
     log('warn', `${text} after ${timeoutMs / 1_000} s`)
   }
-  for (const [response, { socket }] of inFlight) cut(response, socket)
+  for (const [response, { socket }] of inFlight) abortRequest(response, socket)
   for (const session of http2Sessions) attempt(() => session.destroy())
   closeConnections(server, 'closeAllConnections')
-  if (host.upgraded.size === 0) destroyAll(host.connections)
+  if (app.upgraded.size === 0) destroyAll(app.connections)
 }
 
 /** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it runs
@@ -1957,7 +1990,7 @@ function letOthersClose(server: net.Server): void {
 }
 
 /** An HTTP/2 server may serve streams, of which no request tells. */
-function isServing({ inFlight, http2Sessions }: Host): boolean {
+function isServing({ inFlight, http2Sessions }: Application): boolean {
   return inFlight.size > 0 || [...http2Sessions].some(({ destroyed }) => !destroyed)
 }
 
@@ -1974,7 +2007,7 @@ function closeConnections(
   attempt(() => (server as { [name in typeof method]?: () => void })[method]?.())
 }
 
-function cut(response: http.ServerResponse, socket: net.Socket): void {
+function abortRequest(response: http.ServerResponse, socket: net.Socket): void {
   attempt(() => {
     const { stream } = response as { stream?: { session?: Http2Session; destroy(): void } }
     if (stream?.session) stream.destroy()
@@ -1983,7 +2016,7 @@ function cut(response: http.ServerResponse, socket: net.Socket): void {
 }
 
 /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
-async function endUpgraded({ upgraded, connections }: Host): Promise<void> {
+async function endUpgraded({ upgraded, connections }: Application): Promise<void> {
   await untilNoneOrAfter(upgraded, GOODBYE_MS)
   for (const socket of upgraded) attempt(() => socket.end())
   await untilNoneOrAfter(upgraded, GOODBYE_MS)
@@ -2005,14 +2038,14 @@ function noteProber(asker: Asker, worth: number): void {
   if (address === undefined) return
 
   const prober = state.probers.known.get(address) ?? addProber(address)
-  prober.told += worth
+  prober.drainedAnswers += worth
   prober.ask(state.clock.nowMs)
 }
 
 function addProber(address: string): Prober {
   const { known } = state.probers
   const prober = new Prober()
-  if (state.draining) return prober // no prober that we wait for may have to make room
+  if (state.draining) return prober // else a prober that we wait for might have to make room
   if (known.size >= PROBERS_MAX) forgetLongestSilent(known)
   known.set(address, prober)
   return prober
@@ -2029,7 +2062,7 @@ function forgetLongestSilent(known: Map<string, Prober>): void {
   known.delete(longestSilent)
 }
 
-/** All whose address is not looked up in a flood count as one prober. */
+/** In a flood we skip the lookup, and count all clients as one. */
 function addressOf(asker: Asker): string | undefined {
   const { probers, draining, monitor } = state
   probers.lookupsInTick++
@@ -2130,7 +2163,7 @@ function addEntry(name: string, entry: Partial<Entry> & Pick<Entry, 'doc' | 'run
   })
 }
 
-/** Goes on with a value at once where it is there, since a promise is 15 % of a check. */
+/** Goes on with a value at once if it is no promise. */
 function goOnWith<T, R>(value: T | Promise<T>, next: (value: T) => R): R | Promise<R> {
   if (!isObject(value)) return next(value as T)
   return Promise.resolve<T>(value).then(next)
@@ -2140,7 +2173,7 @@ const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
 
 function checkedMode(name: string, answer: unknown): Mode | void {
   if (MODES.includes(answer)) return answer as Mode | void
-  refuse(`${name} returned ${wording(answer)} instead of a mode; reply with connection.write`)
+  failWith(`${name} returned ${errorText(answer)} instead of a mode; reply with connection.write`)
 }
 
 /** Runs a command, for lines and HTTP alike; whatever goes wrong becomes a line for the asker. */
@@ -2160,17 +2193,17 @@ function runCommand(name: string, args: string[], asker: Asker): Answer {
 }
 
 function refuseUnknown(name: string, asker: Asker): void {
-  asker.refuse(`${red(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
+  asker.refuse(`${toRedLine(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
 }
 
 /** The asker gets one line; the frames, which tell of the host's files, go to the log. */
 function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
   if (isRefusal(error)) {
-    asker.refuse(`${red(error.message)}\n`, 500)
+    asker.refuse(`${toRedLine(error.message)}\n`, 500)
     return
   }
-  const line = `${kindOf(error)}: ${wording(error)}`
-  asker.refuse(`${red(line)}\n`, 500)
+  const line = `${kindOf(error)}: ${errorText(error)}`
+  asker.refuse(`${toRedLine(line)}\n`, 500)
 
   const nowMs = performance.now()
   if (nowMs - entry.loggedAtMs < LOG_MS) return
@@ -2247,7 +2280,7 @@ addCommand('readyz', 'Answer as health_check does, under the name of Kubernetes'
 
 addReport('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: true })
 
-/** Awaits nothing where there is nothing to be asked: a promise is 15 % of a check. */
+/** Awaits nothing if there is nothing to be asked. */
 function checkHealth(asker: Asker): void | Promise<void> {
   noteProber(asker, 1)
   const inspection = inspect()
@@ -2295,7 +2328,7 @@ addReport(
   'resume',
   'Take the instance into service again',
   () => {
-    if (ending) refuse('Error: not resumed, since the instance is shutting down')
+    if (currentShutdown) failWith('Error: not resumed, since the instance is shutting down')
     resume()
     return 'Resumed'
   },
@@ -2306,16 +2339,19 @@ addReport(
 
 /** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
 function databaseNamed(name = '-'): RegisteredDatabase {
+  if (name === '-' && !databases.has(name)) return mainDatabase()
+  return databases.get(name) ?? failWith(`Error: no database '${name}' is registered`)
+}
+
+function mainDatabase(): RegisteredDatabase {
   const [first] = databases.values()
-  const isMain = name === '-'
-  const found = databases.get(name) ?? (isMain ? (databases.get('main') ?? first) : undefined)
-  return found ?? refuse(`Error: no database '${isMain ? 'main' : name}' is registered`)
+  return databases.get('main') ?? first ?? failWith("Error: no database 'main' is registered")
 }
 
 function toNumber(text: string, name: string, max: number): number {
   const number = Number(text)
   if (DECIMAL.test(text) && number <= max) return number
-  return refuse(`Error: ${name} must be a number from 0 to ${max}`)
+  return failWith(`Error: ${name} must be a number from 0 to ${max}`)
 }
 
 const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
@@ -2406,8 +2442,8 @@ interface Open {
 
 /** The requests in flight, without their query strings, which carry secrets. */
 function openRequests(): Open[] | undefined {
-  if (!state.host.server) return undefined
-  return Array.from(state.host.inFlight.values(), ({ startedAtMs, line }) => ({
+  if (!state.app.server) return undefined
+  return Array.from(state.app.inFlight.values(), ({ startedAtMs, line }) => ({
     seconds: (performance.now() - startedAtMs) / 1_000,
     info: line.replace(/\?.*/s, '')
   }))
@@ -2418,7 +2454,7 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
-    return { seconds: (Date.now() - Number(openedAt)) / 1_000 || 0, info: wording(info) }
+    return { seconds: (Date.now() - Number(openedAt)) / 1_000 || 0, info: errorText(info) }
   })
 }
 
@@ -2426,7 +2462,7 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
 type MeasureLoad = (now?: object, before?: object) => { active: number; utilization: number }
 
 /** Measured once a tick, so that probers get the same answer and none spoils another's. */
-function measureLoad({ load, host }: State): void {
+function measureLoad({ load, app }: State): void {
   measureUtilization(load)
 
   const nowMs = performance.now()
@@ -2435,10 +2471,10 @@ function measureLoad({ load, host }: State): void {
   load.ticks++
   if (load.ticks % TICKS_PER_SECOND > 0) return
 
-  const requests = host.requests - load.requestsBefore
+  const requests = app.requests - load.requestsBefore
   const second = { utilization: load.utilization, requests, lagMs: load.lagMs }
   load.seconds = [...load.seconds.slice(1 - CHART_SECONDS), second]
-  load.requestsBefore = host.requests
+  load.requestsBefore = app.requests
   load.lagMs = 0
 }
 
@@ -2458,7 +2494,7 @@ function lagSeconds({ load }: State): number {
 
 /** Without a server given, nothing is known of requests. */
 function httpFigures(): { in_flight: number; requests: number; errors: number } {
-  const { server, inFlight, requests, errors } = state.host
+  const { server, inFlight, requests, errors } = state.app
   if (!server) return { in_flight: -1, requests: -1, errors: -1 }
   return { in_flight: inFlight.size, requests, errors }
 }
@@ -2473,7 +2509,7 @@ addReport(
     const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
     if (registered && (await inspectDatabase(registered))) {
-      return JSON.stringify({ error: red(describeTrouble(registered)) })
+      return JSON.stringify({ error: toRedLine(describeTrouble(registered)) })
     }
 
     return JSON.stringify({
@@ -2547,16 +2583,9 @@ addReport(
   { type: PROMETHEUS_TEXT }
 )
 
-/** Asks for all that there is to show, whatever the verdict may need of it. */
-async function inspectAll(): Promise<void> {
-  const questions: Promise<unknown>[] = Array.from(databases.values(), inspectDatabase)
-  if (isLookDue(state)) questions.push(lookAtInstance(state))
-  await Promise.all(questions)
-}
-
-/** Gives metrics of the service's own, in Prometheus's text format. */
+/** A function of the service's that gives metrics in Prometheus's text format. */
 interface Collector {
-  inquiry: Inquiry
+  call: SharedCall
   /** A failure is logged once, until it works again. */
   isFailing: boolean
 }
@@ -2567,7 +2596,7 @@ interface Collector {
  *  the log. Throws a `TypeError` for what is no function. */
 export function registerMetrics(collect: () => string | Promise<string>): void {
   must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
-  collectors.push({ inquiry: new Inquiry(collect, COLLECTOR_MS), isFailing: false })
+  collectors.push({ call: new SharedCall(collect, COLLECTOR_MS), isFailing: false })
 }
 
 /** Gives the lines of each family; of two collectors that give the same one the first counts. */
@@ -2584,12 +2613,12 @@ async function collectAll(): Promise<Map<string, string[]>> {
 
 async function collectFrom(collector: Collector): Promise<string> {
   try {
-    const text = await collector.inquiry.ask()
+    const text = await collector.call.ask()
     must(typeof text === 'string', 'registerMetrics takes a function that gives text')
     collector.isFailing = false
     return text
   } catch (error) {
-    if (!collector.isFailing) log('warn', `leaves metrics out: ${wording(error)}`)
+    if (!collector.isFailing) log('warn', `leaves metrics out: ${errorText(error)}`)
     collector.isFailing = true
     return ''
   }
@@ -2658,7 +2687,7 @@ function instanceFamilies(): Family[] {
   const isHealthy = Number(verdict() === 'OK')
   const isWarm = Number(state.warmup.outcome === 'done')
   const { requests, in_flight, errors } = httpFigures()
-  const upgraded = state.host.server ? state.host.upgraded.size : -1
+  const upgraded = state.app.server ? state.app.upgraded.size : -1
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
@@ -2699,15 +2728,15 @@ function databaseFamilies(): Family[] {
 /** Tells how the instance is, at one look. Answers within a second, and never rejects. */
 export async function status(): Promise<Status> {
   await inspectAll()
-  const { host, load, instance } = state
+  const { app, load, instance } = state
   const reason = verdict()
   return {
     healthy: reason === 'OK',
     reason,
     url: instance?.url ?? '',
     uptimeSeconds: process.uptime(),
-    requestsInFlight: host.server ? host.inFlight.size : -1,
-    upgradedConnections: host.server ? host.upgraded.size : -1,
+    requestsInFlight: app.server ? app.inFlight.size : -1,
+    upgradedConnections: app.server ? app.upgraded.size : -1,
     eventLoopUtilization: load.utilization,
     residentMemoryBytes: process.memoryUsage.rss(),
     warmup: allSites().map(siteStatus),
@@ -2735,14 +2764,14 @@ function databaseStatus(registered: RegisteredDatabase): DatabaseStatus {
 
 function proberStatus(address: string, { lastAskedAtMs, intervalMs }: Prober): ProberStatus {
   const askedSecondsAgo = (state.clock.nowMs - lastAskedAtMs) / 1_000
-  return { address, askedSecondsAgo, intervalSeconds: Math.max(-1, intervalMs / 1_000) }
+  return { address, askedSecondsAgo, intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000 }
 }
 
 function drainingStatus(draining: Draining): DrainingStatus {
   return {
     seconds: (performance.now() - draining.sinceMs) / 1_000,
     probers: draining.waitFor.length,
-    probersInformed: informed(draining)
+    probersInformed: countInformed(draining)
   }
 }
 
@@ -2931,108 +2960,105 @@ function checksOf(rows: Row[]): Record<string, object[]> {
 
 // The page
 
+const PAGE = 'the page' // a name with a blank, which no command of the service's own has
+
 addCommand(
-  'page',
-  'Show the status as a page for a browser',
+  PAGE,
+  'Show the status to a browser',
   async (asker) => {
-    if (!(asker instanceof Exchange)) return refuse('Error: the page is for browsers')
+    if (!(asker instanceof Exchange)) return
     const nonce = crypto.randomUUID()
-    const known = await statusFor(asker)
+    const page = renderPage(await statusFor(asker), nonce, asker.query === 'pause')
     asker.headers['Content-Security-Policy'] =
       `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
       `frame-ancestors 'none'`
-    asker.reply(renderPage(known, nonce, asker.query === 'pause'), 200, HTML)
+    asker.reply(page, 200, 'text/html; charset=utf-8')
   },
   { hidden: true }
 )
 
-const HTML = 'text/html; charset=utf-8'
-
 const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem; overflow-wrap: anywhere }
-h1 { border-radius: .3rem; color: #fff; padding: .5rem 1rem }
-.pass { background: #17692d } .fail { background: #a8201a }
-table { border-spacing: 0 } th { text-align: start; font-weight: 600 }
-th, td { padding: .1rem .8rem .1rem 0; vertical-align: top } progress { width: 6rem }
-svg { width: 100%; height: 6rem; border-bottom: 1px solid; fill: none; stroke-width: 2 }
-.load { stroke: #c77700 } .requests { stroke: #2f6fd0 } li { display: inline-block; margin: 0 1rem 0 0 }
-ul { padding: 0 }`
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, td { overflow-wrap: anywhere }
+h1 { border-radius: .3rem; color: #fff; font-size: clamp(1.2rem, 6vw, 2rem); padding: .5rem 1rem }
+h1.pass { background: #17692d } h1.fail { background: #a8201a }
+tr.fail { color: light-dark(#a8201a, #ff9a92) } tr.warn { color: light-dark(#855000, #ffb454) }
+th, td { padding: .1rem .8rem .1rem 0; text-align: start; vertical-align: top }
+th { white-space: nowrap } td + td { width: 75% } progress { width: 6rem }
+@media (max-width: 30rem) { td { display: block } td + td { width: auto } }
+figure { margin: 1rem 0 } polyline { vector-effect: non-scaling-stroke }
+svg { border: solid; border-width: 1px 0; fill: none; height: 6rem; stroke-width: 2; width: 100% }
+.load { border-bottom: 3px solid #c77700; stroke: #c77700 }
+.requests { border-bottom: 3px dashed #2f6fd0; stroke: #2f6fd0; stroke-dasharray: 6 3 }`
 
 /** Refreshes itself without a script; `?pause` stops that. */
 function renderPage(known: Status, nonce: string, isPaused: boolean): string {
-  const rows = rowsOf(known).map(pageRow).join('\n')
   const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
-  const links = offered.map(
-    ([name]) => `<li><a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
-  )
   const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
-  const toggle = isPaused
-    ? '<a href="/">Refresh every two seconds</a>'
-    : '<a href="?pause">Pause</a>'
+  const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
   const page = `<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">${refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>${escapeHtml(`${known.reason} - ${known.url}`)}</title>
 <style nonce="${nonce}">${PAGE_STYLE}</style></head><body><main>
 <h1 class="${known.healthy ? 'pass' : 'fail'}">${escapeHtml(known.reason)}</h1>
+<p>${toggle}
 <table>
-${rows}
+${rowsOf(known).map(pageRow).join('\n')}
 </table>
-${renderChart(state.load.seconds)}
-<ul>
-${links.join('\n')}
-</ul>
-<p>${toggle}</main></body></html>
+${renderChart(known, state.load.seconds)}
+<p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}</main></body></html>
 `
   return withoutOkUnlessHealthy(page, known)
 }
 
-function pageRow({ kind, name, text, progress }: Row): string {
-  const cells = `<th scope="row">${kind}<td>${escapeHtml(name)}<td>${escapeHtml(text)}`
-  return `<tr>${cells}${progress === undefined ? '' : ` ${progressBar(progress)}`}`
+function pageRow({ kind, name, text, grade, progress }: Row): string {
+  const head = `<tr class="${grade}"><th scope="row">${kind}`
+  const title = name === '' ? '<td colspan="2">' : `<td>${escapeHtml(name)}<td>`
+  const bar = progress === undefined ? '' : progressBar(`${kind} ${name}`, progress)
+  return `${head}${title}${bar}${escapeHtml(text)}`
 }
 
-function progressBar(progress: number): string {
-  return progress < 0 ? '<progress></progress>' : `<progress value="${progress}"></progress>`
+/** Without a value, a bar moves to and fro. */
+function progressBar(label: string, progress: number): string {
+  const value = progress < 0 ? '' : ` value="${progress}"`
+  return `<progress aria-label="${escapeHtml(label)}"${value}></progress> `
+}
+
+function pageLink(name: string): string {
+  return `<a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
 }
 
 /** The busy part of the event loop, and requests a second, over the last two minutes. */
-function renderChart(seconds: Second[]): string {
+function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): string {
   const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
   const requests = seconds.map(({ requests: count }) => count)
-  const most = Math.max(1, ...requests)
-  const loadText = `loop ${percentage(loads.at(-1) ?? 0)} % busy`
-  const text = `${loadText}, ${requests.at(-1) ?? 0} requests a second (at most ${most})`
-  return `<figure><svg viewBox="0 0 ${CHART_SECONDS} 100" preserveAspectRatio="none" role="img"
-aria-label="The last two minutes: ${text}">
+  const most = Math.max(0, ...requests)
+  const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
+  const rate = `${requests.at(-1) ?? 0} requests a second (at most ${most})`
+  return `<figure><svg viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none" aria-hidden="true">
 ${polyline('load', loads, 1)}
-${polyline('requests', requests, most)}
-</svg><figcaption>The last two minutes: ${text}</figcaption></figure>`
+${polyline('requests', requests, most || 1)}
+</svg><figcaption>The last two minutes: <span class="load">${load}</span>,
+<span class="requests">${rate}</span></figcaption></figure>`
 }
 
 function polyline(name: string, values: number[], most: number): string {
   const left = CHART_SECONDS - values.length
-  const points = values.map(
-    (value, index) => `${left + index},${(100 - (98 * value) / most).toFixed(1)}`
-  )
-  return `<polyline class="${name}" vector-effect="non-scaling-stroke" points="${points.join(' ')}"/>`
-}
-
-function escapeHtml(text: string): string {
-  return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
+  const points = values.map((value, x) => `${left + x},${(99 - (98 * value) / most).toFixed(1)}`)
+  return `<polyline class="${name}" points="${points.join(' ')}"/>`
 }
 
 // --- The wire: lines -----------------------------------------------------------------------------
 
 /** What a connection waits for, each with a limit of its own. */
-type Phase = 'sending' | 'thinking' | 'running' | 'taking' | 'ending'
+type Phase = 'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'closing'
 
 const PHASE_MS: Record<Phase, number> = {
-  sending: SEND_MS, // the client its line or its request
-  thinking: SILENCE_MS, // the person at it, in interactive mode
-  running: COMMAND_MS, // we a command
-  taking: COMMAND_MS, // the client our replies
-  ending: LINGER_MS // the client to close after us
+  awaitingRequest: SEND_MS, // or a line
+  idle: SILENCE_MS, // in interactive mode
+  running: COMMAND_MS,
+  awaitingReader: COMMAND_MS, // for a client that does not take our replies
+  closing: LINGER_MS // until the client closes after us
 }
 
 const SESSION = Symbol('session')
@@ -3055,7 +3081,7 @@ function keepSession(session: Session): void {
   state.monitor.sessions[place] = session
 }
 
-// The same functions for all sockets: closures for each would cost more than all else in a check.
+// Shared functions: closures for each socket were the largest cost of a check.
 function onData(this: ClientSocket, chunk: Buffer): void {
   const session = this[SESSION]
   if (session instanceof LineSession) session.receive(chunk)
@@ -3077,7 +3103,7 @@ function findPlace(): number {
   return free >= 0 ? free : makeRoom()
 }
 
-/** Whoever holds most makes room: what is idle longest, or else what is oldest. */
+/** Closes a connection of the address that has most of them: the longest idle one, else the oldest. */
 function makeRoom(): number {
   const sessions = state.monitor.sessions.filter((session) => session !== undefined)
   const countByAddress = new Map<string | undefined, number>()
@@ -3088,10 +3114,12 @@ function makeRoom(): number {
   const candidates = sessions.filter(
     ({ remoteAddress }) => countByAddress.get(remoteAddress) === most
   )
-  candidates.sort(
-    (one, other) => one.idleSinceMs - other.idleSinceMs || one.openedAtMs - other.openedAtMs
+  const idle = candidates.filter(({ phase }) => phase !== 'running')
+  idle.sort(
+    (one, other) => one.phaseSinceMs - other.phaseSinceMs || one.openedAtMs - other.openedAtMs
   )
-  const [leaving] = candidates
+  candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
+  const leaving = idle[0] ?? candidates[0]
   if (leaving) cutOff(leaving.socket)
   return leaving?.place ?? 0
 }
@@ -3108,7 +3136,7 @@ abstract class Session {
   readonly socket: net.Socket
   readonly place: number
   openedAtMs = performance.now()
-  phase: Phase = 'sending'
+  phase: Phase = 'awaitingRequest'
   phaseSinceMs = state.clock.nowMs
 
   constructor(socket: net.Socket, place: number) {
@@ -3125,24 +3153,20 @@ abstract class Session {
     return state.monitor.endpoint.path !== undefined || isLocal(this.socket)
   }
 
-  get idleSinceMs(): number {
-    return this.phase === 'running' ? Infinity : this.phaseSinceMs
-  }
-
   enter(phase: Phase): void {
     this.phase = phase
     this.phaseSinceMs = state.clock.nowMs
   }
 
   end(): void {
-    if (this.phase === 'ending') return // a second end() would build an error with its stack
-    this.enter('ending')
+    if (this.phase === 'closing') return // a second end() would build an error with its stack
+    this.enter('closing')
     this.socket.end()
   }
 
   enforceLimit(): void {
-    const isSending = this.phase === 'ending' && this.socket.writableLength > 0
-    const limitMs = PHASE_MS[isSending ? 'taking' : this.phase]
+    const hasUnsentReply = this.phase === 'closing' && this.socket.writableLength > 0
+    const limitMs = PHASE_MS[hasUnsentReply ? 'awaitingReader' : this.phase]
     if (state.clock.nowMs - this.phaseSinceMs < limitMs) return
     if (this.phase === 'running') this.giveUpCommand()
     else cutOff(this.socket)
@@ -3167,7 +3191,7 @@ class LineSession extends Session implements Asker {
   }
 
   write(text: string): void {
-    if (this.phase === 'ending' || this.socket.destroyed) return
+    if (this.phase === 'closing' || this.socket.destroyed) return
     if (this.socket.writableLength > UNSENT_MAX) cutOff(this.socket)
     else this.socket.write(text)
   }
@@ -3177,7 +3201,7 @@ class LineSession extends Session implements Asker {
   }
 
   receive(chunk: Buffer): void {
-    if (this.phase === 'ending') return
+    if (this.phase === 'closing') return
     this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
     if (this.isBusy && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
@@ -3185,7 +3209,7 @@ class LineSession extends Session implements Asker {
 
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
-    for (let turn = 0; !this.isBusy && this.phase !== 'ending'; turn++) {
+    for (let turn = 0; !this.isBusy && this.phase !== 'closing'; turn++) {
       if (turn === LINES_PER_TURN) {
         this.isBusy = true
         setImmediate(() => this.goOn())
@@ -3204,7 +3228,7 @@ class LineSession extends Session implements Asker {
   waitForReader(): void {
     const { phase } = this
     this.isBusy = true
-    this.enter('taking')
+    this.enter('awaitingReader')
     this.socket.once('drain', () => {
       this.enter(phase)
       this.goOn()
@@ -3264,7 +3288,7 @@ class LineSession extends Session implements Asker {
 
   async followLater(answer: Promise<Mode | void>): Promise<void> {
     this.follow(await answer)
-    this.goOn()
+    if (this.phase !== 'closing') setImmediate(() => this.goOn()) // the application has its turn
   }
 
   follow(mode: Mode | void): void {
@@ -3273,14 +3297,14 @@ class LineSession extends Session implements Asker {
       this.end()
       return
     }
-    if (this.phase === 'ending') return
-    this.enter('thinking')
+    if (this.phase === 'closing') return
+    this.enter('idle')
     this.socket.setNoDelay() // else replies to pipelined lines would wait for the client's ACKs
   }
 
   giveUpCommand(): void {
     const [name] = this.lastWords
-    this.write(`${red(`Error: ${name} timed out`)}\n`)
+    this.write(`${toRedLine(`Error: ${name} timed out`)}\n`)
     this.end()
   }
 }
@@ -3288,8 +3312,8 @@ class LineSession extends Session implements Asker {
 const NOTHING = Buffer.alloc(0)
 const LINE_FEED = 0x0a
 
-/** Any method, since a browser may send `drain / HTTP/1.1`, and the start of what is too long for a
- *  command, are for Node.js to judge. */
+/** Whether Node.js is to judge it: any method, since a browser can be made to send `drain / HTTP/1.1`,
+ *  and a line that is too long for a command but begins as HTTP does. */
 function looksLikeHttp(line: string, isComplete: boolean): boolean {
   if (isComplete) return HTTP_REQUEST_LINE.test(line)
   return line.length > LINE_MAX && HTTP_REQUEST_START.test(line)
@@ -3340,7 +3364,7 @@ class HttpSession extends Session {
   }
 
   answerWaiting(): void {
-    while (!this.current && this.phase !== 'ending' && !this.socket.destroyed) {
+    while (!this.current && this.phase !== 'closing' && !this.socket.destroyed) {
       const exchange = this.waiting.shift()
       if (!exchange) return
       this.enter('running')
@@ -3364,13 +3388,13 @@ class HttpSession extends Session {
   finish(exchange: Exchange): void {
     exchange.send()
     this.current = undefined
-    this.enter('sending')
+    this.enter('awaitingRequest')
   }
 
   giveUpCommand(): void {
     const { current } = this
     this.current = undefined
-    current?.refuse(`${red(`Error: ${current.name} timed out`)}\n`, 500)
+    current?.refuse(`${toRedLine(`Error: ${current.name} timed out`)}\n`, 500)
     current?.send()
     this.end()
   }
@@ -3394,7 +3418,7 @@ class Exchange implements Asker {
   constructor(session: HttpSession, response: http.ServerResponse) {
     const { url = '', headers } = response.req
     const [path = '', query = ''] = url.split('?')
-    const root = headers.accept?.includes('text/html') ? 'page' : 'help'
+    const root = headers.accept?.includes('text/html') ? PAGE : 'help'
     const [name = root, ...args] = segmentsOf(path) ?? [path] // no command has such a name
     this.session = session
     this.response = response
@@ -3468,7 +3492,7 @@ function must(
 /** What an asker, or the environment, did wrong: told in these words, without a stack. */
 class Refusal extends Error {}
 
-function refuse(text: string): never {
+function failWith(text: string): never {
   throw new Refusal(text)
 }
 
@@ -3492,12 +3516,12 @@ function mayHaveMethod(value: object, name: string): boolean {
   return Reflect.get(value, name) === undefined || hasMethods(value, name)
 }
 
-/** One word that stands in a line. */
+/** Text without white space or control characters. */
 function isWord(name: unknown): boolean {
   return typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
 }
 
-/** What others made may throw at every look. */
+/** Gives undefined if the function throws, as getters and methods of foreign objects may. */
 function attempt<T>(look: () => T): T | undefined {
   try {
     return look()
@@ -3530,7 +3554,7 @@ function readEnv(name: string): string | undefined {
 function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | undefined {
   const text = readEnv(name)
   if (text === undefined) return undefined
-  return read(text) ?? refuse(`cannot use ${name}=${text}; mend it`)
+  return read(text) ?? failWith(`cannot use ${name}=${text}; mend it`)
 }
 
 function isSwitchedOff(name: string): boolean {
@@ -3541,15 +3565,20 @@ function withoutSlashes(path: string): string {
   return path.replace(/\/+$/, '')
 }
 
-/** Leaves a blank, never nothing, for each character that could forge a line or steer a terminal. */
+/** Replaces each character that could forge a line or steer a terminal by a blank, since without it
+ *  two words might join to a third one. */
 function clean(text: string): string {
   return text.replace(CONTROL_CHARACTER, ' ')
 }
 
 const CONTROL_CHARACTER = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
-/** Puts an error in words, never in none, whatever was thrown. */
-function wording(error: unknown): string {
+function escapeHtml(text: string): string {
+  return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
+}
+
+/** Describes whatever was thrown; never gives an empty text. */
+function errorText(error: unknown): string {
   return attempt(() => describeError(error)) || 'an error that cannot be put into words'
 }
 
@@ -3557,7 +3586,7 @@ function describeError(error: unknown): string {
   if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
 
   const { message, cause, code, name } = error as NodeJS.ErrnoException
-  if (message === 'fetch failed' && cause) return wording(cause)
+  if (message === 'fetch failed' && cause) return errorText(cause)
   const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
   return String(text).slice(0, REASON_MAX) + adviceFor(message, String(code))
 }
@@ -3584,7 +3613,7 @@ const STACK_FRAME = /(?<=\n) +at [^\n]*/g //     at main (server.js:1:1)
 /** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, ...lines: string[]): void {
   const text = `ftw-monitor ${lines.map(clean).join('\n')}`
-  void logSafely(state.host.logger, level, text)
+  void logSafely(state.app.logger, level, text)
 }
 
 async function logSafely(logger: Logger, level: keyof Logger, text: string): Promise<void> {
@@ -3600,16 +3629,17 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 
 /** Runs the program, and gives its exit status. */
 async function main(words: string[]): Promise<number> {
-  if (words[0] === 'demo') return runDemo()
-  if (words[0] === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
+  const [first] = words
+  if (first === '--help' || first === '-h') return print(USAGE)
+  if (first === '--version') return print(VERSION)
+  if (first === 'demo') return runDemo()
+  if (first === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
 
   const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
   const [name] = words
-  if (name === '--help' || name === '-h') return print(USAGE)
-  if (name === '--version') return print(VERSION)
   if (name === 'wait') return waitUntilHealthy(monitor, takeOption(words, 'timeout') ?? '300')
   if (name === 'status') return showStatus(monitor, words.slice(1))
-  if (name?.startsWith('-')) refuse(`knows no ${name}; try ftw-monitor --help`)
+  if (name?.startsWith('-')) failWith(`knows no ${name}; try ftw-monitor --help`)
   return sendCommand(monitor, words)
 }
 
@@ -3639,7 +3669,7 @@ function print(text: string): number {
 
 async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
   const line = words.join(' ').trim() || 'help'
-  if (/[\r\n]/.test(line)) refuse('a command is one line')
+  if (/[\r\n]/.test(line)) failWith('a command is one line')
 
   const [name] = line.split(/\s+/)
   const isInteractive = name === 'interactive'
@@ -3652,12 +3682,15 @@ async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promis
 
 function exitStatus(name: string | undefined, reply: string): number {
   if (name === 'interactive') return 0
-  if (name === 'health_check') return reply === 'OK\n' ? 0 : 1
+  if (name === 'health_check' || name === 'readyz') return reply === 'OK\n' ? 0 : 1
+  if (name === 'agent_check') return reply.startsWith('up ') ? 0 : 1
   if (reply.startsWith("Invalid command '")) return 2
   return FAILED_REPLY.test(reply) ? 1 : 0
 }
 
-const FAILED_REPLY = /(^|\n)(Not drained.*|\w*Error: .*|\S+ is for this machine only)\n$/
+// RangeError: no such queue
+const FAILED_REPLY =
+  /(^|\n)(\w*Error: .*|Not drained.*|Line too long|\S+ is for this machine only|\S+ returned .* instead of a mode.*)\n$/
 
 function joinTerminal(socket: net.Socket): void {
   socket.on('close', () => process.stdin.destroy())
@@ -3680,7 +3713,7 @@ function takeOption(words: string[], name: string): string | undefined {
     return word.slice(prefix.length)
   }
   const [, value] = words.splice(at, 2)
-  return value ?? refuse(`--${name} needs a value`)
+  return value ?? failWith(`--${name} needs a value`)
 }
 
 /** Where the monitor listens: as the options say, else as the instance itself would find out. */
@@ -3696,7 +3729,7 @@ function findMonitor(instancePort?: string, instanceHost?: string): net.NetConne
 function portBeside(instancePort: string): number {
   const port = toPort(instancePort)
   const monitorPort = port === undefined ? undefined : toPort(String(port + PORT_OFFSET))
-  return monitorPort ?? refuse(`${instancePort} is no instance port`)
+  return monitorPort ?? failWith(`${instancePort} is no instance port`)
 }
 
 /** Sends text, and gives all that comes back until the other side closes. The limit is for the
@@ -3727,7 +3760,7 @@ const STATUS_ANSWER_MS = 2_000 // a database has most of a second to answer
 /** Waits until the instance is healthy, and prints why it is not. */
 async function waitUntilHealthy(to: net.NetConnectOpts, timeout: string): Promise<number> {
   const timeoutSeconds = Number(timeout)
-  if (!(timeoutSeconds >= 0)) refuse('--timeout needs a number of seconds')
+  if (!(timeoutSeconds >= 0)) failWith('--timeout needs a number of seconds')
 
   let progressBefore = ''
   for (;;) {
@@ -3756,7 +3789,7 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
     const [, site] = sites[running]?.split(/ +/) ?? []
     return `${reason}: ${site}, ${running + 1} of ${sites.length}`
   } catch (error) {
-    return clean(wording(error))
+    return clean(errorText(error))
   }
 }
 
@@ -3820,7 +3853,7 @@ async function instanceStatus(
     const [reason = '', instance = ''] = await askStatus(monitor)
     return { name, reason: reason || 'no answer', figures: instance.replace(/^.*?, /, '') }
   } catch (error) {
-    return { name: word, reason: clean(wording(error)), figures: '' }
+    return { name: word, reason: clean(errorText(error)), figures: '' }
   }
 }
 
@@ -3841,7 +3874,7 @@ async function dumpInstance(word: string, deployment: string): Promise<string> {
     const tags = `deployment=${deployment},process=${escapeTag(name)}`
     return `deployments,${tags} ${toFields(json)}\n`
   } catch (error) {
-    complain(`${word}: ${wording(error)}`)
+    complain(`${word}: ${errorText(error)}`)
     return ''
   }
 }
@@ -3856,7 +3889,7 @@ function parseInstance(word: string): { name: string; monitor: net.NetConnectOpt
 const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
 
 function complain(error: unknown): void {
-  console.error(`ftw-monitor: ${clean(wording(error))}`)
+  console.error(`ftw-monitor: ${clean(errorText(error))}`)
 }
 
 /** Writes `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
@@ -3870,7 +3903,7 @@ function toFields(json: string): string {
       if (text !== undefined) fields.push(`${escapeTag(`${group}.${name}`)}=${text}`)
     }
   }
-  return fields.sort().join(',') || refuse(wording(error))
+  return fields.sort().join(',') || failWith(errorText(error))
 }
 
 function toField(value: unknown): string | undefined {
