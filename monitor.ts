@@ -518,7 +518,8 @@ let state = new State()
 /** Kept outside the state: the shutdown must go on even if the monitor gives up. */
 let currentShutdown: Shutdown | undefined
 
-type SignalListener = (signal: NodeJS.Signals, number: number) => void
+/** Deno does not tell the number. */
+type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
 /** The signals that `shutdownOnSignal` listens for. */
 const signalState = {
@@ -1823,11 +1824,22 @@ function takeSignalListenersOff(): void {
   signalState.listeners.clear()
 }
 
-function onSignal(signal: NodeJS.Signals, number: number, options: CheckedShutdownOptions): void {
-  if (signalState.isSignalled) process.exit(128 + number)
+function onSignal(
+  signal: NodeJS.Signals,
+  number: number | undefined,
+  options: CheckedShutdownOptions
+): void {
+  if (signalState.isSignalled) process.exit(128 + (number ?? SIGNAL_NUMBERS.get(signal) ?? 0))
   signalState.isSignalled = true
   void shutDownAndExit(options, signal)
 }
+
+const SIGNAL_NUMBERS = new Map<string, number>([
+  ['SIGHUP', 1],
+  ['SIGINT', 2],
+  ['SIGQUIT', 3],
+  ['SIGTERM', 15]
+])
 
 async function shutDownAndExit(
   options: CheckedShutdownOptions,
@@ -1845,14 +1857,15 @@ function exitThoughAlive(): void {
 /** What keeps the process alive, by kind: `2 TCPSocketWrap, 1 Timeout`. */
 function aliveResources(): string {
   const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
-  const kinds = all.filter((kind) => !STANDARD_STREAM.test(kind))
+  const others = all.filter((kind) => !STANDARD_STREAM.test(kind))
+  const kinds = others.length > 0 ? others : all
   const countByKind = new Map<string, number>()
   for (const kind of kinds) countByKind.set(kind, (countByKind.get(kind) ?? 0) + 1)
   const counts = Array.from(countByKind, ([kind, count]) => `${count} ${kind}`)
   return counts.join(', ') || 'a connection, a timer or the like'
 }
 
-const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // always there, and keeps nothing alive
+const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // listed for stdout and stderr, which keep nothing alive
 
 /** Ends what the instance does, in an order in which no request meets a closed database: tells
  *  `onSignal`, drains, closes the server, waits for its requests, calls `cleanUp`, ends upgraded
@@ -1949,7 +1962,7 @@ function exitUndone({ undone }: Shutdown, afterMs: number): void {
 
 /** Closes the server and its connections, each as soon as no request is in flight on it. */
 async function closeServer(app: Application, cutAtMs: number, timeoutMs: number): Promise<void> {
-  const { server, inFlight, http2Sessions } = app
+  const { server, http2Sessions } = app
   if (!server) return
 
   app.isClosing = true
@@ -1963,14 +1976,20 @@ async function closeServer(app: Application, cutAtMs: number, timeoutMs: number)
     forgetDeadRequests(app)
   } while (isServing(app) && performance.now() < cutAtMs)
 
-  if (inFlight.size > 0) {
-    const text = `cuts ${inFlight.size} requests that are still in flight`
-    log('warn', `${text} after ${timeoutMs / 1_000} s`)
-  }
-  for (const [response, { socket }] of inFlight) abortRequest(response, socket)
-  for (const session of http2Sessions) attempt(() => session.destroy())
+  if (isServing(app)) await cutRequests(app, timeoutMs)
   closeConnections(server, 'closeAllConnections')
   if (app.upgraded.size === 0) destroyAll(app.connections)
+}
+
+async function cutRequests(
+  { inFlight, http2Sessions }: Application,
+  afterMs: number
+): Promise<void> {
+  const count = inFlight.size || http2Sessions.size // of streams no request may tell
+  log('warn', `cuts ${count} requests that are still in flight after ${afterMs / 1_000} s`)
+  for (const [response, { socket }] of inFlight) abortRequest(response, socket)
+  for (const session of http2Sessions) attempt(() => session.destroy())
+  await pollingPause() // for the application to hear of it before cleanUp
 }
 
 /** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it runs
