@@ -2620,37 +2620,38 @@ export function registerMetrics(collect: () => string | Promise<string>): void {
 
 /** Gives the lines of each family; of two collectors that give the same one the first counts. */
 async function collectAll(): Promise<Map<string, string[]>> {
-  const texts = await Promise.all(collectors.map(collectFrom))
+  const parts = await Promise.all(collectors.map(collectFrom))
   const all = new Map<string, string[]>()
-  for (const text of texts) {
-    for (const [name, lines] of familiesIn(text)) {
-      if (!all.has(name)) all.set(name, lines)
-    }
+  for (const [name, lines] of parts.flatMap((families) => [...families])) {
+    if (!all.has(name)) all.set(name, lines)
   }
   return all
 }
 
-async function collectFrom(collector: Collector): Promise<string> {
+async function collectFrom(collector: Collector): Promise<Map<string, string[]>> {
   try {
-    const text = await collector.call.ask()
-    must(typeof text === 'string', 'registerMetrics takes a function that gives text')
+    const families = familiesIn(await collector.call.ask())
     collector.isFailing = false
-    return text
+    return families
   } catch (error) {
     if (!collector.isFailing) log('warn', `leaves metrics out: ${errorText(error)}`)
     collector.isFailing = true
-    return ''
+    return new Map()
   }
 }
 
-/** Takes a text apart into the lines of each family. */
-function familiesIn(text: string): Map<string, string[]> {
+/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would cost it
+ *  all metrics. */
+function familiesIn(text: unknown): Map<string, string[]> {
+  if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
   const families = new Map<string, string[]>()
   let current = ''
   for (const line of text.split(/\r?\n/)) {
-    const [, described, sample = ''] = METRICS_LINE.exec(line) ?? []
+    if (METRICS_COMMENT.test(line)) continue
+    const [, described] = FAMILY_LINE.exec(line) ?? []
+    const [, sample = ''] = SAMPLE_LINE.exec(line) ?? []
     const name = described ?? sample
-    if (name === '') continue // a blank line, or a comment as `# EOF`
+    if (name === '') failWith(`no line of Prometheus's text format: ${line.slice(0, 100)}`)
     if (described !== undefined || !isSampleOf(current, sample)) current = name
     const lines = families.get(current)
     if (lines) lines.push(line)
@@ -2659,8 +2660,14 @@ function familiesIn(text: string): Map<string, string[]> {
   return families
 }
 
-/** `# TYPE size gauge`, `size{unit="B"} 7` */
-const METRICS_LINE = /^(?:# (?:HELP|TYPE) ([\w:]+)|([\w:]+)[\s{])/
+/** A blank line, or a comment; but `# EOF` and `# UNIT` are of OpenMetrics, another format. */
+const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE|EOF|UNIT)\b))/
+
+const FAMILY_LINE = /^# (?:HELP|TYPE) ([\w:]+)/ // # TYPE size gauge
+
+/** `size{unit="B"} 7`, perhaps with a time after it */
+const SAMPLE_LINE =
+  /^([\w:]+)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+[-+]?(?:\.?\d|inf|nan)\S*(?:\s+-?\d+)?\s*$/i
 
 /** A histogram has samples of further names. */
 function isSampleOf(name: string, sample: string): boolean {
@@ -2760,7 +2767,7 @@ export async function status(): Promise<Status> {
     residentMemoryBytes: process.memoryUsage.rss(),
     warmup: allSites().map(siteStatus),
     databases: Array.from(databases.values(), databaseStatus),
-    probers: Array.from(state.probers.known, ([address, prober]) => proberStatus(address, prober)),
+    probers: recentProbers(),
     draining: state.draining && drainingStatus(state.draining)
   }
 }
@@ -2781,9 +2788,21 @@ function databaseStatus(registered: RegisteredDatabase): DatabaseStatus {
   return { name, optional: isOptional, connected, trouble, answeredMs: isConnected.answeredMs }
 }
 
+/** The latest first, and none that has been silent for an hour. */
+function recentProbers(): ProberStatus[] {
+  const all = Array.from(state.probers.known, ([address, prober]) => proberStatus(address, prober))
+  const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
+  return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
+}
+
 function proberStatus(address: string, { lastAskedAtMs, intervalMs }: Prober): ProberStatus {
   const askedSecondsAgo = (state.clock.nowMs - lastAskedAtMs) / 1_000
-  return { address, askedSecondsAgo, intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000 }
+  const ipv4 = address.replace(/^::ffff:(?=[\d.]+$)/, '') // as :: names clients of IPv4
+  return {
+    address: ipv4,
+    askedSecondsAgo,
+    intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
+  }
 }
 
 function drainingStatus(draining: Draining): DrainingStatus {
@@ -2858,7 +2877,7 @@ function rowsOf(known: Status): Row[] {
 function instanceRow(known: Status): Row {
   const { url, uptimeSeconds, requestsInFlight, upgradedConnections } = known
   const { eventLoopUtilization, residentMemoryBytes } = known
-  const parts = [url || 'not found yet', `up ${Math.floor(uptimeSeconds)} s`]
+  const parts = [url || 'not found yet', `up ${duration(uptimeSeconds)}`]
   if (requestsInFlight >= 0) {
     parts.push(`${requestsInFlight} requests in flight`, `${upgradedConnections} upgraded`)
   }
@@ -2914,6 +2933,14 @@ function drainingRow({ draining, requestsInFlight }: Status): Row {
   const text = `for ${seconds.toFixed(1)} s, ${probersInformed} of ${probers} probers know${inFlight}`
   const progress = probers > 0 ? probersInformed / probers : 1
   return { ...row, text, grade: 'fail', value: seconds, progress }
+}
+
+/** In the unit of which there are at least two. */
+function duration(seconds: number): string {
+  if (seconds < 120) return `${Math.floor(seconds)} s`
+  if (seconds < 7_200) return `${Math.floor(seconds / 60)} min`
+  if (seconds < 172_800) return `${Math.floor(seconds / 3_600)} h`
+  return `${Math.floor(seconds / 86_400)} days`
 }
 
 function percentage(share: number): number {
