@@ -1,321 +1,568 @@
-// What ftw-monitor costs: `npm run bench`, or `node .ci/bench.ts` on Node.js 22.18 and later.
-// Every ratio is the median of paired, interleaved runs (A B C C B A), with its quartiles. The
-// load and each server have a process of their own, and all are started anew for each generation:
-// two processes of the same code differ by several per cent for as long as they live.
+// What ftw-monitor costs: `npm run bench`. To compare versions with one another, name the compiled
+// modules: `npm run bench -- old/monitor.js new/monitor.js`, or `BENCH_MODULE=old/monitor.js`.
+//
+// Every ratio is the median of paired, interleaved runs (A B C C B A), with its quartiles. Each
+// server is a process alone on one core, and bench-client.c saturates it from another core. All
+// servers are started anew for each generation, since two processes of the same code differ by
+// several per cent for as long as they live.
 
-import { fork } from 'node:child_process'
+import {
+  execFile,
+  execFileSync,
+  fork,
+  type ChildProcess,
+  type ForkOptions
+} from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import * as http from 'node:http'
 import * as net from 'node:net'
-import { availableParallelism } from 'node:os'
-import { fileURLToPath } from 'node:url'
+import { tmpdir } from 'node:os'
+import { extname, join, relative, resolve } from 'node:path'
+import { setTimeout as pause } from 'node:timers/promises'
+import { fileURLToPath, pathToFileURL } from 'node:url'
+import { promisify } from 'node:util'
 
-const GENERATIONS = 5
-const ROUNDS = 5 // in each generation
-const RUN_MS = 110
-const WARM_MS = 550 // of each load: V8 goes on optimizing for some ten thousand checks
-const CROWD = 32 // at a time
-const PIPELINED = 1_000 // commands on their way at a time
+const GENERATIONS_MAX = 8
+const GENERATIONS_MIN = 3
+const BUDGET_MS = 120_000 // a machine that does other things as well gets fewer generations
+const ROUNDS = 3 // in each generation
+const CROWD = 32 // connections at a time
 const KEPT_ALIVE = 8 // connections of the host's own clients
 const STARTS = 9 // processes with and without the module, for its time and memory
 const SETTLED_MS = 200 // until a process that has just started takes no more memory
 
-type ServerKind = 'bare lines' | 'bare http' | 'hand-over' | 'monitor'
-type Kind = 'lines' | 'http' | 'pipelined' | 'own'
-interface Load { kind: Kind, port: number, atATime: number, ms: number }
-interface Started { port: number, monitorPort: number, importMs: number, startMs: number }
-interface Usage { cpuMicroseconds: number, rss: number }
-interface Run { perSecond: number, cpu: number, busy: number } // cpu in µs for each answer
-interface Process { ask(question: unknown): Promise<unknown>, end(): void }
-
 const OK = 'OK\n'
-const QUESTIONS: Record<Kind, string> = {
-  lines: 'health_check\n',
-  http: 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n',
-  pipelined: 'health_check\n'.repeat(PIPELINED),
-  own: 'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'
+const OWN_TARGET_MICROSECONDS = 3
+const SERVE = 'serve' // the first argument of a server's process
+const BARE_LINES = 'bare lines'
+const BARE_HTTP = 'bare http'
+const HAND_OVER = 'hand-over'
+
+/** One measure, taken of the modules and of servers to compare them with. */
+interface Comparison {
+  title: string
+  /** What bench-client is to ask. */
+  question: 'lines' | 'http' | 'own' | 'pipelined'
+  atATime: number
+  /** In one run, long enough for a garbage collection or two. */
+  checks: number
+  /** Before the first run: V8 goes on optimizing for some ten thousand checks. */
+  warmChecks: number
+  /** The bare server, and what else stands beside the modules. */
+  others: string[]
+  /** The ratio to the bare server that a module is to reach. */
+  target?: number
+}
+
+const COMPARISONS: Comparison[] = [
+  {
+    title: 'health_check, 32 at a time',
+    question: 'lines',
+    atATime: CROWD,
+    checks: 4_000,
+    warmChecks: 15_000,
+    others: [BARE_LINES],
+    target: 0.93
+  },
+  {
+    title: 'health_check, 1 at a time',
+    question: 'lines',
+    atATime: 1,
+    checks: 1_000,
+    warmChecks: 500,
+    others: [BARE_LINES],
+    target: 0.95
+  },
+  {
+    title: 'GET /health_check, 32 at a time',
+    question: 'http',
+    atATime: CROWD,
+    checks: 2_000,
+    warmChecks: 6_000,
+    others: [BARE_HTTP, HAND_OVER],
+    target: 0.7
+  },
+  {
+    title: 'GET /health_check, 1 at a time',
+    question: 'http',
+    atATime: 1,
+    checks: 1_000,
+    warmChecks: 500,
+    others: [BARE_HTTP, HAND_OVER],
+    target: 0.7
+  },
+  {
+    title: "the host's own requests, 8 at a time",
+    question: 'own',
+    atATime: KEPT_ALIVE,
+    checks: 5_000,
+    warmChecks: 15_000,
+    others: [BARE_HTTP]
+  },
+  {
+    title: 'commands pipelined on one connection',
+    question: 'pipelined',
+    atATime: 1,
+    checks: 10_000,
+    warmChecks: 30_000,
+    others: []
+  }
+]
+
+/** What a server's process says of itself when it listens. */
+interface Started {
+  /** Of the host's own HTTP server. */
+  port: number
+  monitorPort: number
+  importMs: number
+  startMs: number
+}
+
+interface Usage {
+  cpuMicroseconds: number
+  rssBytes: number
+}
+
+interface Run {
+  perSecond: number
+  /** CPU time of the server's process for one answer. */
+  cpuMicroseconds: number
+  /** The process's share of a core: near 1 it is saturated. */
+  busy: number
+}
+
+/** The runs of one round, in the order of the comparison's servers. */
+type Round = Run[]
+
+/** Which core is whose, as `taskset` counts them. */
+interface Cores {
+  server: string
+  client: string
 }
 
 // --- The servers ---------------------------------------------------------------------------------
 
+function quiet(): void {}
+
+/** The barest server that answers a line and survives a reset. */
 function bareLines(): net.Server {
   return net.createServer((socket) => {
-    socket.on('error', quiet).on('data', () => socket.end(OK))
+    socket.on('error', quiet)
+    socket.once('data', () => socket.end(OK))
   })
 }
 
 function bareHttp(): http.Server {
-  return http.createServer((_, response) => { response.end(OK) })
+  return http.createServer((_, response) => {
+    response.end(OK)
+  })
 }
 
 /** As little as it takes to see the first bytes and leave the rest to Node.js. */
 function handOver(): net.Server {
-  const taker = bareHttp()
+  const httpServer = bareHttp()
   return net.createServer((socket) => {
-    socket.on('error', quiet).once('data', (chunk) => {
+    socket.on('error', quiet)
+    socket.once('data', (chunk) => {
       socket.unshift(chunk)
-      taker.emit('connection', socket)
+      httpServer.emit('connection', socket)
     })
   })
 }
 
-function quiet(): void {}
-
-async function serve(kind: ServerKind): Promise<void> {
-  const make = kind === 'bare lines' ? bareLines : kind === 'hand-over' ? handOver : bareHttp
-  const server = make()
-  await once(server.listen(0, '127.0.0.1'), 'listening')
-  const { port } = server.address() as net.AddressInfo
-  const started: Started = { port, monitorPort: port, importMs: 0, startMs: 0 }
-  if (kind === 'monitor') {
-    const startedAt = performance.now()
-    const { start } = await import('../monitor.ts')
-    const importedAt = performance.now()
-    const logger = { ...console, info: quiet }
-    const address = await start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
-    started.startMs = performance.now() - importedAt
-    started.importMs = importedAt - startedAt
-    started.monitorPort = (address as net.AddressInfo).port
-  }
-  answer((question): Started | Usage => {
-    if (question === 'started') return started
-    const { user, system } = process.cpuUsage()
-    return { cpuMicroseconds: user + system, rss: process.memoryUsage.rss() }
-  })
+function createServer(kind: string): net.Server {
+  if (kind === BARE_LINES) return bareLines()
+  if (kind === HAND_OVER) return handOver()
+  return bareHttp()
 }
 
-// --- The load ------------------------------------------------------------------------------------
+function isModule(server: string): boolean {
+  return ![BARE_LINES, BARE_HTTP, HAND_OVER].includes(server)
+}
 
-/** Asks for a while, and tells what was answered in which time. */
-async function load({ kind, port, atATime, ms }: Load): Promise<{ answers: number, ms: number }> {
+/** Starts the monitor of a module beside the host's server. */
+async function startMonitor(module: string, server: net.Server, port: number): Promise<Started> {
   const startedAt = performance.now()
-  const isOver = () => performance.now() - startedAt >= ms
-  const asks = kind === 'lines' || kind === 'http' ? connectAnew : stayConnected
-  const answers = await Promise.all(
-    Array.from({ length: atATime }, () => asks(kind, port, isOver)))
-  return { answers: answers.reduce((sum, one) => sum + one), ms: performance.now() - startedAt }
+  const { start } = (await import(pathToFileURL(module).href)) as typeof import('../monitor.ts')
+  const importedAt = performance.now()
+
+  const logger = { ...console, info: quiet }
+  const address = await start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
+  return {
+    port,
+    monitorPort: (address as net.AddressInfo).port,
+    importMs: importedAt - startedAt,
+    startMs: performance.now() - importedAt
+  }
 }
 
-/** A new connection for each question, with as few listeners as will do; any error is fatal. */
-function connectAnew(kind: Kind, port: number, isOver: () => boolean): Promise<number> {
-  return new Promise((resolve) => {
-    let closed = 0
-    let answered = 0
-    const take = (chunk: Buffer) => { if (chunk.includes(OK)) answered++ }
-    const next = () => {
-      const socket = net.connect(port, '127.0.0.1')
-      socket.on('data', take).on('close', () => {
-        if (++closed !== answered) throw new Error('a check got no OK')
-        if (isOver()) resolve(answered)
-        else next()
-      })
-      socket.write(QUESTIONS[kind], 'latin1')
-    }
-    next()
-  })
-}
+/** What a server's process does: it listens, and tells its parent what it has used. */
+async function serve(kind: string): Promise<void> {
+  const server = createServer(kind)
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address() as net.AddressInfo
 
-/** Many questions on one connection, whose first reply opens it and does not count. */
-function stayConnected(kind: Kind, port: number, isOver: () => boolean): Promise<number> {
-  const answersEach = kind === 'pipelined' ? PIPELINED : 1
-  const length = kind === 'pipelined' ? OK.length * PIPELINED : 1 // of what is waited for
-  return new Promise((resolve) => {
-    let answers = 0
-    let received = 0
-    const socket = net.connect(port, '127.0.0.1')
-    const next = () => socket.write(QUESTIONS[kind], 'latin1')
-    const take = (chunk: Buffer) => {
-      received += chunk.length
-      if (received < length) return
-      received = 0
-      answers += answersEach
-      if (isOver()) {
-        socket.destroy()
-        resolve(answers)
-      } else next()
-    }
-    socket.write(kind === 'pipelined' ? 'interactive\n' : QUESTIONS[kind])
-    socket.once('data', () => {
-      socket.on('data', take)
-      next()
-    })
-  })
-}
+  let started: Started = { port, monitorPort: port, importMs: 0, startMs: 0 }
+  if (isModule(kind)) started = await startMonitor(kind, server, port)
 
-// --- The processes -------------------------------------------------------------------------------
-
-/** In a process that was started here: answers whatever is asked, and ends with its parent. */
-function answer(give: (question: unknown) => unknown): void {
-  process.on('message', async (question) => process.send?.(await give(question)))
   process.on('disconnect', () => process.exit())
+  process.on('message', () => {
+    const { user, system } = process.cpuUsage()
+    const usage: Usage = { cpuMicroseconds: user + system, rssBytes: process.memoryUsage.rss() }
+    process.send?.(usage)
+  })
+  process.send?.(started)
 }
 
-function start(role: string): Process {
-  const env = { FTW_MONITOR_AUTOWARMUP: 'off' } // and nothing else, as PORT or NODE_OPTIONS
-  const child = fork(fileURLToPath(import.meta.url), [role], { env })
-  child.on('exit', (code) => { if (code) process.exit(code) }) // it has said why
-  return {
-    async ask(question) {
-      child.send(question as object)
-      const [reply] = await once(child, 'message')
-      return reply
-    },
-    end: () => child.disconnect()
+// --- Processes and cores -------------------------------------------------------------------------
+
+/** Undefined where there is but one core, or no `taskset`. */
+function findCores(): Cores | undefined {
+  const cores = listCores()
+  const first = cores[0]
+  const last = cores.at(-1)
+  if (first === undefined || last === undefined || first === last) return undefined
+  return { server: last, client: first }
+}
+
+function listCores(): string[] {
+  try {
+    // pid 4711's current affinity list: 0-3,6
+    const text = execFileSync('taskset', ['-cp', `${process.pid}`], { encoding: 'utf8' })
+    return text.split(':')[1]?.match(/\d+/g) ?? []
+  } catch {
+    return []
   }
 }
 
-async function usage(server: Process): Promise<Usage> {
-  return await server.ask('usage') as Usage
+/** Compiles the client, and gives its path. */
+function compileClient(directory: string): string {
+  // This file runs from `.ci` as it stands, and from `dist/.ci` when it is compiled.
+  const places = ['bench-client.c', '../../.ci/bench-client.c']
+  const paths = places.map((place) => fileURLToPath(new URL(place, import.meta.url)))
+  const source = paths.find((path) => existsSync(path))
+  if (source === undefined) throw new Error('bench-client.c is not there')
+
+  const client = join(directory, 'bench-client')
+  try {
+    execFileSync('gcc', ['-O2', '-Wall', '-o', client, source], { stdio: 'inherit' })
+  } catch (error) {
+    throw new Error('the bench needs gcc and Linux: no client on Node.js saturates the server', {
+      cause: error
+    })
+  }
+  return client
 }
 
-async function measure(server: Process, loader: Process, what: Load): Promise<Run> {
-  const before = await usage(server)
-  const { answers, ms } = await loader.ask(what) as Awaited<ReturnType<typeof load>>
-  const cpuMicroseconds = (await usage(server)).cpuMicroseconds - before.cpuMicroseconds
-  return {
-    perSecond: answers / ms * 1e3, cpu: cpuMicroseconds / answers, busy: cpuMicroseconds / ms / 1e3
+/** A server in a process of its own. */
+class ServerProcess {
+  readonly #child: ChildProcess
+  readonly started: Started
+
+  private constructor(child: ChildProcess, started: Started) {
+    this.#child = child
+    this.started = started
+  }
+
+  static async start(kind: string, core?: string): Promise<ServerProcess> {
+    // No PORT and no NODE_OPTIONS of ours, but taskset must be found.
+    const env = { PATH: process.env['PATH'], FTW_MONITOR_AUTOWARMUP: 'off' }
+    const options: ForkOptions = { env }
+    if (core !== undefined) {
+      options.execPath = 'taskset'
+      options.execArgv = ['-c', core, process.execPath]
+    }
+    const child = fork(fileURLToPath(import.meta.url), [SERVE, kind], options)
+    child.on('exit', (code) => {
+      if (code) process.exit(code) // it has said why
+    })
+
+    const [started] = (await once(child, 'message')) as [Started]
+    return new ServerProcess(child, started)
+  }
+
+  async usage(): Promise<Usage> {
+    this.#child.send('usage')
+    const [usage] = (await once(this.#child, 'message')) as [Usage]
+    return usage
+  }
+
+  end(): void {
+    this.#child.disconnect()
   }
 }
 
-// --- The table -----------------------------------------------------------------------------------
+// --- The runs ------------------------------------------------------------------------------------
 
-/** The first kind is the bare one; each of the rounds has a run of every kind. */
-interface Comparison {
-  name: string, kind: Kind, atATime: number, servers: ServerKind[], target: number
-}
+const execute = promisify(execFile)
 
-const LINES: ServerKind[] = ['bare lines', 'monitor']
-const HTTP: ServerKind[] = ['bare http', 'hand-over', 'monitor']
-const COMPARISONS: Comparison[] = [
-  { name: 'health_check', kind: 'lines', atATime: 1, servers: LINES, target: 0.95 },
-  { name: 'health_check', kind: 'lines', atATime: CROWD, servers: LINES, target: 0.9 },
-  { name: 'GET /health_check', kind: 'http', atATime: 1, servers: HTTP, target: 0.7 },
-  { name: 'GET /health_check', kind: 'http', atATime: CROWD, servers: HTTP, target: 0.7 }
-]
-const OWN: Comparison = {
-  name: 'own', kind: 'own', atATime: KEPT_ALIVE, servers: ['bare http', 'monitor'], target: 3
-}
-const INTERACTIVE: Comparison = {
-  name: 'interactive', kind: 'pipelined', atATime: 1, servers: ['monitor'], target: 0
-}
+class Bench {
+  readonly rounds = new Map<Comparison, Round[]>()
+  readonly #client: string
+  readonly #modules: string[]
+  readonly #cores = findCores()
+  #servers = new Map<string, ServerProcess>()
 
-type Rounds = Map<Comparison, Run[][]>
-
-async function runGeneration(rounds: Rounds): Promise<void> {
-  const loader = start('load')
-  const servers = new Map<string, Process>()
-  const run = async ({ kind, atATime }: Comparison, wanted: ServerKind, ms: number) => {
-    const name = `${wanted} for ${kind}` // a server that knew other loads would be the slower one
-    const server = servers.get(name) ?? start(wanted)
-    servers.set(name, server)
-    const { port, monitorPort } = await server.ask('started') as Started
-    return measure(server, loader, { kind, port: kind === 'own' ? port : monitorPort, atATime, ms })
+  constructor(client: string, comparisons: Comparison[], modules: string[]) {
+    this.#client = client
+    this.#modules = modules
+    for (const comparison of comparisons) this.rounds.set(comparison, [])
   }
-  for (const comparison of [...rounds.keys()].reverse()) { // the crowds warm faster than the ones
-    for (const server of comparison.servers) await run(comparison, server, WARM_MS)
+
+  get isPinned(): boolean {
+    return this.#cores !== undefined
   }
-  for (let round = 0; round < ROUNDS; round++) {
-    for (const [comparison, done] of rounds) {
-      const there: Run[] = []
-      const back: Run[] = []
-      for (const kind of comparison.servers) there.push(await run(comparison, kind, RUN_MS))
-      for (const kind of comparison.servers.toReversed()) {
-        back.unshift(await run(comparison, kind, RUN_MS))
+
+  /** The bare server is the first one. */
+  serversOf(comparison: Comparison): string[] {
+    return [...comparison.others, ...this.#modules]
+  }
+
+  /** Starts all servers anew, warms them, and takes some rounds. */
+  async runGeneration(): Promise<void> {
+    for (const comparison of this.rounds.keys()) {
+      for (const server of this.serversOf(comparison)) {
+        await this.#run(comparison, server, comparison.warmChecks)
       }
-      done.push(there.map((one, index) => mean(one, back[index]!)))
+    }
+    for (let count = 0; count < ROUNDS; count++) {
+      for (const [comparison, rounds] of this.rounds) rounds.push(await this.#runRound(comparison))
+    }
+
+    for (const server of this.#servers.values()) server.end()
+    this.#servers = new Map()
+  }
+
+  /** Runs there and back, so that what changes steadily in between is the same for all. */
+  async #runRound(comparison: Comparison): Promise<Round> {
+    const servers = this.serversOf(comparison)
+    const there: Run[] = []
+    for (const server of servers) {
+      there.push(await this.#run(comparison, server, comparison.checks))
+    }
+
+    const back: Run[] = []
+    for (const server of servers.toReversed()) {
+      back.unshift(await this.#run(comparison, server, comparison.checks))
+    }
+    return there.map((run, index) => mean(run, back[index]!))
+  }
+
+  async #run({ question, atATime }: Comparison, kind: string, checks: number): Promise<Run> {
+    const server = await this.#serverFor(kind, question)
+    const { port, monitorPort } = server.started
+    const asked = question === 'own' ? port : monitorPort
+
+    const before = await server.usage()
+    const output = await this.#load(question, `${asked}`, `${atATime}`, `${checks}`)
+    const after = await server.usage()
+
+    const [answers = NaN, nanoseconds = NaN] = output.split(' ').map(Number)
+    const cpuMicroseconds = after.cpuMicroseconds - before.cpuMicroseconds
+    return {
+      perSecond: (answers / nanoseconds) * 1e9,
+      cpuMicroseconds: cpuMicroseconds / answers,
+      busy: (cpuMicroseconds / nanoseconds) * 1e3
     }
   }
-  for (const { end } of [loader, ...servers.values()]) end()
+
+  /** Runs the client, and gives what it prints. */
+  async #load(...words: string[]): Promise<string> {
+    const core = this.#cores?.client
+    if (core === undefined) return (await execute(this.#client, words)).stdout
+    return (await execute('taskset', ['-c', core, this.#client, ...words])).stdout
+  }
+
+  /** A server that also knew other questions would be the slower one. */
+  async #serverFor(kind: string, question: string): Promise<ServerProcess> {
+    const name = `${kind} for ${question}`
+    const running = this.#servers.get(name)
+    if (running) return running
+
+    const server = await ServerProcess.start(kind, this.#cores?.server)
+    this.#servers.set(name, server)
+    return server
+  }
 }
 
 function mean(one: Run, other: Run): Run {
-  const of = (name: keyof Run) => (one[name] + other[name]) / 2
-  return { perSecond: of('perSecond'), cpu: of('cpu'), busy: of('busy') }
+  return {
+    perSecond: (one.perSecond + other.perSecond) / 2,
+    cpuMicroseconds: (one.cpuMicroseconds + other.cpuMicroseconds) / 2,
+    busy: (one.busy + other.busy) / 2
+  }
 }
 
-/** Processes with and without the module, side by side. */
-async function measureStarts(): Promise<(Started & { megabytes: number })[]> {
-  const starts = []
+interface Start {
+  importMs: number
+  startMs: number
+  /** Resident memory, more than a process without the module takes. */
+  megabytes: number
+}
+
+/** Starts processes with and without the module, side by side. */
+async function measureStarts(module: string): Promise<Start[]> {
+  const starts: Start[] = []
   for (let count = 0; count < STARTS; count++) {
-    const bare = start('bare http')
-    const monitor = start('monitor')
-    await bare.ask('started')
-    const started = await monitor.ask('started') as Started
-    await new Promise((resolve) => setTimeout(resolve, SETTLED_MS))
-    const bytes = (await usage(monitor)).rss - (await usage(bare)).rss
-    starts.push({ ...started, megabytes: bytes / 2 ** 20 })
-    for (const { end } of [bare, monitor]) end()
+    const bare = await ServerProcess.start(BARE_HTTP)
+    const monitor = await ServerProcess.start(module)
+    await pause(SETTLED_MS)
+    const bareUsage = await bare.usage()
+    const monitorUsage = await monitor.usage()
+    bare.end()
+    monitor.end()
+
+    const { importMs, startMs } = monitor.started
+    const megabytes = (monitorUsage.rssBytes - bareUsage.rssBytes) / 2 ** 20
+    starts.push({ importMs, startMs, megabytes })
   }
   return starts
 }
 
-/** The median, and as text with the quartiles. */
-function spread(values: number[], digits: number): { median: number, text: string } {
+// --- The table -----------------------------------------------------------------------------------
+
+const EXPLANATION = `
+Ratios are to the bare server, the first of each group: of answers a second, and of the CPU time
+that the server's process takes for one answer. "busy" is that process's share of a core. One at a
+time is judged by the rate, as the server waits for the client; the others by CPU time, to which it
+does not matter who else uses the machine.
+`
+
+interface Spread {
+  median: number
+  /** The median with the quartiles. */
+  text: string
+}
+
+function spread(values: number[], digits: number): Spread {
   const sorted = values.toSorted((one, other) => one - other)
-  const [low, median, high] = [0.25, 0.5, 0.75].map(
-    (share) => sorted[Math.round(share * (sorted.length - 1))] ?? NaN) as [number, number, number]
-  const text = `${median.toFixed(digits)} (${low.toFixed(digits)}-${high.toFixed(digits)})`
-  return { median, text }
+  const at = (share: number): number => sorted[Math.round(share * (sorted.length - 1))] ?? NaN
+  const median = at(0.5)
+  const quartiles = `${at(0.25).toFixed(digits)}-${at(0.75).toFixed(digits)}`
+  return { median, text: `${median.toFixed(digits)} (${quartiles})` }
 }
 
-function row(...cells: string[]): void {
-  const widths = [46, 11, 22, 22, 6]
-  console.log(cells.map((cell, index) => cell.padEnd(widths[index] ?? 0)).join('').trimEnd())
+const WIDTHS = [38, 10, 21, 8, 21, 6]
+
+function printRow(...cells: string[]): void {
+  const padded = cells.map((cell, index) => cell.padEnd(WIDTHS[index] ?? 0))
+  console.log(padded.join('').trimEnd())
 }
 
-function printComparison({ name, atATime, servers, target }: Comparison, runs: Run[][]): void {
-  for (const [index, kind] of servers.entries()) {
-    const of = (value: (run: Run, bare: Run) => number, digits: number) =>
-      spread(runs.map((round) => value(round[index]!, round[0]!)), digits)
-    const rate = of(({ perSecond }) => perSecond, 0).median.toFixed(0)
-    const busy = of((one) => one.busy, 2).median.toFixed(2)
-    const title = `${name}, ${atATime} at a time: ${kind}`
-    const speed = of((one, bare) => one.perSecond / bare.perSecond, 2)
-    const cpu = of((one, bare) => bare.cpu / one.cpu, 2)
-    const judged = (atATime === 1 ? speed : cpu).median
-    if (index === 0) row(title, rate, '', '', busy)
-    else if (kind === 'hand-over') row(title, rate, speed.text, cpu.text, busy)
-    else {
-      const verdict = judged >= target ? 'ok' : 'short'
-      row(title, rate, speed.text, cpu.text, busy, `${target.toFixed(2)} ${verdict}`)
-    }
+/** A line for each server: its rate, its CPU time for an answer, and how both compare. */
+function printComparison(comparison: Comparison, servers: string[], rounds: Round[]): void {
+  console.log(comparison.title)
+  const bareRuns = rounds.map((round) => round[0]!)
+  for (const [index, server] of servers.entries()) {
+    const runs = rounds.map((round) => round[index]!)
+    const rateRatio = ratio(runs, bareRuns, (run) => run.perSecond)
+    const cpuRatio = ratio(bareRuns, runs, (run) => run.cpuMicroseconds)
+    const isCompared = index > 0
+
+    printRow(
+      `  ${nameOf(server)}`,
+      medianOf(runs, (run) => run.perSecond).toFixed(0),
+      isCompared ? rateRatio.text : '',
+      medianOf(runs, (run) => run.cpuMicroseconds).toFixed(1),
+      isCompared ? cpuRatio.text : '',
+      medianOf(runs, (run) => run.busy).toFixed(2),
+      isModule(server) ? judge(comparison, rateRatio, cpuRatio) : ''
+    )
+    if (comparison.question === 'own' && isCompared) printOwn(runs, bareRuns)
   }
 }
 
-async function main(): Promise<void> {
-  const rounds: Rounds = new Map([...COMPARISONS, OWN, INTERACTIVE].map((each) => [each, []]))
-  for (let count = 0; count < GENERATIONS; count++) await runGeneration(rounds)
-  const starts = await measureStarts()
-
-  console.log(`Node.js ${process.version}, ${availableParallelism()} cores; medians of ` +
-    `${GENERATIONS * ROUNDS} rounds (and quartiles)\n`)
-  row('', 'answers/s', 'ratio', 'CPU ratio', 'busy', 'target')
-  for (const comparison of COMPARISONS) printComparison(comparison, rounds.get(comparison)!)
-  console.log(`
-Ratios are to the bare server: of answers a second, and of the CPU time that the server's process
-takes for one. "busy" is that process's share of a core. One at a time is judged by the first ratio;
-${CROWD} at a time by the second, as the load is the slower side before the server is saturated.
-`)
-  const own = rounds.get(OWN)!
-  const of = (index: number) => spread(own.map((round) => round[index]!.cpu), 1).text
-  const more = spread(own.map(([bare, monitor]) => monitor!.cpu - bare!.cpu), 2)
-  const interactive = rounds.get(INTERACTIVE)!.map(([run]) => run!)
-  const verdict = more.median <= OWN.target ? 'ok' : 'short'
-  const list: [string, string][] = [
-    ['CPU of an own request, without, µs', of(0)],
-    ['CPU of an own request, with, µs', of(1)],
-    ['  more, µs', `${more.text}   target ${OWN.target} ${verdict}`],
-    ['commands pipelined on one connection, /s',
-      spread(interactive.map((run) => run.perSecond), 0).text +
-      `   busy ${spread(interactive.map((run) => run.busy), 2).median.toFixed(2)}`],
-    ['import (node:http being there), ms', spread(starts.map((one) => one.importMs), 1).text],
-    ['start, ms', spread(starts.map((one) => one.startMs), 1).text],
-    ['resident memory, more, MiB', spread(starts.map((one) => one.megabytes), 1).text]
-  ]
-  for (const [name, value] of list) row(name, value)
+function medianOf(runs: Run[], value: (run: Run) => number): number {
+  return spread(runs.map(value), 0).median
 }
 
-const [, , role] = process.argv
-if (role === undefined) await main()
-else if (role === 'load') answer((what) => load(what as Load))
-else await serve(role as ServerKind)
+function ratio(upper: Run[], lower: Run[], value: (run: Run) => number): Spread {
+  const ratios = upper.map((run, index) => value(run) / value(lower[index]!))
+  return spread(ratios, 3)
+}
+
+function judge({ target, atATime }: Comparison, rateRatio: Spread, cpuRatio: Spread): string {
+  if (target === undefined) return ''
+  const { median } = atATime === 1 ? rateRatio : cpuRatio
+  return `${target.toFixed(2)} ${median >= target ? 'ok' : 'short'}`
+}
+
+/** What a request of the host's own costs more with the monitor than without. */
+function printOwn(runs: Run[], bareRuns: Run[]): void {
+  const more = runs.map((run, index) => run.cpuMicroseconds - bareRuns[index]!.cpuMicroseconds)
+  const { median, text } = spread(more, 2)
+  const verdict = median <= OWN_TARGET_MICROSECONDS ? 'ok' : 'short'
+  console.log(`    more CPU µs: ${text}, target ${OWN_TARGET_MICROSECONDS} ${verdict}`)
+}
+
+async function printStarts(module: string): Promise<void> {
+  const starts = await measureStarts(module)
+  console.log(`processes with and without ${nameOf(module)}`)
+  for (const [title, value] of Object.entries(START_MEASURES)) {
+    printRow(`  ${title}`, spread(starts.map(value), 1).text)
+  }
+}
+
+const START_MEASURES: Record<string, (start: Start) => number> = {
+  'import (node:http being there), ms': (start) => start.importMs,
+  'start, ms': (start) => start.startMs,
+  'resident memory, more, MiB': (start) => start.megabytes
+}
+
+function nameOf(server: string): string {
+  return isModule(server) ? relative('.', server) : server
+}
+
+// --- The program ---------------------------------------------------------------------------------
+
+/** The modules to measure: those that are named, or the one that was built with this file. */
+function findModules(named: string[]): string[] {
+  if (named.length > 0) return named.map((path) => resolve(path))
+
+  const fromEnvironment = process.env['BENCH_MODULE']
+  if (fromEnvironment !== undefined) return [resolve(fromEnvironment)]
+
+  const besideThisFile = new URL(`../monitor${extname(import.meta.url)}`, import.meta.url)
+  return [fileURLToPath(besideThisFile)]
+}
+
+/** Takes all runs; nothing is left of the compiled client. */
+async function measure(comparisons: Comparison[], modules: string[]): Promise<Bench> {
+  const directory = mkdtempSync(join(tmpdir(), 'ftw-monitor-bench-'))
+  try {
+    const bench = new Bench(compileClient(directory), comparisons, modules)
+    const startedAt = performance.now()
+    for (let count = 0; count < GENERATIONS_MAX; count++) {
+      if (count >= GENERATIONS_MIN && performance.now() - startedAt > BUDGET_MS) break
+      await bench.runGeneration()
+    }
+    return bench
+  } finally {
+    rmSync(directory, { recursive: true })
+  }
+}
+
+async function main(named: string[]): Promise<void> {
+  const modules = findModules(named)
+  const selected = process.env['BENCH_ONLY'] // a question
+  const comparisons = COMPARISONS.filter(({ question }) => (selected ?? question) === question)
+  const bench = await measure(comparisons, modules)
+
+  const [rounds = []] = bench.rounds.values()
+  console.log(`Node.js ${process.version}; medians of ${rounds.length} rounds (with quartiles)`)
+  if (!bench.isPinned)
+    console.log('One core, or no taskset: nothing is bound to a core of its own.')
+  console.log(EXPLANATION)
+  printRow('', 'answers/s', 'rate ratio', 'CPU µs', 'CPU ratio', 'busy', 'target')
+  for (const [comparison, taken] of bench.rounds) {
+    printComparison(comparison, bench.serversOf(comparison), taken)
+  }
+  if (selected !== undefined) return
+  for (const module of modules) await printStarts(module)
+}
+
+const [, , role, ...words] = process.argv
+if (role === SERVE) await serve(words[0] ?? '')
+else await main(process.argv.slice(2))
