@@ -667,6 +667,8 @@ function isEndpoint(value: unknown): boolean {
   })
 }
 
+// The clock
+
 function tick(): void {
   state.clock.nowMs += TICK_MS
   state.probers.lookupsInTick = 0
@@ -699,6 +701,8 @@ function pause(ms: number): Promise<void> {
   return new Promise((resolve) => schedule(ms, resolve))
 }
 
+// From started to accepting
+
 /** Takes the next steps from started to accepting, as far as they can be taken now. */
 function boot(): void {
   const ownState = state
@@ -723,68 +727,6 @@ function openBesideInstance(ownState: State): void {
     return
   }
   openMonitor()
-}
-
-/** Without the server, only a connection tells whether the instance accepts them. Callers that come
- *  while one is tried get the same promise. */
-function lookAtInstance(ownState: State): Promise<void> {
-  const { look } = ownState
-  look.pending ??= tryConnection(ownState)
-  return look.pending
-}
-
-async function tryConnection(ownState: State): Promise<void> {
-  const { look, instance } = ownState
-  const outcome = instance ? await connectionOutcome(toConnectOptions(instance)) : 'unknown'
-  look.pending = undefined
-  look.atMs = performance.now()
-  if (outcome === 'unknown') return // a full backlog, say: what was seen last still holds
-  look.isRefused = outcome === 'refused'
-  if (outcome === 'accepted') acceptRequests(ownState)
-}
-
-function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refused' | 'unknown'> {
-  return new Promise((resolve) => {
-    const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
-    if (!socket) {
-      resolve('unknown')
-      return
-    }
-    socket.unref()
-    socket.setTimeout(LOOK_MS, () => {
-      socket.destroy()
-      resolve('unknown')
-    })
-    socket.on('connect', () => {
-      socket.destroy()
-      resolve('accepted')
-    })
-    socket.on('error', (error) => resolve(isRefused(error) ? 'refused' : 'unknown'))
-  })
-}
-
-/** A name may have several addresses, and an error for each. */
-function isRefused(error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }): boolean {
-  const { errors = [error] } = error
-  const relevant = errors.filter((each) => !isWithoutIpv6(each))
-  return relevant.length > 0 && relevant.every(({ code = '' }) => REFUSED.has(code))
-}
-
-const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
-
-function isWithoutIpv6({
-  code = '',
-  address
-}: NodeJS.ErrnoException & { address?: string }): boolean {
-  return address === '::1' && NO_IPV6.has(code)
-}
-
-const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
-
-/** Whether it is time to look again at an instance whose server was not given. */
-function isLookDue({ app, look, instance }: State): boolean {
-  if (app.server || !instance) return false
-  return performance.now() - look.atMs > LOOK_AGAIN_MS
 }
 
 function acceptRequests(ownState: State): void {
@@ -902,6 +844,70 @@ function toUrl(text: unknown): string | undefined {
 
 function hostInUrl(host: string): string {
   return net.isIPv6(host) ? `[${host}]` : host
+}
+
+// Whether somebody listens there
+
+/** Without the server, only a connection tells whether the instance accepts them. Callers that come
+ *  while one is tried get the same promise. */
+function lookAtInstance(ownState: State): Promise<void> {
+  const { look } = ownState
+  look.pending ??= tryConnection(ownState)
+  return look.pending
+}
+
+async function tryConnection(ownState: State): Promise<void> {
+  const { look, instance } = ownState
+  const outcome = instance ? await connectionOutcome(toConnectOptions(instance)) : 'unknown'
+  look.pending = undefined
+  look.atMs = performance.now()
+  if (outcome === 'unknown') return // a full backlog, say: what was seen last still holds
+  look.isRefused = outcome === 'refused'
+  if (outcome === 'accepted') acceptRequests(ownState)
+}
+
+function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refused' | 'unknown'> {
+  return new Promise((resolve) => {
+    const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
+    if (!socket) {
+      resolve('unknown')
+      return
+    }
+    socket.unref()
+    socket.setTimeout(LOOK_MS, () => {
+      socket.destroy()
+      resolve('unknown')
+    })
+    socket.on('connect', () => {
+      socket.destroy()
+      resolve('accepted')
+    })
+    socket.on('error', (error) => resolve(isRefused(error) ? 'refused' : 'unknown'))
+  })
+}
+
+/** A name may have several addresses, and an error for each. */
+function isRefused(error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }): boolean {
+  const { errors = [error] } = error
+  const relevant = errors.filter((each) => !isWithoutIpv6(each))
+  return relevant.length > 0 && relevant.every(({ code = '' }) => REFUSED.has(code))
+}
+
+const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
+
+function isWithoutIpv6({
+  code = '',
+  address
+}: NodeJS.ErrnoException & { address?: string }): boolean {
+  return address === '::1' && NO_IPV6.has(code)
+}
+
+const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
+
+/** Whether it is time to look again at an instance whose server was not given. */
+function isLookDue({ app, look, instance }: State): boolean {
+  if (app.server || !instance) return false
+  return performance.now() - look.atMs > LOOK_AGAIN_MS
 }
 
 // --- Listening -----------------------------------------------------------------------------------
@@ -1583,28 +1589,6 @@ function nameInHost(host: string): string {
 
 const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
 
-function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
-  if (remoteAddress === undefined) return false
-  return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
-}
-
-const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
-
-/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser, unless
- *  it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
-function isForwarded({ headers }: http.IncomingMessage, ownSites: string[]): boolean {
-  const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
-  if (!ownSites.includes(fetchSite)) return true
-  return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
-}
-
-/** Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla. */
-function siteOfOldBrowser(headers: http.IncomingHttpHeaders): string {
-  return (headers['user-agent'] ?? '').startsWith('Mozilla/') ? 'unknown' : 'none'
-}
-
-const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
-
 // --- Draining and shutdown -----------------------------------------------------------------------
 
 /** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
@@ -1704,6 +1688,49 @@ function pollingPause(): Promise<void> {
     setTimeout(resolve, DRAIN_POLL_MS).unref()
   })
 }
+
+// Probers
+
+/** Remembers who asks, and how often whoever asked was told that the instance drains. */
+function noteProber(asker: Asker, worth: number): void {
+  if (asker.isPerson) return
+  const address = addressOf(asker)
+  if (address === undefined) return
+
+  const prober = state.probers.known.get(address) ?? addProber(address)
+  prober.drainedAnswers += worth
+  prober.ask(state.clock.nowMs)
+}
+
+function addProber(address: string): Prober {
+  const { known } = state.probers
+  const prober = new Prober()
+  if (state.draining) return prober // else a prober that we wait for might have to make room
+  if (known.size >= PROBERS_MAX) forgetLongestSilent(known)
+  known.set(address, prober)
+  return prober
+}
+
+function forgetLongestSilent(known: Map<string, Prober>): void {
+  let longestSilent = ''
+  let sinceMs = Infinity
+  for (const [address, { lastAskedAtMs }] of known) {
+    if (lastAskedAtMs >= sinceMs) continue
+    longestSilent = address
+    sinceMs = lastAskedAtMs
+  }
+  known.delete(longestSilent)
+}
+
+/** In a flood we skip the lookup, and count all clients as one. */
+function addressOf(asker: Asker): string | undefined {
+  const { probers, draining, monitor } = state
+  probers.lookupsInTick++
+  if (!draining && probers.lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
+  return asker.remoteAddress ?? monitor.endpoint.path
+}
+
+// Sending clients elsewhere
 
 function sendClientsElsewhere(app: Application): void {
   for (const [response, { socket }] of app.inFlight) sendClientElsewhere(app, response, socket)
@@ -2046,47 +2073,6 @@ async function endUpgraded({ upgraded, connections }: Application): Promise<void
 async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<void> {
   const startedAtMs = performance.now()
   while (all.size > 0 && performance.now() - startedAtMs < limitMs) await pollingPause()
-}
-
-// Probers
-
-/** Remembers who asks, and how often whoever asked was told that the instance drains. */
-function noteProber(asker: Asker, worth: number): void {
-  if (asker.isPerson) return
-  const address = addressOf(asker)
-  if (address === undefined) return
-
-  const prober = state.probers.known.get(address) ?? addProber(address)
-  prober.drainedAnswers += worth
-  prober.ask(state.clock.nowMs)
-}
-
-function addProber(address: string): Prober {
-  const { known } = state.probers
-  const prober = new Prober()
-  if (state.draining) return prober // else a prober that we wait for might have to make room
-  if (known.size >= PROBERS_MAX) forgetLongestSilent(known)
-  known.set(address, prober)
-  return prober
-}
-
-function forgetLongestSilent(known: Map<string, Prober>): void {
-  let longestSilent = ''
-  let sinceMs = Infinity
-  for (const [address, { lastAskedAtMs }] of known) {
-    if (lastAskedAtMs >= sinceMs) continue
-    longestSilent = address
-    sinceMs = lastAskedAtMs
-  }
-  known.delete(longestSilent)
-}
-
-/** In a flood we skip the lookup, and count all clients as one. */
-function addressOf(asker: Asker): string | undefined {
-  const { probers, draining, monitor } = state
-  probers.lookupsInTick++
-  if (!draining && probers.lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
-  return asker.remoteAddress ?? monitor.endpoint.path
 }
 
 // --- The command table ---------------------------------------------------------------------------
@@ -3127,7 +3113,7 @@ function keepSession(session: Session): void {
   state.monitor.sessions[place] = session
 }
 
-// Shared functions: closures for each socket were the largest cost of a check.
+// Shared functions, so that a check does not make four closures.
 function onData(this: ClientSocket, chunk: Buffer): void {
   const session = this[SESSION]
   if (session instanceof LineSession) session.receive(chunk)
@@ -3592,6 +3578,32 @@ function deferred<T>(): Deferred<T> {
   return { promise, resolve, reject }
 }
 
+// Who is on this machine
+
+function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
+  if (remoteAddress === undefined) return false
+  return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
+}
+
+const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
+
+/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser, unless
+ *  it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
+function isForwarded({ headers }: http.IncomingMessage, ownSites: string[]): boolean {
+  const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
+  if (!ownSites.includes(fetchSite)) return true
+  return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
+}
+
+/** Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla. */
+function siteOfOldBrowser(headers: http.IncomingHttpHeaders): string {
+  return (headers['user-agent'] ?? '').startsWith('Mozilla/') ? 'unknown' : 'none'
+}
+
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
+
+// The environment
+
 function readEnv(name: string): string | undefined {
   return process.env[name]?.trim() || undefined
 }
@@ -3606,6 +3618,8 @@ function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | 
 function isSwitchedOff(name: string): boolean {
   return /^(0|false|no|off)$/i.test(readEnv(name) ?? '')
 }
+
+// Texts and errors
 
 function withoutSlashes(path: string): string {
   return path.replace(/\/+$/, '')
