@@ -3861,32 +3861,54 @@ async function askStatus(to: net.NetConnectOpts): Promise<string[]> {
 
 /** Prints the status of one instance, or a line for each of several; once, or every second. */
 async function showStatus(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
-  const isWatched = words.includes('--watch')
   const instances = words.filter((word) => word !== '--watch')
+  const wrong = instances.find((word) => word.startsWith('-'))
+  if (wrong !== undefined) failWith(`knows no ${wrong}; try ftw-monitor --help`)
+
+  const look = (): Promise<Shown> =>
+    instances.length > 0 ? fleetStatus(instances) : ownStatus(monitor)
+  if (words.includes('--watch')) return watchStatus(look)
+
+  const { lines, healthy } = await look()
+  print(lines.join('\n'))
+  return healthy ? 0 : 1
+}
+
+/** Renews what is shown every second, in its place on a terminal, until Ctrl-C. */
+async function watchStatus(look: () => Promise<Shown>): Promise<never> {
   let exitCode = 1
-  let linesBefore = 0
+  let rowsBefore = 0
   process.once('SIGINT', () => process.exit(exitCode))
-  do {
-    const shown = instances.length > 0 ? await fleetStatus(instances) : await ownStatus(monitor)
-    exitCode = shown.healthy ? 0 : 1
-    if (isWatched && process.stdout.isTTY) eraseLines(linesBefore)
-    linesBefore = shown.lines.length
-    print(shown.lines.join('\n'))
-    if (isWatched) await wakeAfter(WATCH_MS)
-  } while (isWatched)
-  return exitCode
+  for (;;) {
+    const { lines, healthy } = await look().catch(unreachable)
+    exitCode = healthy ? 0 : 1
+    if (process.stdout.isTTY) rowsBefore = renewRows(lines, rowsBefore)
+    else print(lines.join('\n'))
+    await wakeAfter(WATCH_MS)
+  }
 }
 
 const WATCH_MS = 1_000
 
-/** Goes back to the first of the lines that were printed, and clears the screen from there. */
-function eraseLines(count: number): void {
-  if (count > 0) process.stdout.write(`\x1b[${count}A\x1b[J`)
+/** Writes over the rows of the terminal that were printed before, and gives how many there are now. */
+function renewRows(lines: string[], rowsBefore: number): number {
+  const columns = process.stdout.columns || 80 // some terminals do not know their size
+  const rows = process.stdout.rows || 24
+  // Each line takes one row: what is wrapped, or has left the screen, cannot be written over.
+  const fitting = lines.slice(0, rows - 1).map((line) => line.slice(0, columns))
+  const back = rowsBefore > 0 ? `\x1b[${rowsBefore}A\x1b[J` : ''
+  process.stdout.write(`${back}${fitting.join('\n')}\n`)
+  return fitting.length
 }
 
 interface Shown {
   lines: string[]
   healthy: boolean
+}
+
+/** An instance that is restarted is not the end of watching it. */
+function unreachable(error: unknown): Shown {
+  return { lines: [clean(errorText(error))], healthy: false }
 }
 
 async function ownStatus(monitor: net.NetConnectOpts): Promise<Shown> {
@@ -3897,23 +3919,31 @@ async function ownStatus(monitor: net.NetConnectOpts): Promise<Shown> {
 async function fleetStatus(words: string[]): Promise<Shown> {
   const all = await Promise.all(words.map(instanceStatus))
   const nameWidth = Math.max(...all.map(({ name }) => name.length))
-  const reasonWidth = Math.max(...all.map(({ reason }) => reason.length))
-  const lines = all.map(({ name, reason, figures }) =>
-    `${name.padEnd(nameWidth)}  ${reason.padEnd(reasonWidth)}  ${figures}`.trimEnd()
+  const reasonWidth = Math.min(
+    FLEET_REASON_MAX,
+    Math.max(...all.map(({ reason }) => reason.length))
   )
+  const lines = all.map(({ name, reason, figures }) => {
+    const shown = figures === '' ? reason : reason.slice(0, reasonWidth).padEnd(reasonWidth)
+    return `${name.padEnd(nameWidth)}  ${shown}  ${figures}`.trimEnd()
+  })
   return { lines, healthy: all.every(({ reason }) => reason === 'OK') }
 }
+
+const FLEET_REASON_MAX = 30 // characters, so that a line fits into 80
 
 /** Gives the verdict and, of the line about the instance, what stands behind its address. */
 async function instanceStatus(
   word: string
 ): Promise<{ name: string; reason: string; figures: string }> {
+  const [, name = word] = NAMED_INSTANCE.exec(word) ?? []
   try {
-    const { name, monitor } = parseInstance(word)
+    const { monitor } = parseInstance(word)
     const [reason = '', instance = ''] = await askStatus(monitor)
-    return { name, reason: reason || 'no answer', figures: instance.replace(/^.*?, /, '') }
+    const figures = instance.replace(/^.*?, /, '').replace(/ requests|, \d+ upgraded| busy/g, '')
+    return { name, reason: reason || 'no answer', figures }
   } catch (error) {
-    return { name: word, reason: clean(errorText(error)), figures: '' }
+    return { name, reason: clean(errorText(error)), figures: '' }
   }
 }
 
