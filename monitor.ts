@@ -342,6 +342,7 @@ class Application {
   readonly server: net.Server | undefined
   readonly logger: Logger
   unhook: () => void = doNothing
+  restoreClose: () => void = doNothing
   /** Once `shutdown` has closed the server. */
   isClosing = false
   readonly inFlight = new Map<http.ServerResponse, RequestInFlight>()
@@ -353,6 +354,8 @@ class Application {
   /** The newest response of each connection, while draining. Only that one may carry `Connection:
    *  close`, since Node.js drops whatever was pipelined behind such a response. */
   readonly lastOfConnection = new WeakMap<net.Socket, http.ServerResponse>()
+  /** Responses that close their connection, since each `drain` comes by again. */
+  readonly sentElsewhere = new WeakSet<http.ServerResponse>()
   requests = 0
   errors = 0
   /** One listener for all responses: a closure for each would cost more than all else here. */
@@ -1012,10 +1015,10 @@ function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
 }
 
 function onServerListening(): void {
-  const { options, app, resolveStart } = state
+  const { options, resolveStart } = state
   if (!options) return
-  if (state.instance && hasMoved(options, state.instance))
-    void closeMonitor(stateOfApplication(app))
+  const isMoved = state.instance !== undefined && hasMoved(options, state.instance)
+  if (isMoved) void closeMonitor(stateUntilListening())
   if (state.clock.ticker) boot()
   else begin(options, resolveStart)
 }
@@ -1023,11 +1026,16 @@ function onServerListening(): void {
 /** The monitor closes with the server, and comes back when that listens again. */
 function onServerClose(): void {
   if (currentShutdown || !isShuttingDown()) return // one that never listened emits `close` too
+  void closeMonitor(stateUntilListening())
+}
+
+/** What an operator wanted still holds when the server listens again. */
+function stateUntilListening(): State {
   const next = stateOfApplication(state.app)
   next.options = state.options
   next.resolveStart = state.resolveStart
   next.draining = state.draining
-  void closeMonitor(next)
+  return next
 }
 
 function trackUntilClose<T extends net.Socket | Http2Session>(all: Set<T>, one: T): void {
@@ -1746,6 +1754,8 @@ function sendClientElsewhere(
   attempt(() => {
     const { stream } = response as { stream?: { session?: Http2Session } }
     app.lastOfConnection.set(socket, response)
+    if (app.sentElsewhere.has(response)) return
+    app.sentElsewhere.add(response)
     if (stream?.session) stream.session.close()
     else if (!response.headersSent) closeConnectionAfter(app, response, socket)
   })
@@ -1961,6 +1971,7 @@ async function performShutdown(
   await doPart(shutting, 'the monitor', stop)
 
   clearTimeout(deadline)
+  app.restoreClose()
   app.unhook()
   shutting.isOver = true
 }
@@ -1994,7 +2005,7 @@ async function closeServer(app: Application, cutAtMs: number, timeoutMs: number)
 
   app.isClosing = true
   sendClientsElsewhere(app)
-  letOthersClose(server)
+  app.restoreClose = letOthersClose(server)
   attempt(() => server.close()) // it may be closed, or never have listened
   for (const session of http2Sessions) attempt(() => session.close())
   do {
@@ -2020,8 +2031,9 @@ async function cutRequests(
 }
 
 /** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it runs
- *  no more. */
-function letOthersClose(server: net.Server): void {
+ *  no more. Gives what takes this back. */
+function letOthersClose(server: net.Server): () => void {
+  const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
   // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
   const innerClose = server.close
   let isClosed = false
@@ -2032,6 +2044,10 @@ function letOthersClose(server: net.Server): void {
     if (callback && isClosed) setImmediate(() => callback())
     else if (callback) server.once('close', () => callback())
     return isClosed ? server : Reflect.apply(innerClose, server, [])
+  }
+  return () => {
+    Reflect.deleteProperty(server, 'close')
+    if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
   }
 }
 
@@ -2805,6 +2821,7 @@ async function statusFor(asker: Asker): Promise<Status> {
   if (asker.local) return known
   return {
     ...known,
+    reason: known.reason.replace(/ failed: .*/s, ' failed'),
     databases: known.databases.map((each) => ({
       ...each,
       trouble: each.trouble.split(':')[0] ?? ''
