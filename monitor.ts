@@ -3280,7 +3280,7 @@ class LineSession extends Session implements Asker {
     this.enter('awaitingReader')
     this.socket.once('drain', () => {
       this.enter(phase)
-      this.goOn()
+      setImmediate(() => this.goOn()) // a reader who keeps up would leave the application no turn
     })
   }
 
@@ -3409,35 +3409,37 @@ class HttpSession extends Session {
 
   accept(exchange: Exchange): void {
     this.waiting.push(exchange)
-    if (!this.current) this.answerWaiting()
+    if (!this.current) this.answerNext()
   }
 
-  answerWaiting(): void {
-    while (!this.current && this.phase !== 'closing' && !this.socket.destroyed) {
-      const exchange = this.waiting.shift()
-      if (!exchange) return
-      this.enter('running')
-      const answer = exchange.run()
-      if (answer instanceof Promise) {
-        this.current = exchange
-        void this.finishLater(exchange, answer)
-        return
-      }
-      this.finish(exchange)
-    }
+  answerNext(): void {
+    if (this.phase === 'closing' || this.socket.destroyed) return
+    const exchange = this.waiting.shift()
+    if (!exchange) return
+    this.current = exchange
+    this.enter('running')
+    const answer = exchange.run()
+    if (answer instanceof Promise) void this.finishLater(exchange, answer)
+    else this.finish(exchange)
   }
 
   async finishLater(exchange: Exchange, answer: Promise<unknown>): Promise<void> {
     await answer
-    if (this.current !== exchange) return // given up meanwhile
-    this.finish(exchange)
-    this.answerWaiting()
+    if (this.phase === 'running') this.finish(exchange) // else given up meanwhile
   }
 
+  /** The next request waits until this reply is taken, and until the application has had its turn. */
   finish(exchange: Exchange): void {
+    this.enter('awaitingReader')
+    exchange.response.once('finish', () => setImmediate(() => this.goOn()))
     exchange.send()
+  }
+
+  goOn(): void {
+    if (this.phase === 'closing') return
     this.current = undefined
     this.enter('awaitingRequest')
+    this.answerNext()
   }
 
   giveUpCommand(): void {
