@@ -489,7 +489,7 @@ interface Draining {
   waitFor: Prober[]
 }
 
-/** A shutdown: it has ownState, or it is over. */
+/** A shutdown: it has begun, or it is over. */
 class Shutdown {
   isOver = false
   /** What is still to be done, in words. */
@@ -584,7 +584,7 @@ function warnUnlessAccepting(): void {
 }
 
 /** Closes the monitor and its connections, aborts what runs, takes its hook off the server and,
- *  unless a shutdown has ownState, its listeners off the signals. Resolves when the port is free. What
+ *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
   const { app, resolveStart } = state
@@ -1156,7 +1156,7 @@ export function registerDatabase(name: string, database: Database): Activity {
     isConnected: call(() => database.isConnected()),
     connections: database.connections && call(() => database.connections?.()),
     figures: database.figures && call(() => database.figures?.()),
-    trouble: ''
+    trouble: 'disconnected' // until it was asked: a check may be under way
   })
   return {
     loads: (count) => counters.loads.add(count),
@@ -1342,8 +1342,11 @@ async function performRun(
   }
   clock.due.set(expire, clock.nowMs + WARMUP_MS)
   if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
+  const results: SiteStatus[] = []
   for (const [index, site] of sites.entries()) {
-    const { failure, seconds } = await warmSite(ownState, site, signal)
+    const result = await warmSite(ownState, site, signal)
+    results.push(result)
+    const { failure, seconds } = result
     if (!isCurrent(ownState)) continue
     const outcome = failure ? `failed (${failure})` : 'is warm'
     const text = `(${index + 1}/${sites.length}) ${site} ${outcome} after ${seconds.toFixed(1)} s`
@@ -1352,7 +1355,7 @@ async function performRun(
   clock.due.delete(expire) // work that goes on after the warm-up must not be aborted
 
   warmup.runs.shift()
-  const failure = failureOf(warmup, sites)
+  const failure = failureOf(results)
   const isWhole = allSites().every((site) => sites.includes(site))
   if (failure === '' && isWhole) warmup.outcome = 'done'
   return failure
@@ -1376,7 +1379,8 @@ async function warmSite(ownState: State, site: string, signal: AbortSignal): Pro
 async function tryPerformer(site: string, url: string, signal: AbortSignal): Promise<string> {
   const performer = performers.get(site) ?? loadPage
   const { promise: aborted, resolve: endWait } = deferred<void>()
-  signal.addEventListener('abort', () => endWait())
+  const onAbort = (): void => endWait()
+  signal.addEventListener('abort', onAbort)
   try {
     signal.throwIfAborted()
     await Promise.race([performer({ site, url, signal }), aborted])
@@ -1384,15 +1388,16 @@ async function tryPerformer(site: string, url: string, signal: AbortSignal): Pro
     return ''
   } catch (error) {
     return errorText(error)
+  } finally {
+    signal.removeEventListener('abort', onAbort)
   }
 }
 
 /** Why these sites are not warm, '' if they are. */
-function failureOf({ sites }: WarmupState, names: string[]): string {
+function failureOf(sites: SiteStatus[]): string {
   const failures: string[] = []
-  for (const name of names) {
-    const failure = sites.get(name)?.failure
-    if (failure) failures.push(name === '/' ? failure : `${name}: ${failure}`)
+  for (const { site, failure } of sites) {
+    if (failure) failures.push(site === '/' ? failure : `${site}: ${failure}`)
   }
   return failures.join('; ')
 }
@@ -1414,10 +1419,10 @@ async function warmUpAutomatically(): Promise<void> {
 
     const untried = allSites().filter((site) => !isTried(warmup, site))
     if (untried.length > 0) {
-      await warmUp(untried) // joins a run that the view, or somebody by hand, has ownState
+      await warmUp(untried) // joins a run that the view, or somebody by hand, has begun
       continue
     }
-    warmup.failure = failureOf(warmup, allSites())
+    warmup.failure = failureOf(allSites().map(siteStatus))
     if (warmup.failure === '') {
       warmup.outcome = 'done'
       return
@@ -1978,7 +1983,7 @@ async function performShutdown(
 
 async function drainForShutdown(options: Required<DrainOptions>): Promise<void> {
   const outcome = await untilDrained(options)
-  if (outcome !== 'Drained') log('warn', outcome)
+  if (outcome.startsWith('Not drained after')) log('warn', outcome)
 }
 
 /** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
