@@ -32,7 +32,9 @@ import * as fs from 'node:fs'
 import * as http from 'node:http'
 import * as http2 from 'node:http2'
 import * as https from 'node:https'
+import { createRequire } from 'node:module'
 import * as net from 'node:net'
+import { Readable } from 'node:stream'
 import { networkInterfaces, tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
@@ -751,6 +753,111 @@ async function askMemory(port: number): Promise<number> {
   return Number(await ask(port, 'collected\n'))
 }
 
+// Helpers: services that end
+
+interface ServiceSetup extends ProcessOptions {
+  /** May replace the service's `server` and `options`, `begin`, which starts the monitor, and
+   *  `listen`, which shutdownOnSignal() comes before. */
+  script?: string
+}
+
+/** A service that shuts down on a signal, and says `closed` where a request comes after `cleanUp`. */
+async function bootService(t: TestContext, setup: ServiceSetup = {}) {
+  const { script = '', ...options } = setup
+  const source = `
+    import http from 'node:http'
+    import net from 'node:net'
+    import { promisify } from 'node:util'
+    import { setTimeout as pause } from 'node:timers/promises'
+    import * as monitor from ${JSON.stringify(MODULE.href)}
+    let isOpen = true
+    const cleanUp = () => {
+      isOpen = false
+      console.log('cleaned up')
+    }
+    const handle = async ({ url }, response) => {
+      console.log('asked for', url)
+      if (url === '/stream') return response.write('begun')
+      if (url === '/slow') await pause(500)
+      response.end(isOpen ? 'served' : 'closed')
+    }
+    let server = http.createServer(handle)
+    let options = { cleanUp }
+    let begin = () => monitor.start({ server, listen: { host: '127.0.0.1', port: 0 } })
+    let listen = () => new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
+    ${script}
+    monitor.shutdownOnSignal(options)
+    await listen()
+    const address = await begin()
+    console.log('ready', server.address().port, address?.port ?? 0)`
+  const words = ['--no-warnings', '--input-type=module', '-e', source]
+  const watched = watch(t, process.execPath, words, options)
+  const { child } = watched
+  const isReady = () => {
+    assert.equal(child.exitCode, null, watched.output)
+    return watched.output.includes('\nready ') || watched.output.startsWith('ready ')
+  }
+  await until(isReady, 'the service is ready', 30_000)
+  const [, instancePort, port] = /^ready (\d+) (\d+)$/m.exec(watched.output) ?? []
+
+  const hasSaid = (text: string) => until(() => watched.output.includes(text), text)
+  /** Ends it by a signal; `status` is null where the signal itself did that. */
+  const end = async (signal: NodeJS.Signals = 'SIGTERM', limitMs = 20_000) => {
+    const startedAt = performance.now()
+    child.kill(signal)
+    const status = await inTime(watched.exit, `${signal} ends ${watched.output}`, limitMs)
+    return { status, ms: performance.now() - startedAt, output: watched.output }
+  }
+  return { watched, port: Number(port), instancePort: Number(instancePort), hasSaid, end }
+}
+
+/** What the monitor has said since the signal, without its last words, which are always the same. */
+function linesOfShutdown(output: string): string[] {
+  return output.split('\n').filter((line) => /^ftw-monitor (cuts|failed|is done|exits)/.test(line))
+}
+
+/** An upgraded connection, whose client answers nothing and never ends it. */
+async function upgradeTo(port: number) {
+  const socket = connectTo(port, { allowHalfOpen: true })
+  const peer = { socket, text: '', endedAt: 0 }
+  socket.on('data', (part) => {
+    peer.text += String(part)
+  })
+  socket.on('error', () => {})
+  socket.on('end', () => {
+    peer.endedAt = performance.now()
+  })
+  socket.write(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
+  await until(() => peer.text.endsWith('\r\n\r\n'), 'the connection is upgraded')
+  peer.text = ''
+  return peer
+}
+
+/** Has a server upgrade connections; gives the server's ends of them. */
+function takeUpgrades(server: net.Server): net.Socket[] {
+  const upgraded: net.Socket[] = []
+  server.on('upgrade', (_, socket: net.Socket) => {
+    socket.on('error', () => {})
+    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
+    upgraded.push(socket)
+  })
+  return upgraded
+}
+
+/** A service that imports packages. */
+function bootServiceOf(t: TestContext, script: string) {
+  assert.ok(PACKAGES !== undefined, 'FTW_MONITOR_TEST_PACKAGES is not set')
+  return bootService(t, { script, cwd: PACKAGES })
+}
+
+async function startRedis(t: TestContext): Promise<number> {
+  const port = await freePort()
+  const words = ['--port', String(port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no']
+  const redis = watch(t, 'redis-server', words, { cwd: scratchFolder(t) })
+  await until(() => redis.output.includes('Ready to accept connections'), 'Redis runs')
+  return port
+}
+
 // Helpers: what commands reply, read as their users do
 
 /** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
@@ -904,6 +1011,68 @@ function parseDump(stdout: string): Point[] {
   return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
 }
 
+/** The page that a browser gets at the monitor's root. */
+function openPage(port: number, options: PageOptions & { path?: string } = {}) {
+  const { path = '/', headers = {}, ...others } = options
+  return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
+}
+
+/** The cells of each row of the page, without their markup; `▢` stands for a bar. */
+function rowsOfPage(body: string): string[] {
+  const rows = body.match(/^<tr.*$/gm) ?? []
+  return rows.map((row) =>
+    row
+      .replace(/^<tr[^>]*><th scope="row">/, '')
+      .replace(/<progress[^>]*><\/progress>/g, '▢')
+      .replaceAll(/<td[^>]*>/g, '|')
+  )
+}
+
+interface HealthJson {
+  status: string
+  output?: string
+  description: string
+  checks: Record<
+    string,
+    {
+      componentId?: string
+      status: string
+      observedValue: number
+      observedUnit: string
+      time: string
+      output?: string
+    }[]
+  >
+}
+
+async function askHealthJson(port: number, options: PageOptions = {}) {
+  const { status, headers, body } = await getPage(port, '/status', options)
+  return { status, type: headers['content-type'], json: JSON.parse(body) as HealthJson }
+}
+
+/** Three sites of which the first is warm, the second runs until the gate opens, the third waits. */
+function sitesBehind(gate: { opened: Promise<void> }): Record<string, WarmupPerformer> {
+  return { '/': () => {}, '/shop': () => gate.opened, '/search': () => {} }
+}
+
+/** Prometheus's own client with its default metrics, a histogram and a summary of odd labels. */
+const PROM_CLIENT = String.raw`
+  import { createRequire } from 'node:module'
+  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const client = require('prom-client')
+  client.collectDefaultMetrics()
+  const named = (name) => ({ name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] })
+  const seconds = new client.Histogram(named('shop_seconds'))
+  const bytes = new client.Summary(named('shop_bytes'))
+  for (const path of ['a"b', 'back\\slash', 'new\nline', 'ü{x="y"} 1', '\n# TYPE a b']) {
+    seconds.observe({ path }, 0.3)
+    bytes.observe({ path }, 3)
+  }
+  monitor.registerDatabase('main', { isConnected: () => true })
+  monitor.registerMetrics(() => client.register.metrics())
+  const own = async (peer) => peer.write(await client.register.metrics())
+  monitor.register('own', '', own, { http: true })`
+
 // Helpers: HAProxy
 
 type Backend = { name: string; port: number; instancePort: number }
@@ -939,7 +1108,9 @@ async function startHaproxy(t: TestContext, configuration: (socket: string) => s
 
 /** The README's first configuration with one server that is there, short intervals and a socket. */
 function configure(front: number, instance: number, nowhere: number, socket: string): string {
-  const [, configuration = ''] = /^```haproxy\n([^]*?)^```$/m.exec(README_TEXT) ?? []
+  const blocks = [...README_TEXT.matchAll(/^```haproxy\n([^]*?)^```$/gm)]
+  const texts = blocks.map(([, text = '']) => text)
+  const configuration = texts.find((text) => text.includes('tcp-check expect string OK')) ?? ''
   assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
   const adapted = configuration
     .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
@@ -1018,7 +1189,7 @@ const BUSY = `
 
 const NOBODY = 65_534
 
-/** A PostgreSQL of its own on a Unix socket; gives its `environment` for clients. */
+/** A PostgreSQL of its own; gives its `environment` for clients. */
 async function startPostgres(t: TestContext) {
   let end = async () => {}
   t.after(() => end()) // before its folder is removed
@@ -1028,19 +1199,28 @@ async function startPostgres(t: TestContext) {
   const asNobody = ['--reuid', String(NOBODY), '--regid', String(NOBODY), '--clear-groups']
   const run = async (program: string, ...words: string[]) => {
     const command = [...(isRoot ? ['setpriv', ...asNobody] : []), `${POSTGRES_BIN}${program}`]
-    const [first = '', ...others] = [...command, ...words]
-    const { status, stdout, stderr } = await runToEnd(t, first, others, { cwd: folder })
+    const first = command[0] ?? ''
+    const { status, stdout, stderr } = await runToEnd(t, first, [...command.slice(1), ...words], {
+      cwd: folder
+    })
     assert.equal(status, 0, stdout + stderr)
   }
   const data = join(folder, 'data')
-  const settings = `-k ${folder} -c listen_addresses='' -c fsync=off`
+  const port = String(await freePort())
+  const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${port} -c fsync=off`
   const log = join(folder, 'log')
   const stop = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
   const start = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
   await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
   await start()
   end = () => stop().catch(() => {}) // it may be stopped
-  return { start, stop, environment: { PGHOST: folder, PGUSER: 'tester', PGDATABASE: 'postgres' } }
+  const environment = {
+    PGHOST: '127.0.0.1',
+    PGPORT: port,
+    PGUSER: 'tester',
+    PGDATABASE: 'postgres'
+  }
+  return { start, stop, environment }
 }
 
 // Helpers: what strangers and a careless host do
@@ -1272,6 +1452,485 @@ async function sendHostile(port: number, from: string, random: () => number): Pr
   await closed
 }
 
+// Helpers: forms of answering, and upgraded connections
+
+interface Form {
+  /** What is sent; a GET by default. */
+  asked?: string
+  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
+}
+
+/** As rawHeaders has them: names and values in turn. */
+const UPSTREAM = [
+  ['Server', 'upstream'],
+  ['Set-Cookie', 'a=1'],
+  ['Connection', 'keep-alive'],
+  ['Keep-Alive', 'timeout=9'],
+  ['Set-Cookie', 'b=2'],
+  ['Content-Length', '2']
+].flat()
+
+/** Tells what writeHead throws instead of throwing it. */
+function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
+  try {
+    Reflect.apply(response.writeHead, response, words)
+    response.end('ok')
+  } catch (error) {
+    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
+  }
+}
+
+/** Has a response do something before its head is written, as on-headers does. */
+function beforeHead(response: http.ServerResponse, act: () => void): void {
+  const innerWriteHead = response.writeHead.bind(response) as (
+    ...words: unknown[]
+  ) => typeof response
+  response.writeHead = (...words: unknown[]) => {
+    act()
+    return innerWriteHead(...words)
+  }
+}
+
+/** The forms in which applications answer. */
+const FORMS: Record<string, Form> = {
+  'implicit headers': { answer: (_, response) => response.end('ok') },
+  'two writes': {
+    answer: (_, response) => {
+      response.write('first')
+      response.end('second')
+    }
+  },
+  setHeader: {
+    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
+  },
+  'statusCode and statusMessage': {
+    answer: (_, response) => {
+      response.statusCode = 404
+      response.statusMessage = 'Nowhere'
+      response.end('ok')
+    }
+  },
+  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
+  'writeHead of a status and a reason': {
+    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
+  },
+  'writeHead of a reason and an object': {
+    answer: (_, response) =>
+      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
+  },
+  'writeHead of an object': {
+    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
+  },
+  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
+  'writeHead of a frozen object': {
+    answer: (_, response) => {
+      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'writeHead of names and values in turn': {
+    answer: (_, response) => {
+      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of a reason and an array': {
+    answer: (_, response) => {
+      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of an array after setHeader': {
+    answer: (_, response) => {
+      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
+  'a header whose value is "connection"': {
+    answer: (_, response) => {
+      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
+    }
+  },
+  'rawHeaders of an upstream': {
+    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
+  },
+  'rawHeaders of an upstream after setHeader': {
+    answer: (_, response) => {
+      response
+        .setHeader('X-Early', '1')
+        .writeHead(200, [...UPSTREAM])
+        .end('ok')
+    }
+  },
+  'Object.entries of headers': {
+    answer: (_, response) => {
+      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
+    }
+  },
+  'Object.entries after setHeader': {
+    answer: (_, response) => {
+      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
+    }
+  },
+  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
+  'writeHead twice': {
+    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
+  },
+  'setHeaders of a Map': {
+    answer: (_, response) => {
+      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
+      response.end('ok')
+    }
+  },
+  'setHeaders of Headers': {
+    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
+  },
+  appendHeader: {
+    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
+  },
+  'appendHeader of Connection': {
+    answer: (_, response) => {
+      response
+        .appendHeader('Connection', 'keep-alive')
+        .appendHeader('Connection', 'X-Hop')
+        .end('ok')
+    }
+  },
+  trailers: {
+    answer: (_, response) => {
+      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
+      response.addTrailers({ 'X-Sum': '7' })
+      response.end()
+    }
+  },
+  'interim answers': {
+    answer: (_, response) => {
+      response.writeContinue()
+      response.writeProcessing()
+      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'Expect: 100-continue': {
+    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
+    answer: (request, response) => request.pipe(response)
+  },
+  HEAD: {
+    asked: headOf('/').replace('GET', 'HEAD'),
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
+  },
+  '204': { answer: (_, response) => response.writeHead(204).end() },
+  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
+  '304 that keeps alive': {
+    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
+  },
+  '426': {
+    answer: (_, response) => {
+      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
+      response.writeHead(426, headers).end('upgrade')
+    }
+  },
+  'a stream of known length': {
+    answer: (_, response) => {
+      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
+    }
+  },
+  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
+  'no chunks and no length': {
+    answer: (_, response) => {
+      response.removeHeader('Transfer-Encoding')
+      response.write('until the')
+      response.end(' end')
+    }
+  },
+  flushHeaders: {
+    answer: async (_, response) => {
+      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
+      await pause(10)
+      response.end('ok')
+    }
+  },
+  'setHeader of keep-alive': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'setHeader of keep-alive and other names': {
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
+  },
+  'setHeader of keep-alive in an array': {
+    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
+  },
+  'setHeader of keep-alive, then writeHead of an array': {
+    answer: (_, response) => {
+      response.setHeader('Connection', 'keep-alive')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an object': {
+    answer: (_, response) => {
+      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in two cases': {
+    answer: (_, response) => {
+      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an array': {
+    answer: (_, response) => {
+      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
+    }
+  },
+  'Connection: close': {
+    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
+  },
+  'removeHeader of Connection': {
+    answer: (_, response) => {
+      response.removeHeader('Connection')
+      response.end('ok')
+    }
+  },
+  'all headers removed': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'all headers copied': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
+      const headers = response.getHeaders()
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'all headers shown': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
+    }
+  },
+  'a head that is written late': {
+    answer: (_, response) => {
+      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
+      response.writeHead(200, { 'X-A': '1' }).end('ok')
+    }
+  },
+  'writeHead of the prototype': {
+    answer: (_, response) => {
+      Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
+      response.end('ok')
+    }
+  },
+  'a stream of its own': {
+    answer: (_, response) => {
+      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
+      response.end('ok')
+    }
+  },
+  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
+  'HTTP/1.0 that keeps alive': {
+    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
+  },
+  'a client that closes': {
+    asked: headOf('/', 'Connection: close'),
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
+  },
+  'a body that nobody reads': {
+    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
+    answer: (_, response) => response.end('ok')
+  },
+  'half an answer': {
+    answer: async (_, response) => {
+      response.write('half')
+      await pause(10)
+      response.destroy()
+    }
+  }
+}
+
+/** Answers each request in the form that its header names, as soon as it may. */
+async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.resolve()) {
+  const responses: http.ServerResponse[] = []
+  const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
+    responses.push(response)
+    await mayAnswer
+    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
+  }
+  const server = await serve(t, (request, response) => void answer(request, response))
+  const askAll = async (): Promise<Record<string, string>> => {
+    const answers = Object.entries(FORMS).map(async ([name, { asked = headOf('/') }]) => {
+      const text = asked.replace(/ HTTP\/1\.\d\r\n/, `$&X-Form: ${name}\r\n`)
+      return [name, await ask(portOf(server), text, { limitMs: 3_000 })]
+    })
+    return Object.fromEntries(await Promise.all(answers))
+  }
+  return { server, askAll, responses }
+}
+
+/** Closes the connections that are kept alive as soon as so many responses are sent. */
+async function closeWhenSent(server: http.Server, responses: http.ServerResponse[], count: number) {
+  const isSent = (response: http.ServerResponse) => response.writableFinished || response.destroyed
+  await until(() => responses.length === count && responses.every(isSent), 'all are sent')
+  server.closeIdleConnections()
+}
+
+/** What is to be sent while draining, by what is sent else. */
+function whileDraining(answer: string): string {
+  return answer
+    .replace(/^Date: .*\r\n/gim, '')
+    .replace(/^Keep-Alive: .*\r\n/gim, '')
+    .replace(/^(Connection: )keep-alive/gim, '$1close')
+}
+
+/** Looks at a response at which something throws. */
+const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
+  'at its stream': (response) => trapped(['stream'], response),
+  'at headersSent': (response) => trapped(['headersSent'], response),
+  'at getHeaderNames': (response) => trapped(['getHeaderNames'], response),
+  'at getRawHeaderNames': (response) => trapped(['getRawHeaderNames'], response),
+  'at getHeader': (response) => trapped(['getHeader'], response),
+  'at setHeader': (response) => trapped(['setHeader'], response),
+  'with other names': (response) => Reflect.set(response, 'getHeaderNames', () => 7),
+  'with a writeHead for ever': (response) => {
+    const { writeHead } = response
+    Object.defineProperty(response, 'writeHead', { value: writeHead, writable: false })
+  }
+}
+
+/** Has each response throw in the way that its request's header names, before the monitor sees it. */
+function spoilResponses(server: http.Server): void {
+  const innerEmit = server.emit.bind(server) as (...all: unknown[]) => boolean
+  const emit = (event: string, ...args: unknown[]): boolean => {
+    const [request, response] = args as [http.IncomingMessage, http.ServerResponse]
+    if (event === 'request') {
+      response.setHeader('Connection', 'keep-alive')
+      THROWING_RESPONSES[String(request.headers['x-kind'])]?.(response)
+    }
+    return innerEmit(event, ...args)
+  }
+  server.emit = emit as typeof server.emit
+}
+
+const UPGRADED = 'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n'
+
+/** Upgrades a connection, and refuses it by destroying or ending its socket. */
+function echoUpgrades(server: net.Server): void {
+  server.on('upgrade', ({ url }: http.IncomingMessage, socket: net.Socket) => {
+    socket.on('error', () => {})
+    if (url === '/destroy') socket.destroy()
+    else if (url === '/426') socket.end('HTTP/1.1 426 Upgrade Required\r\n\r\n')
+    else socket.pipe(socket).write(UPGRADED)
+  })
+}
+
+/** A connection to a port that is upgraded. */
+async function upgrade(t: TestContext, port: number): Promise<Peer> {
+  const peer = await converse(t, port)
+  peer.say(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
+  await peer.hear(UPGRADED)
+  return peer
+}
+
+/** How many upgraded connections the metrics tell. */
+async function askUpgraded(port: number): Promise<number | undefined> {
+  const { body } = await getPage(port, '/metrics')
+  return readSamples(body)['ftw_monitor_upgraded_connections']
+}
+
+/** Ways to start beside a `server` that listens at PORT, and whose `answer` is that of its pages. */
+const STARTS: Record<string, string> = {
+  'with the server': 'monitor.start(server)',
+  'by PORT alone': 'monitor.start()',
+  'by PORT, with the view mounted': `
+    server.removeAllListeners('request')
+    server.on('request', (request, response) => {
+      monitor.warmupView(request, response, () => answer(request, response))
+    })
+    monitor.start()`
+}
+
+/** What the tests use of ws. */
+interface WebSocketClient extends NodeJS.EventEmitter {
+  readyState: number
+  send(text: string): void
+  terminate(): void
+}
+
+/** WebSockets that come back as soon as they are closed, and speak while they are open. */
+function keepConnected(t: TestContext, count: number, url: string) {
+  const require = createRequire(`${PACKAGES}/`)
+  const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
+  const codes: number[] = []
+  const failures: string[] = []
+  const told = { opened: 0, echoes: 0, codes, failures }
+  const clients = new Set<WebSocketClient>()
+  const connect = (): void => {
+    const client = new WebSocket(url)
+    clients.add(client)
+    const speak = (): void => {
+      if (client.readyState === 1) client.send('hello')
+    }
+    client.on('open', () => {
+      told.opened++
+      speak()
+    })
+    client.on('message', () => {
+      told.echoes++
+      setTimeout(speak, 20)
+    })
+    client.on('error', (error: Error) => told.failures.push(error.message))
+    client.on('close', (code: number) => {
+      if (!clients.delete(client)) return
+      told.codes.push(code)
+      connect()
+    })
+  }
+  for (let time = 0; time < count; time++) connect()
+  const stop = () => {
+    const open = [...clients]
+    clients.clear()
+    for (const client of open) client.terminate()
+  }
+  t.after(stop)
+  return { told, stop }
+}
+
+/** The README's complete service, with WebSockets to which it says goodbye. */
+const SERVICE = `
+  import { createRequire } from 'node:module'
+  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const pg = require('pg')
+  const { WebSocketServer } = require('ws')
+
+  const pool = new pg.Pool()
+  pool.on('error', () => {})
+  monitor.registerDatabase('main', {
+    isConnected: async () => (await pool.query('SELECT 1')).rowCount === 1
+  })
+  const server = http.createServer(async (_, response) => {
+    try {
+      const { rows } = await pool.query('SELECT pg_sleep(0.01), version()')
+      response.end(process.env.NAME + ' ' + process.pid + ' ' + rows[0].version)
+    } catch (error) {
+      response.writeHead(503).end(String(error))
+    }
+  })
+  server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
+  const webSockets = new WebSocketServer({ server })
+  webSockets.on('connection', (client) => client.on('message', (text) => client.send(String(text))))
+  monitor.start(server)
+  monitor.shutdownOnSignal({
+    cleanUp: async () => {
+      for (const client of webSockets.clients) client.close(1001)
+      await pool.end()
+    }
+  })
+  server.listen(Number(process.env.PORT), '127.0.0.1')`
+
 // Helpers: the README
 
 const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
@@ -1339,7 +1998,7 @@ describe('Start and stop', TOGETHER, () => {
       })
       closeLater(t, server)
       const started = monitor.start({
-        server: server as http.Server,
+        server,
         logger: recorder(),
         listen: LOOPBACK
       })
@@ -2029,8 +2688,8 @@ describe('The hook on the server', TOGETHER, () => {
         ['GET /@@warmups', '', ''],
         ['GET /%40%40warmup', '', '']
       ]) {
-        const close = rest!.includes('Upgrade') ? '' : 'Connection: close\r\n'
-        const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${close}\r\n${body}`
+        const closeHeader = rest!.includes('Upgrade') ? '' : 'Connection: close\r\n'
+        const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${closeHeader}\r\n${body}`
         replies.push(await ask(portOf(server), raw).catch((error: Error) => error.message))
       }
       const pipelined = headOf('/1') + headOf('/2', 'Connection: close')
@@ -2111,6 +2770,62 @@ describe('The hook on the server', TOGETHER, () => {
     await monitor.stop()
     assert.deepEqual(Object.getOwnPropertyDescriptor(server, 'emit'), before)
   })
+
+  test('upgraded connections are counted until they are closed, however that is', async (t) => {
+    const server = await serve(t)
+    echoUpgrades(server)
+    server.on('connect', (_, socket: net.Socket) => {
+      socket.on('error', () => {}).pipe(socket)
+      socket.write('HTTP/1.1 200 OK\r\n\r\n')
+    })
+    const { port } = await bootInstance(t, { performers: WARM, server })
+    const untilCount = (count: number) => {
+      return until(async () => (await askUpgraded(port)) === count, `${count} are upgraded`)
+    }
+    assert.equal(await askUpgraded(port), 0)
+    const peers = []
+    for (let time = 0; time < 3; time++) peers.push(await upgrade(t, portOf(server)))
+    const tunnel = await converse(t, portOf(server))
+    tunnel.say('CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n')
+    await tunnel.hear('HTTP/1.1 200 OK\r\n\r\n')
+    assert.equal(await askUpgraded(port), 4)
+    assert.equal((await askMonitor(port, '0')).count, 0)
+    const [ended, reset, destroyed] = peers
+    ended?.socket.end()
+    await untilCount(3)
+    reset?.socket.resetAndDestroy()
+    await untilCount(2)
+    destroyed?.socket.destroy()
+    tunnel.socket.destroy()
+    await untilCount(0)
+  })
+
+  test('an upgrade that is refused, or comes too late, leaves nothing behind', async (t) => {
+    const server = await serve(t)
+    echoUpgrades(server)
+    const { port } = await bootInstance(t, { performers: WARM, server })
+    for (const path of ['/destroy', '/426']) {
+      const head = headOf(path, 'Connection: Upgrade', 'Upgrade: echo')
+      const answer = await ask(portOf(server), head)
+      assert.equal(answer, path === '/426' ? 'HTTP/1.1 426 Upgrade Required\r\n\r\n' : '')
+    }
+    await ask(portOf(server), 'CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n') // nobody listens for it
+    const { socket } = await converse(t, portOf(server))
+    socket.destroy()
+    await once(socket, 'close')
+    server.emit('upgrade', { url: '/destroy' }, socket, Buffer.alloc(0))
+    const noSocket = { on() {}, destroy() {} }
+    server.emit('upgrade', { url: '/destroy' }, noSocket, Buffer.alloc(0))
+    await until(async () => (await askUpgraded(port)) === 0, 'none is left')
+  })
+
+  test('where nobody listens for upgrades, one is a request like others', async (t) => {
+    const { monitor, server, port } = await bootInstance(t, { performers: WARM })
+    await monitor.drain()
+    const head = headOf('/', 'Connection: Upgrade', 'Upgrade: echo')
+    assert.match(await ask(portOf(server), head), /^Connection: close\r\n[^]*hello/m)
+    assert.equal(await askUpgraded(port), 0)
+  })
 })
 
 describe('The hook on the server', ALONE, () => {
@@ -2152,9 +2867,9 @@ describe('The verdict', TOGETHER, () => {
     closeLater(t, server)
     const started = monitor.start({ server, logger: recorder(), listen: { port: 0 } })
     const reason = async () => {
-      const { healthy, reason } = await monitor.health()
-      assert.equal(healthy, reason === 'OK')
-      return reason
+      const told = await monitor.health()
+      assert.equal(told.healthy, told.reason === 'OK')
+      return told.reason
     }
     assert.equal(await reason(), "Error: Database 'main' disconnected.")
     isConnected.main = true
@@ -2220,7 +2935,7 @@ describe('The verdict', TOGETHER, () => {
   test('10,000 checks at a database that never answers make one call', async (t) => {
     const { monitor, port } = await bootInstance(t)
     let calls = 0
-    let answer = (_: boolean): void => {}
+    let answer = (isIt: boolean): void => void isIt
     monitor.registerDatabase('main', {
       isConnected: () => {
         calls++
@@ -3150,8 +3865,8 @@ describe('Warm-up', ALONE, () => {
     const logger = recorder()
     const calls: { site: string; url: string; isAborted: boolean }[] = []
     for (const site of ['/shop', '/', '/a/b', '/blog']) {
-      monitor.registerWarmup(site, ({ site, url, signal }) => {
-        calls.push({ site, url, isAborted: signal.aborted })
+      monitor.registerWarmup(site, ({ site: path, url, signal }) => {
+        calls.push({ site: path, url, isAborted: signal.aborted })
       })
     }
     await bootInstance(t, { monitor, server, logger })
@@ -3511,6 +4226,31 @@ describe('Warm-up', ALONE, () => {
   })
 })
 
+describe('Warm-up', PAIRWISE, () => {
+  for (const [where, begin] of Object.entries(STARTS)) {
+    const options = where.endsWith('mounted') ? {} : SLOW
+    const name = `a warm-up that hangs does not keep the process alive, started ${where}`
+    test(name, options, async (t) => {
+      const script = `
+        let isPageAsked = false
+        const answer = ({ url }, response) => {
+          if (url === '/') isPageAsked = true
+          else response.writeHead(404).end()
+        }
+        const server = http.createServer(answer)
+        server.listen(process.env.PORT, '127.0.0.1')
+        ${begin}
+        while (!isPageAsked) await pause(20)
+        server.close()
+        console.log('closed')`
+      const env = { HOST: '127.0.0.1', PORT: String(await freePort()) }
+      const watched = runScript(t, { script, env })
+      await until(() => watched.stdout.includes('closed\n'), 'the server is closed')
+      assert.equal(await inTime(watched.exit, 'the process ends'), 0, watched.output)
+    })
+  }
+})
+
 describe('Draining and shutdown', TOGETHER, () => {
   test('while drained the verdict is the reason, before everything else', async (t) => {
     const server = await serve(t)
@@ -3589,12 +4329,12 @@ describe('Draining and shutdown', TOGETHER, () => {
   test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
-    for (const end of [monitor.resume, monitor.stop]) {
+    for (const end of [monitor.resume, () => void monitor.stop()]) {
       const { port } = await bootInstance(t, { monitor, server, until: 'started' })
       await askTimes(3, port, 'health_check\n')
       const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
       assert.equal((await monitor.health()).reason, 'Again')
-      await end()
+      end()
       await inTime(drained, 'drain() ends', 1_000)
       assert.notEqual((await monitor.health()).reason, 'Again')
       await monitor.stop()
@@ -3699,6 +4439,340 @@ describe('Draining and shutdown', TOGETHER, () => {
       assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
       assert.match(await ask(port, 'drain\n'), /\nDrained\n$/)
     }
+  })
+
+  test('draining changes no answer but its `Connection`, which closes in its place', async (t) => {
+    const plain = await serveForms(t)
+    const drained = await serveForms(t)
+    const mayAnswer = latch()
+    const inFlight = await serveForms(t, mayAnswer.opened)
+    const options = { performers: WARM, until: 'started' } as const
+    const first = await bootInstance(t, { ...options, server: drained.server })
+    const second = await bootInstance(t, { ...options, server: inFlight.server })
+
+    await first.monitor.drain()
+    const asked = [plain.askAll(), drained.askAll(), inFlight.askAll()]
+    const count = Object.keys(FORMS).length
+    await until(() => inFlight.responses.length === count, 'all are in flight')
+    const done = second.monitor.drain({ timeoutMs: 2_000 })
+    mayAnswer.open()
+    await closeWhenSent(plain.server, plain.responses, count)
+    const [plainAnswers = {}, drainedAnswers = {}, inFlightAnswers = {}] = await Promise.all(asked)
+    await done
+
+    assert.equal(Object.keys(plainAnswers).length, count)
+    for (const [name, plainAnswer] of Object.entries(plainAnswers)) {
+      assert.match(plainAnswer, /^HTTP\/1\.1 \d/, name)
+      const expected = whileDraining(plainAnswer)
+      const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
+      assert.equal(withoutDate(drainedAnswers[name]), expected, `${name}, drained`)
+      assert.equal(withoutDate(inFlightAnswers[name]), expected, `${name}, in flight`)
+    }
+  })
+
+  test('of pipelined requests all are answered, and only the last closes', async (t) => {
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => held.push(response))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const isDrainedBefore = [true, true, false]
+    for (const [round, isDrained] of isDrainedBefore.entries()) {
+      if (isDrained) await monitor.drain({ timeoutMs: 0 })
+      const answers = ask(portOf(server), headOf('/1') + headOf('/2') + headOf('/3'))
+      await until(() => held.length === 3, 'all are in flight')
+      if (!isDrained) await monitor.drain({ timeoutMs: 0 })
+      const inOrder = round === 1 ? held.splice(0).reverse() : held.splice(0)
+      for (const response of inOrder) response.setHeader('Connection', 'keep-alive').end('ok')
+      const connections = [...(await answers).matchAll(/^Connection: (\S+)/gm)]
+      const told = connections.map(([, value]) => value)
+      assert.deepEqual(told, ['keep-alive', 'keep-alive', 'close'])
+      monitor.resume()
+    }
+  })
+
+  test('a response that throws does not make drain() reject, and is sent', async (t) => {
+    const kinds = Object.entries(THROWING_RESPONSES)
+    for (const isDrainedBefore of [true, false]) {
+      const held: http.ServerResponse[] = []
+      const server = await serve(t, (_, response) => held.push(response))
+      const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+      spoilResponses(server)
+      if (isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
+      const asked = kinds.map(([name]) => {
+        const head = headOf('/', `X-Kind: ${name}`)
+        return ask(portOf(server), head)
+      })
+      await until(() => held.length === kinds.length, 'all have come')
+      if (!isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
+      for (const response of held) response.end('ok')
+      await closeWhenSent(server, held, kinds.length) // some cannot be told to close
+      for (const [index, answer] of (await Promise.all(asked)).entries()) {
+        assert.match(answer, /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nok$/, kinds[index]![0])
+      }
+    }
+  })
+
+  test('drain tells of upgraded connections, and does not wait for them', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    echoUpgrades(server)
+    const { port } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    const peers = [await upgrade(t, portOf(server)), await upgrade(t, portOf(server))]
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const talk = await converse(t, port)
+    talk.say('drain\n')
+    await talk.hear('Draining: 0 of 0 probers know, 1 requests in flight, 2 upgraded connections\n')
+    letGo()
+    await answer
+    await until(() => talk.isClosed, 'it is drained')
+    assert.match(talk.transcript, /, 0 requests in flight, 2 upgraded connections\nDrained\n$/)
+    peers[0]?.say('still here')
+    await peers[0]?.hear('still here')
+  })
+
+  test('shutdown() does one thing after the other, so that no request meets a closed pool', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const upgraded = takeUpgrades(server)
+    const { monitor, port, instancePort, logger } = await bootInstance(t, { server })
+    const webSocket = await upgradeTo(instancePort)
+    t.after(() => webSocket.socket.destroy())
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const events: string[] = []
+    const ended = monitor.shutdown({
+      reason: 'Deploying',
+      onSignal: ({ signal }) => {
+        events.push(`onSignal ${signal}, listening ${server.listening}`)
+      },
+      cleanUp: async ({ signal }) => {
+        const verdict = await ask(port, 'health_check\n')
+        events.push(`cleanUp ${signal}, listening ${server.listening}, ${verdict.trim()}`)
+        for (const socket of upgraded) socket.end('goodbye')
+        webSocket.socket.end()
+      }
+    })
+    assert.deepEqual(events, ['onSignal undefined, listening true'])
+    assert.equal(await ask(port, 'health_check\n'), 'Deploying\n')
+    assert.equal((await getPage(instancePort, '/')).body, 'served')
+    assert.equal(events.length, 1)
+    letGo()
+    assert.equal((await answer).body, 'late')
+    await ended
+    assert.deepEqual(events.slice(1), ['cleanUp undefined, listening false, Deploying'])
+    assert.equal(webSocket.text, 'goodbye')
+    assert.ok(await isRefused(port))
+    assert.deepEqual([warningsOf(logger), errorsOf(logger)], [[], []])
+  })
+
+  test('shutdown() called twice is one shutdown, and start() works again after it', async (t) => {
+    const { monitor, server } = await bootInstance(t, { until: 'started' })
+    let cleanUps = 0
+    const cleanUp = async () => {
+      cleanUps++
+      await pause(50)
+    }
+    const ends: string[] = []
+    const first = monitor.shutdown({ cleanUp }).then(() => ends.push('first'))
+    const second = monitor.shutdown({ cleanUp }).then(() => ends.push('second'))
+    await Promise.all([first, second])
+    await monitor.shutdown({ cleanUp })
+    assert.deepEqual([cleanUps, ends], [1, ['first', 'second']])
+    assert.equal(server.listening, false)
+    await bootInstance(t, { monitor, until: 'started' })
+    await untilVerdict(monitor)
+    await monitor.shutdown({ cleanUp })
+    assert.equal(cleanUps, 2)
+  })
+
+  test('nobody resumes or starts while the instance shuts down', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port, instancePort, logger } = await bootInstance(t, { server })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const ended = monitor.shutdown()
+    const refusal = 'Error: not resumed, since the instance is shutting down\n'
+    assert.equal(await ask(port, 'resume\n'), refusal)
+    monitor.resume()
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+    await monitor.stop()
+    assert.equal(await monitor.start({ server, listen: LOOPBACK }), false)
+    letGo()
+    await Promise.all([answer, ended])
+    assert.deepEqual(warningsOf(logger), [
+      'warn ftw-monitor does not resume: the instance is shutting down',
+      'warn ftw-monitor does not start: the instance is shutting down'
+    ])
+  })
+
+  test('stop() during a shutdown costs no request, and no time', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, instancePort, logger } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    let isCleaned = false
+    const ended = monitor.shutdown({
+      onSignal: () => monitor.stop(),
+      cleanUp: () => {
+        isCleaned = true
+      }
+    })
+    await until(() => !server.listening, 'the server is closed')
+    await pause(100)
+    assert.equal(isCleaned, false)
+    letGo()
+    assert.equal((await answer).body, 'late')
+    await inTime(ended, 'the shutdown is over')
+    assert.ok(isCleaned)
+    assert.deepEqual(warningsOf(logger), [])
+  })
+
+  test('a request that comes while the server closes is answered, and then cleanUp is called', async (t) => {
+    const events: string[] = []
+    const server = await serve(t, (_, response) => {
+      events.push('asked')
+      const answer = () => {
+        events.push('answered')
+        response.end('hello')
+      }
+      setTimeout(answer, 200)
+    })
+    const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+    const peer = await converse(t, instancePort)
+    const closeServer = server.close.bind(server)
+    server.close = (callback) => {
+      closeServer(callback)
+      peer.say(headOf('/', 'Connection: close')) // Node.js 26 has closed this connection by now
+      return server
+    }
+    await monitor.shutdown({
+      cleanUp: () => {
+        events.push('cleaned up')
+      }
+    })
+    await until(() => peer.isClosed, 'the connection is closed')
+    const asked = events.length > 1 ? ['asked', 'answered'] : []
+    assert.deepEqual(events, [...asked, 'cleaned up'])
+    assert.equal(peer.transcript.endsWith('hello'), events.length > 1)
+  })
+
+  test('shutdown() closes https and http2 servers, whatever state their connections are in', async (t) => {
+    const { key, cert } = certify(t, 'localhost')
+    const handler = (_: unknown, response: { end: (text: string) => void }) => response.end('hello')
+    const servers: Record<string, net.Server> = {
+      https: https.createServer({ key, cert }, handler),
+      http2: http2.createServer(handler),
+      https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
+    }
+    const closeAll = async ([name, server]: [string, net.Server]) => {
+      closeLater(t, server)
+      server.listen(LOOPBACK)
+      await once(server, 'listening')
+      const monitor = await importMonitor(t)
+      monitor.registerWarmup('/', () => {})
+      await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+      const port = portOf(server)
+      const silent = await converse(t, port, { allowHalfOpen: true })
+      if (name === 'http2') {
+        const stubborn = await converse(t, port, { allowHalfOpen: true }) // it never ends its side
+        stubborn.socket.write('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0')
+        await until(() => stubborn.transcript !== '', 'the HTTP/2 session is open')
+        stubborn.socket.removeAllListeners('end')
+      }
+      const closed = once(server, 'close')
+      await monitor.shutdown({
+        cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
+      })
+      await inTime(closed, `${name} is closed`, 1_000)
+      await until(() => silent.isClosed || silent.socket.readableEnded, 'the silent one is closed')
+    }
+    await Promise.all(Object.entries(servers).map(closeAll))
+  })
+
+  test('shutdown() ends idle HTTP/2 sessions, and waits for their streams', async (t) => {
+    const requestListener = async (_: unknown, response: http2.Http2ServerResponse) => {
+      await pause(300)
+      response.end('served')
+    }
+    const byStream = async (stream: http2.ServerHttp2Stream) => {
+      await pause(300)
+      stream.respond({ ':status': 200 })
+      stream.end('served')
+    }
+    const servers = [
+      http2.createServer((request, response) => void requestListener(request, response)),
+      http2.createServer().on('stream', (stream: http2.ServerHttp2Stream) => void byStream(stream))
+    ]
+    const endOne = async (server: http2.Http2Server) => {
+      closeLater(t, server)
+      server.listen(LOOPBACK)
+      await once(server, 'listening')
+      const monitor = await importMonitor(t)
+      monitor.registerWarmup('/', () => {})
+      await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+      const [idle, busy] = [1, 2].map(() => {
+        const session = http2.connect(`http://127.0.0.1:${portOf(server)}`)
+        t.after(() => session.destroy())
+        return session
+      })
+      await Promise.all([once(idle!, 'connect'), once(busy!, 'connect')])
+      const closed = once(idle!, 'close')
+      const asked = once(server, 'stream')
+      const stream = busy!.request({ ':path': '/' })
+      let answer = ''
+      stream.setEncoding('utf8').on('data', (part: string) => {
+        answer += part
+      })
+      await asked
+      let answerAtCleanUp = ''
+      const cleanUp = () => {
+        answerAtCleanUp = answer
+      }
+      await monitor.shutdown({ cleanUp })
+      assert.equal(answerAtCleanUp, 'served')
+      await inTime(closed, 'the idle session is closed')
+    }
+    await Promise.all(servers.map(endOne))
+  })
+
+  test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
+    const server = await serve(t)
+    const upgraded = takeUpgrades(server)
+    const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+    const peer = await upgradeTo(instancePort)
+    t.after(() => peer.socket.destroy())
+    let cleanedAt = 0
+    let closedAt = 0
+    upgraded[0]?.on('close', () => {
+      closedAt = performance.now()
+    })
+    await monitor.shutdown({
+      cleanUp: () => {
+        cleanedAt = performance.now()
+        return until(() => closedAt > 0, 'the connection is closed while cleanUp waits')
+      }
+    })
+    await until(() => peer.endedAt > 0, 'the client has seen the end')
+    const endedAfterMs = peer.endedAt - cleanedAt
+    const closedAfterMs = closedAt - cleanedAt
+    assert.ok(endedAfterMs > 990 && endedAfterMs < 1_900, `ended after ${endedAfterMs} ms`)
+    assert.ok(closedAfterMs > 1_990 && closedAfterMs < 3_500, `closed after ${closedAfterMs} ms`)
+  })
+
+  test('cleanUp and onSignal may be methods of a class', async (t) => {
+    class Service {
+      static calls: string[] = []
+      #name = 'service'
+
+      onSignal() {
+        Service.calls.push(`onSignal of ${this.#name}`)
+      }
+
+      cleanUp() {
+        Service.calls.push(`cleanUp of ${this.#name}`)
+      }
+    }
+    const { monitor } = await bootInstance(t, { until: 'started' })
+    await monitor.shutdown(new Service())
+    assert.deepEqual(Service.calls, ['onSignal of service', 'cleanUp of service'])
   })
 })
 
@@ -3817,6 +4891,353 @@ describe('Draining and shutdown', ALONE, () => {
     }, 'who no longer asks is forgotten')
     const ms = performance.now() - startedAt
     assert.ok(ms > 0.7 * minuteMs && ms < 1.5 * minuteMs, `${ms} ms`)
+  })
+
+  test('a response that throws does not hurt the tick that looks at it', async (t) => {
+    const ticks = takeTicks(t)
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => held.push(response))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const asked = getPage(portOf(server), '/').catch(() => {})
+    await until(() => held.length === 1, 'it has come')
+    const [response] = held
+    const destroyed = { get: thrower, set() {}, configurable: true }
+    Object.defineProperty(response, 'destroyed', destroyed)
+    ticks.pass(500)
+    await monitor.drain({ timeoutMs: 2_000 })
+    Reflect.deleteProperty(response as object, 'destroyed')
+    response?.end()
+    await asked
+  })
+
+  test('wrong options of a shutdown are refused, and change nothing', async (t) => {
+    const { monitor, server, port } = await bootInstance(t)
+    const before = listenersOf(process)
+    const wrong: [options: unknown, kind: typeof TypeError][] = [
+      [null, TypeError],
+      [7, TypeError],
+      [() => {}, TypeError],
+      [{ cleanUp: 7 }, TypeError],
+      [{ cleanup: () => {} }, TypeError],
+      [{ onSignal: 'exit' }, TypeError],
+      [{ reason: '' }, TypeError],
+      [{ fall: 0 }, RangeError],
+      [{ timeoutMs: -1 }, RangeError],
+      [{ timeoutMs: Infinity }, RangeError],
+      [{ timeoutMs: '5000' }, TypeError],
+      [{ exitAfterMs: 25_000 }, RangeError],
+      [{ exitAfterMs: NaN }, RangeError],
+      [{ exitAfterMs: '30000' }, TypeError],
+      [{ exitAfterMs: 2 ** 31 }, RangeError],
+      [{ timeoutMs: 5_000, exitAfterMs: 5_000 }, RangeError]
+    ]
+    const wrongSignals = [
+      [],
+      'SIGTERM',
+      ['SIGKILL'],
+      ['SIGSTOP'],
+      ['SIGTREM'],
+      ['TERM'],
+      [15],
+      null
+    ]
+    for (const [options, Kind] of wrong) {
+      const what = JSON.stringify(options)
+      const isKind = (error: unknown) =>
+        error instanceof Kind && error.message.startsWith('ftw-monitor: ')
+      assert.throws(() => monitor.shutdownOnSignal(options as {}), isKind, what)
+      await assert.rejects(monitor.shutdown(options as {}), isKind, what)
+    }
+    for (const signals of wrongSignals) {
+      const options = { signals } as { signals: NodeJS.Signals[] }
+      assert.throws(() => monitor.shutdownOnSignal(options), TypeError, String(signals))
+    }
+    assert.deepEqual(listenersOf(process), before)
+    assert.equal(server.listening, true)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('shutdownOnSignal() listens once, however often it is called, until stop()', async (t) => {
+    const before = listenersOf(process)
+    const counts = () => {
+      const all = ['SIGTERM', 'SIGINT', 'SIGUSR2']
+      return all.map((name) => process.listenerCount(name) - (before[name] ?? 0))
+    }
+    const monitor = await importMonitor(t)
+    monitor.shutdownOnSignal()
+    assert.deepEqual(counts(), [1, 1, 0])
+    await bootInstance(t, { monitor, until: 'started' })
+    monitor.shutdownOnSignal()
+    assert.deepEqual(counts(), [1, 1, 0])
+    monitor.shutdownOnSignal({ signals: ['SIGUSR2', 'SIGUSR2'] })
+    assert.deepEqual(counts(), [0, 0, 1])
+    await monitor.stop()
+    assert.deepEqual(counts(), [0, 0, 0])
+    assert.deepEqual(listenersOf(process), before)
+  })
+
+  test('stop() takes no listener off the signals during a shutdown', async (t) => {
+    const before = process.listenerCount('SIGTERM')
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, instancePort } = await bootInstance(t, { server, until: 'started' })
+    monitor.shutdownOnSignal()
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const ended = monitor.shutdown()
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    letGo()
+    await Promise.all([answer, ended])
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before)
+  })
+
+  test('shutdown() closes each connection as soon as no request is in flight on it', async (t) => {
+    setEnvironment(t, { FTW_MONITOR: '0' }) // without it, drain waits for the requests first
+    const { server, held, letGo } = await serveHeld(t)
+    server.keepAliveTimeout = 60_000
+    const monitor = await importMonitor(t)
+    assert.equal(await monitor.start(server), false)
+    const open = () => converse(t, portOf(server))
+    const [never, half, idle, soonIdle, last] = await Promise.all([1, 2, 3, 4, 5].map(open))
+    half!.say('GET / HTTP/1.1\r\nHost: a\r\n')
+    idle!.say(headOf('/'))
+    await until(() => idle!.transcript.endsWith('served'), 'the idle one is served')
+    soonIdle!.say(headOf('/held'))
+    await until(() => held.length === 1, 'a request is in flight')
+    last!.say(headOf('/held'))
+    await until(() => held.length === 2, 'two requests are in flight')
+    for (const response of held) response.write('begun') // so that its head has no `close`
+    await until(() => /begun/.test(soonIdle!.transcript), 'its head is sent')
+    const ended = monitor.shutdown()
+    await until(() => idle!.isClosed, 'the idle one is closed at once')
+    assert.deepEqual([soonIdle!.isClosed, last!.isClosed], [false, false])
+    held.shift()?.end('first')
+    await until(() => soonIdle!.isClosed, 'the one that became idle later is closed')
+    assert.match(soonIdle!.transcript, /first/)
+    assert.equal(last!.isClosed, false)
+    letGo()
+    await ended
+    await until(() => [never!, half!, last!].every(({ isClosed }) => isClosed), 'all are closed')
+    assert.match(last!.transcript, /late/)
+  })
+
+  test('a monitor that gives up takes no listener off the signals', async (t) => {
+    const before = process.listenerCount('SIGTERM')
+    setEnvironment(t, { PORT: 'abc' })
+    const monitor = await importMonitor(t)
+    monitor.shutdownOnSignal()
+    assert.equal(await monitor.start({ logger: recorder() }), false)
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+  })
+})
+
+describe('Draining and shutdown', PAIRWISE, () => {
+  test('at SIGTERM or SIGINT a service serves what is in flight, cleans up, and ends with 0, with or without a monitor', async (t) => {
+    const setups: Record<string, ServiceSetup> = {
+      'a monitor': {},
+      'a monitor that is switched off': { env: { FTW_MONITOR: '0' } },
+      'a monitor that cannot use FTW_MONITOR_LISTEN': {
+        env: { FTW_MONITOR_LISTEN: 'nonsense' },
+        script: 'begin = () => monitor.start(server)'
+      },
+      'a monitor that cannot use PORT': {
+        env: { PORT: 'abc' },
+        script: 'begin = () => monitor.start()'
+      },
+      'no monitor': { script: 'begin = () => {}' }
+    }
+    const endOne = async ([what, setup]: [string, ServiceSetup], index: number) => {
+      const service = await bootService(t, {
+        ...setup,
+        script: `
+          ${setup.script ?? ''}
+          options.onSignal = ({ signal }) => console.log('told', signal)
+          options.cleanUp = async ({ signal }) => {
+            cleanUp()
+            await pause(50)
+            console.log('cleaned up after', signal)
+          }`
+      })
+      const signal = index % 2 ? 'SIGINT' : 'SIGTERM'
+      const isServerKnown = !what.endsWith(' PORT') && what !== 'no monitor'
+      const page = getPage(service.instancePort, isServerKnown ? '/slow' : '/')
+      await service.hasSaid('asked for')
+      const { status, ms, output } = await service.end(signal)
+      assert.equal((await page).body, 'served', what)
+      assert.equal(status, 0, `${what}: ${output}`)
+      assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
+      const told = isServerKnown
+        ? /^$/
+        : /^ftw-monitor is done, but something .* 1 TCPServerWrap; exits$/
+      assert.match(linesOfShutdown(output).join(), told, what)
+      assert.ok(ms < 8_000, `${what}: ${ms} ms`)
+    }
+    await Promise.all(Object.entries(setups).map(endOne))
+  })
+
+  test('what keeps a process alive is named a second after all is done, and does not keep it', async (t) => {
+    const setups: [script: string, named: string, status: number][] = [
+      ['setInterval(() => {}, 1_000)', '1 Timeout', 0],
+      [
+        `const other = net.createServer().listen(0, '127.0.0.1', () => {
+          for (let count = 0; count < 2; count++) net.connect(other.address().port, '127.0.0.1')
+        })
+        process.exitCode = 7`,
+        '1 TCPServerWrap, 4 TCPSocketWrap',
+        7
+      ],
+      ['process.stdin.resume()', '\\d PipeWrap', 0]
+    ]
+    const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
+      const logger = "{ ...console, warn: (text) => console.log('logged', text) }"
+      const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
+      const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
+      const { status, ms, output } = await service.end()
+      const sentence = 'ftw-monitor is done, but something keeps the process alive'
+      assert.match(output, new RegExp(`\\nlogged ${sentence}: ${named}; exits\\n$`))
+      assert.equal(status, expected)
+      assert.ok(ms > 990 && ms < 8_000, `${ms} ms`)
+    }
+    await Promise.all(setups.map(endOne))
+  })
+
+  test('a cleanUp or an onSignal that fails is logged, and makes the status 1', async (t) => {
+    const failures = {
+      throws: "() => { throw new Error('broken') }",
+      rejects: "async () => { await pause(20); throw new Error('broken') }"
+    }
+    const endOne = async (name: string, failure: string, isLast: boolean) => {
+      const clean = name === 'cleanUp' ? '' : 'cleanUp,'
+      const service = await bootService(t, { script: `options = { ${clean} ${name}: ${failure} }` })
+      const answer = getPage(service.instancePort, '/slow')
+      await service.hasSaid('asked for /slow')
+      const { status, output } = await service.end()
+      assert.equal((await answer).body, 'served')
+      assert.equal(status, 1, output)
+      assert.equal(output.includes('cleaned up'), isLast)
+      const lines = [`ftw-monitor failed to shut down: ${name}: broken`]
+      assert.deepEqual(linesOfShutdown(output), lines)
+      assert.match(output, /: broken\n +at /)
+    }
+    await Promise.all(
+      Object.values(failures).flatMap((failure) => [
+        endOne('cleanUp', failure, false),
+        endOne('onSignal', failure, true)
+      ])
+    )
+  })
+
+  test('a cleanUp that finds the server closed does not fail', async (t) => {
+    const closers = [
+      'options = { cleanUp: () => promisify(server.close.bind(server))() }',
+      'options = { cleanUp: () => new Promise((done, fail) => server.close((error) => error ? fail(error) : done())) }'
+    ]
+    const endOne = async (script: string) => {
+      const service = await bootService(t, { script })
+      const { status, output } = await service.end()
+      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    }
+    await Promise.all(closers.map(endOne))
+  })
+
+  test('a cleanUp or an onSignal that hangs is named at exitAfterMs, and the status is 1', async (t) => {
+    const hanging = ['cleanUp: hang', 'onSignal: hang', 'onSignal: hang, cleanUp: hang']
+    const endOne = async (members: string) => {
+      const service = await bootService(t, {
+        script: `
+          const hang = () => new Promise(() => {})
+          options = { timeoutMs: 300, exitAfterMs: 900, ${members} }`
+      })
+      const { status, ms, output } = await service.end()
+      const names = members.replaceAll(': hang', '')
+      const lines = [`ftw-monitor exits after 0.9 s; not done: ${names}`]
+      assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
+      assert.ok(ms > 890 && ms < 5_000, `${ms} ms`)
+    }
+    await Promise.all(hanging.map(endOne))
+  })
+
+  test('what is in flight at timeoutMs is cut, and the log says how much that was', async (t) => {
+    const service = await bootService(t, { script: 'options.timeoutMs = 600' })
+    const pages = [1, 2].map(async () => {
+      await assert.rejects(getPage(service.instancePort, '/stream'), /aborted|hang up|ECONNRESET/)
+    })
+    const isAskedTwice = () => service.watched.output.match(/asked for \/stream/g)?.length === 2
+    await until(isAskedTwice, 'two streams have begun')
+    const { status, ms, output } = await service.end()
+    await Promise.all(pages)
+    const lines = ['ftw-monitor cuts 2 requests that are still in flight after 0.6 s']
+    assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
+    assert.match(output, /cuts 2 requests[^]*cleaned up/)
+    assert.ok(ms > 590 && ms < 5_000, `${ms} ms`)
+  })
+
+  test('a second signal ends the process at once, with 128 + its number', async (t) => {
+    const pairs = [
+      ['SIGTERM', 'SIGTERM', 143],
+      ['SIGINT', 'SIGINT', 130],
+      ['SIGINT', 'SIGTERM', 143],
+      ['SIGHUP', 'SIGHUP', 129]
+    ] as const
+    const endOne = async ([first, second, expected]: (typeof pairs)[number]) => {
+      const service = await bootService(t, {
+        script: `
+          options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']
+          options.onSignal = ({ signal }) => console.log('told', signal)`
+      })
+      const answer = getPage(service.instancePort, '/stream')
+      answer.catch(() => {})
+      await service.hasSaid('asked for /stream')
+      service.watched.child.kill(first)
+      await service.hasSaid(`told ${first}`)
+      const { status, ms, output } = await service.end(second)
+      assert.equal(status, expected)
+      assert.ok(ms < 5_000 && !output.includes('cleaned up'))
+      await assert.rejects(answer)
+    }
+    await Promise.all(pairs.map(endOne))
+  })
+
+  test('shutdownOnSignal() called again replaces what was said, and without it nothing listens', async (t) => {
+    const replaced = await bootService(t, {
+      script: `
+        monitor.shutdownOnSignal({ cleanUp: () => console.log('replaced') })
+        const beginBefore = begin
+        begin = async () => {
+          const address = await beginBefore()
+          monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => console.log('last') })
+          return address
+        }`
+    })
+    const { status, output } = await replaced.end('SIGUSR2')
+    assert.equal(status, 0)
+    assert.match(output, /\nlast\n/)
+    assert.doesNotMatch(output, /replaced|cleaned up/)
+
+    const { watched } = await bootProcess(t)
+    watched.child.kill('SIGTERM')
+    assert.equal(await watched.exit, null)
+    assert.equal(watched.child.signalCode, 'SIGTERM')
+  })
+
+  test('shutdown() needs no signal: its process ends, and past exitAfterMs it is ended', async (t) => {
+    const endOne = async (options: string, script = '') => {
+      const words = `options = { cleanUp() {}, signals: ['SIGUSR1'] }; ${script}`
+      const service = await bootService(t, {
+        script: `${words}; process.on('SIGTERM', () => monitor.shutdown(${options}))`
+      })
+      return await service.end()
+    }
+    const [done, late] = await Promise.all([
+      endOne('{ cleanUp }'),
+      endOne('{ timeoutMs: 100, exitAfterMs: 400, cleanUp: () => new Promise(() => {}) }')
+    ])
+    assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
+    assert.match(done.output, /cleaned up/)
+    const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
+    assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
   })
 })
 
@@ -4564,6 +5985,464 @@ describe('Figures, metrics and status', TOGETHER, () => {
     const version = `nodejs_version_info{version="${process.version}"}`
     assert.equal(readSamples(await ask(port, 'metrics\n'))[version], 1)
   })
+
+  test('status tells the verdict, and what it comes from, in a line for each', async (t) => {
+    const gate = latch()
+    const { monitor, port, instancePort } = await bootInstance(t, {
+      databases: {
+        main: { isConnected: () => true },
+        cache: { isConnected: () => false, optional: true }
+      },
+      performers: sitesBehind(gate),
+      until: 'started'
+    })
+    await untilVerdict(monitor, 'Warmup in progress')
+    await until(async () => (await ask(port, 'status\n')).includes('running'), 'the second site')
+    await askTimes(3, port, 'health_check\n')
+
+    const lines = (await ask(port, 'status\n')).split('\n')
+    const url = `http://127\\.0\\.0\\.1:${instancePort}`
+    const expected = [
+      /^Warmup in progress$/,
+      new RegExp(
+        `^instance   ${url}, up \\d+ s, 0 requests in flight, 0 upgraded(, loop \\d+ % busy)?, \\d+ MiB$`
+      ),
+      /^warm-up    \/           warm after \d+\.\d s$/,
+      /^warm-up    \/shop       running for \d+\.\d s$/,
+      /^warm-up    \/search     waiting$/,
+      /^database   main        connected, answered in \d+ ms$/,
+      /^database   cache       disconnected \(optional\)$/,
+      /^prober     127\.0\.0\.1   asked \d+\.\d s ago, every \d+\.\d s$/,
+      /^draining   no$/,
+      /^$/
+    ]
+    assert.equal(lines.length, expected.length, lines.join('\n'))
+    for (const [index, line] of lines.entries()) assert.match(line, expected[index]!)
+
+    gate.open()
+    await untilHealthy(port)
+    assert.match(await ask(port, 'status\n'), /^OK\ninstance /)
+  })
+
+  test('status() gives the same as an object, and -1 for what cannot be known', async (t) => {
+    const server = await serve(t)
+    const monitor = await importMonitor(t)
+    const { loads } = monitor.registerDatabase('main', {
+      isConnected: () => Promise.reject(new Error('no route'))
+    })
+    loads()
+    monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
+    await monitor.start({ port: portOf(server), listen: LOOPBACK, logger: recorder() })
+    await until(async () => (await monitor.status()).warmup[0]?.status === 'failed', 'it failed')
+
+    const known = await monitor.status()
+    const { healthy, reason, url, requestsInFlight, upgradedConnections, draining } = known
+    assert.deepEqual(
+      { healthy, reason, url, requestsInFlight, upgradedConnections, draining },
+      {
+        healthy: false,
+        reason: "Error: Database 'main' failed: no route",
+        url: `http://localhost:${portOf(server)}`,
+        requestsInFlight: -1,
+        upgradedConnections: -1,
+        draining: undefined
+      }
+    )
+    const [site] = known.warmup
+    assert.deepEqual(
+      { ...site, seconds: 0 },
+      {
+        site: '/',
+        status: 'failed',
+        seconds: 0,
+        failure: 'no stock'
+      }
+    )
+    assert.deepEqual(known.databases, [
+      {
+        name: 'main',
+        optional: false,
+        connected: false,
+        trouble: 'failed: no route',
+        answeredMs: -1
+      }
+    ])
+    assert.ok(known.uptimeSeconds > 0 && known.residentMemoryBytes > 1e6)
+  })
+
+  test('status tells how far a drain is', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port } = await bootInstance(t, { server, performers: WARM })
+    await askTimes(3, port, 'health_check\n')
+    const request = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'the request has come')
+    const drained = monitor.drain({ fall: 1 })
+    const line = /^draining   for \d\.\d s, 0 of 1 probers know, 1 requests in flight$/m
+    assert.match(await ask(port, 'status\n'), line)
+
+    await ask(port, 'health_check\n')
+    assert.match(await ask(port, 'status\n'), /, 1 of 1 probers know, 1 requests in flight$/m)
+    const { draining } = await monitor.status()
+    assert.deepEqual({ ...draining, seconds: 0 }, { seconds: 0, probers: 1, probersInformed: 1 })
+    assert.match((await openPage(port)).body, /aria-label="draining " value="1"/)
+    letGo()
+    await Promise.all([request, drained])
+  })
+
+  test('/status is in the health check response format: pass, warn or fail', async (t) => {
+    let isMainThere = true
+    let isCacheThere = true
+    const { port, instancePort } = await bootInstance(t, {
+      databases: {
+        main: { isConnected: () => isMainThere },
+        cache: { isConnected: () => isCacheThere, optional: true }
+      },
+      performers: WARM
+    })
+    const graded = async () => {
+      const { status, type, json } = await askHealthJson(port)
+      assert.equal(type, 'application/health+json')
+      const grades = json.checks['database:responseTime']?.map((check) => check.status)
+      return { status, is: json.status, output: json.output, grades }
+    }
+    assert.deepEqual(await graded(), {
+      status: 200,
+      is: 'pass',
+      output: undefined,
+      grades: ['pass', 'pass']
+    })
+    isCacheThere = false
+    assert.deepEqual(await graded(), {
+      status: 200,
+      is: 'warn',
+      output: undefined,
+      grades: ['pass', 'warn']
+    })
+    isMainThere = false
+    assert.deepEqual(await graded(), {
+      status: 503,
+      is: 'fail',
+      output: "Error: Database 'main' disconnected.",
+      grades: ['fail', 'warn']
+    })
+
+    const { json } = await askHealthJson(port)
+    assert.equal(json.description, `http://127.0.0.1:${instancePort}`)
+    const checks = Object.entries(json.checks)
+    for (const name of ['uptime', 'warmup:duration', 'prober:interval', 'memory:resident']) {
+      assert.ok(json.checks[name]?.[0], name)
+    }
+    for (const [name, all] of checks) {
+      for (const check of all) {
+        assert.match(check.status, /^(pass|warn|fail)$/, name)
+        assert.equal(typeof check.observedValue, 'number', name)
+        assert.match(check.observedUnit, /^\w+$/, name)
+        assert.equal(new Date(check.time).toISOString(), check.time)
+      }
+    }
+  })
+
+  test('an optional database never makes the instance red, and is in metrics as any other', async (t) => {
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        lost: { isConnected: () => false, optional: true },
+        broken: { isConnected: () => Promise.reject(new Error('boom')), optional: true },
+        silent: { isConnected: hang, optional: true }
+      },
+      performers: WARM
+    })
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.match(await ask(port, 'agent_check\n'), /^up /)
+    const text = await ask(port, 'status\n')
+    assert.match(text, /^OK\n/)
+    assert.match(text, /^database   lost +disconnected \(optional\)$/m)
+    assert.match(text, /^database   broken +failed: boom \(optional\)$/m)
+    assert.match(text, /^database   silent +timed out \(optional\)$/m)
+    const samples = readSamples(await ask(port, 'metrics\n'))
+    assert.equal(samples['ftw_monitor_database_connected{database="lost"}'], 0)
+    assert.equal(samples['ftw_monitor_healthy'], 1)
+    for (const optional of [1, 'yes', null]) {
+      const database = { isConnected: () => true, optional } as unknown as Database
+      assert.throws(() => monitor.registerDatabase('main', database), TypeError)
+    }
+  })
+
+  test('a browser gets a page in every state, and everybody else help', async (t) => {
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM })
+    const green = await openPage(port)
+    assert.equal(green.status, 200)
+    assert.equal(green.headers['content-type'], 'text/html; charset=utf-8')
+    assert.match(green.body, /<h1 class="pass">OK<\/h1>/)
+    assert.ok(green.body.includes(`<title>OK - http://127.0.0.1:${instancePort}</title>`))
+    assert.deepEqual(rowsOfPage(green.body).slice(1, 2), ['warm-up|/|▢ warm after 0.0 s'])
+
+    void monitor.drain({ reason: 'until noon' })
+    const red = await openPage(port)
+    assert.equal(red.status, 200)
+    assert.match(red.body, /<h1 class="fail">until noon<\/h1>/)
+    assert.match(red.body, /<tr class="fail"><th scope="row">draining/)
+
+    const head = await openPage(port, { method: 'HEAD' })
+    assert.deepEqual([head.status, head.body], [200, ''])
+    for (const headers of [{}, { Accept: '*/*' }, { Accept: 'application/json' }]) {
+      const { status, body } = await getPage(port, '/', { headers })
+      assert.equal(status, 200)
+      assert.match(body, /^Supported commands:\n/)
+      assert.doesNotMatch(body, /page|readyz|livez/)
+    }
+  })
+
+  test('the page refreshes itself without a script, until it is told to pause', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const { body } = await openPage(port)
+    assert.match(body, /<meta http-equiv="refresh" content="2">/)
+    assert.match(body, /<a href="\?pause">/)
+    assert.doesNotMatch(body, /<script|<link|<img|<form|url\(|https?:\/\/(?!127\.0\.0\.1)/)
+    const paused = await openPage(port, { path: '/?pause' })
+    assert.doesNotMatch(paused.body, /http-equiv/)
+    assert.match(paused.body, /<a href="\/">/)
+  })
+
+  test('the page allows itself nothing but its style', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const nonces = new Set<string>()
+    for (const path of ['/', '/', '/?pause']) {
+      const { headers, body } = await openPage(port, { path })
+      const [, nonce = ''] = /<style nonce="([\w-]{20,})">/.exec(body) ?? []
+      nonces.add(nonce)
+      const policy =
+        `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
+        `frame-ancestors 'none'`
+      assert.equal(headers['content-security-policy'], policy)
+      assert.doesNotMatch(body, /\sstyle=|\son\w+=/)
+    }
+    assert.equal(nonces.size, 3)
+  })
+
+  test('the page links to what only reads', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('stock', '', () => {}, { http: true })
+    monitor.register('sell', '', () => {})
+    const { body } = await openPage(port)
+    const links = Array.from(body.matchAll(/<a href="\/(\w+)">\1<\/a>/g), ([, name]) => name)
+    assert.ok(links.includes('stock') && links.includes('status') && links.includes('metrics'))
+    for (const name of ['sell', 'drain', 'resume', 'interactive', 'quit', 'readyz', 'livez']) {
+      assert.ok(!links.includes(name), name)
+    }
+    for (const name of links) assert.equal((await getPage(port, `/${name}`)).status < 501, true)
+  })
+
+  test('a command of the service named page leaves the page alone', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('page', '', (connection) => connection.write('mine\n'), { http: true })
+    assert.match((await openPage(port)).body, /^<!DOCTYPE html>/)
+    assert.equal((await openPage(port, { path: '/page' })).body, 'mine\n')
+  })
+
+  test('what came from outside is text on the page, never markup', async (t) => {
+    const evil = `<b>&"'</b><script>alert(1)</script>${EVIL}`
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        [`<i>"'&`]: { isConnected: () => Promise.reject(new Error(evil)), optional: true },
+        main: { isConnected: () => Promise.reject(new Error(evil)) }
+      },
+      performers: { [`/<u>"'&`]: () => Promise.reject(new Error(evil)) },
+      until: 'started'
+    })
+    monitor.register(`<s>"'&`, '', () => {}, { http: true })
+    await until(async () => (await openPage(port)).body.includes('failed after'), 'a failed site')
+    const { body } = await openPage(port)
+    const tags = new Set(Array.from(body.matchAll(/<\/?([^\s>]*)/g), ([, name]) => name))
+    const known =
+      '!DOCTYPE html head meta title style body main h1 p a table tr th td progress figure svg ' +
+      'polyline figcaption span'
+    for (const tag of tags) assert.ok(known.split(' ').includes(tag!), `<${tag}>`)
+    assert.doesNotMatch(body, /&(?!#\d+;)/)
+    assert.doesNotMatch(body.replaceAll('\n', ''), UNSAFE)
+    assert.equal((body.match(/"/g) ?? []).length % 2, 0)
+    assert.ok(body.includes('&#60;b&#62;&#38;&#34;&#39;&#60;/b&#62;'))
+  })
+
+  test('no red status contains OK, in any rendering', async (t) => {
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        BOOKS: { isConnected: () => false },
+        OKOK: { isConnected: () => true },
+        COOKIES: { isConnected: () => Promise.reject(new Error('OOKK')), optional: true }
+      },
+      performers: { '/BOOKS': () => Promise.reject(new Error('OK')), '/OK': () => {} },
+      until: 'started'
+    })
+    monitor.register('OKAY', 'OK', () => {}, { http: true })
+    await until(async () => (await ask(port, 'status\n')).includes('failed after'), 'a failed site')
+    const renderings = async () => [
+      await ask(port, 'status\n'),
+      (await getPage(port, '/status')).body,
+      (await openPage(port)).body,
+      (await openPage(port, { path: '/?pause' })).body,
+      (await getPage(port, '/readyz')).body,
+      (await getPage(port, '/health_check')).body
+    ]
+    for (const text of await renderings()) assert.doesNotMatch(text, /OK/)
+    void monitor.drain({ reason: 'all is OK, OOKK' })
+    for (const text of await renderings()) assert.doesNotMatch(text, /OK/)
+  })
+
+  test('only this machine is told the addresses of probers and the texts of errors', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: {
+        main: { isConnected: () => Promise.reject(new Error('secret')), optional: true }
+      },
+      performers: { '/': () => Promise.reject(new Error('secret')) },
+      until: 'started'
+    })
+    await until(async () => (await ask(port, 'status\n')).includes('failed after'), 'a failed site')
+    await askTimes(3, port, 'agent_check\n')
+    const told = async (headers: Record<string, string>) => {
+      const { json } = await askHealthJson(port, { headers })
+      const [prober] = json.checks['prober:interval'] ?? []
+      const [database] = json.checks['database:responseTime'] ?? []
+      const { body } = await openPage(port, { headers })
+      const row = rowsOfPage(body).find((each) => each.startsWith('prober'))
+      assert.equal(row?.split('|')[1], prober?.componentId)
+      assert.equal(
+        rowsOfPage(body).some((each) => each.startsWith('database|main|failed: ')),
+        database?.output === 'failed: secret (optional)'
+      )
+      return `${prober?.componentId}, ${database?.output}`
+    }
+    const all = '127.0.0.1, failed: secret (optional)'
+    assert.equal(await told({}), all)
+    // A page that refreshes itself, as Chromium sends it.
+    const browser = { 'User-Agent': 'Mozilla/5.0', Host: `localhost:${port}` }
+    assert.equal(await told({ ...browser, 'Sec-Fetch-Site': 'none' }), all)
+    assert.equal(await told({ ...browser, 'Sec-Fetch-Site': 'same-origin' }), all)
+    const little = 'a prober, failed (optional)'
+    const strange: Record<string, string>[] = [
+      { Host: 'rebound.example' },
+      { Host: 'rebound.example', 'Sec-Fetch-Site': 'same-origin' },
+      { 'X-Forwarded-For': '10.0.0.5' },
+      { 'X-Forwarded-For': '10.0.0.5', 'Sec-Fetch-Site': 'same-origin' },
+      { Via: '1.1 proxy' },
+      { ...browser, 'Sec-Fetch-Site': 'cross-site' },
+      { ...browser, 'Sec-Fetch-Site': 'same-site' },
+      browser
+    ]
+    for (const headers of strange)
+      assert.equal(await told(headers), little, JSON.stringify(headers))
+  })
+
+  test('a stranger reads how the instance is, and no more', NEEDS_OUTSIDE, async (t) => {
+    const main = { isConnected: () => Promise.reject(new Error('secret')), optional: true }
+    const { port } = await bootInstance(t, { databases: { main }, performers: WARM })
+    await askTimes(3, port, 'health_check\n')
+    assert.match(await ask(port, 'status\n'), /^database   main +failed: secret \(optional\)$/m)
+    const from = OUTSIDE!
+    const text = await ask(port, 'status\n', { from })
+    assert.match(text, /^OK\ninstance /)
+    assert.match(text, /^database   main +failed \(optional\)$/m)
+    assert.match(text, /^prober     a prober +asked /m)
+    const headers = { 'Sec-Fetch-Site': 'same-origin' }
+    for (const { body } of [
+      await openPage(port, { from, headers }),
+      await getPage(port, '/status', { from, headers })
+    ]) {
+      assert.doesNotMatch(body, /secret/)
+      assert.match(body, /a prober/)
+    }
+  })
+
+  test('readyz counts as a check; status, the page and livez do not', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
+    for (let time = 0; time < 3; time++) {
+      for (const path of ['/status', '/livez']) await getPage(port, path)
+      for (const line of ['status\n', 'livez\n']) await ask(port, line)
+      await openPage(port)
+    }
+    assert.equal(await askWhomItWaitsFor(port), 0)
+    for (let time = 0; time < 3; time++) await getPage(port, '/readyz')
+    assert.equal(await askWhomItWaitsFor(port), 1)
+  })
+
+  test('livez is 200 as long as the event loop turns, readyz what health_check is', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const both = async () => {
+      const [live, ready] = await Promise.all([getPage(port, '/livez'), getPage(port, '/readyz')])
+      return [live.status, ready.status, ready.body]
+    }
+    assert.deepEqual(await both(), [200, 200, 'OK\n'])
+    assert.equal(await ask(port, 'readyz\n'), 'OK\n')
+    void monitor.drain()
+    assert.deepEqual(await both(), [200, 503, 'Draining\n'])
+    assert.doesNotMatch(await ask(port, 'help\n'), /livez|readyz/)
+  })
+
+  test("registerMetrics adds the service's own metrics, whose families replace ours", async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const own = `# HELP process_resident_memory_bytes Own words.
+# TYPE process_resident_memory_bytes gauge
+process_resident_memory_bytes 7
+
+# a comment
+# HELP shop_seconds How long.
+# TYPE shop_seconds histogram
+shop_seconds_bucket{path="a\\"b\\\\c\\n# TYPE d",le="+Inf"} 2 1700000000000
+shop_seconds_sum{path="ü{x=\\"y\\"}"} 1.5e-3
+shop_seconds_count 2
+# TYPE stock gauge
+stock NaN
+stock{size="big"} +Inf
+bare -3`
+    monitor.registerMetrics(() => own)
+    monitor.registerMetrics(
+      async () => '# TYPE stock gauge\nstock 9\n# TYPE orders gauge\norders 1\r\n'
+    )
+    const text = await ask(port, 'metrics\n')
+    for (const line of own.split('\n')) {
+      if (line !== '' && line !== '# a comment') assert.ok(text.includes(`${line}\n`), line)
+    }
+    assert.match(text, /^orders 1$/m)
+    assert.doesNotMatch(text, /^stock 9$/m)
+    const types = text.match(/^# TYPE \S+/gm) ?? []
+    assert.equal(new Set(types).size, types.length)
+    assert.match(text, /^ftw_monitor_healthy 1$/m)
+    for (const wrong of [undefined, 'text', {}]) {
+      assert.throws(() => monitor.registerMetrics(wrong as unknown as () => string), TypeError)
+    }
+  })
+
+  test('a collector that fails costs its own part, and one line in the log', async (t) => {
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    let answer: () => unknown = thrower
+    monitor.registerMetrics(() => answer() as string)
+    monitor.registerMetrics(() => 'orders 1\n')
+    const bad: [() => unknown, RegExp][] = [
+      [thrower, /trap/],
+      [() => Promise.reject(new Error('boom\nOK')), /boom OK/],
+      [() => undefined, /no text/],
+      [() => Buffer.from('stock 1\n'), /no text/],
+      [() => '<!DOCTYPE html><h1>502</h1>', /<!DOCTYPE/],
+      [() => 'stock 1\nthis is no sample\n', /this is no sample/],
+      [() => '# TYPE stock counter\nstock_total 1 # {trace="a"} 1 2.5\n# EOF\n', /trace/],
+      [() => '# TYPE stock gauge\nstock 1\n# EOF\n', /EOF/]
+    ]
+    for (const [next, reason] of bad) {
+      const before = warningsOf(logger).length
+      answer = next
+      for (let time = 0; time < 2; time++) {
+        const text = await ask(port, 'metrics\n')
+        assert.doesNotMatch(text, /stock/)
+        assert.match(text, /^orders 1$/m)
+        assert.match(text, /^ftw_monitor_healthy 1$/m)
+      }
+      const warnings = warningsOf(logger).slice(before)
+      assert.equal(warnings.length, 1, warnings.join('\n'))
+      assert.match(warnings[0]!, reason)
+      answer = () => 'stock 1\n'
+      assert.match(await ask(port, 'metrics\n'), /^stock 1$/m)
+    }
+  })
 })
 
 describe('Figures, metrics and status', ALONE, () => {
@@ -4600,8 +6479,8 @@ describe('Figures, metrics and status', ALONE, () => {
     await until(async () => (await askMonitor(port, '0')).count === 150, 'aborted ones are gone')
     const all = await askMonitor(port, '0')
     assert.deepEqual(all.open, [
-      ...Array(100).fill({ age: 5, info: 'GET /late' }),
-      ...Array(50).fill({ age: 12.5, info: 'GET /early' })
+      ...Array.from({ length: 100 }, () => ({ age: 5, info: 'GET /late' })),
+      ...Array.from({ length: 50 }, () => ({ age: 12.5, info: 'GET /early' }))
     ])
     const old = await askMonitor(port, '10')
     assert.deepEqual([old.count, old.open.length, old.open[0]?.age], [150, 50, 12.5])
@@ -4822,6 +6701,96 @@ describe('Figures, metrics and status', ALONE, () => {
       const family = `^# HELP ${name} \\S.*\\n# TYPE ${name} ${kind}\\n${name}[ {]`
       assert.match(body, new RegExp(family, 'm'))
     }
+  })
+
+  test('a collector that hangs is waited for 5 s, and costs its own part', async (t) => {
+    const setForReal = setTimeout
+    const waits: number[] = []
+    const setFaster = (callback: () => void, ms: number) => {
+      waits.push(ms)
+      return setForReal(callback, ms === 5_000 ? 50 : ms)
+    }
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    t.mock.method(globalThis, 'setTimeout', setFaster as typeof setTimeout)
+    monitor.registerMetrics(hang)
+    monitor.registerMetrics(() => 'orders 1\n')
+    for (let time = 0; time < 3; time++) {
+      assert.match(await ask(port, 'metrics\n'), /^orders 1$/m)
+    }
+    assert.equal(waits.filter((ms) => ms === 5_000).length >= 1, true)
+    assert.equal(warningsOf(logger).length, 1)
+    assert.match(warningsOf(logger)[0]!, /leaves metrics out: no answer in time/)
+  })
+
+  test('the lag of the event loop is the largest delay of a tick in thirty seconds', async (t) => {
+    const clock = fakeClock(t)
+    const ticks = takeTicks(t)
+    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const lag = async () =>
+      readSamples(await ask(port, 'metrics\n'))['ftw_monitor_eventloop_lag_seconds']
+    const pass = (ms: number) => {
+      for (let passedMs = 0; passedMs < ms; passedMs += 250) {
+        clock.now += 250
+        ticks.pass(250)
+      }
+    }
+    pass(40_000)
+    assert.equal(await lag(), 0)
+    clock.now += 400
+    pass(250)
+    assert.equal(await lag(), 0.4)
+    clock.now += 150
+    pass(29_000)
+    assert.equal(await lag(), 0.4)
+    pass(2_500)
+    assert.equal(await lag(), 0)
+  })
+
+  test('the page shows the last two minutes as a chart', async (t) => {
+    const ticks = takeTicks(t)
+    const server = await serve(t)
+    const { port } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const chart = async () => {
+      const { body } = await openPage(port)
+      const lines = Array.from(body.matchAll(/<polyline class="(\w+)" points="([^"]*)"/g))
+      const caption = /<figcaption>([^]*?)<\/figcaption>/.exec(body)?.[1]?.replace(/<[^>]*>/g, '')
+      return {
+        lines: lines.map(([, name, points]) => ({ name, points: points!.split(' ') })),
+        caption
+      }
+    }
+    ticks.pass(1_000)
+    for (let request = 0; request < 8; request++) await getPage(portOf(server), '/')
+    ticks.pass(1_000)
+    const { lines, caption } = await chart()
+    assert.match(
+      caption!,
+      /^The last two minutes: loop \d+ % busy,\s8 requests a second \(at most 8\)$/
+    )
+    assert.deepEqual(
+      lines.map(({ name }) => name),
+      ['load', 'requests']
+    )
+    assert.deepEqual(lines[1]!.points, ['118,99.0', '119,1.0'])
+    ticks.pass(200_000)
+    const later = await chart()
+    assert.match(later.caption!, /0 requests a second \(at most 0\)$/)
+    for (const { points } of later.lines) {
+      assert.equal(points.length, 120)
+      assert.ok(points[0]!.startsWith('0,') && points[119]!.startsWith('119,'))
+    }
+  })
+
+  test('status shows who asked last first, and nobody who is silent for an hour', async (t) => {
+    const ticks = takeTicks(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const probers = async () => (await monitor.status()).probers.map(({ address }) => address)
+    await ask(port, 'health_check\n', { from: '127.0.0.2' })
+    ticks.pass(10_000)
+    await ask(port, 'health_check\n', { from: '127.0.0.3' })
+    assert.deepEqual(await probers(), ['127.0.0.3', '127.0.0.2'])
+    ticks.pass(3_595_000)
+    assert.deepEqual(await probers(), ['127.0.0.3'])
   })
 })
 
@@ -5907,6 +7876,113 @@ describe('The program', PAIRWISE, () => {
       assert.deepEqual([status, stdout, stderr], [expected, reply, ''], line)
     }
   })
+
+  test('`ftw-monitor status` prints the status of one instance, and whether it is OK', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const green = await runProgram(t, ['status'], { env })
+    assert.equal(green.status, 0, green.stderr)
+    assert.match(green.stdout, /^OK\ninstance   http:[^]*\ndraining   no\n$/)
+    void monitor.drain()
+    const red = await runProgram(t, ['status'], { env })
+    assert.equal(red.status, 1)
+    assert.match(red.stdout, /^Draining\n/)
+    const nobody = await runProgram(t, ['status', '--port', String(await freePort())])
+    assert.deepEqual([nobody.status, nobody.stdout], [2, ''])
+    const wrong = await runProgram(t, ['status', '--wacht'], { env })
+    assert.deepEqual([wrong.status, wrong.stdout], [2, ''])
+    assert.match(wrong.stderr, /--wacht/)
+  })
+
+  test('`ftw-monitor status` of several instances prints a line for each', async (t) => {
+    const long = `Error: Database 'main' failed: ${'x'.repeat(200)}`
+    const statusOf = (reason: string, rest: string) => (socket: net.Socket) => {
+      socket.once('data', (line) => {
+        assert.equal(String(line), 'status\n')
+        socket.end(`${reason}\ninstance   http://localhost:1, ${rest}\ndraining   no\n`)
+      })
+    }
+    const figures = 'up 12 s, 2 requests in flight, 1 upgraded, loop 18 % busy, 58 MiB'
+    const one = await fakeInstance(t, statusOf('OK', figures))
+    const two = await fakeInstance(t, statusOf(long, figures))
+    const none = await freePort()
+    const words = [`web1=${one}`, `web22=${two}`, `web3=${none}`, `127.0.0.1:${one}`]
+    const { status, stdout } = await runProgram(t, ['status', ...words])
+    assert.equal(status, 1)
+    const [first = '', second = '', third = '', fourth = ''] = stdout.split('\n')
+    assert.match(first, /^web1 +OK +up 12 s, 2 in flight, loop 18 %, 58 MiB$/)
+    assert.match(second, /^web22 +Error: Database 'main' failed: +up 12 s, /)
+    assert.match(third, /^web3 +connect ECONNREFUSED /)
+    assert.match(fourth, /^127\.0\.0\.1:\d+ +OK +up /)
+    assert.equal(first.indexOf('up 12 s'), second.indexOf('up 12 s'))
+    const healthy = await runProgram(t, ['status', `web1=${one}`, `${one}`])
+    assert.equal(healthy.status, 0, healthy.stdout)
+  })
+
+  test('`ftw-monitor status --watch` goes on through a restart, until Ctrl-C', async (t) => {
+    const asked: string[] = []
+    const port = await freePort()
+    const watched = startProgram(t, ['status', '--watch', '--port', String(port)], {
+      HOST: '127.0.0.1'
+    })
+    await until(() => /ECONNREFUSED/.test(watched.stdout), 'nobody is there')
+    const server = net.createServer((socket) => {
+      socket.on('error', () => {})
+      socket.once('data', (line) => {
+        asked.push(String(line))
+        socket.end('OK\ninstance   there\n')
+      })
+    })
+    closeLater(t, server)
+    server.listen(port + 80, '127.0.0.1')
+    await until(() => /^OK\ninstance   there$/m.test(watched.stdout), 'it is there')
+    watched.child.kill('SIGINT')
+    assert.equal(await watched.exit, 0, watched.output)
+    assert.deepEqual(new Set(asked), new Set(['status\n']))
+  })
+
+  test('`ftw-monitor wait` shows which site is being warmed up, and never counts as a prober', async (t) => {
+    const gate = latch()
+    const { port } = await bootInstance(t, { performers: sitesBehind(gate), until: 'started' })
+    const waiting = startProgram(t, ['wait'], { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` })
+    const line = /^\d+\.\d s {2}Warmup in progress: \/shop, 2 of 3$/m
+    await until(() => line.test(waiting.stdout), 'it tells the second site')
+    gate.open()
+    assert.equal(await waiting.exit, 0, waiting.output)
+    assert.match(waiting.stdout, /^\d+\.\d s {2}OK\n$/m)
+    assert.equal(await askWhomItWaitsFor(port), 0)
+  })
+
+  test('`ftw-monitor drain` exits with 0 after Drained, and with 1 after Not drained', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port, instancePort } = await bootInstance(t, { server })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const resumed = startProgram(t, ['drain'], env)
+    await until(() => resumed.output.includes('1 requests in flight'), 'it drains')
+    monitor.resume()
+    assert.equal(await resumed.exit, 1)
+    assert.match(resumed.output, /\nNot drained: resumed meanwhile\n$/)
+    letGo()
+    await answer
+    const drained = await runProgram(t, ['drain'], { env })
+    assert.deepEqual([drained.status, drained.stderr], [0, ''])
+    assert.match(drained.stdout, /\nDrained\n$/)
+  })
+
+  test('the demo ends by a signal, warm or not', async (t) => {
+    const endDemo = async (signal: NodeJS.Signals, isWarm: boolean) => {
+      const port = await freePort()
+      const demo = startProgram(t, ['demo'], { PORT: String(port), HOST: '127.0.0.1' })
+      await until(() => demo.output.includes('warms up'), 'the demo warms up')
+      if (isWarm) await until(() => demo.output.includes('is warm'), 'the demo is warm')
+      demo.child.kill(signal)
+      assert.equal(await inTime(demo.exit, `${signal} ends it`), 0, demo.output)
+      assert.doesNotMatch(demo.output, /is done, but|failed to/)
+    }
+    await Promise.all([endDemo('SIGTERM', false), endDemo('SIGINT', true)])
+  })
 })
 
 describe('The program', ALONE, () => {
@@ -6328,6 +8404,399 @@ describe('Real programs', SIDE_BY_SIDE, () => {
       assert.deepEqual(others, ['ftw-monitor listening on 10.0.0.5:8160', 'OK'])
     }
   )
+
+  test(
+    'a rolling restart with PostgreSQL and WebSockets fails no request',
+    { ...SLOW, ...needs('haproxy'), ...NEEDS_POSTGRES, ...NEEDS_PACKAGES },
+    async (t) => {
+      const { environment: database } = await startPostgres(t)
+      const instances: Backend[] = []
+      for (const name of ['one', 'two', 'three']) {
+        const instancePort = await freePort()
+        instances.push({ name, instancePort, port: instancePort + 80 })
+      }
+      const launch = async ({ name, port, instancePort }: Backend) => {
+        const env = { ...database, NAME: name, PORT: String(instancePort) }
+        const launched = runScript(t, { script: SERVICE, env })
+        await untilHealthy(port, 20_000)
+        return launched
+      }
+      const processes = await Promise.all(instances.map(launch))
+      const haproxy = await balanceByAgent(t, instances)
+      for (const { name } of instances) await haproxy.untilState(name, /^UP$/)
+
+      const served = new Map<string, number>()
+      const failed: string[] = []
+      const askOnce = async (options: PageOptions) => {
+        const page = await getPage(haproxy.frontPort, '/', options).catch(String)
+        if (typeof page === 'string') failed.push(page)
+        else if (!page.body.includes('PostgreSQL')) failed.push(`${page.status} ${page.body}`)
+        else {
+          const [whose = ''] = /^\w+ \d+/.exec(page.body) ?? []
+          served.set(whose, (served.get(whose) ?? 0) + 1)
+        }
+      }
+      const agent = new http.Agent({ keepAlive: true })
+      t.after(() => agent.destroy())
+      const askers = [{}, {}, {}, { agent }, { agent }, { agent }].map((options) =>
+        keepAsking(5, () => askOnce(options))
+      )
+      const webSockets = keepConnected(t, 9, `ws://127.0.0.1:${haproxy.frontPort}/`)
+      await until(() => served.size === 3 && webSockets.told.opened === 9, 'all three serve')
+
+      for (const [index, instance] of instances.entries()) {
+        const old = processes[index]!
+        old.child.kill('SIGTERM')
+        assert.equal(await inTime(old.exit, 'it ends', 15_000), 0, old.output)
+        const { child } = await launch(instance)
+        await haproxy.untilState(instance.name, /^UP$/)
+        await until(() => served.has(`${instance.name} ${child.pid}`), 'it serves again')
+      }
+      for (const asker of askers) await asker.stop()
+      assert.deepEqual(failed, [])
+      assert.deepEqual(webSockets.told.failures, [])
+      await until(() => webSockets.told.opened === 9 + webSockets.told.codes.length, 'all are back')
+      webSockets.stop()
+
+      const requests = [...served.values()].reduce((sum, count) => sum + count)
+      assert.deepEqual([...new Set(webSockets.told.codes)], [1001])
+      assert.ok(requests > 200, `${requests} requests`)
+      t.diagnostic(`${requests} requests, ${webSockets.told.codes.length} WebSockets came back`)
+    }
+  )
+
+  test('Chromium shows the page as it is meant', { ...SLOW, ...needs('chromium') }, async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => Promise.reject(new Error(`<b>no & "way"</b>`)) } },
+      performers: WARM,
+      until: 'started'
+    })
+    await ask(port, 'health_check\n')
+    const words =
+      '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync ' +
+      '--disable-background-networking --disable-component-update --dump-dom'
+    const folder = `--user-data-dir=${scratchFolder(t)}`
+    const { stdout, stderr } = await runToEnd(t, 'chromium', [
+      ...words.split(' '),
+      folder,
+      `http://localhost:${port}/?pause`
+    ])
+    const reason = `Error: Database 'main' failed: &lt;b&gt;no &amp; "way"&lt;/b&gt;`
+    assert.ok(stdout.includes(`<h1 class="fail">${reason}</h1>`), stdout + stderr)
+    assert.match(stdout, /<td>main<\/td><td>failed: &lt;b&gt;no/)
+    assert.match(stdout, /<td>127\.0\.0\.1<\/td><td>asked /)
+    assert.match(stdout, /<progress aria-label="warm-up \/" value="1"><\/progress>/)
+    assert.doesNotMatch(stdout, /OK|<b>| style=/)
+    assert.doesNotMatch(stderr, /Content Security Policy|Refused/)
+  })
+
+  test(
+    "promtool remarks on prom-client's metrics and ours what it does on prom-client's alone",
+    { ...needs('promtool'), ...NEEDS_PACKAGES },
+    async (t) => {
+      const { port } = await bootProcess(t, { script: PROM_CLIENT })
+      const { body } = await getPage(port, '/metrics')
+      const { body: own } = await getPage(port, '/own')
+      const check = (input: string) => runToEnd(t, 'promtool', ['check', 'metrics'], { input })
+      assert.deepEqual(await check(body), await check(own))
+      const families = (text: string): string[] => text.match(/^# TYPE \S+/gm) ?? []
+      for (const family of families(own)) assert.ok(families(body).includes(family), family)
+      assert.equal(new Set(families(body)).size, families(body).length)
+      assert.match(body, /^nodejs_eventloop_lag_p99_seconds /m)
+      assert.match(body, /^shop_seconds_bucket\{le="\+Inf",path="a\\"b"\} 1$/m)
+      assert.match(body, /^ftw_monitor_database_connected\{database="main"\} 1$/m)
+    }
+  )
+
+  test(
+    "Prometheus scrapes our metrics and prom-client's from one port",
+    { ...SLOW, ...needs('prometheus'), ...NEEDS_PACKAGES },
+    async (t) => {
+      const { port } = await bootProcess(t, { script: PROM_CLIENT })
+      const folder = scratchFolder(t)
+      const file = join(folder, 'prometheus.yml')
+      const apiPort = await freePort()
+      fs.writeFileSync(
+        file,
+        `scrape_configs:
+        - job_name: web
+          scrape_interval: 1s
+          scrape_timeout: 1s
+          static_configs: [{ targets: ['127.0.0.1:${port}'] }]`
+      )
+      watch(t, 'prometheus', [
+        `--config.file=${file}`,
+        `--storage.tsdb.path=${join(folder, 'data')}`,
+        `--web.listen-address=127.0.0.1:${apiPort}`
+      ])
+      const valueOf = async (name: string) => {
+        const page = await getPage(apiPort, `/api/v1/query?query=${name}`).catch(() => undefined)
+        if (page?.status !== 200) return undefined
+        return JSON.parse(page.body).data.result[0]?.value[1]
+      }
+      await until(async () => (await valueOf('up')) === '1', 'it is up', 20_000)
+      assert.equal(await valueOf('ftw_monitor_healthy'), '1')
+      assert.equal(await valueOf('shop_bytes_count'), '1')
+      assert.ok(Number(await valueOf('nodejs_heap_space_size_used_bytes')) > 0)
+    }
+  )
+
+  test('jq reads /status', needs('jq'), async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const { body } = await getPage(port, '/status')
+    const filter = '.status, .checks["warmup:duration"][].componentId'
+    const { stdout } = await runToEnd(t, 'jq', ['-r', filter], { input: body })
+    assert.equal(stdout, 'pass\n/\n')
+  })
+
+  test(
+    '`ftw-monitor status --watch` writes over what it wrote, wrapped rows included',
+    { ...SLOW, ...needs('script') },
+    async (t) => {
+      const port = await fakeInstance(t, (socket) => {
+        socket.once('data', () => socket.end(`OK\ninstance   ${'x'.repeat(60)}\ndraining   no\n`))
+      })
+      const program = [process.execPath, ...programWords(['status', '--watch'])].join(' ')
+      const command = `stty cols 40 rows 24; PORT=${port} HOST=127.0.0.1 exec ${program}`
+      const watched = watch(t, 'script', ['-qfec', command, '/dev/null'])
+      const back = '\x1b[4A\x1b[J' // the second of three lines takes two rows
+      await until(() => watched.stdout.split(back).length === 3, 'it has written over twice')
+      watched.child.stdin?.write('\x03')
+      assert.equal(await watched.exit, 0, watched.output)
+    }
+  )
+
+  test(
+    'a connected Redis client, closed by cleanUp or not, does not keep a service alive',
+    { ...NEEDS_PACKAGES, ...needs('redis-server') },
+    async (t) => {
+      const port = await startRedis(t)
+      const script = `
+        import { createClient } from 'redis'
+        const redis = createClient({ url: 'redis://127.0.0.1:${port}' })
+        await redis.connect()
+        server.removeListener('request', handle)
+        server.on('request', async (request, response) => {
+          console.log('asked for', request.url)
+          await pause(300)
+          response.end(await redis.ping())
+        })`
+      const endOne = async (cleanUp: string, said: string[]) => {
+        const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
+        const answer = getPage(service.instancePort, '/')
+        await service.hasSaid('asked for /')
+        const { status, output } = await service.end()
+        assert.equal((await answer).body, 'PONG')
+        assert.deepEqual([status, linesOfShutdown(output)], [0, said])
+      }
+      const sentence = 'ftw-monitor is done, but something keeps the process alive'
+      await Promise.all([
+        endOne('', [`${sentence}: 1 TCPSocketWrap; exits`]),
+        endOne('cleanUp: () => redis.close()', [])
+      ])
+    }
+  )
+
+  test(
+    'a pool of PostgreSQL connections, ended by cleanUp or not, does not keep a service alive',
+    { ...NEEDS_PACKAGES, ...NEEDS_POSTGRES },
+    async (t) => {
+      const { environment } = await startPostgres(t)
+      const script = `
+        import pg from 'pg'
+        const pool = new pg.Pool({
+          host: '127.0.0.1', port: ${environment.PGPORT}, user: 'tester', database: 'postgres'
+        })
+        await Promise.all([pool.query('select 1'), pool.query('select 2')])
+        server.removeListener('request', handle)
+        server.on('request', async (request, response) => {
+          console.log('asked for', request.url)
+          await pause(300)
+          const { rows } = await pool.query('select 7 as seven')
+          response.end(String(rows[0].seven))
+        })`
+      const endOne = async (cleanUp: string, said: RegExp) => {
+        const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
+        const answer = getPage(service.instancePort, '/')
+        await service.hasSaid('asked for /')
+        const { status, ms, output } = await service.end()
+        assert.equal((await answer).body, '7')
+        assert.equal(status, 0, output)
+        assert.match(linesOfShutdown(output).join('\n'), said)
+        assert.ok(ms < 8_000, `${ms} ms`)
+      }
+      await Promise.all([
+        endOne('', /^ftw-monitor is done, .* \d TCPSocketWrap, \d Timeout; exits$/),
+        endOne('cleanUp: () => pool.end()', /^$/)
+      ])
+    }
+  )
+
+  test(
+    'a WebSocket is told by cleanUp that the service goes, and one that never closes does not keep it',
+    NEEDS_PACKAGES,
+    async (t) => {
+      const script = `
+        import { WebSocketServer } from 'ws'
+        const webSockets = new WebSocketServer({ server })`
+      const open = async (port: number) => {
+        const key = `Sec-WebSocket-Key: ${Buffer.alloc(16).toString('base64')}`
+        const peer = await converse(t, port, { allowHalfOpen: true })
+        const upgradeHeaders = [
+          'Connection: Upgrade',
+          'Upgrade: websocket',
+          'Sec-WebSocket-Version: 13'
+        ]
+        peer.socket.setEncoding('latin1')
+        peer.say(headOf('/', ...upgradeHeaders, key))
+        await until(() => peer.transcript.endsWith('\r\n\r\n'), 'the WebSocket is open')
+        peer.transcript = ''
+        return peer
+      }
+      const goingAway = '\x88\x02\x03\xe9' // a close frame: 1001
+
+      const endPolitely = async () => {
+        const service = await bootServiceOf(
+          t,
+          `${script}
+          options.cleanUp = () => {
+            for (const client of webSockets.clients) client.close(1001)
+          }`
+        )
+        const peer = await open(service.instancePort)
+        const ended = service.end()
+        await until(() => peer.transcript === goingAway, 'the WebSocket is told')
+        peer.socket.end(Buffer.from([0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe9])) // the same, masked
+        const { status, ms, output } = await ended
+        assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+        assert.ok(ms < 8_000, `${ms} ms`)
+      }
+      const endStubbornly = async () => {
+        const service = await bootServiceOf(t, script)
+        const peer = await open(service.instancePort)
+        const { status, ms, output } = await service.end()
+        assert.deepEqual([status, peer.transcript, linesOfShutdown(output)], [0, '', []])
+        assert.ok(ms > 1_990 && ms < 8_000, `${ms} ms`)
+      }
+      await Promise.all([endPolitely(), endStubbornly()])
+    }
+  )
+
+  test(
+    'Express, Koa, Fastify and Nest end by SIGTERM, closing their server by cleanUp, though a client keeps a connection',
+    NEEDS_PACKAGES,
+    async (t) => {
+      const scripts: Record<string, string> = {
+        Express: `
+          import express from 'express'
+          const app = express()
+          app.get('/slow', handle)
+          server = app.listen(0, '127.0.0.1')
+          const closeAll = promisify(server.close.bind(server))`,
+        Koa: `
+          import Koa from 'koa'
+          const app = new Koa()
+          app.use(async (context) => {
+            context.respond = false
+            await handle(context.req, context.res)
+          })
+          server = http.createServer(app.callback())
+          const closeAll = promisify(server.close.bind(server))`,
+        Fastify: `
+          import Fastify from 'fastify'
+          const app = Fastify()
+          app.get('/slow', async (request, reply) => {
+            reply.hijack()
+            await handle(request.raw, reply.raw)
+          })
+          server = app.server
+          listen = () => app.listen({ port: 0, host: '127.0.0.1' })
+          const closeAll = () => app.close()`,
+        Nest: `
+          import 'reflect-metadata'
+          import { NestFactory } from '@nestjs/core'
+          import { Module } from '@nestjs/common'
+          class App {}
+          Module({})(App)
+          const app = await NestFactory.create(App, { logger: false })
+          app.use(handle)
+          server = app.getHttpServer()
+          listen = () => app.listen(0, '127.0.0.1')
+          const closeAll = () => app.close()`
+      }
+      const endOne = async ([name, script]: [string, string]) => {
+        const service = await bootServiceOf(
+          t,
+          `${script}
+          server.on('upgrade', (request, socket) => {
+            socket.on('error', () => {})
+            socket.write('HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: echo\\r\\n\\r\\n')
+          })
+          if (server.listening) listen = () => {}
+          options.cleanUp = async () => {
+            cleanUp()
+            await closeAll()
+            console.log('closed')
+          }`
+        )
+        const peer = await upgradeTo(service.instancePort)
+        t.after(() => peer.socket.destroy())
+        const answer = getPage(service.instancePort, '/slow')
+        await service.hasSaid('asked for /slow')
+        const { status, ms, output } = await service.end()
+        assert.equal((await answer).body, 'served', name)
+        assert.deepEqual([status, linesOfShutdown(output)], [0, []], `${name}: ${output}`)
+        if (!/Express|Koa/.test(name)) assert.match(output, /\nclosed\n/)
+        assert.ok(ms > 1_990 && ms < 8_000, `${name}: ${ms} ms`)
+      }
+      await Promise.all(Object.entries(scripts).map(endOne))
+    }
+  )
+
+  test(
+    "Next.js's custom server ends by SIGTERM",
+    { ...NEEDS_PACKAGES, ...SLOW, timeout: 180_000 },
+    async (t) => {
+      const folder = scratchFolder(t)
+      const modules = join(PACKAGES ?? '', 'node_modules')
+      fs.symlinkSync(modules, join(folder, 'node_modules'))
+      fs.mkdirSync(join(folder, 'pages'))
+      fs.writeFileSync(join(folder, 'package.json'), '{ "private": true }')
+      const page = `
+        import { createElement } from 'react'
+        export default () => createElement('p', null, 'a page')
+        export async function getServerSideProps() {
+          await new Promise((resolve) => setTimeout(resolve, 500))
+          return { props: {} }
+        }`
+      fs.writeFileSync(join(folder, 'pages/index.js'), page)
+      const env = { NEXT_TELEMETRY_DISABLED: '1', NODE_ENV: 'production' }
+      const words = [join(modules, 'next/dist/bin/next'), 'build', '--webpack']
+      const built = await runToEnd(t, process.execPath, words, { cwd: folder, env })
+      assert.equal(built.status, 0, built.stdout + built.stderr)
+
+      const script = `
+        import next from 'next'
+        const app = next({ dev: false, dir: ${JSON.stringify(folder)} })
+        await app.prepare()
+        const handlePage = app.getRequestHandler()
+        server = http.createServer((request, response) => {
+          console.log('asked for', request.url)
+          return handlePage(request, response)
+        })
+        options.cleanUp = async () => {
+          await app.close()
+          console.log('closed')
+        }`
+      const service = await bootService(t, { script, cwd: folder, env })
+      const answer = getPage(service.instancePort, '/?late')
+      await service.hasSaid('asked for /?late')
+      const { status, output } = await service.end()
+      assert.match((await answer).body, /a page/)
+      assert.equal(status, 0, output)
+      assert.match(output, /\nclosed\n/)
+    }
+  )
 })
 
 describe('Real programs', ALONE, () => {
@@ -6579,7 +9048,7 @@ describe('Real programs', ALONE, () => {
       const [firstAt = 0, secondAt = 0, thirdAt = 0] = tries
       const firstPauseMs = pace * (secondAt - firstAt)
       const secondPauseMs = pace * (thirdAt - secondAt)
-      assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries}`)
+      assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries.join()}`)
       finale.open()
       await becomes('UP')
       assert.equal((await viaFront()).body, 'hello')
@@ -6677,7 +9146,7 @@ describe('Real programs', ALONE, () => {
 
       await postgres.stop()
       const reply = async () => await ask(port + 80, 'health_check\n')
-      await until(async () => /^Error: Database 'main' /.test(await reply()), 'it is red')
+      await until(async () => (await reply()).startsWith("Error: Database 'main' "), 'it is red')
       await postgres.start()
       await untilHealthy(port + 80)
     }
@@ -7165,6 +9634,34 @@ describe('Endurance', TOGETHER, () => {
     const relaxedSeconds = await timeUntil((share) => share >= 95, 'it is relaxed again')
     assert.ok(relaxedSeconds > 6 && relaxedSeconds < 13, `relaxed after ${relaxedSeconds} s`)
   })
+
+  test(
+    'without limits of its own, a shutdown cuts requests after 25 s, and exits after 28 s',
+    SLOW,
+    async (t) => {
+      const cutOne = async () => {
+        const service = await bootService(t)
+        const answer = getPage(service.instancePort, '/stream', { limitMs: 40_000 })
+        answer.catch(() => {})
+        await service.hasSaid('asked for /stream')
+        const { status, ms, output } = await service.end('SIGTERM', 30_000)
+        await assert.rejects(answer)
+        const lines = ['ftw-monitor cuts 1 requests that are still in flight after 25 s']
+        assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
+        assert.ok(ms > 24_900 && ms < 27_000, `${ms} ms`)
+      }
+      const exitOne = async () => {
+        const service = await bootService(t, {
+          script: 'options = { cleanUp: () => new Promise(() => {}) }'
+        })
+        const { status, ms, output } = await service.end('SIGTERM', 40_000)
+        const lines = ['ftw-monitor exits after 28 s; not done: cleanUp']
+        assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
+        assert.ok(ms > 27_900 && ms < 30_000, `${ms} ms`)
+      }
+      await Promise.all([cutOne(), exitOne()])
+    }
+  )
 })
 
 describe('Endurance', ALONE, () => {

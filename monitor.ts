@@ -1848,8 +1848,8 @@ export function shutdownOnSignal(options: ShutdownOptions = {}): void {
   const checked = toShutdownOptions(options)
   const { signals = ['SIGTERM', 'SIGINT'] } = options
   must(
-    Array.isArray(signals) && signals.length > 0 && signals.every((name) => SIGNAL.test(name)),
-    'signals must be names of signals, as SIGTERM'
+    Array.isArray(signals) && signals.length > 0 && signals.every((it) => SIGNAL_NUMBERS.has(it)),
+    `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
   )
   takeSignalListenersOff()
   for (const signal of new Set(signals)) {
@@ -1858,8 +1858,6 @@ export function shutdownOnSignal(options: ShutdownOptions = {}): void {
     process.on(signal, listener)
   }
 }
-
-const SIGNAL = /^SIG(?!KILL$|STOP$)[A-Z0-9]+$/ // SIGTERM; nobody can listen for SIGKILL
 
 function takeSignalListenersOff(): void {
   for (const [signal, listener] of signalState.listeners) process.off(signal, listener)
@@ -1876,11 +1874,15 @@ function onSignal(
   void shutDownAndExit(options, signal)
 }
 
+/** The signals by which somebody may ask a process to end, with Linux's numbers. */
 const SIGNAL_NUMBERS = new Map<string, number>([
   ['SIGHUP', 1],
   ['SIGINT', 2],
   ['SIGQUIT', 3],
-  ['SIGTERM', 15]
+  ['SIGUSR1', 10],
+  ['SIGUSR2', 12],
+  ['SIGTERM', 15],
+  ['SIGBREAK', 21]
 ])
 
 async function shutDownAndExit(
