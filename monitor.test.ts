@@ -2252,7 +2252,6 @@ describe('Start and stop', TOGETHER, () => {
     const listen = (port: number) => server.listen(port, '127.0.0.1')
     const first = await freePort()
     const second = await freePort()
-    const third = await freePort()
     const isListening = (port: number) => `info ftw-monitor listening on 127.0.0.1:${port + 80}`
     const closings = () => logger.lines.filter((line) => line === 'info ftw-monitor closed').length
     const untilBackAt = async (port: number, notAt?: number) => {
@@ -2276,22 +2275,46 @@ describe('Start and stop', TOGETHER, () => {
     await until(() => closings() === 1, 'the monitor has closed')
     await untilBackAt(second)
 
-    server.close() // both in one tick, elsewhere
-    listen(third)
-    await until(() => closings() === 1, 'the monitor has closed')
-    await untilBackAt(third, second)
-
-    server.close() // both in one tick, at the same port
-    listen(third)
-    await untilHealthy(third + 80)
-    assert.ok(closings() <= 1)
     assert.deepEqual(warningsOf(logger), [])
 
     await monitor.stop()
     await close(server)
     listen(first)
     await once(server, 'listening')
-    assert.ok((await isRefused(first + 80)) && (await isRefused(third + 80)), 'it was stopped')
+    assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
+  })
+
+  test('a server that closes and listens again in one tick has its monitor beside it', async (t) => {
+    const first = await freePort()
+    for (const host of ['127.0.0.1', undefined]) {
+      // to look a host up takes a turn, else none
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      const server = http.createServer(hello)
+      closeLater(t, server)
+      const listen = (port: number) => server.listen({ port, host })
+      const countClosings = () =>
+        logger.lines.filter((line) => line === 'info ftw-monitor closed').length
+      listen(first)
+      await monitor.start({ server, logger })
+      await untilHealthy(first + 80)
+
+      const second = await freePort()
+      server.close()
+      listen(second)
+      await untilHealthy(second + 80)
+      assert.ok(await isRefused(first + 80))
+      assert.equal(countClosings(), 1)
+
+      server.close()
+      listen(second)
+      await once(server, 'listening')
+      await untilHealthy(second + 80)
+      assert.ok(countClosings() <= 2)
+      assert.deepEqual(warningsOf(logger), [])
+      await monitor.stop()
+      await close(server)
+    }
   })
 
   test('a server that listens elsewhere before its last request is gone gets its monitor there', async (t) => {
@@ -3137,33 +3160,44 @@ describe('The verdict', ALONE, () => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: '0' })
     const where = { host: '127.0.0.1', port, backlog: 1 }
-    const busy = runScript(t, {
-      script: `net.createServer().listen(${JSON.stringify(where)}, () => console.log('listens'))`
-    })
-    await until(() => busy.output.includes('listens'), 'it listens')
-    const monitor = await importMonitor(t)
-    await monitor.start({ logger: recorder() })
-    await untilVerdict(monitor)
-    monitor.registerDatabase('main', { isConnected: () => pause(800, true) })
-
-    busy.child.kill('SIGSTOP')
+    const listen = async () => {
+      const process = runScript(t, {
+        script: `net.createServer().listen(${JSON.stringify(where)}, () => console.log('listens'))`
+      })
+      await until(() => process.output.includes('listens'), 'it listens')
+      return process
+    }
     const isAccepted = async () => {
       const socket = connectTo(port, {}).on('error', () => {})
       t.after(() => socket.destroy())
       const wait = new AbortController()
-      const refusal = pause(200, 'waits', { signal: wait.signal }).catch(() => 'accepted')
+      const outcome = pause(200, 'waits', { signal: wait.signal }).catch(() => 'accepted')
       socket.on('connect', () => wait.abort())
-      return (await refusal) === 'accepted'
+      return (await outcome) === 'accepted'
     }
-    await until(async () => !(await isAccepted()), 'its backlog is full')
+    const fillBacklog = async ({ child }: { child: ChildProcess }) => {
+      child.kill('SIGSTOP')
+      await until(async () => !(await isAccepted()), 'its backlog is full')
+    }
+    const first = await listen()
+    const monitor = await importMonitor(t)
+    await monitor.start({ logger: recorder() })
+    await untilVerdict(monitor)
+    await fillBacklog(first)
+    monitor.registerDatabase('main', { isConnected: () => pause(800, true) })
     const clock = fakeClock(t, performance.now() + 1_001)
     const startedAt = Date.now()
     assert.equal((await monitor.health()).reason, 'OK')
     const tookMs = Date.now() - startedAt
     assert.ok(tookMs > 850 && tookMs < 1_500, `both questions together took ${tookMs} ms`)
 
-    busy.child.kill('SIGKILL')
-    await busy.exit
+    monitor.registerDatabase('main', { isConnected: () => true })
+    first.child.kill('SIGKILL')
+    await first.exit
+    clock.now += 1_001
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+
+    await fillBacklog(await listen())
     clock.now += 1_001
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
   })
@@ -4371,15 +4405,6 @@ describe('Draining and shutdown', TOGETHER, () => {
     assert.equal(await isPending(byAgent), false)
   })
 
-  test('the last 64 addresses that asked are remembered', async (t) => {
-    const { port } = await bootProcess(t, { flags: [flagForPace(50)] })
-    const addresses = Array.from({ length: 70 }, (_, index) => `127.0.1.${index + 1}`)
-    for (const from of addresses) {
-      await askTimes(3, port, 'health_check\n', { from })
-    }
-    assert.equal(await askWhomItWaitsFor(port), 64)
-  })
-
   test('as many probers are known that ask at the same moments', async (t) => {
     const { port } = await bootProcess(t)
     const addresses = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
@@ -4777,6 +4802,15 @@ describe('Draining and shutdown', TOGETHER, () => {
 })
 
 describe('Draining and shutdown', ALONE, () => {
+  test('the last 64 addresses that asked are remembered', async (t) => {
+    const { port } = await bootProcess(t, { flags: [flagForPace(50)] })
+    const addresses = Array.from({ length: 70 }, (_, index) => `127.0.1.${index + 1}`)
+    for (const from of addresses) {
+      await askTimes(3, port, 'health_check\n', { from })
+    }
+    assert.equal(await askWhomItWaitsFor(port), 64)
+  })
+
   test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
     takeTicks(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
@@ -7175,7 +7209,7 @@ describe('The wire: lines', ALONE, () => {
     assert.equal(reader.isClosed, false)
   })
 
-  test('whoever takes a long reply has 30 s for it, 60 s over HTTP, and is reset after that', async (t) => {
+  test('whoever takes a long reply has 30 s for it, and is reset after that', async (t) => {
     const ticks = takeTicks(t)
     const reply = 'x'.repeat(8 * 1_048_576) // more than the kernel's buffers hold
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -7187,11 +7221,8 @@ describe('The wire: lines', ALONE, () => {
       ticks.pass(ms)
       return socket
     }
-    const limits: [text: string, limitMs: number][] = [
-      ['large\n', 30_000],
-      [headOf('/large', 'Connection: close'), 60_000]
-    ]
-    for (const [text, limitMs] of limits) {
+    const limitMs = 30_000
+    for (const text of ['large\n', headOf('/large', 'Connection: close')]) {
       const reader = await askAndLet(text, limitMs - 500)
       let taken = 0
       reader.on('data', (part: Buffer) => {

@@ -33,8 +33,8 @@ export interface Connection {
   readonly local: boolean
 }
 
-/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow. The
- *  asker may leave arguments out. */
+/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow.
+ *  The asker may leave arguments out. */
 export type Command = (
   connection: Connection,
   ...args: (string | undefined)[]
@@ -98,7 +98,8 @@ export interface Database {
   figures?(): Figures | Promise<Figures>
 }
 
-/** Counts `count` (1) more of what the service does; a `RangeError` for what is no number from 0. */
+/** Counts `count` (1) more of what the service does; a `RangeError` for what is no number from
+ *  0. */
 export type Count = (count?: number) => void
 
 /** Where the service counts what it does with a database. */
@@ -232,14 +233,14 @@ export interface ShutdownOptions extends DrainOptions {
   /** Called at once, beside all the rest: for consumers of queues and schedulers, which are to take
    *  no more jobs. `signal` is what came, `undefined` for `shutdown()`. */
   onSignal?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
-  /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets. May
-   *  return a promise. */
+  /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets.
+   *  May return a promise. */
   cleanUp?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
-  /** For draining and the requests in flight together, in milliseconds (default: 25,000); what is in
-   *  flight then is cut. */
+  /** For draining and the requests in flight together, in milliseconds (default: 25,000); what
+   *  is in flight then is cut. */
   timeoutMs?: number
-  /** For everything, in milliseconds (default: `timeoutMs` + 3,000, so below Kubernetes's 30 s). What
-   *  takes longer is named in the log, and the process exits with 1. */
+  /** For everything, in milliseconds (default: `timeoutMs` + 3,000, so below Kubernetes's 30 s).
+   *  What takes longer is named in the log, and the process exits with 1. */
   exitAfterMs?: number
   /** For `shutdownOnSignal`: what to listen for (default: `SIGTERM` and `SIGINT`). */
   signals?: NodeJS.Signals[]
@@ -331,7 +332,8 @@ interface RequestInFlight {
 interface Http2Session {
   close(): void
   destroy(): void
-  /** Also once it has closed and no stream is left, while its client may still keep the connection. */
+  /** Also once it has closed and no stream is left, while its client may still keep the
+   *  connection. */
   readonly destroyed: boolean
   once(event: 'close', listener: () => void): void
 }
@@ -389,6 +391,9 @@ class Clock {
 class Monitor {
   endpoint: net.ListenOptions = {}
   server: net.Server | undefined
+  /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
+   *  listens. */
+  opened: Promise<void> = Promise.resolve()
   /** A fixed number of places: a Map was measured to keep closed sockets in memory. */
   readonly sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
 }
@@ -497,8 +502,8 @@ class Shutdown {
   done: Promise<void> = Promise.resolve()
 }
 
-/** All that `start` fills. `stop` puts a new one in its place, so that a late callback sees that its
- *  state is no longer the current one. */
+/** All that `start` fills. `stop` puts a new one in its place, so that a late callback sees that
+ *  its state is no longer the current one. */
 class State {
   /** Undefined without a monitor: it was not started, is switched off, or gave up. */
   options: StartOptions | undefined
@@ -513,7 +518,7 @@ class State {
   readonly monitor = new Monitor()
   readonly load = new Load()
   readonly warmup = new WarmupState()
-  readonly probers = new Probers()
+  probers = new Probers()
 }
 
 let state = new State()
@@ -607,10 +612,8 @@ async function closeMonitor(next: State): Promise<void> {
   abortWarmups(closing.warmup, 'the monitor was stopped')
   clearInterval(closing.clock.ticker)
   closing.clock.due.clear()
-  for (const session of closing.monitor.sessions) {
-    if (session) cutOff(session.socket)
-  }
-  await closeAndWait(closing.monitor.server)
+  for (const session of closing.monitor.sessions) session?.cutOff()
+  await closeAndWait(closing.monitor)
 }
 
 /** A fresh state that keeps only the application's server. */
@@ -620,8 +623,11 @@ function stateOfApplication(app: Application): State {
   return next
 }
 
-async function closeAndWait(server: net.Server | undefined): Promise<void> {
-  if (!server?.listening) return
+async function closeAndWait({ server, opened }: Monitor): Promise<void> {
+  if (!server?.listening) {
+    await opened // then onMonitorListening closes it
+    return
+  }
   await new Promise((resolve) => server.close(resolve))
 }
 
@@ -631,17 +637,20 @@ function toStartOptions(instance: unknown): StartOptions {
   const options: unknown = isServer(instance) ? { server: instance } : instance
   must(
     hasOnly(options, START_OPTIONS),
-    `start() takes an http.Server (app.listen() of Express, fastify.server), or ${START_OPTIONS.join(', ')}`
+    'start() takes an http.Server (app.listen() of Express, fastify.server), or ' +
+      START_OPTIONS.join(', ')
   )
 
   const { server, port, url, listen, logger = console } = options
   must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
-  must(url === undefined || toUrl(url), 'url must be an http or https URL')
+  must(url === undefined || (typeof url === 'string' && toUrl(url)), URL_SENTENCE)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   checkPort(port, listen)
   return options
 }
+
+const URL_SENTENCE = 'url must be an http or https URL, without query'
 
 function checkPort(port: unknown, listen: unknown): void {
   if (port === undefined) return
@@ -656,7 +665,8 @@ function checkPort(port: unknown, listen: unknown): void {
   )
 }
 
-/** https and http2 servers are no `http.Server`, but do the same; a `net.Server` lacks setTimeout. */
+/** https and http2 servers are no `http.Server`, but do the same; a `net.Server` lacks
+ *  setTimeout. */
 function isServer(value: unknown): value is net.Server {
   return hasMethods(value, 'listen', 'emit', 'setTimeout')
 }
@@ -759,7 +769,7 @@ interface Bound {
 function hostReaching(address: string): string {
   if (address === '') return 'localhost'
   if (address === '0.0.0.0') return '127.0.0.1'
-  // A machine without IPv6 binds :: all the same, but has no ::1. `localhost` works with and without.
+  // A machine without IPv6 binds :: all the same, but has no ::1; `localhost` always works.
   return address === '::' ? 'localhost' : address
 }
 
@@ -842,7 +852,7 @@ function toPort(text: string): number | undefined {
 
 function toUrl(text: unknown): string | undefined {
   const url = String(text)
-  return /^https?:/i.test(url) && URL.canParse(url) ? url : undefined
+  return /^https?:[^?#]+$/i.test(url) && URL.canParse(url) ? url : undefined
 }
 
 function hostInUrl(host: string): string {
@@ -921,6 +931,10 @@ function openMonitor(isRetry = false): void {
   ownState.monitor.server = server
   server.on('listening', () => onMonitorListening(ownState, server))
   server.on('error', (error) => onMonitorError(ownState, server, error, isRetry))
+  const { promise: opened, resolve: endOpening } = deferred<void>()
+  ownState.monitor.opened = opened
+  server.once('listening', () => endOpening())
+  server.once('error', () => endOpening())
   try {
     server.listen(ownState.monitor.endpoint)
   } catch (error) {
@@ -1029,12 +1043,15 @@ function onServerClose(): void {
   void closeMonitor(stateUntilListening())
 }
 
-/** What an operator wanted still holds when the server listens again. */
+/** What an operator wanted still holds when the server listens again, and so do the probers that a
+ *  drain waits for, whose times are by our clock. */
 function stateUntilListening(): State {
   const next = stateOfApplication(state.app)
   next.options = state.options
   next.resolveStart = state.resolveStart
   next.draining = state.draining
+  next.probers = state.probers
+  next.clock.nowMs = state.clock.nowMs
   return next
 }
 
@@ -1226,9 +1243,9 @@ class Question {
   }
 }
 
-/** Calls a function of the application's. Whoever asks while a call is pending shares its answer, so
- *  that many probers cost one query. If a call hangs for 30 s, another one is started; the first that
- *  succeeds answers everybody who is waiting. */
+/** Calls a function of the application's. Whoever asks while a call is pending shares its
+ *  answer, so that many probers cost one query. If a call hangs for 30 s, another one is
+ *  started; the first that succeeds answers everybody who is waiting. */
 class SharedCall {
   /** How long the last answer took, -1 if there was none. */
   answeredMs = -1
@@ -1586,7 +1603,8 @@ function isFromHere(request: http.IncomingMessage): boolean {
   return isLocal(request.socket) && isOwnName(request) && !isForwarded(request, ['none'])
 }
 
-/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its name. */
+/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
+ *  name. */
 function isOwnName({ headers }: http.IncomingMessage): boolean {
   const host = headers.host ?? headers[':authority']?.toString()
   if (!host) return true // HTTP/1.0
@@ -1609,8 +1627,14 @@ const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8
  *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
  *  wrong options. */
 export async function drain(options: DrainOptions = {}): Promise<void> {
+  must(
+    hasOnly(options, DRAIN_OPTIONS),
+    `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
+  )
   await untilDrained(options)
 }
+
+const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs']
 
 /** Takes the instance in again; not while it shuts down. */
 export function resume(): void {
@@ -1767,7 +1791,8 @@ function sendClientElsewhere(
 }
 
 /** A header set by us would change how `writeHead` treats the application's. So we only take the
- *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its place. */
+ *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its
+ *  place. */
 function closeConnectionAfter(
   app: Application,
   response: http.ServerResponse,
@@ -1839,11 +1864,11 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
   exitAfterMs: number
 }
 
-/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which the
- *  process ends, even if something still keeps it alive (which is logged). A second one ends it at
- *  once with 128 + the signal's number. Called again it replaces the options. May come before or
- *  after `start`, and works without a monitor. `stop()` takes the listeners off. Throws a `TypeError`
- *  or `RangeError` for wrong options. */
+/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which
+ *  the process ends, even if something still keeps it alive (which is logged). A second one ends
+ *  it at once with 128 + the signal's number. Called again it replaces the options. May come
+ *  before or after `start`, and works without a monitor. `stop()` takes the listeners off.
+ *  Throws a `TypeError` or `RangeError` for wrong options. */
 export function shutdownOnSignal(options: ShutdownOptions = {}): void {
   const checked = toShutdownOptions(options)
   const { signals = ['SIGTERM', 'SIGINT'] } = options
@@ -1937,15 +1962,7 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
   return { given: options, reason, fall, timeoutMs, exitAfterMs }
 }
 
-const SHUTDOWN_OPTIONS = [
-  'onSignal',
-  'cleanUp',
-  'reason',
-  'fall',
-  'timeoutMs',
-  'exitAfterMs',
-  'signals'
-]
+const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
 
 function isShutdownRunning(): boolean {
   return currentShutdown !== undefined && !currentShutdown.isOver
@@ -1994,10 +2011,17 @@ async function doPart(shutting: Shutdown, name: string, part: () => unknown): Pr
   try {
     await part()
   } catch (error) {
-    log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
-    process.exitCode ||= 1
+    if (!isServerClosed(error)) {
+      log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
+      process.exitCode ||= 1
+    }
   }
   shutting.undone.delete(name)
+}
+
+/** What a `close` that was bound before the shutdown says, since we have closed the server already. */
+function isServerClosed(error: unknown): boolean {
+  return attempt(() => (error as NodeJS.ErrnoException).code) === 'ERR_SERVER_NOT_RUNNING'
 }
 
 function exitUndone({ undone }: Shutdown, afterMs: number): void {
@@ -2037,8 +2061,8 @@ async function cutRequests(
   await pollingPause() // for the application to hear of it before cleanUp
 }
 
-/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it runs
- *  no more. Gives what takes this back. */
+/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that
+ *  it runs no more. Gives what takes this back. */
 function letOthersClose(server: net.Server): () => void {
   const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
   // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
@@ -2067,8 +2091,8 @@ function destroyAll(sockets: Set<net.Socket>): void {
   for (const socket of sockets) attempt(() => socket.destroy())
 }
 
-/** Node.js 20's closeIdleConnections leaves those that never sent a request, and an http2 server has
- *  neither method. */
+/** Node.js 20's closeIdleConnections leaves those that never sent a request, and an http2 server
+ *  has neither method. */
 function closeConnections(
   server: net.Server,
   method: 'closeIdleConnections' | 'closeAllConnections'
@@ -2137,8 +2161,14 @@ export function register(
   command: Command,
   options: CommandOptions = {}
 ): void {
+  const isKnown: boolean = hasOnly(options, ['http', 'local'])
+  must(isKnown, 'the options of a command are http and local')
   const { http: overHttp = false, local = false } = options
   must(isWord(name), 'a command has a name without white space')
+  must(
+    [overHttp, local].every((each) => typeof each === 'boolean'),
+    'http and local are booleans'
+  )
   must(typeof doc === 'string' && typeof command === 'function', 'doc is text, command a function')
   must(
     !overHttp || !local,
@@ -2330,7 +2360,8 @@ addReport('agent_check', "Answer HAProxy's agent check", async (asker) => {
   return `${state.draining ? 'stopped' : 'down'} #${reason}`
 })
 
-/** What the event loop has left over, but never nothing: an instance that fails fast is idle too. */
+/** What the event loop has left over, but never nothing: an instance that fails fast is idle
+ *  too. */
 function idlePercentage(): number {
   const idle = Math.round(100 - 100 * Math.max(0, state.load.utilization))
   return Math.max(10, idle)
@@ -2482,7 +2513,9 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
-    return { seconds: (Date.now() - Number(openedAt)) / 1_000 || 0, info: errorText(info) }
+    const seconds = (Date.now() - Number(openedAt)) / 1_000 || 0
+    // The wall clock may have been set back.
+    return { seconds: Math.max(0, seconds), info: errorText(info) }
   })
 }
 
@@ -2618,10 +2651,10 @@ interface Collector {
   isFailing: boolean
 }
 
-/** Adds what the service has to say to `metrics`: `registerMetrics(() => client.register.metrics())`
- *  of prom-client, say. `collect` gives Prometheus's text format, or a promise of it, within 5 s. A
- *  family that it gives replaces ours of that name. What fails costs its own part, and one line in
- *  the log. Throws a `TypeError` for what is no function. */
+/** Adds what the service has to say to `metrics`: `registerMetrics(() =>
+ *  client.register.metrics())` of prom-client, say. `collect` gives Prometheus's text format, or
+ *  a promise of it, within 5 s. A family that it gives replaces ours of that name. What fails
+ *  costs its own part, and one line in the log. Throws a `TypeError` for what is no function. */
 export function registerMetrics(collect: () => string | Promise<string>): void {
   must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
   collectors.push({ call: new SharedCall(collect, COLLECTOR_MS), isFailing: false })
@@ -2649,8 +2682,8 @@ async function collectFrom(collector: Collector): Promise<Map<string, string[]>>
   }
 }
 
-/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would cost it
- *  all metrics. */
+/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would
+ *  cost it all metrics. */
 function familiesIn(text: unknown): Map<string, string[]> {
   if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
   const families = new Map<string, string[]>()
@@ -2822,7 +2855,8 @@ function drainingStatus(draining: Draining): DrainingStatus {
   }
 }
 
-/** What tells of others, the addresses of probers and the texts of errors, is for this machine only. */
+/** What tells of others, the addresses of probers and the texts of errors, is for this machine
+ *  only. */
 async function statusFor(asker: Asker): Promise<Status> {
   const known = await status()
   if (asker.local) return known
@@ -2860,7 +2894,8 @@ addCommand(
 
 type Grade = 'pass' | 'warn' | 'fail'
 
-/** One thing that the status tells of: a line for people, a check of the JSON, a row of the page. */
+/** One thing that the status tells of: a line for people, a check of the JSON, a row of the
+ *  page. */
 interface Row {
   kind: 'instance' | 'warm-up' | 'database' | 'prober' | 'draining'
   name: string
@@ -2940,7 +2975,8 @@ function drainingRow({ draining, requestsInFlight }: Status): Row {
 
   const { seconds, probers, probersInformed } = draining
   const inFlight = requestsInFlight >= 0 ? `, ${requestsInFlight} requests in flight` : ''
-  const text = `for ${seconds.toFixed(1)} s, ${probersInformed} of ${probers} probers know${inFlight}`
+  const known = `${probersInformed} of ${probers} probers know`
+  const text = `for ${seconds.toFixed(1)} s, ${known}${inFlight}`
   const progress = probers > 0 ? probersInformed / probers : 1
   return { ...row, text, grade: 'fail', value: seconds, progress }
 }
@@ -3091,7 +3127,8 @@ function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): strin
   const most = Math.max(0, ...requests)
   const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
   const rate = `${requests.at(-1) ?? 0} requests a second (at most ${most})`
-  return `<figure><svg viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none" aria-hidden="true">
+  const box = `viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none"`
+  return `<figure><svg ${box} aria-hidden="true">
 ${polyline('load', loads, 1)}
 ${polyline('requests', requests, most || 1)}
 </svg><figcaption>The last two minutes: <span class="load">${load}</span>,
@@ -3159,7 +3196,8 @@ function findPlace(): number {
   return free >= 0 ? free : makeRoom()
 }
 
-/** Closes a connection of the address that has most of them: the longest idle one, else the oldest. */
+/** Closes a connection of the address that has most of them: the longest idle one, else the
+ *  oldest. */
 function makeRoom(): number {
   const sessions = state.monitor.sessions.filter((session) => session !== undefined)
   const countByAddress = new Map<string | undefined, number>()
@@ -3176,15 +3214,8 @@ function makeRoom(): number {
   )
   candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
   const leaving = idle[0] ?? candidates[0]
-  if (leaving) cutOff(leaving.socket)
+  leaving?.cutOff()
   return leaving?.place ?? 0
-}
-
-/** Ends a connection at once; by a reset where something is unsent, so that nobody takes a part of a
- *  reply for the whole. */
-function cutOff(socket: net.Socket): void {
-  if (socket.writableLength > 0) attempt(() => socket.resetAndDestroy()) // Unix sockets have none
-  socket.destroy()
 }
 
 /** A connection: its place among all, and its limits. */
@@ -3225,7 +3256,14 @@ abstract class Session {
     const limitMs = PHASE_MS[hasUnsentReply ? 'awaitingReader' : this.phase]
     if (state.clock.nowMs - this.phaseSinceMs < limitMs) return
     if (this.phase === 'running') this.giveUpCommand()
-    else cutOff(this.socket)
+    else this.cutOff()
+  }
+
+  /** Ends at once; by a reset within a reply, so that nobody takes a part of it for the whole. */
+  cutOff(): void {
+    const isInReply = this.phase === 'running' || this.socket.writableLength > 0
+    if (isInReply) attempt(() => this.socket.resetAndDestroy()) // Unix sockets have none
+    this.socket.destroy()
   }
 
   /** Tells the asker that its command takes too long, and ends the connection. */
@@ -3248,7 +3286,7 @@ class LineSession extends Session implements Asker {
 
   write(text: string): void {
     if (this.phase === 'closing' || this.socket.destroyed) return
-    if (this.socket.writableLength > UNSENT_MAX) cutOff(this.socket)
+    if (this.socket.writableLength > UNSENT_MAX) this.cutOff()
     else this.socket.write(text)
   }
 
@@ -3368,8 +3406,8 @@ class LineSession extends Session implements Asker {
 const NOTHING = Buffer.alloc(0)
 const LINE_FEED = 0x0a
 
-/** Whether Node.js is to judge it: any method, since a browser can be made to send `drain / HTTP/1.1`,
- *  and a line that is too long for a command but begins as HTTP does. */
+/** Whether Node.js is to judge it: any method, since a browser can be made to send `drain /
+ *  HTTP/1.1`, and a line that is too long for a command but begins as HTTP does. */
 function looksLikeHttp(line: string, isComplete: boolean): boolean {
   if (isComplete) return HTTP_REQUEST_LINE.test(line)
   return line.length > LINE_MAX && HTTP_REQUEST_START.test(line)
@@ -3435,7 +3473,8 @@ class HttpSession extends Session {
     if (this.phase === 'running') this.finish(exchange) // else given up meanwhile
   }
 
-  /** The next request waits until this reply is taken, and until the application has had its turn. */
+  /** The next request waits until this reply is taken, and until the application has had its
+   *  turn. */
   finish(exchange: Exchange): void {
     this.enter('awaitingReader')
     exchange.response.once('finish', () => setImmediate(() => this.goOn()))
@@ -3491,7 +3530,8 @@ class Exchange implements Asker {
 
   get local(): boolean {
     const { req: request } = this.response
-    if (!this.session.local || !isOwnName(request)) return false
+    const isOnUnixSocket = state.monitor.endpoint.path !== undefined // which no web page reaches
+    if (!this.session.local || (!isOnUnixSocket && !isOwnName(request))) return false
     return !isForwarded(request, ['none', 'same-origin']) // our own page refreshes itself
   }
 
@@ -3503,7 +3543,7 @@ class Exchange implements Asker {
 
   write(text: string): void {
     if (this.response.headersSent) return
-    if (this.body.length > UNSENT_MAX) cutOff(this.session.socket)
+    if (this.body.length > UNSENT_MAX) this.session.cutOff()
     else this.body += text
   }
 
@@ -3613,8 +3653,8 @@ function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
 
 const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
 
-/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser, unless
- *  it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
+/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser,
+ *  unless it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
 function isForwarded({ headers }: http.IncomingMessage, ownSites: string[]): boolean {
   const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
   if (!ownSites.includes(fetchSite)) return true
@@ -3723,7 +3763,7 @@ async function main(words: string[]): Promise<number> {
 
   const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
   const [name] = words
-  if (name === 'wait') return waitUntilHealthy(monitor, takeOption(words, 'timeout') ?? '300')
+  if (name === 'wait') return waitUntilHealthy(monitor, words)
   if (name === 'status') return showStatus(monitor, words.slice(1))
   if (name?.startsWith('-')) failWith(`knows no ${name}; try ftw-monitor --help`)
   return sendCommand(monitor, words)
@@ -3731,7 +3771,7 @@ async function main(words: string[]): Promise<number> {
 
 const VERSION = '1.0.0'
 
-const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command to the monitor, and prints the reply
+const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command, and prints the reply
 ftw-monitor                       lists the commands, as ftw-monitor help does
 ftw-monitor interactive           joins the terminal to the monitor, until quit
 ftw-monitor wait [--timeout 300]  waits until the instance is healthy
@@ -3776,7 +3816,7 @@ function exitStatus(name: string | undefined, reply: string): number {
 
 // RangeError: no such queue
 const FAILED_REPLY =
-  /(^|\n)(\w*Error: .*|Not drained.*|Line too long|\S+ is for this machine only|\S+ returned .* instead of a mode.*)\n$/
+  /(^|\n)(\w*Error: .*|Not drained.*|Line too long|\S+ is for .*|\S+ returned .* instead .*)\n$/
 
 function joinTerminal(socket: net.Socket): void {
   socket.on('close', () => process.stdin.destroy())
@@ -3844,8 +3884,11 @@ const FIGURES_ANSWER_MS = 1_000 // as in ftw.monitor
 const STATUS_ANSWER_MS = 2_000 // a database has most of a second to answer
 
 /** Waits until the instance is healthy, and prints why it is not. */
-async function waitUntilHealthy(to: net.NetConnectOpts, timeout: string): Promise<number> {
-  const timeoutSeconds = Number(timeout)
+async function waitUntilHealthy(to: net.NetConnectOpts, words: string[]): Promise<number> {
+  const timeout = takeOption(words, 'timeout') ?? '300'
+  const [, unknown] = words
+  if (unknown !== undefined) failWith(`wait knows no ${unknown}; try ftw-monitor --help`)
+  const timeoutSeconds = timeout === '' ? NaN : Number(timeout)
   if (!(timeoutSeconds >= 0)) failWith('--timeout needs a number of seconds')
 
   let progressBefore = ''
@@ -3905,6 +3948,7 @@ async function watchStatus(look: () => Promise<Shown>): Promise<never> {
   let exitCode = 1
   let rowsBefore = 0
   process.once('SIGINT', () => process.exit(exitCode))
+  process.stdout.once('error', () => process.exit(exitCode)) // `| head -1`
   for (;;) {
     const { lines, healthy } = await look().catch(unreachable)
     exitCode = healthy ? 0 : 1
@@ -3916,7 +3960,8 @@ async function watchStatus(look: () => Promise<Shown>): Promise<never> {
 
 const WATCH_MS = 1_000
 
-/** Writes over the rows of the terminal that were printed before, and gives how many there are now. */
+/** Writes over the rows of the terminal that were printed before, and gives how many there are
+ *  now. */
 function renewRows(lines: string[], rowsBefore: number): number {
   const columns = process.stdout.columns || 80 // some terminals do not know their size
   const rows = process.stdout.rows || 24
@@ -4008,7 +4053,8 @@ function complain(error: unknown): void {
   console.error(`ftw-monitor: ${clean(errorText(error))}`)
 }
 
-/** Writes `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text count. */
+/** Writes `{ group: { name: value } }` as `group.name=value`, sorted; only numbers and text
+ *  count. */
 function toFields(json: string): string {
   const { error = 'no figures', ...groups } = Object(JSON.parse(json)) as Record<string, unknown>
   const fields: string[] = []
