@@ -2019,7 +2019,7 @@ async function doPart(shutting: Shutdown, name: string, part: () => unknown): Pr
   shutting.undone.delete(name)
 }
 
-/** What a `close` that was bound before the shutdown says, since we have closed the server already. */
+/** What a `close` says that was bound before the shutdown: we have closed the server already. */
 function isServerClosed(error: unknown): boolean {
   return attempt(() => (error as NodeJS.ErrnoException).code) === 'ERR_SERVER_NOT_RUNNING'
 }
