@@ -3025,6 +3025,20 @@ describe('The verdict', TOGETHER, () => {
     // a blank for each control character, never nothing
     assert.match((await monitor.health()).reason, /failed: a b {2}c \[0md$/)
   })
+
+  test('a database that is registered during a check is not taken for connected', async (t) => {
+    const { opened, open } = latch()
+    const main = { isConnected: () => opened.then(() => true) }
+    const { monitor } = await bootInstance(t, { databases: { main }, until: 'started' })
+    const check = monitor.health()
+    monitor.registerDatabase('other', { isConnected: () => false })
+    monitor.registerDatabase('main', { isConnected: () => true })
+    open()
+    assert.deepEqual(await check, {
+      healthy: false,
+      reason: "Error: Database 'main' disconnected."
+    })
+  })
 })
 
 describe('The verdict', ALONE, () => {
@@ -3156,51 +3170,55 @@ describe('The verdict', ALONE, () => {
     assert.equal(await reason(), 'Instance is shutting down')
   })
 
-  test('with PORT alone, an instance too busy to accept a connection stays what it was', async (t) => {
-    const port = await freePort()
-    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: '0' })
-    const where = { host: '127.0.0.1', port, backlog: 1 }
-    const listen = async () => {
-      const process = runScript(t, {
-        script: `net.createServer().listen(${JSON.stringify(where)}, () => console.log('listens'))`
-      })
-      await until(() => process.output.includes('listens'), 'it listens')
-      return process
-    }
-    const isAccepted = async () => {
-      const socket = connectTo(port, {}).on('error', () => {})
-      t.after(() => socket.destroy())
-      const wait = new AbortController()
-      const outcome = pause(200, 'waits', { signal: wait.signal }).catch(() => 'accepted')
-      socket.on('connect', () => wait.abort())
-      return (await outcome) === 'accepted'
-    }
-    const fillBacklog = async ({ child }: { child: ChildProcess }) => {
-      child.kill('SIGSTOP')
-      await until(async () => !(await isAccepted()), 'its backlog is full')
-    }
-    const first = await listen()
-    const monitor = await importMonitor(t)
-    await monitor.start({ logger: recorder() })
-    await untilVerdict(monitor)
-    await fillBacklog(first)
-    monitor.registerDatabase('main', { isConnected: () => pause(800, true) })
-    const clock = fakeClock(t, performance.now() + 1_001)
-    const startedAt = Date.now()
-    assert.equal((await monitor.health()).reason, 'OK')
-    const tookMs = Date.now() - startedAt
-    assert.ok(tookMs > 850 && tookMs < 1_500, `both questions together took ${tookMs} ms`)
+  test(
+    'with PORT alone, an instance too busy to accept a connection stays what it was',
+    SLOW,
+    async (t) => {
+      const port = await freePort()
+      setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: '0' })
+      const where = { host: '127.0.0.1', port, backlog: 1 }
+      const listen = async () => {
+        const process = runScript(t, {
+          script: `net.createServer().listen(${JSON.stringify(where)}, () => console.log('listens'))`
+        })
+        await until(() => process.output.includes('listens'), 'it listens')
+        return process
+      }
+      const isAccepted = async () => {
+        const socket = connectTo(port, {}).on('error', () => {})
+        t.after(() => socket.destroy())
+        const wait = new AbortController()
+        const outcome = pause(200, 'waits', { signal: wait.signal }).catch(() => 'accepted')
+        socket.on('connect', () => wait.abort())
+        return (await outcome) === 'accepted'
+      }
+      const fillBacklog = async ({ child }: { child: ChildProcess }) => {
+        child.kill('SIGSTOP')
+        await until(async () => !(await isAccepted()), 'its backlog is full')
+      }
+      const first = await listen()
+      const monitor = await importMonitor(t)
+      await monitor.start({ logger: recorder() })
+      await untilVerdict(monitor)
+      await fillBacklog(first)
+      monitor.registerDatabase('main', { isConnected: () => pause(800, true) })
+      const clock = fakeClock(t, performance.now() + 1_001)
+      const startedAt = Date.now()
+      assert.equal((await monitor.health()).reason, 'OK')
+      const tookMs = Date.now() - startedAt
+      assert.ok(tookMs > 850 && tookMs < 1_500, `both questions together took ${tookMs} ms`)
 
-    monitor.registerDatabase('main', { isConnected: () => true })
-    first.child.kill('SIGKILL')
-    await first.exit
-    clock.now += 1_001
-    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+      monitor.registerDatabase('main', { isConnected: () => true })
+      first.child.kill('SIGKILL')
+      await first.exit
+      clock.now += 1_001
+      assert.equal((await monitor.health()).reason, 'Instance is shutting down')
 
-    await fillBacklog(await listen())
-    clock.now += 1_001
-    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
-  })
+      await fillBacklog(await listen())
+      clock.now += 1_001
+      assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+    }
+  )
 })
 
 describe('Databases and counters', TOGETHER, () => {
@@ -3890,6 +3908,23 @@ describe('Warm-up', TOGETHER, () => {
       assert.equal(await statusFor(authority), status, authority)
     }
   })
+
+  test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
+    let isByHand = false
+    const performers = {
+      '/broken': () => Promise.reject(new Error('broken')),
+      '/slow': () => (isByHand ? pause(1_500) : undefined)
+    }
+    const setup = { performers, until: 'started' } as const
+    const { monitor, instancePort } = await bootInstance(t, setup)
+    await untilVerdict(monitor, /^Warmup failed/)
+    isByHand = true
+    const view = await fetch(`http://127.0.0.1:${instancePort}/@@warmup`)
+    assert.equal(await view.text(), 'Warmup failed: /broken: broken')
+    assert.equal(view.status, 500)
+    await pause(100)
+    assert.equal((await monitor.health()).healthy, false)
+  })
 })
 
 describe('Warm-up', ALONE, () => {
@@ -4257,6 +4292,17 @@ describe('Warm-up', ALONE, () => {
     await untilVerdict(monitor)
     ticks.pass(60_000)
     assert.deepEqual(warningsOf(logger), [])
+  })
+
+  test('many sites are warmed up without a warning of Node.js', async (t) => {
+    const warnings: string[] = []
+    const keep = (warning: Error) => warnings.push(warning.message)
+    process.on('warning', keep)
+    t.after(() => process.off('warning', keep))
+    const sites = Array.from({ length: 20 }, (_, index) => [`/${index}`, () => {}])
+    await bootInstance(t, { performers: Object.fromEntries(sites) })
+    await nextTurn()
+    assert.deepEqual(warnings, [])
   })
 })
 
@@ -4799,6 +4845,15 @@ describe('Draining and shutdown', TOGETHER, () => {
     await monitor.shutdown(new Service())
     assert.deepEqual(Service.calls, ['onSignal of service', 'cleanUp of service'])
   })
+
+  test('a browser is no prober that drain waits for', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started', performers: WARM })
+    await untilVerdict(monitor)
+    const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+    await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
+    assert.deepEqual((await monitor.status()).probers, [])
+    await inTime(monitor.drain(), 'drained')
+  })
 })
 
 describe('Draining and shutdown', ALONE, () => {
@@ -5098,7 +5153,7 @@ describe('Draining and shutdown', PAIRWISE, () => {
       const isServerKnown = !what.endsWith(' PORT') && what !== 'no monitor'
       const page = getPage(service.instancePort, isServerKnown ? '/slow' : '/')
       await service.hasSaid('asked for')
-      const { status, ms, output } = await service.end(signal)
+      const { status, output } = await service.end(signal)
       assert.equal((await page).body, 'served', what)
       assert.equal(status, 0, `${what}: ${output}`)
       assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
@@ -5106,36 +5161,39 @@ describe('Draining and shutdown', PAIRWISE, () => {
         ? /^$/
         : /^ftw-monitor is done, but something .* 1 TCPServerWrap; exits$/
       assert.match(linesOfShutdown(output).join(), told, what)
-      assert.ok(ms < 8_000, `${what}: ${ms} ms`)
     }
     await Promise.all(Object.entries(setups).map(endOne))
   })
 
-  test('what keeps a process alive is named a second after all is done, and does not keep it', async (t) => {
-    const setups: [script: string, named: string, status: number][] = [
-      ['setInterval(() => {}, 1_000)', '1 Timeout', 0],
-      [
-        `const other = net.createServer().listen(0, '127.0.0.1', () => {
+  test(
+    'what keeps a process alive is named a second after all is done, and does not keep it',
+    SLOW,
+    async (t) => {
+      const setups: [script: string, named: string, status: number][] = [
+        ['setInterval(() => {}, 1_000)', '1 Timeout', 0],
+        [
+          `const other = net.createServer().listen(0, '127.0.0.1', () => {
           for (let count = 0; count < 2; count++) net.connect(other.address().port, '127.0.0.1')
         })
         process.exitCode = 7`,
-        '1 TCPServerWrap, 4 TCPSocketWrap',
-        7
-      ],
-      ['process.stdin.resume()', '\\d PipeWrap', 0]
-    ]
-    const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
-      const logger = "{ ...console, warn: (text) => console.log('logged', text) }"
-      const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
-      const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
-      const { status, ms, output } = await service.end()
-      const sentence = 'ftw-monitor is done, but something keeps the process alive'
-      assert.match(output, new RegExp(`\\nlogged ${sentence}: ${named}; exits\\n$`))
-      assert.equal(status, expected)
-      assert.ok(ms > 990 && ms < 8_000, `${ms} ms`)
+          '1 TCPServerWrap, 4 TCPSocketWrap',
+          7
+        ],
+        ['process.stdin.resume()', '\\d PipeWrap', 0]
+      ]
+      const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
+        const logger = "{ ...console, warn: (text) => console.log('logged', text) }"
+        const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
+        const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
+        const { status, ms, output } = await service.end()
+        const sentence = 'ftw-monitor is done, but something keeps the process alive'
+        assert.match(output, new RegExp(`\\nlogged ${sentence}: ${named}; exits\\n$`))
+        assert.equal(status, expected)
+        assert.ok(ms > 990, `${ms} ms`)
+      }
+      await Promise.all(setups.map(endOne))
     }
-    await Promise.all(setups.map(endOne))
-  })
+  )
 
   test('a cleanUp or an onSignal that fails is logged, and makes the status 1', async (t) => {
     const failures = {
@@ -5163,7 +5221,7 @@ describe('Draining and shutdown', PAIRWISE, () => {
     )
   })
 
-  test('a cleanUp that finds the server closed does not fail', async (t) => {
+  test('a cleanUp that finds the server closed does not fail', SLOW, async (t) => {
     const closers = [
       'options = { cleanUp: () => promisify(server.close.bind(server))() }',
       'options = { cleanUp: () => new Promise((done, fail) => server.close((error) => error ? fail(error) : done())) }'
@@ -5176,37 +5234,45 @@ describe('Draining and shutdown', PAIRWISE, () => {
     await Promise.all(closers.map(endOne))
   })
 
-  test('a cleanUp or an onSignal that hangs is named at exitAfterMs, and the status is 1', async (t) => {
-    const hanging = ['cleanUp: hang', 'onSignal: hang', 'onSignal: hang, cleanUp: hang']
-    const endOne = async (members: string) => {
-      const service = await bootService(t, {
-        script: `
+  test(
+    'a cleanUp or an onSignal that hangs is named at exitAfterMs, and the status is 1',
+    SLOW,
+    async (t) => {
+      const hanging = ['cleanUp: hang', 'onSignal: hang', 'onSignal: hang, cleanUp: hang']
+      const endOne = async (members: string) => {
+        const service = await bootService(t, {
+          script: `
           const hang = () => new Promise(() => {})
           options = { timeoutMs: 300, exitAfterMs: 900, ${members} }`
-      })
-      const { status, ms, output } = await service.end()
-      const names = members.replaceAll(': hang', '')
-      const lines = [`ftw-monitor exits after 0.9 s; not done: ${names}`]
-      assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
-      assert.ok(ms > 890 && ms < 5_000, `${ms} ms`)
+        })
+        const { status, ms, output } = await service.end()
+        const names = members.replaceAll(': hang', '')
+        const lines = [`ftw-monitor exits after 0.9 s; not done: ${names}`]
+        assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
+        assert.ok(ms > 890, `${ms} ms`)
+      }
+      await Promise.all(hanging.map(endOne))
     }
-    await Promise.all(hanging.map(endOne))
-  })
+  )
 
-  test('what is in flight at timeoutMs is cut, and the log says how much that was', async (t) => {
-    const service = await bootService(t, { script: 'options.timeoutMs = 600' })
-    const pages = [1, 2].map(async () => {
-      await assert.rejects(getPage(service.instancePort, '/stream'), /aborted|hang up|ECONNRESET/)
-    })
-    const isAskedTwice = () => service.watched.output.match(/asked for \/stream/g)?.length === 2
-    await until(isAskedTwice, 'two streams have begun')
-    const { status, ms, output } = await service.end()
-    await Promise.all(pages)
-    const lines = ['ftw-monitor cuts 2 requests that are still in flight after 0.6 s']
-    assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
-    assert.match(output, /cuts 2 requests[^]*cleaned up/)
-    assert.ok(ms > 590 && ms < 5_000, `${ms} ms`)
-  })
+  test(
+    'what is in flight at timeoutMs is cut, and the log says how much that was',
+    SLOW,
+    async (t) => {
+      const service = await bootService(t, { script: 'options.timeoutMs = 600' })
+      const pages = [1, 2].map(async () => {
+        await assert.rejects(getPage(service.instancePort, '/stream'), /aborted|hang up|ECONNRESET/)
+      })
+      const isAskedTwice = () => service.watched.output.match(/asked for \/stream/g)?.length === 2
+      await until(isAskedTwice, 'two streams have begun')
+      const { status, ms, output } = await service.end()
+      await Promise.all(pages)
+      const lines = ['ftw-monitor cuts 2 requests that are still in flight after 0.6 s']
+      assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
+      assert.match(output, /cuts 2 requests[^]*cleaned up/)
+      assert.ok(ms > 590, `${ms} ms`)
+    }
+  )
 
   test('a second signal ends the process at once, with 128 + its number', async (t) => {
     const pairs = [
@@ -5226,17 +5292,20 @@ describe('Draining and shutdown', PAIRWISE, () => {
       await service.hasSaid('asked for /stream')
       service.watched.child.kill(first)
       await service.hasSaid(`told ${first}`)
-      const { status, ms, output } = await service.end(second)
+      const { status, output } = await service.end(second)
       assert.equal(status, expected)
-      assert.ok(ms < 5_000 && !output.includes('cleaned up'))
+      assert.doesNotMatch(output, /cleaned up/)
       await assert.rejects(answer)
     }
     await Promise.all(pairs.map(endOne))
   })
 
-  test('shutdownOnSignal() called again replaces what was said, and without it nothing listens', async (t) => {
-    const replaced = await bootService(t, {
-      script: `
+  test(
+    'shutdownOnSignal() called again replaces what was said, and without it nothing listens',
+    SLOW,
+    async (t) => {
+      const replaced = await bootService(t, {
+        script: `
         monitor.shutdownOnSignal({ cleanUp: () => console.log('replaced') })
         const beginBefore = begin
         begin = async () => {
@@ -5244,35 +5313,40 @@ describe('Draining and shutdown', PAIRWISE, () => {
           monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => console.log('last') })
           return address
         }`
-    })
-    const { status, output } = await replaced.end('SIGUSR2')
-    assert.equal(status, 0)
-    assert.match(output, /\nlast\n/)
-    assert.doesNotMatch(output, /replaced|cleaned up/)
-
-    const { watched } = await bootProcess(t)
-    watched.child.kill('SIGTERM')
-    assert.equal(await watched.exit, null)
-    assert.equal(watched.child.signalCode, 'SIGTERM')
-  })
-
-  test('shutdown() needs no signal: its process ends, and past exitAfterMs it is ended', async (t) => {
-    const endOne = async (options: string, script = '') => {
-      const words = `options = { cleanUp() {}, signals: ['SIGUSR1'] }; ${script}`
-      const service = await bootService(t, {
-        script: `${words}; process.on('SIGTERM', () => monitor.shutdown(${options}))`
       })
-      return await service.end()
+      const { status, output } = await replaced.end('SIGUSR2')
+      assert.equal(status, 0)
+      assert.match(output, /\nlast\n/)
+      assert.doesNotMatch(output, /replaced|cleaned up/)
+
+      const { watched } = await bootProcess(t)
+      watched.child.kill('SIGTERM')
+      assert.equal(await watched.exit, null)
+      assert.equal(watched.child.signalCode, 'SIGTERM')
     }
-    const [done, late] = await Promise.all([
-      endOne('{ cleanUp }'),
-      endOne('{ timeoutMs: 100, exitAfterMs: 400, cleanUp: () => new Promise(() => {}) }')
-    ])
-    assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
-    assert.match(done.output, /cleaned up/)
-    const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
-    assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
-  })
+  )
+
+  test(
+    'shutdown() needs no signal: its process ends, and past exitAfterMs it is ended',
+    SLOW,
+    async (t) => {
+      const endOne = async (options: string, script = '') => {
+        const words = `options = { cleanUp() {}, signals: ['SIGUSR1'] }; ${script}`
+        const service = await bootService(t, {
+          script: `${words}; process.on('SIGTERM', () => monitor.shutdown(${options}))`
+        })
+        return await service.end()
+      }
+      const [done, late] = await Promise.all([
+        endOne('{ cleanUp }'),
+        endOne('{ timeoutMs: 100, exitAfterMs: 400, cleanUp: () => new Promise(() => {}) }')
+      ])
+      assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
+      assert.match(done.output, /cleaned up/)
+      const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
+      assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
+    }
+  )
 })
 
 describe('The command table', TOGETHER, () => {
@@ -7603,6 +7677,45 @@ describe('The wire: HTTP', TOGETHER, () => {
     await ask(port, 'who\n')
     assert.equal(local, true)
   })
+
+  test('between two pipelined requests the host has its turn', async (t) => {
+    const turns = new Set<number>()
+    let turn = 0
+    const { port } = await bootInstance(t, {
+      prepare: ({ register }) => {
+        const note: Command = () => void turns.add(turn)
+        register('turn', '', note, { http: true })
+      }
+    })
+    const count = () => {
+      turn++
+      immediate = setImmediate(count)
+    }
+    let immediate = setImmediate(count)
+    t.after(() => clearImmediate(immediate))
+    await ask(port, 'GET /turn HTTP/1.1\r\nHost: x\r\n\r\n'.repeat(20), { end: true })
+    assert.equal(turns.size, 20)
+  })
+
+  test('a pipelined request waits until the reply before it is taken', async (t) => {
+    let answers = 0
+    const { port } = await bootInstance(t, {
+      prepare: ({ register }) => {
+        const big: Command = (connection) => {
+          answers++
+          connection.write('x'.repeat(1_000_000))
+        }
+        register('big', '', big, { http: true })
+      }
+    })
+    const socket = net.connect(port, '127.0.0.1')
+    t.after(() => socket.destroy())
+    socket.pause()
+    socket.write('GET /big HTTP/1.1\r\nHost: x\r\n\r\n'.repeat(100))
+    await until(() => answers > 0, 'the first is answered')
+    await pause(300)
+    assert.ok(answers < 20, `${answers} replies are kept for a client who reads nothing`)
+  })
 })
 
 describe('The wire: HTTP', ALONE, () => {
@@ -8002,7 +8115,7 @@ describe('The program', PAIRWISE, () => {
     assert.match(drained.stdout, /\nDrained\n$/)
   })
 
-  test('the demo ends by a signal, warm or not', async (t) => {
+  test('the demo ends by a signal, warm or not', SLOW, async (t) => {
     const endDemo = async (signal: NodeJS.Signals, isWarm: boolean) => {
       const port = await freePort()
       const demo = startProgram(t, ['demo'], { PORT: String(port), HOST: '127.0.0.1' })
@@ -8650,11 +8763,10 @@ describe('Real programs', SIDE_BY_SIDE, () => {
         const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
         const answer = getPage(service.instancePort, '/')
         await service.hasSaid('asked for /')
-        const { status, ms, output } = await service.end()
+        const { status, output } = await service.end()
         assert.equal((await answer).body, '7')
         assert.equal(status, 0, output)
         assert.match(linesOfShutdown(output).join('\n'), said)
-        assert.ok(ms < 8_000, `${ms} ms`)
       }
       await Promise.all([
         endOne('', /^ftw-monitor is done, .* \d TCPSocketWrap, \d Timeout; exits$/),
@@ -8698,16 +8810,15 @@ describe('Real programs', SIDE_BY_SIDE, () => {
         const ended = service.end()
         await until(() => peer.transcript === goingAway, 'the WebSocket is told')
         peer.socket.end(Buffer.from([0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe9])) // the same, masked
-        const { status, ms, output } = await ended
+        const { status, output } = await ended
         assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-        assert.ok(ms < 8_000, `${ms} ms`)
       }
       const endStubbornly = async () => {
         const service = await bootServiceOf(t, script)
         const peer = await open(service.instancePort)
         const { status, ms, output } = await service.end()
         assert.deepEqual([status, peer.transcript, linesOfShutdown(output)], [0, '', []])
-        assert.ok(ms > 1_990 && ms < 8_000, `${ms} ms`)
+        assert.ok(ms > 1_990, `${ms} ms`)
       }
       await Promise.all([endPolitely(), endStubbornly()])
     }
@@ -8778,7 +8889,7 @@ describe('Real programs', SIDE_BY_SIDE, () => {
         assert.equal((await answer).body, 'served', name)
         assert.deepEqual([status, linesOfShutdown(output)], [0, []], `${name}: ${output}`)
         if (!/Express|Koa/.test(name)) assert.match(output, /\nclosed\n/)
-        assert.ok(ms > 1_990 && ms < 8_000, `${name}: ${ms} ms`)
+        assert.ok(ms > 1_990, `${name}: ${ms} ms`)
       }
       await Promise.all(Object.entries(scripts).map(endOne))
     }

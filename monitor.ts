@@ -1651,6 +1651,7 @@ async function untilDrained(
   if (!state.clock.ticker) return 'Drained'
 
   const waitFor = beginDraining(reason, fall)
+  if (!state.monitor.server?.listening) return 'Drained' // nobody can be told
   const startedAtMs = performance.now()
   let quietSinceMs = startedAtMs
   let requestsBefore = state.app.requests
@@ -2128,7 +2129,7 @@ async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<voi
 interface Asker extends Connection {
   /** Over HTTP a command has to be offered there. */
   readonly isHttp: boolean
-  /** Whether a person sits there, in interactive mode; else it is a program. */
+  /** Whether a person sits there, in interactive mode or at a browser; else it is a program. */
   readonly isPerson: boolean
   /** Writes what went wrong, with a status for HTTP. */
   refuse(text: string, code: number): void
@@ -3500,7 +3501,6 @@ class HttpSession extends Session {
 /** One request: its path names the command; the answer is sent when it is complete. */
 class Exchange implements Asker {
   readonly isHttp = true
-  readonly isPerson = false
   readonly session: HttpSession
   readonly response: http.ServerResponse
   readonly name: string
@@ -3526,6 +3526,11 @@ class Exchange implements Asker {
 
   get remoteAddress(): string | undefined {
     return this.session.remoteAddress
+  }
+
+  /** Browsers send Sec-Fetch-Site, balancers do not. */
+  get isPerson(): boolean {
+    return 'sec-fetch-site' in this.response.req.headers
   }
 
   get local(): boolean {
