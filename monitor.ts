@@ -1651,7 +1651,7 @@ async function untilDrained(
   if (!state.clock.ticker) return 'Drained'
 
   const waitFor = beginDraining(reason, fall)
-  if (!state.monitor.server?.listening) return 'Drained' // nobody can be told
+  if (!isMonitorListening()) return 'Drained' // nobody can be told
   const startedAtMs = performance.now()
   let quietSinceMs = startedAtMs
   let requestsBefore = state.app.requests
@@ -1673,6 +1673,10 @@ async function untilDrained(
     await pollingPause()
   }
   return 'Not drained: resumed meanwhile'
+}
+
+function isMonitorListening(): boolean {
+  return state.monitor.server?.listening ?? false
 }
 
 function toDrainOptions({
