@@ -3974,11 +3974,13 @@ const WATCH_MS = 1_000
 function renewRows(lines: string[], rowsBefore: number): number {
   const columns = process.stdout.columns || 80 // some terminals do not know their size
   const rows = process.stdout.rows || 24
-  // Each line takes one row: what is wrapped, or has left the screen, cannot be written over.
-  const fitting = lines.slice(0, rows - 1).map((line) => line.slice(0, columns))
+  const fitting = lines.slice(0, rows - 1) // what has left the screen cannot be written over
   const back = rowsBefore > 0 ? `\x1b[${rowsBefore}A\x1b[J` : ''
   process.stdout.write(`${back}${fitting.join('\n')}\n`)
-  return fitting.length
+
+  let count = 0
+  for (const { length } of fitting) count += Math.max(1, Math.ceil(length / columns)) // wrapped
+  return count
 }
 
 interface Shown {
