@@ -55,6 +55,18 @@ const IS_ROOT_HERE = fs.existsSync(new URL('./README.md', import.meta.url))
 const ROOT = new URL(IS_ROOT_HERE ? '.' : '..', import.meta.url)
 const README_TEXT = fs.readFileSync(new URL('README.md', ROOT), 'utf8')
 
+/** `npm test` runs the parts beside each other, each in a process of its own: the suites up to the
+ *  wire, and those which start processes. Without TEST_PART there are both. */
+const TEST_PART = process.env['TEST_PART']
+
+function describeInProcess(name: string, how: { concurrency: number }, suite: () => void): void {
+  if (TEST_PART !== 'processes') void describe(name, how, suite)
+}
+
+function describeProcesses(name: string, how: { concurrency: number }, suite: () => void): void {
+  if (TEST_PART !== 'in process') void describe(name, how, suite)
+}
+
 /** For a suite whose tests change nothing that belongs to the whole process. */
 const TOGETHER = { concurrency: 6 }
 /** For a suite whose tests start processes, or keep one busy: two of them fill two cores. */
@@ -1943,7 +1955,7 @@ const TRANSCRIPT = [...CONSOLES]
   .map(([, command = '', reply = '']) => ({ command, reply }))
   .filter(({ command }) => /health_check|warmup_state/.test(command))
 
-describe('Start and stop', TOGETHER, () => {
+describeInProcess('Start and stop', TOGETHER, () => {
   test('start(server) logs to the console where it listens', async (t) => {
     const port = await freePort()
     const instance = runScript(t, {
@@ -2339,7 +2351,7 @@ describe('Start and stop', TOGETHER, () => {
   })
 })
 
-describe('Start and stop', ALONE, () => {
+describeInProcess('Start and stop', ALONE, () => {
   test('FTW_MONITOR switches the monitor off', async (t) => {
     const port = await freePort()
     const monitor = await importMonitor(t)
@@ -2395,7 +2407,7 @@ describe('Start and stop', ALONE, () => {
   })
 })
 
-describe('Addresses', TOGETHER, () => {
+describeInProcess('Addresses', TOGETHER, () => {
   test('a server that listens, or will, has its monitor at its port + 80, on its host', async (t) => {
     for (const host of ['127.0.0.1', '127.0.0.2']) {
       for (const isEarly of [true, false]) {
@@ -2435,7 +2447,7 @@ describe('Addresses', TOGETHER, () => {
   })
 })
 
-describe('Addresses', ALONE, () => {
+describeInProcess('Addresses', ALONE, () => {
   test('with PORT alone the monitor listens at PORT + 80, on HOST', async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
@@ -2598,7 +2610,7 @@ describe('Addresses', ALONE, () => {
   })
 })
 
-describe('Listening', TOGETHER, () => {
+describeInProcess('Listening', TOGETHER, () => {
   test('workers of a cluster do not answer for each other', async (t) => {
     const port = await freePort()
     const file = join(scratchFolder(t), 'cluster.mjs')
@@ -2641,7 +2653,7 @@ describe('Listening', TOGETHER, () => {
   )
 })
 
-describe('Listening', ALONE, () => {
+describeInProcess('Listening', ALONE, () => {
   test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
     quicken(t, 5)
     const port = await freePort()
@@ -2677,7 +2689,7 @@ describe('Listening', ALONE, () => {
   })
 })
 
-describe('The hook on the server', TOGETHER, () => {
+describeInProcess('The hook on the server', TOGETHER, () => {
   test('watching requests changes nothing that the application or its clients see', async (t) => {
     const transcripts = async (start: boolean) => {
       const server = await serve(t, (request, response) => {
@@ -2851,7 +2863,7 @@ describe('The hook on the server', TOGETHER, () => {
   })
 })
 
-describe('The hook on the server', ALONE, () => {
+describeInProcess('The hook on the server', ALONE, () => {
   test('a request that is none harms nobody, in flight as it stays', async (t) => {
     const ticks = takeTicks(t)
     const server = await serve(t)
@@ -2867,7 +2879,7 @@ describe('The hook on the server', ALONE, () => {
   })
 })
 
-describe('The verdict', TOGETHER, () => {
+describeInProcess('The verdict', TOGETHER, () => {
   test('health_check gives the first reason that applies', async (t) => {
     const monitor = await importMonitor(t)
     const firstTry = latch()
@@ -3041,7 +3053,7 @@ describe('The verdict', TOGETHER, () => {
   })
 })
 
-describe('The verdict', ALONE, () => {
+describeInProcess('The verdict', ALONE, () => {
   test('with PORT alone an instance is booting until it accepts connections', async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
@@ -3221,7 +3233,7 @@ describe('The verdict', ALONE, () => {
   )
 })
 
-describe('Databases and counters', TOGETHER, () => {
+describeInProcess('Databases and counters', TOGETHER, () => {
   test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
     const monitor = await importMonitor(t)
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
@@ -3290,7 +3302,7 @@ describe('Databases and counters', TOGETHER, () => {
   })
 })
 
-describe('Databases and counters', ALONE, () => {
+describeInProcess('Databases and counters', ALONE, () => {
   test('windows of 1, 10, 300 and 3600 s are exact to the second', async (t) => {
     const clock = fakeClock(t)
     const random = seeded(3)
@@ -3461,7 +3473,7 @@ describe('Databases and counters', ALONE, () => {
   })
 })
 
-describe('Warm-up', TOGETHER, () => {
+describeInProcess('Warm-up', TOGETHER, () => {
   test('a wrong site or performer is a TypeError', async (t) => {
     const { registerWarmup } = await importMonitor(t)
     const performer = () => {}
@@ -3927,7 +3939,7 @@ describe('Warm-up', TOGETHER, () => {
   })
 })
 
-describe('Warm-up', ALONE, () => {
+describeInProcess('Warm-up', ALONE, () => {
   test('performers get their site, its url and a signal, in order of registration', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
@@ -4306,7 +4318,7 @@ describe('Warm-up', ALONE, () => {
   })
 })
 
-describe('Warm-up', PAIRWISE, () => {
+describeInProcess('Warm-up', PAIRWISE, () => {
   for (const [where, begin] of Object.entries(STARTS)) {
     const options = where.endsWith('mounted') ? {} : SLOW
     const name = `a warm-up that hangs does not keep the process alive, started ${where}`
@@ -4331,7 +4343,7 @@ describe('Warm-up', PAIRWISE, () => {
   }
 })
 
-describe('Draining and shutdown', TOGETHER, () => {
+describeInProcess('Draining and shutdown', TOGETHER, () => {
   test('while drained the verdict is the reason, before everything else', async (t) => {
     const server = await serve(t)
     const { monitor, port } = await bootInstance(t, {
@@ -4856,7 +4868,7 @@ describe('Draining and shutdown', TOGETHER, () => {
   })
 })
 
-describe('Draining and shutdown', ALONE, () => {
+describeInProcess('Draining and shutdown', ALONE, () => {
   test('the last 64 addresses that asked are remembered', async (t) => {
     const { port } = await bootProcess(t, { flags: [flagForPace(50)] })
     const addresses = Array.from({ length: 70 }, (_, index) => `127.0.1.${index + 1}`)
@@ -5122,7 +5134,7 @@ describe('Draining and shutdown', ALONE, () => {
   })
 })
 
-describe('Draining and shutdown', PAIRWISE, () => {
+describeInProcess('Draining and shutdown', PAIRWISE, () => {
   test('at SIGTERM or SIGINT a service serves what is in flight, cleans up, and ends with 0, with or without a monitor', async (t) => {
     const setups: Record<string, ServiceSetup> = {
       'a monitor': {},
@@ -5349,7 +5361,7 @@ describe('Draining and shutdown', PAIRWISE, () => {
   )
 })
 
-describe('The command table', TOGETHER, () => {
+describeInProcess('The command table', TOGETHER, () => {
   test('a command in more mode gets every following line, as calc does', async (t) => {
     const calls: unknown[][] = []
     const { port } = await bootInstance(t, {
@@ -5759,7 +5771,7 @@ describe('The command table', TOGETHER, () => {
   })
 })
 
-describe('Commands', TOGETHER, () => {
+describeInProcess('Commands', TOGETHER, () => {
   test('help lists every command with its summary, sorted by name', async (t) => {
     const { port } = await bootInstance(t, {
       prepare: (monitor) => {
@@ -5999,7 +6011,7 @@ describe('Commands', TOGETHER, () => {
   })
 })
 
-describe('Figures, metrics and status', TOGETHER, () => {
+describeInProcess('Figures, metrics and status', TOGETHER, () => {
   test('monitor tells the resident memory as procfs does', async (t) => {
     const { port } = await bootInstance(t, { until: 'started' })
     const { rss } = await askMonitor(port, '')
@@ -6553,7 +6565,7 @@ bare -3`
   })
 })
 
-describe('Figures, metrics and status', ALONE, () => {
+describeInProcess('Figures, metrics and status', ALONE, () => {
   test('200 requests in flight are counted and listed by age, aborted ones no more', async (t) => {
     const clock = fakeClock(t)
     const held: http.ServerResponse[] = []
@@ -6902,7 +6914,7 @@ describe('Figures, metrics and status', ALONE, () => {
   })
 })
 
-describe('The wire: lines', TOGETHER, () => {
+describeInProcess('The wire: lines', TOGETHER, () => {
   test('every row of the protocol is answered byte for byte', async (t) => {
     const invalid = 'Invalid command \'nope\'\nTry "help".\n'
     const interactive = 'Interactive mode on.  Use "quit" To exit.\n'
@@ -7139,7 +7151,7 @@ describe('The wire: lines', TOGETHER, () => {
   })
 })
 
-describe('The wire: lines', ALONE, () => {
+describeInProcess('The wire: lines', ALONE, () => {
   test('a line has 60 s to come, not less, and not more for coming in drops', async (t) => {
     const ticks = takeTicks(t)
     const { port } = await bootInstance(t, { performers: WARM })
@@ -7309,7 +7321,7 @@ describe('The wire: lines', ALONE, () => {
   })
 })
 
-describe('The wire: HTTP', TOGETHER, () => {
+describeInProcess('The wire: HTTP', TOGETHER, () => {
   test('over HTTP the verdict is 200 and OK, or 503 and the reason, and not cached', async (t) => {
     let connected = true
     const { port } = await bootInstance(t, {
@@ -7718,7 +7730,7 @@ describe('The wire: HTTP', TOGETHER, () => {
   })
 })
 
-describe('The wire: HTTP', ALONE, () => {
+describeInProcess('The wire: HTTP', ALONE, () => {
   test('a head of HTTP has 60 s to come, not less, and not more for coming in drops', async (t) => {
     const ticks = takeTicks(t)
     const { port } = await bootInstance(t, { performers: WARM })
@@ -7744,7 +7756,7 @@ describe('The wire: HTTP', ALONE, () => {
   })
 })
 
-describe('The program', PAIRWISE, () => {
+describeProcesses('The program', PAIRWISE, () => {
   test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
     const server = await serve(t)
     const gate = latch()
@@ -8129,7 +8141,7 @@ describe('The program', PAIRWISE, () => {
   })
 })
 
-describe('The program', ALONE, () => {
+describeProcesses('The program', ALONE, () => {
   test('the program prints the reply, and its exit status tells how it went', async (t) => {
     let isConnected = true
     const path = join(scratchFolder(t), 'monitor')
@@ -8265,7 +8277,7 @@ describe('The program', ALONE, () => {
   })
 })
 
-describe('Real programs', SIDE_BY_SIDE, () => {
+describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   test(
     'three instances behind HAProxy are restarted in turn without one failed request',
     needs('haproxy'),
@@ -8941,7 +8953,7 @@ describe('Real programs', SIDE_BY_SIDE, () => {
   )
 })
 
-describe('Real programs', ALONE, () => {
+describeProcesses('Real programs', ALONE, () => {
   test('the demo answers nc as the README says', needs('nc'), async (t) => {
     const port = await freePort()
     const demo = startProgram(t, ['demo'], { PORT: String(port) })
@@ -9295,7 +9307,7 @@ describe('Real programs', ALONE, () => {
   )
 })
 
-describe('Attacks and limits', PAIRWISE, () => {
+describeProcesses('Attacks and limits', PAIRWISE, () => {
   test('a page of another origin cannot change the state of an instance', async (t) => {
     let calls = 0
     const count = () => {
@@ -9659,7 +9671,7 @@ describe('Attacks and limits', PAIRWISE, () => {
   )
 })
 
-describe('Attacks and limits', ALONE, () => {
+describeProcesses('Attacks and limits', ALONE, () => {
   test('the 257th is answered: the address with the most loses what was idle longest', async (t) => {
     const ticks = takeTicks(t)
     const { port } = await bootInstance(t, { performers: WARM })
@@ -9716,7 +9728,7 @@ describe('Attacks and limits', ALONE, () => {
   })
 })
 
-describe('Endurance', TOGETHER, () => {
+describeProcesses('Endurance', TOGETHER, () => {
   test('a server that does not listen within 10 s is warned of once', SLOW, async (t) => {
     const monitor = await importMonitor(t)
     const logger = recorder()
@@ -9806,7 +9818,7 @@ describe('Endurance', TOGETHER, () => {
   )
 })
 
-describe('Endurance', ALONE, () => {
+describeProcesses('Endurance', ALONE, () => {
   test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
