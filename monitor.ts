@@ -2961,7 +2961,8 @@ function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
 
 function databaseRow({ name, optional, connected, trouble, answeredMs }: DatabaseStatus): Row {
   const answered = `connected, answered in ${Math.round(answeredMs)} ms`
-  const text = `${connected ? answered : trouble}${optional ? ' (optional)' : ''}`
+  const stateText = connected ? answered : trouble
+  const text = optional ? `${stateText} (optional)` : stateText
   const broken: Grade = optional ? 'warn' : 'fail'
   const measure = { measure: 'database:responseTime', value: answeredMs, unit: 'ms' }
   return { kind: 'database', name, text, grade: connected ? 'pass' : broken, ...measure }
