@@ -12,8 +12,8 @@
 // tells how the instance is stands one verdict: "may it be sent requests, and if not, why".
 //
 // The order of the file: types, limits, state, start and stop, addresses, listening, the hook on
-// the server, the verdict, databases, warm-up, draining, the command table, commands, figures, the
-// wire (lines, then HTTP), helpers, and the program, which may be deleted.
+// the server, the verdict, databases, warm-up, draining and shutdown, the command table, commands,
+// figures and status, the wire (lines, then HTTP), helpers, and the program, which may be deleted.
 
 import * as http from 'node:http'
 import * as net from 'node:net'
@@ -295,9 +295,9 @@ const LOG_MS = 1_000 // between failures of one command, so that nobody can floo
 
 // Of a connection
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
-const LINES_PER_TURN = 16 // of one connection, then the host has its turn
+const LINES_PER_TURN = 16 // of one connection, then the application has its turn
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
-const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are the host's
+const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are for the application
 const SEND_MS = 60_000 // for a line or an HTTP head: people type
 const SILENCE_MS = 15 * 60_000 // in interactive mode: people think
 const COMMAND_MS = 30_000 // by then every prober has given up
@@ -1943,8 +1943,9 @@ const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // listed for stdout and stderr, whic
 
 /** Ends what the instance does, in an order in which no request meets a closed database: tells
  *  `onSignal`, drains, closes the server, waits for its requests, calls `cleanUp`, ends upgraded
- *  connections, and stops the monitor. Resolves when all that is done. Called twice it is one
- *  shutdown. Rejects with a `TypeError` or `RangeError` for wrong options. */
+ *  connections, and stops the monitor. Resolves when all that is done; what takes longer than
+ *  `exitAfterMs` is logged, and ends the process with 1. Called twice it is one shutdown. Rejects
+ *  with a `TypeError` or `RangeError` for wrong options. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   await beginShutdown(toShutdownOptions(options))
 }
