@@ -197,8 +197,22 @@ const VARIABLES = [
   'FTW_MONITOR_AUTOWARMUP'
 ]
 
+/**
+ * What colours, translates, widens or re-routes what programs print. Node's runner itself sets
+ * FORCE_COLOR where its own output is a terminal.
+ */
+const OF_THE_TERMINAL =
+  /^(FORCE_COLOR|NO_COLOR|NODE_DISABLE_COLORS|COLORTERM|CLICOLOR(_FORCE)?|COLUMNS|LINES)$/
+const OF_THE_LOCALE = /^(LANG|LANGUAGE|LC_[A-Z]+)$/
+const OF_PROGRAMS = /^(NODE_OPTIONS|NODE_DEBUG|NODE_NO_WARNINGS|PG[A-Z]+|[a-z]+_proxy)$/i
+
 // The environment of whoever runs the tests must not change what they find.
 for (const name of VARIABLES) delete process.env[name]
+for (const pattern of [OF_THE_TERMINAL, OF_THE_LOCALE, OF_PROGRAMS]) {
+  for (const name of Object.keys(process.env)) {
+    if (pattern.test(name)) delete process.env[name]
+  }
+}
 
 /** Sets variables for a test; the others that the module reads are unset. */
 function setEnvironment(t: TestContext, variables: Record<string, string>): void {
@@ -701,6 +715,9 @@ interface ProcessSetup {
   network?: string
 }
 
+/** For scripts: prints words as they are. console.log would colour a number where colours are on. */
+const PRINT = "const print = (...words) => process.stdout.write(words.join(' ') + '\\n')"
+
 /** A process of its own that runs a script, in which `monitor` is the module. */
 function runScript(t: TestContext, setup: ProcessSetup) {
   const { script = '', env = {}, flags = [], descriptors, network } = setup
@@ -709,6 +726,7 @@ function runScript(t: TestContext, setup: ProcessSetup) {
     import net from 'node:net'
     import { setTimeout as pause, setImmediate as nextTurn } from 'node:timers/promises'
     import * as monitor from ${JSON.stringify(MODULE.href)}
+    ${PRINT}
     ${script}`
   const words = [...flags, '--input-type=module', '-e', source]
   if (network !== undefined) {
@@ -739,7 +757,7 @@ async function bootProcess(t: TestContext, setup: ProcessSetup & { name?: string
     server.listen(0, '127.0.0.1')
     const logger = { ...console, info() {} }
     const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
-    console.log('ports', port, server.address().port)`
+    print('ports', port, server.address().port)`
   const watched = runScript(t, { ...options, env, script: whole })
   await until(() => /^ports \d+ \d+\n/m.test(watched.output), 'the instance tells its ports')
   const [, port, instancePort] = /^ports (\d+) (\d+)\n/m.exec(watched.output) ?? []
@@ -782,13 +800,14 @@ async function bootService(t: TestContext, setup: ServiceSetup = {}) {
     import { promisify } from 'node:util'
     import { setTimeout as pause } from 'node:timers/promises'
     import * as monitor from ${JSON.stringify(MODULE.href)}
+    ${PRINT}
     let isOpen = true
     const cleanUp = () => {
       isOpen = false
-      console.log('cleaned up')
+      print('cleaned up')
     }
     const handle = async ({ url }, response) => {
-      console.log('asked for', url)
+      print('asked for', url)
       if (url === '/stream') return response.write('begun')
       if (url === '/slow') await pause(500)
       response.end(isOpen ? 'served' : 'closed')
@@ -801,7 +820,7 @@ async function bootService(t: TestContext, setup: ServiceSetup = {}) {
     monitor.shutdownOnSignal(options)
     await listen()
     const address = await begin()
-    console.log('ready', server.address().port, address?.port ?? 0)`
+    print('ready', server.address().port, address?.port ?? 0)`
   const words = ['--no-warnings', '--input-type=module', '-e', source]
   const watched = watch(t, process.execPath, words, options)
   const { child } = watched
@@ -1963,7 +1982,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
         const server = http.createServer()
         const started = monitor.start(server)
         server.listen(${port}, '127.0.0.1')
-        console.log(JSON.stringify(await started))`
+        print(JSON.stringify(await started))`
     })
     await until(() => instance.output.includes('}'), 'the address is printed')
     assert.ok(instance.output.startsWith(`ftw-monitor listening on 127.0.0.1:${port + 80}\n`))
@@ -2386,7 +2405,7 @@ describeInProcess('Start and stop', ALONE, () => {
         script: `
           const server = http.createServer((_, response) => response.end())
           server.listen(${other}, '127.0.0.1', async () => {
-            console.log(await monitor.start({ server, listen: { port: 0 } }))
+            await monitor.start({ server, listen: { port: 0 } })
             while (!(await monitor.health()).healthy) await nextTurn()
             server.close()
           })`
@@ -2642,9 +2661,9 @@ describeInProcess('Listening', TOGETHER, () => {
     async (t) => {
       const instance = runScript(t, {
         script: `
-          const warn = (text) => console.log('warned', text)
-          const logger = { info: console.log, warn, error() {} }
-          console.log('gave', await monitor.start({ logger, port: ${await freePort()} }))`,
+          const warn = (text) => print('warned', text)
+          const logger = { info: print, warn, error() {} }
+          print('gave', await monitor.start({ logger, port: ${await freePort()} }))`,
         flags: ['--no-warnings', '--permission', '--allow-fs-read=*']
       })
       assert.equal(await instance.exit, 0, instance.output)
@@ -3172,7 +3191,7 @@ describeInProcess('The verdict', ALONE, () => {
     assert.equal(fs.existsSync(path), false)
     assert.equal(await reason(), 'Instance is shutting down')
 
-    const listen = `net.createServer().listen(${JSON.stringify(path)}, () => console.log('listens'))`
+    const listen = `net.createServer().listen(${JSON.stringify(path)}, () => print('listens'))`
     const killed = runScript(t, { script: listen })
     await until(() => killed.output.includes('listens'), 'another process listens there')
     assert.equal(await reason(), 'OK')
@@ -3191,7 +3210,7 @@ describeInProcess('The verdict', ALONE, () => {
       const where = { host: '127.0.0.1', port, backlog: 1 }
       const listen = async () => {
         const process = runScript(t, {
-          script: `net.createServer().listen(${JSON.stringify(where)}, () => console.log('listens'))`
+          script: `net.createServer().listen(${JSON.stringify(where)}, () => print('listens'))`
         })
         await until(() => process.output.includes('listens'), 'it listens')
         return process
@@ -3361,7 +3380,7 @@ describeInProcess('Databases and counters', ALONE, () => {
         const server = http.createServer().listen(0, '127.0.0.1')
         const listen = { host: '127.0.0.1', port: 0 }
         const { port } = await monitor.start({ server, listen, logger: { ...console, info() {} } })
-        console.log(JSON.stringify({ port, grown, microseconds: busyMs * 1_000 / 2_000_000 }))`,
+        print(JSON.stringify({ port, grown, microseconds: busyMs * 1_000 / 2_000_000 }))`,
       flags: ['--expose-gc']
     })
     await until(() => child.output.includes('\n'), 'the child has counted')
@@ -3810,7 +3829,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
         for (;;) {
           const { reason } = await monitor.health()
           if (!/booting|progress/.test(reason)) {
-            console.log(reason)
+            print(reason)
             process.exit()
           }
           await pause(10)
@@ -4334,7 +4353,7 @@ describeInProcess('Warm-up', PAIRWISE, () => {
         ${begin}
         while (!isPageAsked) await pause(20)
         server.close()
-        console.log('closed')`
+        print('closed')`
       const env = { HOST: '127.0.0.1', PORT: String(await freePort()) }
       const watched = runScript(t, { script, env })
       await until(() => watched.stdout.includes('closed\n'), 'the server is closed')
@@ -5154,11 +5173,11 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
         ...setup,
         script: `
           ${setup.script ?? ''}
-          options.onSignal = ({ signal }) => console.log('told', signal)
+          options.onSignal = ({ signal }) => print('told', signal)
           options.cleanUp = async ({ signal }) => {
             cleanUp()
             await pause(50)
-            console.log('cleaned up after', signal)
+            print('cleaned up after', signal)
           }`
       })
       const signal = index % 2 ? 'SIGINT' : 'SIGTERM'
@@ -5194,7 +5213,7 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
         ['process.stdin.resume()', '\\d PipeWrap', 0]
       ]
       const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
-        const logger = "{ ...console, warn: (text) => console.log('logged', text) }"
+        const logger = "{ ...console, warn: (text) => print('logged', text) }"
         const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
         const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
         const { status, ms, output } = await service.end()
@@ -5297,7 +5316,7 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
       const service = await bootService(t, {
         script: `
           options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']
-          options.onSignal = ({ signal }) => console.log('told', signal)`
+          options.onSignal = ({ signal }) => print('told', signal)`
       })
       const answer = getPage(service.instancePort, '/stream')
       answer.catch(() => {})
@@ -5318,11 +5337,11 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
     async (t) => {
       const replaced = await bootService(t, {
         script: `
-        monitor.shutdownOnSignal({ cleanUp: () => console.log('replaced') })
+        monitor.shutdownOnSignal({ cleanUp: () => print('replaced') })
         const beginBefore = begin
         begin = async () => {
           const address = await beginBefore()
-          monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => console.log('last') })
+          monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => print('last') })
           return address
         }`
       })
@@ -8470,7 +8489,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const script = `
       import { execFile } from 'node:child_process'
       const server = http.createServer((_, response) => response.end('hello'))
-      const logger = { info() {}, warn: console.log, error: console.log }
+      const logger = { info() {}, warn: print, error: print }
       const isHealthy = async (it) => {
         for (let turn = 0; turn < 100; turn++) {
           if ((await it.health()).healthy) return true
@@ -8480,7 +8499,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       }
       server.listen(21000)
       monitor.start({ server, logger })
-      console.log('by itself', await isHealthy(monitor), (await monitor.status?.())?.url)
+      print('by itself', await isHealthy(monitor), (await monitor.status?.())?.url)
 
       const other = await import(${JSON.stringify(MODULE.href)} + '?other')
       other.registerWarmup('/', async ({ url }) => await (await fetch(url)).text())
@@ -8488,18 +8507,18 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         http.get(url, (page) => page.resume().on('end', resolve)).on('error', reject)
       }))
       other.start({ server, logger, listen: { port: 21090 } })
-      console.log('by performers', await isHealthy(other))
+      print('by performers', await isHealthy(other))
       const view = await fetch('http://localhost:21000/shop/@@warmup')
-      console.log('by the view', await view.text())
+      print('by the view', await view.text())
 
       process.env.PORT = '21000'
       const third = await import(${JSON.stringify(MODULE.href)} + '?third')
       third.start({ logger, listen: { port: 21091 } })
-      console.log('by PORT and HOST', await isHealthy(third))
+      print('by PORT and HOST', await isHealthy(third))
 
       const words = ['--no-warnings', ${JSON.stringify(PROGRAM)}, 'health_check', '--port', '21000']
       execFile(process.execPath, words, (error, stdout) => {
-        console.log('by the program', error?.code ?? 0, stdout.trim())
+        print('by the program', error?.code ?? 0, stdout.trim())
         process.exit()
       })`
       const worlds = ['net.ipv6.conf.all.disable_ipv6=1', 'net.ipv6.conf.all.disable_ipv6=0']
@@ -8534,7 +8553,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         import { execFileSync } from 'node:child_process'
         const server = http.createServer((_, response) => response.end('hello'))
         server.listen(21000, '127.0.0.1')
-        console.log(await monitor.start(server))
+        print(await monitor.start(server))
         await pause(1_200) // so that it is tried again in vain
         execFileSync('ip', ['addr', 'add', '10.0.0.5/32', 'dev', 'lo'])
         for (let turn = 0; turn < 200; turn++) {
@@ -8542,7 +8561,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           const socket = net.connect(8160, '10.0.0.5').on('error', () => {}).setEncoding('utf8')
           socket.write('health_check\\n')
           socket.on('data', (reply) => {
-            console.log(reply.trim())
+            print(reply.trim())
             if (reply === 'OK\\n') process.exit()
           })
         }`
@@ -8733,7 +8752,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         await redis.connect()
         server.removeListener('request', handle)
         server.on('request', async (request, response) => {
-          console.log('asked for', request.url)
+          print('asked for', request.url)
           await pause(300)
           response.end(await redis.ping())
         })`
@@ -8766,7 +8785,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         await Promise.all([pool.query('select 1'), pool.query('select 2')])
         server.removeListener('request', handle)
         server.on('request', async (request, response) => {
-          console.log('asked for', request.url)
+          print('asked for', request.url)
           await pause(300)
           const { rows } = await pool.query('select 7 as seven')
           response.end(String(rows[0].seven))
@@ -8890,7 +8909,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           options.cleanUp = async () => {
             cleanUp()
             await closeAll()
-            console.log('closed')
+            print('closed')
           }`
         )
         const peer = await upgradeTo(service.instancePort)
@@ -8935,12 +8954,12 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         await app.prepare()
         const handlePage = app.getRequestHandler()
         server = http.createServer((request, response) => {
-          console.log('asked for', request.url)
+          print('asked for', request.url)
           return handlePage(request, response)
         })
         options.cleanUp = async () => {
           await app.close()
-          console.log('closed')
+          print('closed')
         }`
       const service = await bootService(t, { script, cwd: folder, env })
       const answer = getPage(service.instancePort, '/?late')
@@ -9516,9 +9535,9 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
         })
         const server = http.createServer((_, response) => response.end('hello'))
         server.listen(0, '127.0.0.1', async () => {
-          const logger = { info() {}, warn: console.log, error: console.log }
+          const logger = { info() {}, warn: print, error: print }
           const { port } = await monitor.start({ server, listen: { port: 0 }, logger })
-          console.log('port ' + port)
+          print('port ' + port)
         })`
     })
     await until(() => /^port \d+$/m.test(host.output), 'the host listens')
@@ -9626,7 +9645,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
           socket.on('close', connect)
           socket.on('connect', () => {
             connected++
-            if (connected % 1_000 === 0) console.log('flooding')
+            if (connected % 1_000 === 0) print('flooding')
           })
         }
         for (let each = 0; each < 600; each++) connect()`
