@@ -36,7 +36,7 @@ import { createRequire } from 'node:module'
 import * as net from 'node:net'
 import { Readable } from 'node:stream'
 import { networkInterfaces, tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
+import { basename, delimiter, join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { describe, test, type TestContext } from 'node:test'
 import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
@@ -86,24 +86,35 @@ const SLOW = IS_SLOW_WANTED ? {} : { skip: 'takes long: set CI or SOAK' }
 const PACKAGES = process.env['FTW_MONITOR_TEST_PACKAGES']
 const NEEDS_PACKAGES = PACKAGES ? {} : { skip: 'FTW_MONITOR_TEST_PACKAGES is not set' }
 
-/** Debian has PostgreSQL's programs by version, outside of the path. */
-const POSTGRES_FOLDERS = fs.existsSync('/usr/lib/postgresql') ? '/usr/lib/postgresql/*/bin/' : ''
-const FIND_POSTGRES = `ls ${POSTGRES_FOLDERS}initdb 2>&- || command -v initdb`
-const postgresProgram = spawnSync('sh', ['-c', FIND_POSTGRES], { encoding: 'utf8' })
-const POSTGRES_BIN =
-  postgresProgram.stdout
-    .trim()
-    .split('\n')
-    .at(-1)
-    ?.replace(/initdb$/, '') ?? ''
-const NEEDS_POSTGRES =
-  POSTGRES_BIN === '' ? { skip: 'PostgreSQL is not installed' } : NEEDS_PACKAGES
+/** Where the shell finds programs. */
+const PATH_FOLDERS = (process.env['PATH'] ?? '').split(delimiter)
 
 /** Skips where a program is missing, unless in CI, where all are to be there. */
-function needs(program: string): { skip?: string } {
+function needs(...programs: string[]): { skip?: string } {
   if (process.env['CI']) return {}
-  const { status } = spawnSync('sh', ['-c', `command -v ${program}`])
-  return status === 0 ? {} : { skip: `${program} is not installed` }
+  const isMissing = (program: string) => {
+    return !PATH_FOLDERS.some((folder) => fs.existsSync(join(folder, program)))
+  }
+  const missing = programs.find(isMissing)
+  return missing === undefined ? {} : { skip: `${missing} is not installed` }
+}
+
+const IS_ROOT = process.getuid?.() === 0
+
+/** PostgreSQL does not run as root: setpriv makes it somebody else. */
+const NEEDS_POSTGRES_USER = IS_ROOT ? needs('setpriv') : {}
+const POSTGRES_FOLDER = findPostgres()
+const NEEDS_POSTGRES =
+  POSTGRES_FOLDER === undefined
+    ? { skip: 'PostgreSQL is not installed' }
+    : { ...NEEDS_POSTGRES_USER, ...NEEDS_PACKAGES }
+
+/** The folder of PostgreSQL's programs, which Debian has by version, outside of the path. */
+function findPostgres(): string | undefined {
+  const debian = '/usr/lib/postgresql'
+  const versions = fs.existsSync(debian) ? fs.readdirSync(debian).reverse() : []
+  const folders = [...versions.map((version) => join(debian, version, 'bin')), ...PATH_FOLDERS]
+  return folders.find((folder) => fs.existsSync(join(folder, 'initdb')))
 }
 
 /** An address of this machine that is not loopback: connected from it, a peer looks foreign. */
@@ -121,7 +132,7 @@ const NETWORK = ['-rn', 'sh', '-c', 'ip link set lo up && eval "$0" && exec "$@"
 const networkTry = [...NETWORK, 'test -w /proc/sys/net/ipv6/conf/all/disable_ipv6', 'true']
 const NEEDS_NAMESPACES =
   spawnSync('unshare', networkTry).status === 0
-    ? {}
+    ? needs('sysctl')
     : { skip: 'this user may not make a network (unshare -rn, ip)' }
 
 const NODE_MAJOR = Number(process.versions.node.split('.')[0])
@@ -1225,11 +1236,11 @@ async function startPostgres(t: TestContext) {
   let end = async () => {}
   t.after(() => end()) // before its folder is removed
   const folder = scratchFolder(t)
-  const isRoot = process.getuid?.() === 0 // as whom it does not run
-  if (isRoot) fs.chownSync(folder, NOBODY, NOBODY)
+  if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
   const asNobody = ['--reuid', String(NOBODY), '--regid', String(NOBODY), '--clear-groups']
   const run = async (program: string, ...words: string[]) => {
-    const command = [...(isRoot ? ['setpriv', ...asNobody] : []), `${POSTGRES_BIN}${program}`]
+    const file = join(POSTGRES_FOLDER ?? '', program)
+    const command = IS_ROOT ? ['setpriv', ...asNobody, file] : [file]
     const first = command[0] ?? ''
     const { status, stdout, stderr } = await runToEnd(t, first, [...command.slice(1), ...words], {
       cwd: folder
@@ -4756,38 +4767,46 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     assert.equal(peer.transcript.endsWith('hello'), events.length > 1)
   })
 
-  test('shutdown() closes https and http2 servers, whatever state their connections are in', async (t) => {
-    const { key, cert } = certify(t, 'localhost')
-    const handler = (_: unknown, response: { end: (text: string) => void }) => response.end('hello')
-    const servers: Record<string, net.Server> = {
-      https: https.createServer({ key, cert }, handler),
-      http2: http2.createServer(handler),
-      https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
-    }
-    const closeAll = async ([name, server]: [string, net.Server]) => {
-      closeLater(t, server)
-      server.listen(LOOPBACK)
-      await once(server, 'listening')
-      const monitor = await importMonitor(t)
-      monitor.registerWarmup('/', () => {})
-      await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
-      const port = portOf(server)
-      const silent = await converse(t, port, { allowHalfOpen: true })
-      if (name === 'http2') {
-        const stubborn = await converse(t, port, { allowHalfOpen: true }) // it never ends its side
-        stubborn.socket.write('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0')
-        await until(() => stubborn.transcript !== '', 'the HTTP/2 session is open')
-        stubborn.socket.removeAllListeners('end')
+  test(
+    'shutdown() closes https and http2 servers, whatever state their connections are in',
+    needs('openssl'),
+    async (t) => {
+      const { key, cert } = certify(t, 'localhost')
+      const handler = (_: unknown, response: { end: (text: string) => void }) =>
+        response.end('hello')
+      const servers: Record<string, net.Server> = {
+        https: https.createServer({ key, cert }, handler),
+        http2: http2.createServer(handler),
+        https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
       }
-      const closed = once(server, 'close')
-      await monitor.shutdown({
-        cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
-      })
-      await inTime(closed, `${name} is closed`, 1_000)
-      await until(() => silent.isClosed || silent.socket.readableEnded, 'the silent one is closed')
+      const closeAll = async ([name, server]: [string, net.Server]) => {
+        closeLater(t, server)
+        server.listen(LOOPBACK)
+        await once(server, 'listening')
+        const monitor = await importMonitor(t)
+        monitor.registerWarmup('/', () => {})
+        await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+        const port = portOf(server)
+        const silent = await converse(t, port, { allowHalfOpen: true })
+        if (name === 'http2') {
+          const stubborn = await converse(t, port, { allowHalfOpen: true }) // it never ends its side
+          stubborn.socket.write('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0')
+          await until(() => stubborn.transcript !== '', 'the HTTP/2 session is open')
+          stubborn.socket.removeAllListeners('end')
+        }
+        const closed = once(server, 'close')
+        await monitor.shutdown({
+          cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
+        })
+        await inTime(closed, `${name} is closed`, 1_000)
+        await until(
+          () => silent.isClosed || silent.socket.readableEnded,
+          'the silent one is closed'
+        )
+      }
+      await Promise.all(Object.entries(servers).map(closeAll))
     }
-    await Promise.all(Object.entries(servers).map(closeAll))
-  })
+  )
 
   test('shutdown() ends idle HTTP/2 sessions, and waits for their streams', async (t) => {
     const requestListener = async (_: unknown, response: http2.Http2ServerResponse) => {
@@ -8726,7 +8745,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 
   test(
     '`ftw-monitor status --watch` writes over what it wrote, wrapped rows included',
-    { ...SLOW, ...needs('script') },
+    { ...SLOW, ...needs('script', 'stty') },
     async (t) => {
       const port = await fakeInstance(t, (socket) => {
         socket.once('data', () => socket.end(`OK\ninstance   ${'x'.repeat(60)}\ndraining   no\n`))
@@ -9010,7 +9029,7 @@ describeProcesses('Real programs', ALONE, () => {
 
   test(
     'curl, Kubernetes and nc, asking at the same time, are told one verdict',
-    { ...needs('curl'), ...needs('nc') },
+    needs('curl', 'nc'),
     async (t) => {
       let connected = true
       const { monitor, port } = await bootInstance(t, {
