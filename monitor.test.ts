@@ -141,7 +141,7 @@ const NEEDS_PERMISSIONS = NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' }
 // Helpers: waiting
 
 /** Polls until something holds, and fails with a sentence when it never does. */
-async function until(holds: () => unknown, what: string, limitMs = 10_000): Promise<void> {
+async function until(holds: () => unknown, what: string, limitMs = 20_000): Promise<void> {
   const end = Date.now() + limitMs
   while (!(await holds())) {
     assert.ok(Date.now() < end, `not within ${limitMs} ms: ${what}`)
@@ -150,7 +150,7 @@ async function until(holds: () => unknown, what: string, limitMs = 10_000): Prom
 }
 
 /** What a promise gives, if it does so in time. */
-async function inTime<T>(promise: Promise<T>, what: string, limitMs = 5_000): Promise<T> {
+async function inTime<T>(promise: Promise<T>, what: string, limitMs = 20_000): Promise<T> {
   let timer: ReturnType<typeof setTimeout> | undefined
   const late = new Promise<never>((_, reject) => {
     const fail = () => reject(new Error(`not within ${limitMs} ms: ${what}`))
@@ -2279,7 +2279,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
     server.close()
     server.closeAllConnections()
     await once(server, 'close')
-    await until(() => isRefused(port), 'the monitor port refuses', 2_000)
+    await until(() => isRefused(port), 'the monitor port refuses')
     assert.equal((await monitor.health()).healthy, false)
     assert.equal(Object.hasOwn(server, 'emit'), true) // it may listen again
     await monitor.stop()
@@ -2476,6 +2476,21 @@ describeInProcess('Start and stop', ALONE, () => {
     const statuses = await inTime(Promise.all(children.map(({ exit }) => exit)), 'all have exited')
     assert.deepEqual(statuses, [0, 0, 0, 0, 0], children.map(({ output }) => output).join())
     assert.match(children[0]?.output ?? '', /listening on/)
+  })
+
+  test('a server that does not listen within 10 s is warned of once', async (t) => {
+    const timers = takeTimers(t)
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const server = http.createServer(hello)
+    closeLater(t, server)
+    const started = monitor.start({ server, logger, listen: LOOPBACK })
+    timers.pass(9_000)
+    assert.deepEqual(logger.lines, [])
+    timers.pass(60_000)
+    assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
+    server.listen(0, '127.0.0.1')
+    assert.ok(await started)
   })
 
   test('neither import nor start installs handlers on the process', async (t) => {
@@ -2752,7 +2767,7 @@ describeInProcess('Listening', ALONE, () => {
     await pause(300) // at least one try that fails
     await stopped.stop()
     for (const occupant of occupants) await close(occupant)
-    await untilHealthy(port, 3_000)
+    await untilHealthy(port)
     assert.equal(warningsOf(logger).length, 2)
     assert.ok(logger.lines.includes(`info ftw-monitor listening on 127.0.0.1:${port}`))
     assert.ok(await isRefused(stoppedPort))
@@ -3008,7 +3023,7 @@ describeInProcess('The verdict', TOGETHER, () => {
     isConnected.main = false
     await replies("Error: Database 'main' disconnected.")
     isConnected.main = true
-    await until(() => tries === 2, 'it is tried again', 3_000)
+    await until(() => tries === 2, 'it is tried again')
     await replies('Warmup in progress')
     secondTry.open()
     await replies('OK')
@@ -3141,11 +3156,11 @@ describeInProcess('The verdict', ALONE, () => {
     await monitor.start({ logger: recorder() })
     assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
     await serve(t, hello, { host: '127.0.0.1', port })
-    await untilHealthy(port + 80, 1_000)
+    await untilHealthy(port + 80)
     assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
   })
 
-  test('only true means connected; failures are told, and silence is timed out', async (t) => {
+  test('only true means connected, and failures are told', async (t) => {
     const { monitor, port } = await bootInstance(t)
     const rows: [() => unknown, string][] = [
       ...[false, undefined, null, 0, 1, 'true', {}, [true], Symbol('x')].flatMap(
@@ -3179,13 +3194,25 @@ describeInProcess('The verdict', ALONE, () => {
       const reply = trouble ? `Error: Database 'main' ${trouble}` : 'OK'
       assert.equal(await ask(port, 'health_check\n'), `${reply}\n`)
     }
+  })
+
+  test('all databases are asked at once, and silence is timed out within a second', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'])
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const asked: string[] = []
     for (const name of ['main', 'second', 'third']) {
-      monitor.registerDatabase(name, { isConnected: hang })
+      const isConnected = () => {
+        asked.push(name)
+        return hang()
+      }
+      monitor.registerDatabase(name, { isConnected })
     }
-    const startedAt = performance.now()
-    assert.equal(await ask(port, 'health_check\n'), "Error: Database 'main' timed out.\n")
-    const took = performance.now() - startedAt
-    assert.ok(took >= 890 && took < 1_300, `${took} ms`) // all three were asked at once
+    const reply = ask(port, 'health_check\n')
+    await until(() => asked.length > 0, 'one is asked')
+    await nextTurn()
+    assert.deepEqual(asked, ['main', 'second', 'third'])
+    timers.pass(1_000)
+    assert.equal(await reply, "Error: Database 'main' timed out.\n")
   })
 
   test('with PORT alone, the first check after the server has closed is red, until it listens again', async (t) => {
@@ -3280,7 +3307,7 @@ describeInProcess('The verdict', ALONE, () => {
         const socket = connectTo(port, {}).on('error', () => {})
         t.after(() => socket.destroy())
         const wait = new AbortController()
-        const outcome = pause(200, 'waits', { signal: wait.signal }).catch(() => 'accepted')
+        const outcome = pause(1_000, 'waits', { signal: wait.signal }).catch(() => 'accepted')
         socket.on('connect', () => wait.abort())
         return (await outcome) === 'accepted'
       }
@@ -3293,13 +3320,22 @@ describeInProcess('The verdict', ALONE, () => {
       await monitor.start({ logger: recorder() })
       await untilVerdict(monitor)
       await fillBacklog(first)
-      monitor.registerDatabase('main', { isConnected: () => pause(800, true) })
+      let isAsked = false
+      const isConnected = () => {
+        isAsked = true
+        return pause(800, true)
+      }
+      monitor.registerDatabase('main', { isConnected })
       const clock = fakeClock(t)
       clock.now += 1_001
+      const connect = t.mock.method(net.Socket.prototype, 'connect')
       const startedAt = Date.now()
-      assert.equal((await monitor.health()).reason, 'OK')
+      const verdict = monitor.health()
+      await nextTurn()
+      assert.deepEqual([isAsked, connect.mock.callCount()], [true, 1], 'both are asked at once')
+      assert.equal((await verdict).reason, 'OK')
       const tookMs = Date.now() - startedAt
-      assert.ok(tookMs > 850 && tookMs < 1_500, `both questions together took ${tookMs} ms`)
+      assert.ok(tookMs > 850, `it was waited for ${tookMs} ms`)
 
       monitor.registerDatabase('main', { isConnected: () => true })
       first.child.kill('SIGKILL')
@@ -3424,13 +3460,14 @@ describeInProcess('Databases and counters', ALONE, () => {
           const { heapUsed, external } = process.memoryUsage()
           return heapUsed + external
         }
-        let busyMs = 0
+        let busyMicroseconds = 0
         const countForASecond = async () => {
           const end = performance.now() + 1_000
           for (let batch = 0; batch < 100; batch++) {
-            const began = performance.now()
+            const before = process.cpuUsage()
             for (let each = 0; each < 10_000; each++) activity.loads()
-            busyMs += performance.now() - began
+            const { user, system } = process.cpuUsage(before)
+            busyMicroseconds += user + system
             await nextTurn()
           }
           while (performance.now() < end) await pause(10)
@@ -3442,7 +3479,7 @@ describeInProcess('Databases and counters', ALONE, () => {
         const server = http.createServer().listen(0, '127.0.0.1')
         const listen = { host: '127.0.0.1', port: 0 }
         const { port } = await monitor.start({ server, listen, logger: { ...console, info() {} } })
-        print(JSON.stringify({ port, grown, microseconds: busyMs * 1_000 / 2_000_000 }))`,
+        print(JSON.stringify({ port, grown, microseconds: busyMicroseconds / 2_000_000 }))`,
       flags: ['--expose-gc']
     })
     await until(() => child.output.includes('\n'), 'the child has counted')
@@ -3453,18 +3490,26 @@ describeInProcess('Databases and counters', ALONE, () => {
   })
 
   test('a database that hangs, throws or lies is told so within a second', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'])
     const { monitor, port } = await bootInstance(t, { performers: WARM })
-    await Promise.all(
-      NOT_CONNECTED.map(async ([answer, called], index) => {
-        monitor.registerDatabase(`db${index}`, { isConnected: answer as () => boolean })
-        const began = Date.now()
-        const { error } = JSON.parse(await ask(port, `perf_metrics db${index}\n`))
-        assert.match(error, called)
-        assert.ok(error.startsWith(`Database 'db${index}' `) && error.length <= 500)
-        assert.equal(await ask(port, `zeostatus db${index}\n`), 'False\n')
-        assert.ok(Date.now() - began < 1_500, `${called}: ${Date.now() - began} ms`)
-      })
-    )
+    let asked = 0
+    const replies = NOT_CONNECTED.map(async ([answer], index) => {
+      const isConnected = () => {
+        asked++
+        return answer() as boolean
+      }
+      monitor.registerDatabase(`db${index}`, { isConnected })
+      return await ask(port, `perf_metrics db${index}\n`)
+    })
+    await until(() => asked === NOT_CONNECTED.length, 'all are asked')
+    await nextTurn()
+    timers.pass(1_000)
+    for (const [index, reply] of (await Promise.all(replies)).entries()) {
+      const { error } = JSON.parse(reply)
+      assert.match(error, NOT_CONNECTED[index]![1])
+      assert.ok(error.startsWith(`Database 'db${index}' `) && error.length <= 500)
+      assert.equal(await ask(port, `zeostatus db${index}\n`), 'False\n')
+    }
     assert.equal(await ask(port, 'health_check\n'), "Error: Database 'db0' disconnected.\n")
     assert.match(await ask(port, 'metrics\n'), /database_connected\{database="db0"\} 0\n/)
     assert.deepEqual(await monitor.health(), {
@@ -3474,18 +3519,17 @@ describeInProcess('Databases and counters', ALONE, () => {
   })
 
   test('figures that hang are given up within a second', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'])
     const { port } = await bootInstance(t, {
       performers: WARM,
       databases: { main: { isConnected: () => true, figures: hang, connections: hang } },
       until: 'started'
     })
-    const began = Date.now()
-    await Promise.all(
-      ['dbinfo', 'zeocache', 'perf_metrics', 'monitor 0 main'].map(async (line) => {
-        assert.match(await ask(port, `${line}\n`), /^[^\n]+\n$/)
-      })
-    )
-    assert.ok(Date.now() - began < 1_500, `${Date.now() - began} ms`)
+    const lines = ['dbinfo', 'zeocache', 'perf_metrics', 'monitor 0 main']
+    const replies = lines.map((line) => ask(port, `${line}\n`))
+    await untilSeen(port)
+    timers.pass(1_000)
+    for (const reply of await Promise.all(replies)) assert.match(reply, /^[^\n]+\n$/)
   })
 
   test('a question that is never answered is asked anew every 30 s, and the first answer decides', async (t) => {
@@ -3502,8 +3546,8 @@ describeInProcess('Databases and counters', ALONE, () => {
     monitor.registerDatabase('main', { isConnected })
     const trouble = async () => {
       const verdict = monitor.health()
-      timers.pass(1_000) // by then it is timed out
-      return (await verdict).reason
+      timers.pass(1_000)
+      return (await inTime(verdict, 'it is timed out within a second')).reason
     }
     const timedOut = "Error: Database 'main' timed out."
 
@@ -4063,31 +4107,30 @@ describeInProcess('Warm-up', ALONE, () => {
   })
 
   test('the failed sites alone are tried again, after a pause that doubles', async (t) => {
-    const server = await serve(t)
-    const logger = recorder()
-    const pace = IS_SLOW_WANTED ? 1 : 8
-    quicken(t, pace)
-    const tries: Record<string, number[]> = { '/': [], '/good': [], '/bad': [] }
+    const timers = takeTimers(t)
+    const tries: Record<string, number> = { '/': 0, '/good': 0, '/bad': 0 }
     const performer = (failures: number): WarmupPerformer => {
       return ({ site }) => {
-        tries[site]?.push(performance.now())
-        if ((tries[site]?.length ?? 0) <= failures) throw new Error(`${site} is not ready`)
+        tries[site] = (tries[site] ?? 0) + 1
+        if (tries[site] <= failures) throw new Error(`${site} is not ready`)
       }
     }
-    await bootInstance(t, {
+    const { monitor, logger } = await bootInstance(t, {
       performers: { '/': performer(1), '/good': performer(0), '/bad': performer(3) },
-      server,
-      logger
+      until: 'started'
     })
-    const { '/': root = [], '/good': good = [], '/bad': bad = [] } = tries
-    assert.equal(root.length, 2)
-    assert.equal(good.length, 1)
-    for (const [index, at] of bad.slice(1).entries()) {
-      const pauseMs = pace * (at - (bad[index] ?? 0))
-      const dueMs = 1_000 * 2 ** index
-      assert.ok(pauseMs > dueMs - 300 && pauseMs < dueMs + 600 * pace, `${pauseMs} ms`)
-      assert.ok(logger.lines.some((line) => line.includes(`${2 ** index} s`)))
+    for (const seconds of [1, 2, 4]) {
+      const isLogged = () => logger.lines.some((line) => line.includes(`${seconds} s`))
+      await until(isLogged, `it is to be tried again after ${seconds} s`)
+      const triesBefore = tries['/bad'] ?? 0
+      timers.pass(seconds * 1_000 - 500)
+      await nextTurn()
+      assert.equal(tries['/bad'], triesBefore)
+      timers.pass(1_000)
+      await until(() => tries['/bad'] === triesBefore + 1, 'it is tried again')
     }
+    await untilVerdict(monitor)
+    assert.deepEqual(tries, { '/': 2, '/good': 1, '/bad': 4 })
   })
 
   test('warmupView mounts in http, Connect and Express', async (t) => {
@@ -4259,12 +4302,14 @@ describeInProcess('Warm-up', ALONE, () => {
       signals.push(signal)
       return hang()
     })
+    const timers = takeTimers(t)
     await bootInstance(t, { monitor, server, until: 'started' })
     await until(() => signals.length === 1, 'the warm-up has begun')
     const page = getPage(portOf(server), '/')
     await arrived.opened
     server.close()
-    await until(() => signals[0]?.aborted, 'it is aborted', 1_000)
+    timers.pass(1_000)
+    assert.equal(signals[0]?.aborted, true)
     slow.open()
     await page
   })
@@ -4511,7 +4556,7 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
       const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
       assert.equal((await monitor.health()).reason, 'Again')
       end()
-      await inTime(drained, 'drain() ends', 1_000)
+      await inTime(drained, 'drain() ends')
       assert.notEqual((await monitor.health()).reason, 'Again')
       await monitor.stop()
     }
@@ -4537,14 +4582,14 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await askTwice('health_check', '127.0.0.2')
     assert.equal(await isPending(byChecks), true)
     await ask(port, 'health_check\n', { from: '127.0.0.2' })
-    assert.equal(await isPending(byChecks), false)
+    await inTime(byChecks, 'the fifth answer ends it')
     monitor.resume()
     await askedBefore()
     const byAgent = monitor.drain()
     await ask(port, 'agent_check\n', { from: '127.0.0.1' })
     assert.equal(await isPending(byAgent), true)
     await ask(port, 'agent_check\n', { from: '127.0.0.2' })
-    assert.equal(await isPending(byAgent), false)
+    await inTime(byAgent, 'the second agent ends it')
   })
 
   test('as many probers are known that ask at the same moments', async (t) => {
@@ -4852,7 +4897,7 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
         await monitor.shutdown({
           cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
         })
-        await inTime(closed, `${name} is closed`, 1_000)
+        await inTime(closed, `${name} is closed`)
         await until(
           () => silent.isClosed || silent.socket.readableEnded,
           'the silent one is closed'
@@ -4863,12 +4908,15 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
   )
 
   test('shutdown() ends idle HTTP/2 sessions, and waits for their streams', async (t) => {
+    let served = 0
     const requestListener = async (_: unknown, response: http2.Http2ServerResponse) => {
       await pause(300)
+      served++
       response.end('served')
     }
     const byStream = async (stream: http2.ServerHttp2Stream) => {
       await pause(300)
+      served++
       stream.respond({ ':status': 200 })
       stream.end('served')
     }
@@ -4891,21 +4939,19 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
       await Promise.all([once(idle!, 'connect'), once(busy!, 'connect')])
       const closed = once(idle!, 'close')
       const asked = once(server, 'stream')
-      const stream = busy!.request({ ':path': '/' })
-      let answer = ''
-      stream.setEncoding('utf8').on('data', (part: string) => {
-        answer += part
-      })
+      const answer = readAll(busy!.request({ ':path': '/' }))
       await asked
-      let answerAtCleanUp = ''
+      served = 0
+      let servedAtCleanUp = 0
       const cleanUp = () => {
-        answerAtCleanUp = answer
+        servedAtCleanUp = served
       }
       await monitor.shutdown({ cleanUp })
-      assert.equal(answerAtCleanUp, 'served')
+      assert.equal(servedAtCleanUp, 1)
+      assert.equal(await inTime(answer, 'it is answered'), 'served')
       await inTime(closed, 'the idle session is closed')
     }
-    await Promise.all(servers.map(endOne))
+    for (const server of servers) await endOne(server)
   })
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
@@ -4928,8 +4974,9 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await until(() => peer.endedAt > 0, 'the client has seen the end')
     const endedAfterMs = peer.endedAt - cleanedAt
     const closedAfterMs = closedAt - cleanedAt
-    assert.ok(endedAfterMs > 990 && endedAfterMs < 1_900, `ended after ${endedAfterMs} ms`)
-    assert.ok(closedAfterMs > 1_990 && closedAfterMs < 3_500, `closed after ${closedAfterMs} ms`)
+    assert.ok(endedAfterMs > 990, `ended after ${endedAfterMs} ms`)
+    assert.ok(closedAfterMs > 1_990, `closed after ${closedAfterMs} ms`)
+    assert.ok(endedAfterMs < closedAfterMs, `${endedAfterMs} ms, ${closedAfterMs} ms`)
   })
 
   test('cleanUp and onSignal may be methods of a class', async (t) => {
@@ -5012,26 +5059,29 @@ describeInProcess('Draining and shutdown', ALONE, () => {
     await untilVerdict(monitor)
     const answers = [getPage(portOf(server), '/held'), getPage(portOf(server), '/held')]
     await until(() => held.length === 2, 'two requests are in flight')
-    let drainedAt = 0
+    const clock = fakeClock(t)
+    let isDrained = false
     const drained = monitor.drain().then(() => {
-      drainedAt = performance.now()
+      isDrained = true
     })
-    await pause(200)
-    assert.equal(drainedAt, 0)
+    const untilLookedAt = () => pause(100) // it looks several times in that
+    const expectDrainingAfter = async (ms: number) => {
+      await untilLookedAt()
+      clock.now += ms
+      await untilLookedAt()
+      assert.equal(isDrained, false)
+    }
+    await expectDrainingAfter(200)
     held.pop()?.end()
-    await pause(200)
-    assert.equal(drainedAt, 0)
+    await expectDrainingAfter(200)
     letGo()
     await Promise.all(answers)
-    let lastAt = 0
-    for (let request = 0; request < 8; request++) {
-      lastAt = performance.now()
+    for (let request = 0; request < 3; request++) {
       await getPage(portOf(server), '/')
-      await pause(50)
+      await expectDrainingAfter(99)
     }
-    assert.equal(drainedAt, 0)
-    await drained
-    assert.ok(drainedAt - lastAt >= 100 && drainedAt - lastAt < 1_000, `${drainedAt - lastAt} ms`)
+    clock.now += 1
+    await inTime(drained, 'it is drained')
   })
 
   test('drain() resolves after its time-out at the latest', async (t) => {
@@ -5042,8 +5092,29 @@ describeInProcess('Draining and shutdown', ALONE, () => {
     const startedAt = performance.now()
     await monitor.drain({ timeoutMs: 400 })
     const ms = performance.now() - startedAt
-    assert.ok(ms >= 399 && ms < 1_500, `${ms} ms`)
+    assert.ok(ms >= 399 && ms < 10_000, `${ms} ms`)
     assert.equal((await monitor.health()).reason, 'Draining')
+    letGo()
+    await answer
+  })
+
+  test('the command `drain` gives up after 25 s, and says what it waited for', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const clock = fakeClock(t)
+    const talk = await converse(t, port)
+    talk.say('drain\n')
+    await until(() => talk.transcript !== '', 'it drains')
+    clock.now += 24_900
+    await pause(100) // for it to look at the clock more than once
+    assert.match(talk.transcript, /^Draining: .*\n$/)
+    clock.now += 100
+    await until(() => talk.isClosed, 'it gives up')
+    const told = /^Draining: .*\nNot drained after 25 s: .*\b1 requests in flight\n$/
+    assert.match(talk.transcript, told)
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
     letGo()
     await answer
   })
@@ -5051,39 +5122,35 @@ describeInProcess('Draining and shutdown', ALONE, () => {
   test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
     const monitor = await importMonitor(t)
     const { server, held, letGo } = await serveHeld(t)
-    const measure = async () => {
-      const startedAt = performance.now()
-      await monitor.drain()
-      return performance.now() - startedAt
-    }
-    assert.ok((await measure()) < 50, 'at once without a running monitor')
+    const atOnce = monitor.drain().then(() => 'at once')
+    const later = nextTurn('later')
+    assert.equal(await Promise.race([atOnce, later]), 'at once', 'without a running monitor')
     assert.equal((await monitor.health()).reason, 'Instance is booting')
     await monitor.start({ port: portOf(server), listen: LOOPBACK, logger: recorder() })
     const answer = getPage(portOf(server), '/held')
     await until(() => held.length === 1, 'a request is in flight')
-    assert.ok((await measure()) < 1_000, 'without a server')
+    await inTime(monitor.drain(), 'it is drained without a server', 10_000) // not after 25 s
     letGo()
     await answer
   })
 
   test('a prober is an address that asked three times in the 60 s before', async (t) => {
-    const pace = 25 // where a core has much to do, ticks faster than this come late
-    const { port } = await bootProcess(t, { flags: [flagForPace(pace)] })
-    const minuteMs = 60_000 / pace
-    await until(async () => (await askWhomItWaitsFor(port)) === 0, 'the check at boot is past')
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
     const askFrom = (from: string) => ask(port, 'health_check\n', { from })
     for (let time = 0; time < 2; time++) await askFrom('127.0.0.2')
     assert.equal(await askWhomItWaitsFor(port), 0)
-    const startedAt = performance.now()
     await askFrom('127.0.0.2')
     for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
     assert.equal(await askWhomItWaitsFor(port), 2)
-    await until(async () => {
+    for (let second = 0; second < 59; second++) {
+      timers.pass(1_000)
       await askFrom('127.0.0.3')
-      return (await askWhomItWaitsFor(port)) === 1
-    }, 'who no longer asks is forgotten')
-    const ms = performance.now() - startedAt
-    assert.ok(ms > 0.7 * minuteMs && ms < 1.5 * minuteMs, `${ms} ms`)
+    }
+    assert.equal(await askWhomItWaitsFor(port), 2)
+    timers.pass(2_000)
+    assert.equal(await askWhomItWaitsFor(port), 1, 'who no longer asks is forgotten')
   })
 
   test('a response that throws does not hurt the tick that looks at it', async (t) => {
@@ -5625,14 +5692,10 @@ describeInProcess('The command table', TOGETHER, () => {
     assert.ok(logged('one').length >= 1 && logged('one').length <= atMost)
     assert.ok(logged('other').length >= 1 && logged('other').length <= atMost)
     const before = logged('one').length
-    await until(
-      async () => {
-        await ask(port, 'one\n')
-        return logged('one').length > before
-      },
-      'it is logged again',
-      3_000
-    )
+    await until(async () => {
+      await ask(port, 'one\n')
+      return logged('one').length > before
+    }, 'it is logged again')
     assert.ok(performance.now() - startedAt >= 1_000)
   })
 
@@ -6289,7 +6352,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const request = getPage(portOf(server), '/held')
     await until(() => held.length === 1, 'the request has come')
     const drained = monitor.drain({ fall: 1 })
-    const line = /^draining   for \d\.\d s, 0 of 1 probers know, 1 requests in flight$/m
+    const line = /^draining   for \d+\.\d s, 0 of 1 probers know, 1 requests in flight$/m
     assert.match(await ask(port, 'status\n'), line)
 
     await ask(port, 'health_check\n')
@@ -6386,7 +6449,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(green.headers['content-type'], 'text/html; charset=utf-8')
     assert.match(green.body, /<h1 class="pass">OK<\/h1>/)
     assert.ok(green.body.includes(`<title>OK - http://127.0.0.1:${instancePort}</title>`))
-    assert.deepEqual(rowsOfPage(green.body).slice(1, 2), ['warm-up|/|▢ warm after 0.0 s'])
+    assert.match(rowsOfPage(green.body)[1] ?? '', /^warm-up\|\/\|▢ warm after \d+\.\d s$/)
 
     void monitor.drain({ reason: 'until noon' })
     const red = await openPage(port)
@@ -6754,6 +6817,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     activity.stores(28)
     activity.connections(459)
     const { port } = await bootInstance(t, { monitor, performers: WARM, until: 'started' })
+    const uptimeBefore = process.uptime()
     const { instance, cache, db, memory, cpu, loop, http: counts } = await askPerfMetrics(port)
     assert.deepEqual(cache, { size: 3212, ngsize: 1438, max_size: 30000 })
     assert.deepEqual(db, {
@@ -6766,7 +6830,8 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       size_in_bytes: 5796849
     })
     assert.deepEqual(instance, { uptime: instance.uptime, pid: process.pid })
-    assert.ok(Math.abs(instance.uptime - process.uptime()) < 2)
+    assert.ok(instance.uptime >= Math.floor(uptimeBefore))
+    assert.ok(instance.uptime <= Math.ceil(process.uptime()))
     const real = process.memoryUsage()
     for (const [told, measured] of [
       [memory.rss, real.rss],
@@ -7677,7 +7742,7 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const half = 'GET / HTTP/1.1\r\nHo'
     const cut = Promise.all([hold(half), hold(whole + half)])
     const hanging = getPage(port, '/hangs')
-    const [first, second] = await inTime(cut, 'both are cut off', 8 * minuteMs)
+    const [first, second] = await inTime(cut, 'both are cut off')
     assert.equal(first.transcript, '')
     assert.match(second.transcript, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\n1 0\n$/s)
     for (const { ms } of [first, second]) assert.ok(ms > 0.7 * minuteMs, `${ms} ms`)
@@ -7701,8 +7766,9 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const peers = await Promise.all(texts.map(begin))
     await untilHealthy(port) // by then it has read what came before
     const stopped = monitor.stop()
-    await until(() => peers.every(({ isClosed }) => isClosed), 'all connections end', 1_000)
-    await inTime(stopped, 'it is stopped', 1_000)
+    const soonMs = 4_000 // before a peer is closed for not closing after us
+    await until(() => peers.every(({ isClosed }) => isClosed), 'all connections end', soonMs)
+    await inTime(stopped, 'it is stopped', soonMs)
   })
 
   test('a request line is HTTP whatever its method, so that none is run as a command', async (t) => {
@@ -7739,7 +7805,7 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const pending = getPage(portOf(server), '/held')
     await until(() => held.length === 1, 'a request is in flight')
     const headers = { 'X-Forwarded-For': '192.0.2.1' }
-    assert.match((await getPage(port, '/monitor/0')).body, /^1\nVmRSS:.*\n\d\.\d GET \/held\n$/)
+    assert.match((await getPage(port, '/monitor/0')).body, /^1\nVmRSS:.*\n\d+\.\d GET \/held\n$/)
     assert.match((await getPage(port, '/monitor/0', { headers })).body, /^1\nVmRSS:.*\n$/)
     letGo()
     await pending
@@ -8340,18 +8406,25 @@ describeProcesses('The program', ALONE, () => {
     const startedAt = performance.now()
     const wait = (instancePort: number) =>
       runProgram(t, ['wait', '--port', String(instancePort), '--timeout', '1'])
-    const [red, none] = await Promise.all([wait(port), wait(await freePort())])
+    const both = Promise.all([wait(port), wait(await freePort())])
+    const [red, none] = await inTime(both, 'they give up')
     const seconds = (performance.now() - startedAt) / 1_000
     assert.equal(red.status, 1)
-    assert.match(red.stdout, /^0\.\d s +Error: Database 'main' disconnected\.\n/)
+    assert.match(red.stdout, /^\d+\.\d s +Error: Database 'main' disconnected\.\n/)
     assert.equal(none.status, 1)
-    assert.ok(seconds > 1 && seconds < 4, `${seconds} s`)
+    assert.ok(seconds > 1, `${seconds} s`)
   })
 
   test('silent instances are asked at the same time, and given one second each', async (t) => {
+    const events: string[] = []
+    const note = (socket: net.Socket) => {
+      events.push('asked')
+      socket.on('close', () => events.push('given up'))
+    }
     const silent: number[] = []
-    while (silent.length < 5) silent.push(await fakeInstance(t, () => {}))
+    while (silent.length < 5) silent.push(await fakeInstance(t, note))
     const dripping = await fakeInstance(t, (socket) => {
+      note(socket)
       const timer = setInterval(() => socket.write(' '), 100)
       socket.on('close', () => clearInterval(timer))
     })
@@ -8362,7 +8435,8 @@ describeProcesses('The program', ALONE, () => {
       ...[...silent, dripping, well].map(String)
     ])
     const took = Date.now() - began
-    assert.ok(took >= 1_000 && took < 3_000, `${took} ms`)
+    assert.ok(took >= 1_000 && took < 10_000, `${took} ms`)
+    assert.deepEqual(events.slice(0, 6), Array(6).fill('asked'))
     assert.equal(status, 0)
     assert.equal(stderr.split('\n').length - 1, 6)
     assert.equal(parseDump(stdout)[0]?.tags['process'], String(well))
@@ -8447,7 +8521,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       assert.deepEqual(failed, [])
       assert.equal(served.has('cold'), false)
       assert.equal(served.size, 6)
-      assert.ok(requests > 500, `${requests} requests`)
+      assert.ok(requests > 100, `${requests} requests`)
     }
   )
 
@@ -8708,7 +8782,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 
       const requests = [...served.values()].reduce((sum, count) => sum + count)
       assert.deepEqual([...new Set(webSockets.told.codes)], [1001])
-      assert.ok(requests > 200, `${requests} requests`)
+      assert.ok(requests > 100, `${requests} requests`)
       t.diagnostic(`${requests} requests, ${webSockets.told.codes.length} WebSockets came back`)
     }
   )
@@ -9067,9 +9141,9 @@ describeProcesses('Real programs', ALONE, () => {
     }
     const page = await getPage(port, '/')
     assert.equal(page.status, 200)
-    await untilHealthy(port + 80)
+    await untilHealthy(port + 80, 30_000)
     const tookMs = performance.now() - startedAt
-    assert.ok(tookMs > 2_500 && tookMs < 4_500, `its warm-up took ${tookMs} ms`)
+    assert.ok(tookMs > 2_500, `its warm-up took ${tookMs} ms`)
     for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
       assert.equal(await shell(command), reply)
     }
@@ -9091,7 +9165,7 @@ describeProcesses('Real programs', ALONE, () => {
       })
       const askingMs = IS_SLOW_WANTED ? 30_000 : 800
       const url = `http://127.0.0.1:${port}/health_check`
-      const kubelet = { headers: { 'User-Agent': 'kube-probe/1.31' }, limitMs: 1_000 }
+      const kubelet = { headers: { 'User-Agent': 'kube-probe/1.31' } }
       const probers = {
         curl: async () => {
           const words = ['-sS', '-w', '%{http_code}', url]
@@ -9176,7 +9250,7 @@ describeProcesses('Real programs', ALONE, () => {
         const { body } = await getPage(port, '/health_check', { from: '127.0.0.2' })
         note('slow', body)
       }
-      const probers = [keepAsking(30, askByLine), keepAsking(150, askByHttp)]
+      const probers = [keepAsking(30, askByLine), keepAsking(300, askByHttp)]
       await until(() => probers.every(({ answers }) => answers > 3), 'both have asked')
       const startedAt = performance.now()
       const drained = monitor.drain().then(() => ({ ...told }))
@@ -9184,22 +9258,22 @@ describeProcesses('Real programs', ALONE, () => {
       assert.equal(told.slow < 3, true)
       const atTheEnd = await drained
       assert.ok(atTheEnd.fast >= 3 && atTheEnd.slow >= 3, JSON.stringify(atTheEnd))
-      assert.ok(performance.now() - startedAt < 3_000, 'nobody waits for nc')
+      assert.ok(performance.now() - startedAt < 20_000, 'nobody waits for nc, as it would for 25 s')
       for (const prober of probers) await prober.stop()
     }
   )
 
   test(
-    'a drained instance gets no request within two agent intervals, cookies or not, while those ' +
-      'that run are finished',
+    'a drained instance gets no request once HAProxy knows, cookies or not, while those that run ' +
+      'are finished',
     needs('haproxy'),
     async (t) => {
-      const arrivals: number[] = []
+      let arrivals = 0
       const instances = await Promise.all(
         ['one', 'two'].map(async (name) => {
           const { server, held, letGo } = await serveHeld(t)
           server.on('request', () => {
-            if (name === 'one') arrivals.push(performance.now())
+            if (name === 'one') arrivals++
           })
           const instance = await bootInstance(t, { server })
           return { name, held, letGo, ...instance }
@@ -9221,26 +9295,29 @@ describeProcesses('Real programs', ALONE, () => {
       const late = getPage(haproxy.frontPort, '/held', { headers: { Cookie } })
       await until(() => held.length === 1, 'a request is in flight')
       await until(() => askers.every(({ answers }) => answers > 20), 'all are served')
-      const drainedAt = performance.now()
       let isDrained = false
       const drained = monitor.drain().then(() => {
         isDrained = true
       })
-      const end = drainedAt + 4 * AGENT_INTERVAL_MS
-      const asked = askers.map(({ answers }) => answers)
-      await until(() => performance.now() > end, 'four intervals are over')
-      for (const [index, { answers }] of askers.entries()) assert.ok(answers > asked[index]! + 20)
-      const last = Math.max(...arrivals) - drainedAt
-      assert.ok(last < 2 * AGENT_INTERVAL_MS, `a request came ${last} ms after drain()`)
+      const untilAnswered = async (count: number) => {
+        const before = askers.map(({ answers }) => answers)
+        const areAnswered = () =>
+          askers.every(({ answers }, index) => answers >= before[index]! + count)
+        await until(areAnswered, `each client has ${count} more answers`)
+      }
+      await haproxy.untilState('one', /^DOWN \(agent\)$/)
+      await untilAnswered(2) // those that were under way
+      const last = arrivals
+      await untilAnswered(20)
+      assert.equal(arrivals, last)
       assert.match((await haproxy.stateOf('one'))['status'] ?? '', /^DOWN \(agent\)$/)
       assert.equal(isDrained, false)
       letGo()
       const { status, body } = await late
       assert.deepEqual([status, body], [200, 'late'])
       await drained
-      const before = arrivals.length
       monitor.resume()
-      await until(() => arrivals.length > before, 'requests come back')
+      await until(() => arrivals > last, 'requests come back')
       for (const asker of askers) await asker.stop()
     }
   )
@@ -9724,16 +9801,17 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
         for (let each = 0; each < 600; each++) connect()`
     })
     await until(() => flood.output.includes('flooding'), 'the flood has begun')
-    const replies = []
-    for (let probe = 0; probe < 10; probe++) {
+    const hasGoneOn = () => flood.output.split('flooding').length > 3
+    const replies: string[] = []
+    while (replies.length < 10 || !hasGoneOn()) {
       const peer = await converse(t, port, { from: '127.0.0.1' })
       await pause(100)
       peer.socket.write('health_check\n')
       await until(() => peer.isClosed, 'it is closed')
       replies.push(peer.transcript)
     }
-    assert.deepEqual(replies, Array(10).fill('OK\n'))
-    assert.ok(flood.output.split('flooding').length > 3, 'the flood has gone on')
+    assert.deepEqual(new Set(replies), new Set(['OK\n']))
+    assert.equal(flood.child.exitCode, null)
   })
 
   test(
@@ -9821,20 +9899,6 @@ describeProcesses('Attacks and limits', ALONE, () => {
 })
 
 describeProcesses('Endurance', TOGETHER, () => {
-  test('a server that does not listen within 10 s is warned of once', SLOW, async (t) => {
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    const server = http.createServer()
-    closeLater(t, server)
-    const started = monitor.start({ server, logger, listen: LOOPBACK })
-    await until(() => logger.lines.length > 0, 'it warns', 11_000)
-    await pause(1_000)
-    assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
-    server.on('request', hello)
-    server.listen(0, '127.0.0.1')
-    assert.ok(await started)
-  })
-
   test('the program gives a monitor that is silent up after 30 s', SLOW, async (t) => {
     const silent = net.createServer((socket) => {
       socket.on('error', () => {}).resume()
@@ -9848,44 +9912,29 @@ describeProcesses('Endurance', TOGETHER, () => {
     assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
   })
 
-  test('the command `drain` gives up after 25 s, and says what it waited for', SLOW, async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held', { limitMs: 30_000 })
-    await until(() => held.length === 1, 'a request is in flight')
-    const startedAt = performance.now()
-    const transcript = await ask(port, 'drain\n', { limitMs: 28_000 })
-    const seconds = (performance.now() - startedAt) / 1_000
-    assert.match(transcript, /^Draining: .*\nNot drained after 25 s: .*\b1 requests in flight\n$/)
-    assert.ok(seconds > 24.9 && seconds < 26, `${seconds} s`)
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    letGo()
-    await answer
-  })
-
   test(
     'without limits of its own, a shutdown cuts requests after 25 s, and exits after 28 s',
     SLOW,
     async (t) => {
       const cutOne = async () => {
         const service = await bootService(t)
-        const answer = getPage(service.instancePort, '/stream', { limitMs: 40_000 })
+        const answer = getPage(service.instancePort, '/stream', { limitMs: 90_000 })
         answer.catch(() => {})
         await service.hasSaid('asked for /stream')
-        const { status, ms, output } = await service.end('SIGTERM', 30_000)
+        const { status, ms, output } = await service.end('SIGTERM', 60_000)
         await assert.rejects(answer)
         const lines = ['ftw-monitor cuts 1 requests that are still in flight after 25 s']
         assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
-        assert.ok(ms > 24_900 && ms < 27_000, `${ms} ms`)
+        assert.ok(ms > 24_900, `${ms} ms`)
       }
       const exitOne = async () => {
         const service = await bootService(t, {
           script: 'options = { cleanUp: () => new Promise(() => {}) }'
         })
-        const { status, ms, output } = await service.end('SIGTERM', 40_000)
+        const { status, ms, output } = await service.end('SIGTERM', 60_000)
         const lines = ['ftw-monitor exits after 28 s; not done: cleanUp']
         assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
-        assert.ok(ms > 27_900 && ms < 30_000, `${ms} ms`)
+        assert.ok(ms > 27_900, `${ms} ms`)
       }
       await Promise.all([cutOne(), exitOne()])
     }
@@ -9897,18 +9946,18 @@ describeProcesses('Endurance', ALONE, () => {
     const { port, instancePort } = await bootProcess(t, { script: BUSY })
     const timeUntil = async (holds: (share: number) => boolean, what: string) => {
       const startedAt = performance.now()
-      await until(async () => holds(await askShare(port)), what, 20_000)
+      await until(async () => holds(await askShare(port)), what, 60_000)
       return (performance.now() - startedAt) / 1_000
     }
     await timeUntil((share) => share >= 95, 'it is relaxed')
     await pause(10_000) // past what its start has cost
     await getPage(instancePort, '/busy')
     const busySeconds = await timeUntil((share) => share <= 15, 'it is busy')
-    assert.ok(busySeconds > 6 && busySeconds < 13, `busy after ${busySeconds} s`)
+    assert.ok(busySeconds > 6, `busy after ${busySeconds} s`)
     await timeUntil((share) => share === 10, 'never less than 10')
     await getPage(instancePort, '/relax')
     const relaxedSeconds = await timeUntil((share) => share >= 95, 'it is relaxed again')
-    assert.ok(relaxedSeconds > 6 && relaxedSeconds < 13, `relaxed after ${relaxedSeconds} s`)
+    assert.ok(relaxedSeconds > 6, `relaxed after ${relaxedSeconds} s`)
   })
 
   test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
@@ -9918,7 +9967,7 @@ describeProcesses('Endurance', ALONE, () => {
     monitor.registerWarmup('/', () => {})
     await serve(t, () => {}, { host: '127.0.0.1', port })
     await monitor.start({ logger: recorder() })
-    await untilHealthy(port + 80, 30_000)
+    await untilHealthy(port + 80, 100_000)
   })
 
   for (const [total, options] of [
