@@ -2773,6 +2773,36 @@ describeInProcess('Listening', ALONE, () => {
     assert.ok(await isRefused(stoppedPort))
   })
 
+  test('an address that turns out to be in use after stop() changes nothing', async (t) => {
+    const taken = await freePort()
+    await occupy(t, taken)
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    const logger = recorder()
+    const timers = takeTimers(t)
+    const started = monitor.start({ server, logger, listen: { port: taken } })
+    await monitor.stop() // before Node.js tells it
+    assert.equal(await started, false)
+
+    const listen = t.mock.method(net.Server.prototype, 'listen')
+    timers.pass(10_000)
+    assert.equal(listen.mock.callCount(), 0, 'it is not tried again')
+    assert.deepEqual(logger.lines, [])
+  })
+
+  test('a connection that cannot be accepted changes nothing', async (t) => {
+    const listen = t.mock.method(net.Server.prototype, 'listen')
+    const { port, logger } = await bootInstance(t, { performers: WARM })
+    const servers = listen.mock.calls.map((call) => call.this as net.Server)
+    const own = servers.find((server) => portOf(server) === port)
+    const linesBefore = [...logger.lines]
+    for (const code of ['EMFILE', 'EADDRINUSE']) {
+      own?.emit('error', Object.assign(new Error(`accept ${code}`), { code }))
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.deepEqual(logger.lines, linesBefore)
+  })
+
   test('what cannot listen does not connect, either', async (t) => {
     const monitor = await importMonitor(t)
     t.mock.method(net.Server.prototype, 'listen', () => {
@@ -5281,6 +5311,39 @@ describeInProcess('Draining and shutdown', ALONE, () => {
     await ended
     await until(() => [never!, half!, last!].every(({ isClosed }) => isClosed), 'all are closed')
     assert.match(last!.transcript, /late/)
+  })
+
+  test('at exitAfterMs those parts of a shutdown are named that are not done, and no others', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
+    const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)
+    for (const hanging of [['cleanUp'], ['onSignal'], ['onSignal', 'cleanUp']]) {
+      const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+      const gate = latch()
+      let isCleaned = false
+      const ended = monitor.shutdown({
+        timeoutMs: 1_000,
+        exitAfterMs: 60_000,
+        onSignal: () => (hanging.includes('onSignal') ? gate.opened : undefined),
+        cleanUp: () => {
+          isCleaned = true
+          return hanging.includes('cleanUp') ? gate.opened : undefined
+        }
+      })
+      const isCleanedAfterAll = async () => {
+        timers.pass(100)
+        await nextTurn()
+        return isCleaned
+      }
+      await until(isCleanedAfterAll, 'cleanUp is called')
+      await nextTurn()
+      timers.pass(60_000)
+      assert.deepEqual(exit.mock.calls.at(-1)?.arguments, [1])
+      exit.mock.resetCalls()
+      const lines = [`error ftw-monitor exits after 60 s; not done: ${hanging.join(', ')}`]
+      assert.deepEqual(errorsOf(logger), lines)
+      gate.open()
+      await inTime(ended, 'the shutdown is over')
+    }
   })
 
   test('a monitor that gives up takes no listener off the signals', async (t) => {
