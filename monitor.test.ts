@@ -1,29 +1,15 @@
-// The tests of ftw-monitor. Each test imports a copy of the module of its own, and speaks to it as
+// The tests of ftw-monitor. Each one imports a copy of the module of its own, and speaks to it as
 // its users do: by its exports, over lines and over HTTP.
 //
-//   Helpers                        waiting · what belongs to the whole process · servers, ports and
-//                                  files · an instance in this process · lines · HTTP · processes ·
-//                                  what commands reply · HAProxy · strangers · the README
-//   Start and stop                 by its callers, and by the server's close
-//   Addresses                      where the monitor listens, by options and environment
-//   Listening                      ports in use, clusters, permissions
-//   The hook on the server         what it sees, and that nobody sees it
-//   The verdict                    reasons, their order, and texts that look green
-//   Databases and counters         counts, figures, and databases that lie
-//   Warm-up                        performers, the view, retries
-//   Draining and shutdown          probers, requests in flight, time-outs
-//   The command table              registering, modes, failures, who may ask
-//   Commands                       what each replies
-//   Figures, metrics and status    memory, load, requests, Prometheus
-//   The wire: lines                framing, limits, time-outs
-//   The wire: HTTP                 the same over HTTP
-//   The program                    asking, waiting, dumping
-//   Real programs                  HAProxy, nc, curl, promtool, a rolling restart
-//   Attacks and limits             floods, resets, control characters, forged requests
-//   Endurance                      long and slow ones; most of them only with CI or SOAK set
+// Where does my test go? Into the suite of its subject, below `// --- The verdict` and the like. A
+// subject has up to three suites: your test runs ALONE if it touches what belongs to the whole
+// process (the environment, the clock, timers), PAIRWISE if it starts processes, else TOGETHER with
+// others. Its name is a sentence about one behaviour. A table for one subject stands above its
+// suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
+// module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event,
+// poll (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW.
 //
-// Each name is that of a suite: `node --test --test-name-pattern='The verdict'` runs one subject.
-// Where some of its tests cannot run beside others, a second suite of the same name has them.
+// `node --test --test-name-pattern='The verdict' monitor.test.ts` runs one subject.
 
 import assert from 'node:assert/strict'
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
@@ -97,24 +83,6 @@ function needs(...programs: string[]): { skip?: string } {
   }
   const missing = programs.find(isMissing)
   return missing === undefined ? {} : { skip: `${missing} is not installed` }
-}
-
-const IS_ROOT = process.getuid?.() === 0
-
-/** PostgreSQL does not run as root: setpriv makes it somebody else. */
-const NEEDS_POSTGRES_USER = IS_ROOT ? needs('setpriv') : {}
-const POSTGRES_FOLDER = findPostgres()
-const NEEDS_POSTGRES =
-  POSTGRES_FOLDER === undefined
-    ? { skip: 'PostgreSQL is not installed' }
-    : { ...NEEDS_POSTGRES_USER, ...NEEDS_PACKAGES }
-
-/** The folder of PostgreSQL's programs, which Debian has by version, outside of the path. */
-function findPostgres(): string | undefined {
-  const debian = '/usr/lib/postgresql'
-  const versions = fs.existsSync(debian) ? fs.readdirSync(debian).reverse() : []
-  const folders = [...versions.map((version) => join(debian, version, 'bin')), ...PATH_FOLDERS]
-  return folders.find((folder) => fs.existsSync(join(folder, 'initdb')))
 }
 
 /** An address of this machine that is not loopback: connected from it, a peer looks foreign. */
@@ -634,17 +602,6 @@ async function converse(
 
 type Peer = Awaited<ReturnType<typeof converse>>
 
-/** Whether the other side has reset a connection that nobody has read from. By its first write, since
- *  Node.js 20 and 22 show a reset behind unread data as an end. */
-async function isReset(socket: net.Socket): Promise<boolean> {
-  socket.on('error', () => {})
-  const error = await new Promise<Error | null | undefined>((resolve) => {
-    socket.write('\n', resolve)
-  })
-  socket.destroy()
-  return error instanceof Error
-}
-
 /** Waits until the monitor has seen what was sent before: it takes things in their order. */
 async function untilSeen(port: number): Promise<void> {
   await askTimes(5, port, 'quit\n')
@@ -925,31 +882,6 @@ async function upgradeTo(port: number) {
   return peer
 }
 
-/** Has a server upgrade connections; gives the server's ends of them. */
-function takeUpgrades(server: net.Server): net.Socket[] {
-  const upgraded: net.Socket[] = []
-  server.on('upgrade', (_, socket: net.Socket) => {
-    socket.on('error', () => {})
-    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
-    upgraded.push(socket)
-  })
-  return upgraded
-}
-
-/** A service that imports packages. */
-function bootServiceOf(t: TestContext, script: string) {
-  assert.ok(PACKAGES !== undefined, 'FTW_MONITOR_TEST_PACKAGES is not set')
-  return bootService(t, { script, cwd: PACKAGES })
-}
-
-async function startRedis(t: TestContext): Promise<number> {
-  const port = await freePort()
-  const words = ['--port', String(port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no']
-  const redis = watch(t, 'redis-server', words, { cwd: scratchFolder(t) })
-  await until(() => redis.output.includes('Ready to accept connections'), 'Redis runs')
-  return port
-}
-
 // Helpers: what commands reply, read as their users do
 
 /** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
@@ -1033,236 +965,12 @@ async function askWhomItWaitsFor(port: number): Promise<number> {
   return Number(count)
 }
 
-interface Point {
-  measurement: string
-  tags: Record<string, string>
-  fields: Record<string, number | string>
-}
-
-/** InfluxDB's line protocol, and nothing that only some of its readers put up with. */
-function parseLineProtocol(line: string): Point {
-  let at = 0
-
-  const fail = (what: string): never => assert.fail(`${what} at ${at} of ${JSON.stringify(line)}`)
-
-  const text = (special: string, ends: string) => {
-    let found = ''
-    while (at < line.length && !ends.includes(line[at]!)) {
-      const isEscape = line[at] === '\\' && at + 1 < line.length && special.includes(line[at + 1]!)
-      if (isEscape) at++
-      else if (special.includes(line[at]!)) fail('a sign that is not escaped')
-      if (/\p{Cc}/u.test(line[at]!)) fail('a control character')
-      found += line[at]
-      at++
-    }
-    return found || fail('nothing')
-  }
-
-  const take = (sign: string) => {
-    if (line[at] !== sign) fail(`no "${sign}"`)
-    at++
-  }
-
-  const put = <Value>(record: Record<string, Value>, key: string, value: Value) => {
-    if (key.startsWith('_') || key === 'time' || Object.hasOwn(record, key)) fail('a wrong key')
-    Object.defineProperty(record, key, { value, enumerable: true })
-  }
-
-  const value = (): number | string => {
-    const number = /[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?=[, ]|$)/y
-    const string = /"((?:[^"\\\p{Cc}]|\\["\\])*)"(?=[, ]|$)/uy
-    number.lastIndex = at
-    string.lastIndex = at
-    const [found = fail('no value'), quoted] = number.exec(line) ?? string.exec(line) ?? []
-    at += found.length
-    return quoted === undefined ? Number(found) : quoted.replace(/\\(["\\])/g, '$1')
-  }
-
-  const point: Point = { measurement: text(', ', ', '), tags: {}, fields: {} }
-  if (/^[_#]/.test(point.measurement)) fail('a wrong measurement')
-  while (line[at] === ',') {
-    take(',')
-    const key = text(',= ', '=')
-    take('=')
-    put(point.tags, key, text(',= ', ', '))
-  }
-  take(' ')
-  for (;;) {
-    const key = text(',= ', '=')
-    take('=')
-    put<number | string>(point.fields, key, value())
-    if (line[at] !== ',') break
-    take(',')
-  }
-  if (at < line.length) fail('more than fields')
-  return point
-}
-
-function parseDump(stdout: string): Point[] {
-  assert.match(stdout, /^(.+\n)*$/)
-  return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
-}
-
-/** The page that a browser gets at the monitor's root. */
-function openPage(port: number, options: PageOptions & { path?: string } = {}) {
-  const { path = '/', headers = {}, ...others } = options
-  return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
-}
-
-/** The cells of each row of the page, without their markup; `▢` stands for a bar. */
-function rowsOfPage(body: string): string[] {
-  const rows = body.match(/^<tr.*$/gm) ?? []
-  return rows.map((row) =>
-    row
-      .replace(/^<tr[^>]*><th scope="row">/, '')
-      .replace(/<progress[^>]*><\/progress>/g, '▢')
-      .replaceAll(/<td[^>]*>/g, '|')
-  )
-}
-
-interface HealthJson {
-  status: string
-  output?: string
-  description: string
-  checks: Record<
-    string,
-    {
-      componentId?: string
-      status: string
-      observedValue: number
-      observedUnit: string
-      time: string
-      output?: string
-    }[]
-  >
-}
-
-async function askHealthJson(port: number, options: PageOptions = {}) {
-  const { status, headers, body } = await getPage(port, '/status', options)
-  return { status, type: headers['content-type'], json: JSON.parse(body) as HealthJson }
-}
-
 /** Three sites of which the first is warm, the second runs until the gate opens, the third waits. */
 function sitesBehind(gate: { opened: Promise<void> }): Record<string, WarmupPerformer> {
   return { '/': () => {}, '/shop': () => gate.opened, '/search': () => {} }
 }
 
-/** Prometheus's own client with its default metrics, a histogram and a summary of odd labels. */
-const PROM_CLIENT = String.raw`
-  import { createRequire } from 'node:module'
-  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
-  const client = require('prom-client')
-  client.collectDefaultMetrics()
-  const named = (name) => ({ name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] })
-  const seconds = new client.Histogram(named('shop_seconds'))
-  const bytes = new client.Summary(named('shop_bytes'))
-  for (const path of ['a"b', 'back\\slash', 'new\nline', 'ü{x="y"} 1', '\n# TYPE a b']) {
-    seconds.observe({ path }, 0.3)
-    bytes.observe({ path }, 3)
-  }
-  monitor.registerDatabase('main', { isConnected: () => true })
-  monitor.registerMetrics(() => client.register.metrics())
-  const own = async (peer) => peer.write(await client.register.metrics())
-  monitor.register('own', '', own, { http: true })`
-
-// Helpers: HAProxy
-
-type Backend = { name: string; port: number; instancePort: number }
-
-/** Runs HAProxy, and gives what asks it for the state of its servers. */
-async function startHaproxy(t: TestContext, configuration: (socket: string) => string) {
-  const folder = scratchFolder(t)
-  const file = join(folder, 'haproxy.cfg')
-  const socket = join(folder, 'socket')
-  fs.writeFileSync(file, configuration(socket))
-  const haproxy = watch(t, 'haproxy', ['-db', '-f', file])
-
-  const command = (text: string) => ask(socket, `${text}\n`)
-  const isRunning = async () => {
-    assert.equal(haproxy.child.exitCode, null, haproxy.output)
-    return fs.existsSync(socket) && (await command('show info').catch(() => '')) !== ''
-  }
-  await until(isRunning, 'HAProxy runs')
-
-  /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
-  const stateOf = async (name: string): Promise<Record<string, string>> => {
-    const table = (await command('show stat')).replace(/^# /, '')
-    const [head = [], ...rows] = table.split('\n').map((row) => row.split(','))
-    const row = rows.find((each) => each[head.indexOf('svname')] === name) ?? []
-    return Object.fromEntries(head.map((column, index) => [column, row[index] ?? '']))
-  }
-  const statusOf = async (name: string) => (await stateOf(name))['status'] ?? ''
-  const untilState = async (name: string, state: RegExp) => {
-    await until(async () => state.test(await statusOf(name)), `HAProxy has ${name} ${state}`)
-  }
-  return { command, stateOf, statusOf, untilState }
-}
-
-/** The README's first configuration with one server that is there, short intervals and a socket. */
-function configure(front: number, instance: number, nowhere: number, socket: string): string {
-  const blocks = [...README_TEXT.matchAll(/^```haproxy\n([^]*?)^```$/gm)]
-  const texts = blocks.map(([, text = '']) => text)
-  const configuration = texts.find((text) => text.includes('tcp-check expect string OK')) ?? ''
-  assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
-  const adapted = configuration
-    .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
-    .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
-    .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
-    .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
-      const port = name === 'app1' ? instance : nowhere
-      return `${before} 127.0.0.1:${port}${after.replace(/ port \d+/g, ` port ${port + 80}`)}`
-    })
-    .replace(/ (inter|downinter) \S+/g, ' $1 20ms')
-    .replace(/ (slowstart|fastinter) \S+/g, '')
-  return `global\n    stats socket ${socket} mode 600 level admin\n${adapted}`
-}
-
-const AGENT_INTERVAL_MS = 200
-
-/** HAProxy before these instances, told by their monitors; nothing is tried twice. */
-async function balanceByAgent(t: TestContext, instances: Backend[]) {
-  const frontPort = await freePort()
-  const lineOf = ({ name, port, instancePort }: Backend) =>
-    `      server ${name} 127.0.0.1:${instancePort} cookie ${name} check port ${port} ` +
-    `agent-check agent-port ${port} agent-send "agent_check\\n"\n`
-  const haproxy = await startHaproxy(
-    t,
-    (socket) => `
-    global
-      stats socket ${socket} level admin
-    defaults
-      mode http
-      timeout connect 2s
-      timeout client 20s
-      timeout server 20s
-      retries 0
-    frontend front
-      bind 127.0.0.1:${frontPort}
-      default_backend back
-    backend back
-      balance roundrobin
-      cookie INSTANCE insert indirect nocache
-      option tcp-check
-      tcp-check connect
-      tcp-check send "health_check\\n"
-      tcp-check expect string OK
-      default-server inter 300ms rise 1 fall 3 weight 100 agent-inter ${AGENT_INTERVAL_MS}ms
-${instances.map(lineOf).join('')}`
-  )
-  return { frontPort, ...haproxy }
-}
-
-/** HAProxy before one instance in this process. */
-async function balanceOne(t: TestContext) {
-  const instance = await bootInstance(t)
-  const haproxy = await balanceByAgent(t, [{ name: 'one', ...instance }])
-  await haproxy.untilState('one', /^UP$/)
-  const untilTold = async (text: RegExp) => {
-    const isTold = async () => text.test((await haproxy.stateOf('one'))['last_agt'] ?? '')
-    await until(isTold, `it is told ${text}`)
-  }
-  return { monitor: instance.monitor, haproxy, untilTold }
-}
+// Helpers: an instance that is busy
 
 /** Answers with its name, and has the event loop busy between /busy and /relax. */
 const BUSY = `
@@ -1276,44 +984,6 @@ const BUSY = `
     if (url === '/busy' || url === '/relax') busy = url === '/busy'
     response.end(process.env.NAME)
   })`
-
-// Helpers: PostgreSQL
-
-const NOBODY = 65_534
-
-/** A PostgreSQL of its own; gives its `environment` for clients. */
-async function startPostgres(t: TestContext) {
-  let end = async () => {}
-  t.after(() => end()) // before its folder is removed
-  const folder = scratchFolder(t)
-  if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
-  const asNobody = ['--reuid', String(NOBODY), '--regid', String(NOBODY), '--clear-groups']
-  const run = async (program: string, ...words: string[]) => {
-    const file = join(POSTGRES_FOLDER ?? '', program)
-    const command = IS_ROOT ? ['setpriv', ...asNobody, file] : [file]
-    const first = command[0] ?? ''
-    const { status, stdout, stderr } = await runToEnd(t, first, [...command.slice(1), ...words], {
-      cwd: folder
-    })
-    assert.equal(status, 0, stdout + stderr)
-  }
-  const data = join(folder, 'data')
-  const port = String(await freePort())
-  const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${port} -c fsync=off`
-  const log = join(folder, 'log')
-  const stop = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
-  const start = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
-  await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
-  await start()
-  end = () => stop().catch(() => {}) // it may be stopped
-  const environment = {
-    PGHOST: '127.0.0.1',
-    PGPORT: port,
-    PGUSER: 'tester',
-    PGDATABASE: 'postgres'
-  }
-  return { start, stop, environment }
-}
 
 // Helpers: what strangers and a careless host do
 
@@ -1387,54 +1057,6 @@ const THROWN: Record<string, unknown> = {
   ownCause
 }
 
-/** What a database may answer instead of true, and how that is called. */
-const NOT_CONNECTED: [answer: () => unknown, called: RegExp][] = [
-  ...[
-    false,
-    undefined,
-    null,
-    0,
-    1,
-    'true',
-    {},
-    [],
-    [true],
-    Symbol('true'),
-    thrower,
-    { then: true }
-  ].map((value): [() => unknown, RegExp] => [() => value, /disconnected\.$/]),
-  ...[1, 'true', null].map((value): [() => unknown, RegExp] => [
-    async () => value,
-    /disconnected\.$/
-  ]),
-  ...Object.values(THROWN).flatMap((thrown): [() => unknown, RegExp][] => [
-    [
-      () => {
-        throw thrown
-      },
-      / failed: /
-    ],
-    [() => Promise.reject(thrown), / failed: /]
-  ]),
-  [() => trapped(['then']), / failed: trap$/],
-  [() => ({ then: thrower }), / failed: trap$/],
-  [() => new Proxy({}, TRAPS), / failed: trap$/],
-  [() => ({ then: (_: unknown, reject: Function) => reject(new Error('no')) }), / failed: no$/],
-  [() => ({ then: (resolve: Function) => resolve({ then: thrower }) }), / failed: trap$/],
-  [
-    () => ({
-      then: (resolve: Function) => {
-        resolve(false)
-        resolve(true)
-      }
-    }),
-    /disconnected\.$/
-  ],
-  [hang, / timed out\.$/],
-  [() => ({ then() {} }), / timed out\.$/],
-  [() => ({ then: (resolve: Function) => resolve(hang()) }), / timed out\.$/]
-]
-
 /** Names in a `Host` header, and whether they are those of this machine: 200, or 403. The instance's
  *  own URL is at shop.example. */
 const NAMES_OF_HOSTS: Record<string, number> = {
@@ -1465,12 +1087,6 @@ const NAMES_OF_HOSTS: Record<string, number> = {
   'localhost/evil.example': 403
 }
 
-/** Ports that a web page may not ask for, some of which are free. */
-const REFUSED_BY_FETCH = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665]
-
-/** How many connections a monitor holds. */
-const HELD = 256
-
 /** A small generator of numbers from 0 to 1, the same ones for the same seed. */
 function seeded(seed: number): () => number {
   let state = seed
@@ -1482,430 +1098,7 @@ function seeded(seed: number): () => number {
   }
 }
 
-/** Commands, heads of requests and greetings of other protocols, whole and in part. */
-const KNOWN_BYTES = [
-  'health_check\n',
-  'interactive\n',
-  'help\n',
-  '\n',
-  '\r\n',
-  'quit',
-  'dbinfo - 1\n',
-  'nope ',
-  'perf_metrics\n',
-  'GET /health_check HTTP/1.1\r\n',
-  'Host: a\r\n',
-  '\r\n\r\n',
-  'POST /%ff%00 HTTP/1.0\r\n',
-  'Content-Length: 9\r\n\r\n',
-  'Connection: Upgrade\r\n',
-  'Transfer-Encoding: chunked\r\n\r\nfff\r\n',
-  'Upgrade: h2c\r\n',
-  'Expect: 100-continue\r\n',
-  'GET / HTTP/1.1\r\n\r\n',
-  'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
-  'CONNECT a:1 HTTP/1.1\r\n\r\n',
-  '\x16\x03\x01',
-  'GET /../..//help?%0a HTTP/1.1\r\n\r\n'
-]
-
-/** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
-function hostileBytes(random: () => number): Buffer {
-  const noise = () => {
-    const length = Math.floor(random() ** 3 * 600)
-    return Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)))
-  }
-  const known = () => {
-    const text = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
-    return Buffer.from(text, 'latin1')
-  }
-  const length = 1 + Math.floor(random() * 5)
-  return Buffer.concat(Array.from({ length }, () => (random() < 0.5 ? noise() : known())))
-}
-
-/** Sends the bytes in pieces, and then resets the connection, or takes what comes until its end. */
-async function sendHostile(port: number, from: string, random: () => number): Promise<void> {
-  const bytes = hostileBytes(random)
-  const socket = connectTo(port, { from })
-  const reset = random() < 0.5
-  const closed = new Promise((resolve) => socket.on('close', resolve))
-  socket.on('error', () => {})
-  socket.setTimeout(20_000, () => socket.destroy())
-  socket.resume()
-  let sent = 0
-  while (sent < bytes.length && !socket.destroyed) {
-    const end = sent + 1 + Math.floor(random() * bytes.length)
-    const piece = bytes.subarray(sent, end)
-    await new Promise((resolve) => socket.write(piece, resolve))
-    sent = end
-  }
-  if (reset) socket.resetAndDestroy()
-  else socket.end()
-  await closed
-}
-
 // Helpers: forms of answering, and upgraded connections
-
-interface Form {
-  /** What is sent; a GET by default. */
-  asked?: string
-  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
-}
-
-/** As rawHeaders has them: names and values in turn. */
-const UPSTREAM = [
-  ['Server', 'upstream'],
-  ['Set-Cookie', 'a=1'],
-  ['Connection', 'keep-alive'],
-  ['Keep-Alive', 'timeout=9'],
-  ['Set-Cookie', 'b=2'],
-  ['Content-Length', '2']
-].flat()
-
-/** Tells what writeHead throws instead of throwing it. */
-function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
-  try {
-    Reflect.apply(response.writeHead, response, words)
-    response.end('ok')
-  } catch (error) {
-    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
-  }
-}
-
-/** Has a response do something before its head is written, as on-headers does. */
-function beforeHead(response: http.ServerResponse, act: () => void): void {
-  const innerWriteHead = response.writeHead.bind(response) as (
-    ...words: unknown[]
-  ) => typeof response
-  response.writeHead = (...words: unknown[]) => {
-    act()
-    return innerWriteHead(...words)
-  }
-}
-
-/** The forms in which applications answer. */
-const FORMS: Record<string, Form> = {
-  'implicit headers': { answer: (_, response) => response.end('ok') },
-  'two writes': {
-    answer: (_, response) => {
-      response.write('first')
-      response.end('second')
-    }
-  },
-  setHeader: {
-    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
-  },
-  'statusCode and statusMessage': {
-    answer: (_, response) => {
-      response.statusCode = 404
-      response.statusMessage = 'Nowhere'
-      response.end('ok')
-    }
-  },
-  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
-  'writeHead of a status and a reason': {
-    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
-  },
-  'writeHead of a reason and an object': {
-    answer: (_, response) =>
-      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
-  },
-  'writeHead of an object': {
-    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
-  },
-  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
-  'writeHead of a frozen object': {
-    answer: (_, response) => {
-      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'writeHead of names and values in turn': {
-    answer: (_, response) => {
-      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of a reason and an array': {
-    answer: (_, response) => {
-      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of an array after setHeader': {
-    answer: (_, response) => {
-      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
-  'a header whose value is "connection"': {
-    answer: (_, response) => {
-      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
-    }
-  },
-  'rawHeaders of an upstream': {
-    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
-  },
-  'rawHeaders of an upstream after setHeader': {
-    answer: (_, response) => {
-      response
-        .setHeader('X-Early', '1')
-        .writeHead(200, [...UPSTREAM])
-        .end('ok')
-    }
-  },
-  'Object.entries of headers': {
-    answer: (_, response) => {
-      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
-    }
-  },
-  'Object.entries after setHeader': {
-    answer: (_, response) => {
-      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
-    }
-  },
-  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
-  'writeHead twice': {
-    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
-  },
-  'setHeaders of a Map': {
-    answer: (_, response) => {
-      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
-      response.end('ok')
-    }
-  },
-  'setHeaders of Headers': {
-    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
-  },
-  appendHeader: {
-    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
-  },
-  'appendHeader of Connection': {
-    answer: (_, response) => {
-      response
-        .appendHeader('Connection', 'keep-alive')
-        .appendHeader('Connection', 'X-Hop')
-        .end('ok')
-    }
-  },
-  trailers: {
-    answer: (_, response) => {
-      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
-      response.addTrailers({ 'X-Sum': '7' })
-      response.end()
-    }
-  },
-  'interim answers': {
-    answer: (_, response) => {
-      response.writeContinue()
-      response.writeProcessing()
-      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'Expect: 100-continue': {
-    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
-    answer: (request, response) => request.pipe(response)
-  },
-  HEAD: {
-    asked: headOf('/').replace('GET', 'HEAD'),
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
-  },
-  '204': { answer: (_, response) => response.writeHead(204).end() },
-  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
-  '304 that keeps alive': {
-    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
-  },
-  '426': {
-    answer: (_, response) => {
-      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
-      response.writeHead(426, headers).end('upgrade')
-    }
-  },
-  'a stream of known length': {
-    answer: (_, response) => {
-      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
-    }
-  },
-  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
-  'no chunks and no length': {
-    answer: (_, response) => {
-      response.removeHeader('Transfer-Encoding')
-      response.write('until the')
-      response.end(' end')
-    }
-  },
-  flushHeaders: {
-    answer: async (_, response) => {
-      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
-      await pause(10)
-      response.end('ok')
-    }
-  },
-  'setHeader of keep-alive': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
-      response.setHeader('X-B', '2').end('ok')
-    }
-  },
-  'setHeader of keep-alive and other names': {
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
-  },
-  'setHeader of keep-alive in an array': {
-    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
-  },
-  'setHeader of keep-alive, then writeHead of an array': {
-    answer: (_, response) => {
-      response.setHeader('Connection', 'keep-alive')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of keep-alive in an object': {
-    answer: (_, response) => {
-      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
-    }
-  },
-  'writeHead of keep-alive in two cases': {
-    answer: (_, response) => {
-      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
-    }
-  },
-  'writeHead of keep-alive in an array': {
-    answer: (_, response) => {
-      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
-    }
-  },
-  'Connection: close': {
-    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
-  },
-  'removeHeader of Connection': {
-    answer: (_, response) => {
-      response.removeHeader('Connection')
-      response.end('ok')
-    }
-  },
-  'all headers removed': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.setHeader('X-B', '2').end('ok')
-    }
-  },
-  'all headers copied': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
-      const headers = response.getHeaders()
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'all headers shown': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
-    }
-  },
-  'a head that is written late': {
-    answer: (_, response) => {
-      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
-      response.writeHead(200, { 'X-A': '1' }).end('ok')
-    }
-  },
-  'writeHead of the prototype': {
-    answer: (_, response) => {
-      Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
-      response.end('ok')
-    }
-  },
-  'a stream of its own': {
-    answer: (_, response) => {
-      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
-      response.end('ok')
-    }
-  },
-  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
-  'HTTP/1.0 that keeps alive': {
-    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
-  },
-  'a client that closes': {
-    asked: headOf('/', 'Connection: close'),
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
-  },
-  'a body that nobody reads': {
-    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
-    answer: (_, response) => response.end('ok')
-  },
-  'half an answer': {
-    answer: async (_, response) => {
-      response.write('half')
-      await pause(10)
-      response.destroy()
-    }
-  }
-}
-
-/** Answers each request in the form that its header names, as soon as it may. */
-async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.resolve()) {
-  const responses: http.ServerResponse[] = []
-  const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
-    responses.push(response)
-    await mayAnswer
-    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
-  }
-  const server = await serve(t, (request, response) => void answer(request, response))
-  const askAll = async (): Promise<Record<string, string>> => {
-    const answers = Object.entries(FORMS).map(async ([name, { asked = headOf('/') }]) => {
-      const text = asked.replace(/ HTTP\/1\.\d\r\n/, `$&X-Form: ${name}\r\n`)
-      return [name, await ask(portOf(server), text, { limitMs: 3_000 })]
-    })
-    return Object.fromEntries(await Promise.all(answers))
-  }
-  return { server, askAll, responses }
-}
-
-/** Closes the connections that are kept alive as soon as so many responses are sent. */
-async function closeWhenSent(server: http.Server, responses: http.ServerResponse[], count: number) {
-  const isSent = (response: http.ServerResponse) => response.writableFinished || response.destroyed
-  await until(() => responses.length === count && responses.every(isSent), 'all are sent')
-  server.closeIdleConnections()
-}
-
-/** What is to be sent while draining, by what is sent else. */
-function whileDraining(answer: string): string {
-  return answer
-    .replace(/^Date: .*\r\n/gim, '')
-    .replace(/^Keep-Alive: .*\r\n/gim, '')
-    .replace(/^(Connection: )keep-alive/gim, '$1close')
-}
-
-/** Looks at a response at which something throws. */
-const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
-  'at its stream': (response) => trapped(['stream'], response),
-  'at headersSent': (response) => trapped(['headersSent'], response),
-  'at getHeaderNames': (response) => trapped(['getHeaderNames'], response),
-  'at getRawHeaderNames': (response) => trapped(['getRawHeaderNames'], response),
-  'at getHeader': (response) => trapped(['getHeader'], response),
-  'at setHeader': (response) => trapped(['setHeader'], response),
-  'with other names': (response) => Reflect.set(response, 'getHeaderNames', () => 7),
-  'with a writeHead for ever': (response) => {
-    const { writeHead } = response
-    Object.defineProperty(response, 'writeHead', { value: writeHead, writable: false })
-  }
-}
-
-/** Has each response throw in the way that its request's header names, before the monitor sees it. */
-function spoilResponses(server: http.Server): void {
-  const innerEmit = server.emit.bind(server) as (...all: unknown[]) => boolean
-  const emit = (event: string, ...args: unknown[]): boolean => {
-    const [request, response] = args as [http.IncomingMessage, http.ServerResponse]
-    if (event === 'request') {
-      response.setHeader('Connection', 'keep-alive')
-      THROWING_RESPONSES[String(request.headers['x-kind'])]?.(response)
-    }
-    return innerEmit(event, ...args)
-  }
-  server.emit = emit as typeof server.emit
-}
 
 const UPGRADED = 'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n'
 
@@ -1927,113 +1120,7 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
   return peer
 }
 
-/** How many upgraded connections the metrics tell. */
-async function askUpgraded(port: number): Promise<number | undefined> {
-  const { body } = await getPage(port, '/metrics')
-  return readSamples(body)['ftw_monitor_upgraded_connections']
-}
-
-/** Ways to start beside a `server` that listens at PORT, and whose `answer` is that of its pages. */
-const STARTS: Record<string, string> = {
-  'with the server': 'monitor.start(server)',
-  'by PORT alone': 'monitor.start()',
-  'by PORT, with the view mounted': `
-    server.removeAllListeners('request')
-    server.on('request', (request, response) => {
-      monitor.warmupView(request, response, () => answer(request, response))
-    })
-    monitor.start()`
-}
-
-/** What the tests use of ws. */
-interface WebSocketClient extends NodeJS.EventEmitter {
-  readyState: number
-  send(text: string): void
-  terminate(): void
-}
-
-/** WebSockets that come back as soon as they are closed, and speak while they are open. */
-function keepConnected(t: TestContext, count: number, url: string) {
-  const require = createRequire(`${PACKAGES}/`)
-  const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
-  const codes: number[] = []
-  const failures: string[] = []
-  const told = { opened: 0, echoes: 0, codes, failures }
-  const clients = new Set<WebSocketClient>()
-  const connect = (): void => {
-    const client = new WebSocket(url)
-    clients.add(client)
-    const speak = (): void => {
-      if (client.readyState === 1) client.send('hello')
-    }
-    client.on('open', () => {
-      told.opened++
-      speak()
-    })
-    client.on('message', () => {
-      told.echoes++
-      setTimeout(speak, 20)
-    })
-    client.on('error', (error: Error) => told.failures.push(error.message))
-    client.on('close', (code: number) => {
-      if (!clients.delete(client)) return
-      told.codes.push(code)
-      connect()
-    })
-  }
-  for (let time = 0; time < count; time++) connect()
-  const stop = () => {
-    const open = [...clients]
-    clients.clear()
-    for (const client of open) client.terminate()
-  }
-  t.after(stop)
-  return { told, stop }
-}
-
-/** The README's complete service, with WebSockets to which it says goodbye. */
-const SERVICE = `
-  import { createRequire } from 'node:module'
-  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
-  const pg = require('pg')
-  const { WebSocketServer } = require('ws')
-
-  const pool = new pg.Pool()
-  pool.on('error', () => {})
-  monitor.registerDatabase('main', {
-    isConnected: async () => (await pool.query('SELECT 1')).rowCount === 1
-  })
-  const server = http.createServer(async (_, response) => {
-    try {
-      const { rows } = await pool.query('SELECT pg_sleep(0.01), version()')
-      response.end(process.env.NAME + ' ' + process.pid + ' ' + rows[0].version)
-    } catch (error) {
-      response.writeHead(503).end(String(error))
-    }
-  })
-  server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
-  const webSockets = new WebSocketServer({ server })
-  webSockets.on('connection', (client) => client.on('message', (text) => client.send(String(text))))
-  monitor.start(server)
-  monitor.shutdownOnSignal({
-    cleanUp: async () => {
-      for (const client of webSockets.clients) client.close(1001)
-      await pool.end()
-    }
-  })
-  server.listen(Number(process.env.PORT), '127.0.0.1')`
-
-// Helpers: the README
-
-const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
-// `$ printf … | nc …`, and the reply, up to the next command
-const NC_COMMAND = /^\$ (.*\| *nc .*)\n((?!\$ )[^]*?)(?=^\$ |(?![^]))/gm
-
-/** Commands and replies of the README's consoles, as far as nc asks for what is the same always. */
-const TRANSCRIPT = [...CONSOLES]
-  .flatMap(([, block = '']) => [...block.matchAll(NC_COMMAND)])
-  .map(([, command = '', reply = '']) => ({ command, reply }))
-  .filter(({ command }) => /health_check|warmup_state/.test(command))
+// --- Start and stop ------------------------------------------------------------------------------
 
 describeInProcess('Start and stop', TOGETHER, () => {
   test('start(server) logs to the console where it listens', async (t) => {
@@ -2502,6 +1589,8 @@ describeInProcess('Start and stop', ALONE, () => {
   })
 })
 
+// --- Addresses -----------------------------------------------------------------------------------
+
 describeInProcess('Addresses', TOGETHER, () => {
   test('a server that listens, or will, has its monitor at its port + 80, on its host', async (t) => {
     for (const host of ['127.0.0.1', '127.0.0.2']) {
@@ -2705,6 +1794,8 @@ describeInProcess('Addresses', ALONE, () => {
   })
 })
 
+// --- Listening -----------------------------------------------------------------------------------
+
 describeInProcess('Listening', TOGETHER, () => {
   test('workers of a cluster do not answer for each other', async (t) => {
     const port = await freePort()
@@ -2813,6 +1904,14 @@ describeInProcess('Listening', ALONE, () => {
     assert.equal(connect.mock.callCount(), 0)
   })
 })
+
+// --- The hook on the server ----------------------------------------------------------------------
+
+/** How many upgraded connections the metrics tell. */
+async function askUpgraded(port: number): Promise<number | undefined> {
+  const { body } = await getPage(port, '/metrics')
+  return readSamples(body)['ftw_monitor_upgraded_connections']
+}
 
 describeInProcess('The hook on the server', TOGETHER, () => {
   test('watching requests changes nothing that the application or its clients see', async (t) => {
@@ -3003,6 +2102,8 @@ describeInProcess('The hook on the server', ALONE, () => {
     assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
   })
 })
+
+// --- The verdict ---------------------------------------------------------------------------------
 
 describeInProcess('The verdict', TOGETHER, () => {
   test('health_check gives the first reason that applies', async (t) => {
@@ -3380,6 +2481,56 @@ describeInProcess('The verdict', ALONE, () => {
   )
 })
 
+// --- Databases and counters ----------------------------------------------------------------------
+
+/** What a database may answer instead of true, and how that is called. */
+const NOT_CONNECTED: [answer: () => unknown, called: RegExp][] = [
+  ...[
+    false,
+    undefined,
+    null,
+    0,
+    1,
+    'true',
+    {},
+    [],
+    [true],
+    Symbol('true'),
+    thrower,
+    { then: true }
+  ].map((value): [() => unknown, RegExp] => [() => value, /disconnected\.$/]),
+  ...[1, 'true', null].map((value): [() => unknown, RegExp] => [
+    async () => value,
+    /disconnected\.$/
+  ]),
+  ...Object.values(THROWN).flatMap((thrown): [() => unknown, RegExp][] => [
+    [
+      () => {
+        throw thrown
+      },
+      / failed: /
+    ],
+    [() => Promise.reject(thrown), / failed: /]
+  ]),
+  [() => trapped(['then']), / failed: trap$/],
+  [() => ({ then: thrower }), / failed: trap$/],
+  [() => new Proxy({}, TRAPS), / failed: trap$/],
+  [() => ({ then: (_: unknown, reject: Function) => reject(new Error('no')) }), / failed: no$/],
+  [() => ({ then: (resolve: Function) => resolve({ then: thrower }) }), / failed: trap$/],
+  [
+    () => ({
+      then: (resolve: Function) => {
+        resolve(false)
+        resolve(true)
+      }
+    }),
+    /disconnected\.$/
+  ],
+  [hang, / timed out\.$/],
+  [() => ({ then() {} }), / timed out\.$/],
+  [() => ({ then: (resolve: Function) => resolve(hang()) }), / timed out\.$/]
+]
+
 describeInProcess('Databases and counters', TOGETHER, () => {
   test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
     const monitor = await importMonitor(t)
@@ -3630,6 +2781,23 @@ describeInProcess('Databases and counters', ALONE, () => {
     assert.equal((await monitor.health()).reason, 'OK')
   })
 })
+
+// --- Warm-up -------------------------------------------------------------------------------------
+
+/** Ports that a web page may not ask for, some of which are free. */
+const REFUSED_BY_FETCH = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665]
+
+/** Ways to start beside a `server` that listens at PORT, and whose `answer` is that of its pages. */
+const STARTS: Record<string, string> = {
+  'with the server': 'monitor.start(server)',
+  'by PORT alone': 'monitor.start()',
+  'by PORT, with the view mounted': `
+    server.removeAllListeners('request')
+    server.on('request', (request, response) => {
+      monitor.warmupView(request, response, () => answer(request, response))
+    })
+    monitor.start()`
+}
 
 describeInProcess('Warm-up', TOGETHER, () => {
   test('a wrong site or performer is a TypeError', async (t) => {
@@ -4501,6 +3669,380 @@ describeInProcess('Warm-up', PAIRWISE, () => {
     })
   }
 })
+
+// --- Draining and shutdown -----------------------------------------------------------------------
+
+/** Has a server upgrade connections; gives the server's ends of them. */
+function takeUpgrades(server: net.Server): net.Socket[] {
+  const upgraded: net.Socket[] = []
+  server.on('upgrade', (_, socket: net.Socket) => {
+    socket.on('error', () => {})
+    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
+    upgraded.push(socket)
+  })
+  return upgraded
+}
+
+interface Form {
+  /** What is sent; a GET by default. */
+  asked?: string
+  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
+}
+
+/** As rawHeaders has them: names and values in turn. */
+const UPSTREAM = [
+  ['Server', 'upstream'],
+  ['Set-Cookie', 'a=1'],
+  ['Connection', 'keep-alive'],
+  ['Keep-Alive', 'timeout=9'],
+  ['Set-Cookie', 'b=2'],
+  ['Content-Length', '2']
+].flat()
+
+/** Tells what writeHead throws instead of throwing it. */
+function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
+  try {
+    Reflect.apply(response.writeHead, response, words)
+    response.end('ok')
+  } catch (error) {
+    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
+  }
+}
+
+/** Has a response do something before its head is written, as on-headers does. */
+function beforeHead(response: http.ServerResponse, act: () => void): void {
+  const innerWriteHead = response.writeHead.bind(response) as (
+    ...words: unknown[]
+  ) => typeof response
+  response.writeHead = (...words: unknown[]) => {
+    act()
+    return innerWriteHead(...words)
+  }
+}
+
+/** The forms in which applications answer. */
+const FORMS: Record<string, Form> = {
+  'implicit headers': { answer: (_, response) => response.end('ok') },
+  'two writes': {
+    answer: (_, response) => {
+      response.write('first')
+      response.end('second')
+    }
+  },
+  setHeader: {
+    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
+  },
+  'statusCode and statusMessage': {
+    answer: (_, response) => {
+      response.statusCode = 404
+      response.statusMessage = 'Nowhere'
+      response.end('ok')
+    }
+  },
+  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
+  'writeHead of a status and a reason': {
+    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
+  },
+  'writeHead of a reason and an object': {
+    answer: (_, response) =>
+      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
+  },
+  'writeHead of an object': {
+    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
+  },
+  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
+  'writeHead of a frozen object': {
+    answer: (_, response) => {
+      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'writeHead of names and values in turn': {
+    answer: (_, response) => {
+      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of a reason and an array': {
+    answer: (_, response) => {
+      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of an array after setHeader': {
+    answer: (_, response) => {
+      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
+  'a header whose value is "connection"': {
+    answer: (_, response) => {
+      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
+    }
+  },
+  'rawHeaders of an upstream': {
+    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
+  },
+  'rawHeaders of an upstream after setHeader': {
+    answer: (_, response) => {
+      response
+        .setHeader('X-Early', '1')
+        .writeHead(200, [...UPSTREAM])
+        .end('ok')
+    }
+  },
+  'Object.entries of headers': {
+    answer: (_, response) => {
+      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
+    }
+  },
+  'Object.entries after setHeader': {
+    answer: (_, response) => {
+      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
+    }
+  },
+  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
+  'writeHead twice': {
+    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
+  },
+  'setHeaders of a Map': {
+    answer: (_, response) => {
+      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
+      response.end('ok')
+    }
+  },
+  'setHeaders of Headers': {
+    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
+  },
+  appendHeader: {
+    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
+  },
+  'appendHeader of Connection': {
+    answer: (_, response) => {
+      response
+        .appendHeader('Connection', 'keep-alive')
+        .appendHeader('Connection', 'X-Hop')
+        .end('ok')
+    }
+  },
+  trailers: {
+    answer: (_, response) => {
+      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
+      response.addTrailers({ 'X-Sum': '7' })
+      response.end()
+    }
+  },
+  'interim answers': {
+    answer: (_, response) => {
+      response.writeContinue()
+      response.writeProcessing()
+      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'Expect: 100-continue': {
+    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
+    answer: (request, response) => request.pipe(response)
+  },
+  HEAD: {
+    asked: headOf('/').replace('GET', 'HEAD'),
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
+  },
+  '204': { answer: (_, response) => response.writeHead(204).end() },
+  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
+  '304 that keeps alive': {
+    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
+  },
+  '426': {
+    answer: (_, response) => {
+      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
+      response.writeHead(426, headers).end('upgrade')
+    }
+  },
+  'a stream of known length': {
+    answer: (_, response) => {
+      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
+    }
+  },
+  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
+  'no chunks and no length': {
+    answer: (_, response) => {
+      response.removeHeader('Transfer-Encoding')
+      response.write('until the')
+      response.end(' end')
+    }
+  },
+  flushHeaders: {
+    answer: async (_, response) => {
+      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
+      await pause(10)
+      response.end('ok')
+    }
+  },
+  'setHeader of keep-alive': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'setHeader of keep-alive and other names': {
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
+  },
+  'setHeader of keep-alive in an array': {
+    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
+  },
+  'setHeader of keep-alive, then writeHead of an array': {
+    answer: (_, response) => {
+      response.setHeader('Connection', 'keep-alive')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an object': {
+    answer: (_, response) => {
+      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in two cases': {
+    answer: (_, response) => {
+      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an array': {
+    answer: (_, response) => {
+      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
+    }
+  },
+  'Connection: close': {
+    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
+  },
+  'removeHeader of Connection': {
+    answer: (_, response) => {
+      response.removeHeader('Connection')
+      response.end('ok')
+    }
+  },
+  'all headers removed': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'all headers copied': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
+      const headers = response.getHeaders()
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'all headers shown': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
+    }
+  },
+  'a head that is written late': {
+    answer: (_, response) => {
+      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
+      response.writeHead(200, { 'X-A': '1' }).end('ok')
+    }
+  },
+  'writeHead of the prototype': {
+    answer: (_, response) => {
+      Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
+      response.end('ok')
+    }
+  },
+  'a stream of its own': {
+    answer: (_, response) => {
+      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
+      response.end('ok')
+    }
+  },
+  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
+  'HTTP/1.0 that keeps alive': {
+    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
+  },
+  'a client that closes': {
+    asked: headOf('/', 'Connection: close'),
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
+  },
+  'a body that nobody reads': {
+    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
+    answer: (_, response) => response.end('ok')
+  },
+  'half an answer': {
+    answer: async (_, response) => {
+      response.write('half')
+      await pause(10)
+      response.destroy()
+    }
+  }
+}
+
+/** Answers each request in the form that its header names, as soon as it may. */
+async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.resolve()) {
+  const responses: http.ServerResponse[] = []
+  const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
+    responses.push(response)
+    await mayAnswer
+    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
+  }
+  const server = await serve(t, (request, response) => void answer(request, response))
+  const askAll = async (): Promise<Record<string, string>> => {
+    const answers = Object.entries(FORMS).map(async ([name, { asked = headOf('/') }]) => {
+      const text = asked.replace(/ HTTP\/1\.\d\r\n/, `$&X-Form: ${name}\r\n`)
+      return [name, await ask(portOf(server), text, { limitMs: 3_000 })]
+    })
+    return Object.fromEntries(await Promise.all(answers))
+  }
+  return { server, askAll, responses }
+}
+
+/** Closes the connections that are kept alive as soon as so many responses are sent. */
+async function closeWhenSent(server: http.Server, responses: http.ServerResponse[], count: number) {
+  const isSent = (response: http.ServerResponse) => response.writableFinished || response.destroyed
+  await until(() => responses.length === count && responses.every(isSent), 'all are sent')
+  server.closeIdleConnections()
+}
+
+/** What is to be sent while draining, by what is sent else. */
+function whileDraining(answer: string): string {
+  return answer
+    .replace(/^Date: .*\r\n/gim, '')
+    .replace(/^Keep-Alive: .*\r\n/gim, '')
+    .replace(/^(Connection: )keep-alive/gim, '$1close')
+}
+
+/** Looks at a response at which something throws. */
+const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
+  'at its stream': (response) => trapped(['stream'], response),
+  'at headersSent': (response) => trapped(['headersSent'], response),
+  'at getHeaderNames': (response) => trapped(['getHeaderNames'], response),
+  'at getRawHeaderNames': (response) => trapped(['getRawHeaderNames'], response),
+  'at getHeader': (response) => trapped(['getHeader'], response),
+  'at setHeader': (response) => trapped(['setHeader'], response),
+  'with other names': (response) => Reflect.set(response, 'getHeaderNames', () => 7),
+  'with a writeHead for ever': (response) => {
+    const { writeHead } = response
+    Object.defineProperty(response, 'writeHead', { value: writeHead, writable: false })
+  }
+}
+
+/** Has each response throw in the way that its request's header names, before the monitor sees it. */
+function spoilResponses(server: http.Server): void {
+  const innerEmit = server.emit.bind(server) as (...all: unknown[]) => boolean
+  const emit = (event: string, ...args: unknown[]): boolean => {
+    const [request, response] = args as [http.IncomingMessage, http.ServerResponse]
+    if (event === 'request') {
+      response.setHeader('Connection', 'keep-alive')
+      THROWING_RESPONSES[String(request.headers['x-kind'])]?.(response)
+    }
+    return innerEmit(event, ...args)
+  }
+  server.emit = emit as typeof server.emit
+}
 
 describeInProcess('Draining and shutdown', TOGETHER, () => {
   test('while drained the verdict is the reason, before everything else', async (t) => {
@@ -5583,6 +5125,8 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
   )
 })
 
+// --- The command table ---------------------------------------------------------------------------
+
 describeInProcess('The command table', TOGETHER, () => {
   test('a command in more mode gets every following line, as calc does', async (t) => {
     const calls: unknown[][] = []
@@ -5989,6 +5533,8 @@ describeInProcess('The command table', TOGETHER, () => {
   })
 })
 
+// --- Commands ------------------------------------------------------------------------------------
+
 describeInProcess('Commands', TOGETHER, () => {
   test('help lists every command with its summary, sorted by name', async (t) => {
     const { port } = await bootInstance(t, {
@@ -6228,6 +5774,47 @@ describeInProcess('Commands', TOGETHER, () => {
     )
   })
 })
+
+// --- Figures, metrics and status -----------------------------------------------------------------
+
+/** The page that a browser gets at the monitor's root. */
+function openPage(port: number, options: PageOptions & { path?: string } = {}) {
+  const { path = '/', headers = {}, ...others } = options
+  return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
+}
+
+/** The cells of each row of the page, without their markup; `▢` stands for a bar. */
+function rowsOfPage(body: string): string[] {
+  const rows = body.match(/^<tr.*$/gm) ?? []
+  return rows.map((row) =>
+    row
+      .replace(/^<tr[^>]*><th scope="row">/, '')
+      .replace(/<progress[^>]*><\/progress>/g, '▢')
+      .replaceAll(/<td[^>]*>/g, '|')
+  )
+}
+
+interface HealthJson {
+  status: string
+  output?: string
+  description: string
+  checks: Record<
+    string,
+    {
+      componentId?: string
+      status: string
+      observedValue: number
+      observedUnit: string
+      time: string
+      output?: string
+    }[]
+  >
+}
+
+async function askHealthJson(port: number, options: PageOptions = {}) {
+  const { status, headers, body } = await getPage(port, '/status', options)
+  return { status, type: headers['content-type'], json: JSON.parse(body) as HealthJson }
+}
 
 describeInProcess('Figures, metrics and status', TOGETHER, () => {
   test('monitor tells the resident memory as procfs does', async (t) => {
@@ -7134,6 +6721,19 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
   })
 })
 
+// --- The wire: lines -----------------------------------------------------------------------------
+
+/** Whether the other side has reset a connection that nobody has read from. By its first write, since
+ *  Node.js 20 and 22 show a reset behind unread data as an end. */
+async function isReset(socket: net.Socket): Promise<boolean> {
+  socket.on('error', () => {})
+  const error = await new Promise<Error | null | undefined>((resolve) => {
+    socket.write('\n', resolve)
+  })
+  socket.destroy()
+  return error instanceof Error
+}
+
 describeInProcess('The wire: lines', TOGETHER, () => {
   test('every row of the protocol is answered byte for byte', async (t) => {
     const invalid = 'Invalid command \'nope\'\nTry "help".\n'
@@ -7540,6 +7140,8 @@ describeInProcess('The wire: lines', ALONE, () => {
     }
   })
 })
+
+// --- The wire: HTTP ------------------------------------------------------------------------------
 
 describeInProcess('The wire: HTTP', TOGETHER, () => {
   test('over HTTP the verdict is 200 and OK, or 503 and the reason, and not cached', async (t) => {
@@ -7976,6 +7578,78 @@ describeInProcess('The wire: HTTP', ALONE, () => {
     assert.equal(half.transcript + line.transcript, '')
   })
 })
+
+// --- The program ---------------------------------------------------------------------------------
+
+interface Point {
+  measurement: string
+  tags: Record<string, string>
+  fields: Record<string, number | string>
+}
+
+/** InfluxDB's line protocol, and nothing that only some of its readers put up with. */
+function parseLineProtocol(line: string): Point {
+  let at = 0
+
+  const fail = (what: string): never => assert.fail(`${what} at ${at} of ${JSON.stringify(line)}`)
+
+  const text = (special: string, ends: string) => {
+    let found = ''
+    while (at < line.length && !ends.includes(line[at]!)) {
+      const isEscape = line[at] === '\\' && at + 1 < line.length && special.includes(line[at + 1]!)
+      if (isEscape) at++
+      else if (special.includes(line[at]!)) fail('a sign that is not escaped')
+      if (/\p{Cc}/u.test(line[at]!)) fail('a control character')
+      found += line[at]
+      at++
+    }
+    return found || fail('nothing')
+  }
+
+  const take = (sign: string) => {
+    if (line[at] !== sign) fail(`no "${sign}"`)
+    at++
+  }
+
+  const put = <Value>(record: Record<string, Value>, key: string, value: Value) => {
+    if (key.startsWith('_') || key === 'time' || Object.hasOwn(record, key)) fail('a wrong key')
+    Object.defineProperty(record, key, { value, enumerable: true })
+  }
+
+  const value = (): number | string => {
+    const number = /[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?=[, ]|$)/y
+    const string = /"((?:[^"\\\p{Cc}]|\\["\\])*)"(?=[, ]|$)/uy
+    number.lastIndex = at
+    string.lastIndex = at
+    const [found = fail('no value'), quoted] = number.exec(line) ?? string.exec(line) ?? []
+    at += found.length
+    return quoted === undefined ? Number(found) : quoted.replace(/\\(["\\])/g, '$1')
+  }
+
+  const point: Point = { measurement: text(', ', ', '), tags: {}, fields: {} }
+  if (/^[_#]/.test(point.measurement)) fail('a wrong measurement')
+  while (line[at] === ',') {
+    take(',')
+    const key = text(',= ', '=')
+    take('=')
+    put(point.tags, key, text(',= ', ', '))
+  }
+  take(' ')
+  for (;;) {
+    const key = text(',= ', '=')
+    take('=')
+    put<number | string>(point.fields, key, value())
+    if (line[at] !== ',') break
+    take(',')
+  }
+  if (at < line.length) fail('more than fields')
+  return point
+}
+
+function parseDump(stdout: string): Point[] {
+  assert.match(stdout, /^(.+\n)*$/)
+  return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
+}
 
 describeProcesses('The program', PAIRWISE, () => {
   test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
@@ -8505,6 +8179,279 @@ describeProcesses('The program', ALONE, () => {
     assert.equal(parseDump(stdout)[0]?.tags['process'], String(well))
   })
 })
+
+// --- Real programs -------------------------------------------------------------------------------
+
+const IS_ROOT = process.getuid?.() === 0
+
+/** PostgreSQL does not run as root: setpriv makes it somebody else. */
+const NEEDS_POSTGRES_USER = IS_ROOT ? needs('setpriv') : {}
+const POSTGRES_FOLDER = findPostgres()
+const NEEDS_POSTGRES =
+  POSTGRES_FOLDER === undefined
+    ? { skip: 'PostgreSQL is not installed' }
+    : { ...NEEDS_POSTGRES_USER, ...NEEDS_PACKAGES }
+
+/** The folder of PostgreSQL's programs, which Debian has by version, outside of the path. */
+function findPostgres(): string | undefined {
+  const debian = '/usr/lib/postgresql'
+  const versions = fs.existsSync(debian) ? fs.readdirSync(debian).reverse() : []
+  const folders = [...versions.map((version) => join(debian, version, 'bin')), ...PATH_FOLDERS]
+  return folders.find((folder) => fs.existsSync(join(folder, 'initdb')))
+}
+
+/** A service that imports packages. */
+function bootServiceOf(t: TestContext, script: string) {
+  assert.ok(PACKAGES !== undefined, 'FTW_MONITOR_TEST_PACKAGES is not set')
+  return bootService(t, { script, cwd: PACKAGES })
+}
+
+async function startRedis(t: TestContext): Promise<number> {
+  const port = await freePort()
+  const words = ['--port', String(port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no']
+  const redis = watch(t, 'redis-server', words, { cwd: scratchFolder(t) })
+  await until(() => redis.output.includes('Ready to accept connections'), 'Redis runs')
+  return port
+}
+
+/** Prometheus's own client with its default metrics, a histogram and a summary of odd labels. */
+const PROM_CLIENT = String.raw`
+  import { createRequire } from 'node:module'
+  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const client = require('prom-client')
+  client.collectDefaultMetrics()
+  const named = (name) => ({ name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] })
+  const seconds = new client.Histogram(named('shop_seconds'))
+  const bytes = new client.Summary(named('shop_bytes'))
+  for (const path of ['a"b', 'back\\slash', 'new\nline', 'ü{x="y"} 1', '\n# TYPE a b']) {
+    seconds.observe({ path }, 0.3)
+    bytes.observe({ path }, 3)
+  }
+  monitor.registerDatabase('main', { isConnected: () => true })
+  monitor.registerMetrics(() => client.register.metrics())
+  const own = async (peer) => peer.write(await client.register.metrics())
+  monitor.register('own', '', own, { http: true })`
+
+type Backend = { name: string; port: number; instancePort: number }
+
+/** Runs HAProxy, and gives what asks it for the state of its servers. */
+async function startHaproxy(t: TestContext, configuration: (socket: string) => string) {
+  const folder = scratchFolder(t)
+  const file = join(folder, 'haproxy.cfg')
+  const socket = join(folder, 'socket')
+  fs.writeFileSync(file, configuration(socket))
+  const haproxy = watch(t, 'haproxy', ['-db', '-f', file])
+
+  const command = (text: string) => ask(socket, `${text}\n`)
+  const isRunning = async () => {
+    assert.equal(haproxy.child.exitCode, null, haproxy.output)
+    return fs.existsSync(socket) && (await command('show info').catch(() => '')) !== ''
+  }
+  await until(isRunning, 'HAProxy runs')
+
+  /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
+  const stateOf = async (name: string): Promise<Record<string, string>> => {
+    const table = (await command('show stat')).replace(/^# /, '')
+    const [head = [], ...rows] = table.split('\n').map((row) => row.split(','))
+    const row = rows.find((each) => each[head.indexOf('svname')] === name) ?? []
+    return Object.fromEntries(head.map((column, index) => [column, row[index] ?? '']))
+  }
+  const statusOf = async (name: string) => (await stateOf(name))['status'] ?? ''
+  const untilState = async (name: string, state: RegExp) => {
+    await until(async () => state.test(await statusOf(name)), `HAProxy has ${name} ${state}`)
+  }
+  return { command, stateOf, statusOf, untilState }
+}
+
+/** The README's first configuration with one server that is there, short intervals and a socket. */
+function configure(front: number, instance: number, nowhere: number, socket: string): string {
+  const blocks = [...README_TEXT.matchAll(/^```haproxy\n([^]*?)^```$/gm)]
+  const texts = blocks.map(([, text = '']) => text)
+  const configuration = texts.find((text) => text.includes('tcp-check expect string OK')) ?? ''
+  assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
+  const adapted = configuration
+    .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
+    .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
+    .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
+    .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
+      const port = name === 'app1' ? instance : nowhere
+      return `${before} 127.0.0.1:${port}${after.replace(/ port \d+/g, ` port ${port + 80}`)}`
+    })
+    .replace(/ (inter|downinter) \S+/g, ' $1 20ms')
+    .replace(/ (slowstart|fastinter) \S+/g, '')
+  return `global\n    stats socket ${socket} mode 600 level admin\n${adapted}`
+}
+
+const AGENT_INTERVAL_MS = 200
+
+/** HAProxy before these instances, told by their monitors; nothing is tried twice. */
+async function balanceByAgent(t: TestContext, instances: Backend[]) {
+  const frontPort = await freePort()
+  const lineOf = ({ name, port, instancePort }: Backend) =>
+    `      server ${name} 127.0.0.1:${instancePort} cookie ${name} check port ${port} ` +
+    `agent-check agent-port ${port} agent-send "agent_check\\n"\n`
+  const haproxy = await startHaproxy(
+    t,
+    (socket) => `
+    global
+      stats socket ${socket} level admin
+    defaults
+      mode http
+      timeout connect 2s
+      timeout client 20s
+      timeout server 20s
+      retries 0
+    frontend front
+      bind 127.0.0.1:${frontPort}
+      default_backend back
+    backend back
+      balance roundrobin
+      cookie INSTANCE insert indirect nocache
+      option tcp-check
+      tcp-check connect
+      tcp-check send "health_check\\n"
+      tcp-check expect string OK
+      default-server inter 300ms rise 1 fall 3 weight 100 agent-inter ${AGENT_INTERVAL_MS}ms
+${instances.map(lineOf).join('')}`
+  )
+  return { frontPort, ...haproxy }
+}
+
+/** HAProxy before one instance in this process. */
+async function balanceOne(t: TestContext) {
+  const instance = await bootInstance(t)
+  const haproxy = await balanceByAgent(t, [{ name: 'one', ...instance }])
+  await haproxy.untilState('one', /^UP$/)
+  const untilTold = async (text: RegExp) => {
+    const isTold = async () => text.test((await haproxy.stateOf('one'))['last_agt'] ?? '')
+    await until(isTold, `it is told ${text}`)
+  }
+  return { monitor: instance.monitor, haproxy, untilTold }
+}
+
+const NOBODY = 65_534
+
+/** A PostgreSQL of its own; gives its `environment` for clients. */
+async function startPostgres(t: TestContext) {
+  let end = async () => {}
+  t.after(() => end()) // before its folder is removed
+  const folder = scratchFolder(t)
+  if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
+  const asNobody = ['--reuid', String(NOBODY), '--regid', String(NOBODY), '--clear-groups']
+  const run = async (program: string, ...words: string[]) => {
+    const file = join(POSTGRES_FOLDER ?? '', program)
+    const command = IS_ROOT ? ['setpriv', ...asNobody, file] : [file]
+    const first = command[0] ?? ''
+    const { status, stdout, stderr } = await runToEnd(t, first, [...command.slice(1), ...words], {
+      cwd: folder
+    })
+    assert.equal(status, 0, stdout + stderr)
+  }
+  const data = join(folder, 'data')
+  const port = String(await freePort())
+  const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${port} -c fsync=off`
+  const log = join(folder, 'log')
+  const stop = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
+  const start = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
+  await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
+  await start()
+  end = () => stop().catch(() => {}) // it may be stopped
+  const environment = {
+    PGHOST: '127.0.0.1',
+    PGPORT: port,
+    PGUSER: 'tester',
+    PGDATABASE: 'postgres'
+  }
+  return { start, stop, environment }
+}
+
+/** What the tests use of ws. */
+interface WebSocketClient extends NodeJS.EventEmitter {
+  readyState: number
+  send(text: string): void
+  terminate(): void
+}
+
+/** WebSockets that come back as soon as they are closed, and speak while they are open. */
+function keepConnected(t: TestContext, count: number, url: string) {
+  const require = createRequire(`${PACKAGES}/`)
+  const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
+  const codes: number[] = []
+  const failures: string[] = []
+  const told = { opened: 0, echoes: 0, codes, failures }
+  const clients = new Set<WebSocketClient>()
+  const connect = (): void => {
+    const client = new WebSocket(url)
+    clients.add(client)
+    const speak = (): void => {
+      if (client.readyState === 1) client.send('hello')
+    }
+    client.on('open', () => {
+      told.opened++
+      speak()
+    })
+    client.on('message', () => {
+      told.echoes++
+      setTimeout(speak, 20)
+    })
+    client.on('error', (error: Error) => told.failures.push(error.message))
+    client.on('close', (code: number) => {
+      if (!clients.delete(client)) return
+      told.codes.push(code)
+      connect()
+    })
+  }
+  for (let time = 0; time < count; time++) connect()
+  const stop = () => {
+    const open = [...clients]
+    clients.clear()
+    for (const client of open) client.terminate()
+  }
+  t.after(stop)
+  return { told, stop }
+}
+
+/** The README's complete service, with WebSockets to which it says goodbye. */
+const SERVICE = `
+  import { createRequire } from 'node:module'
+  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const pg = require('pg')
+  const { WebSocketServer } = require('ws')
+
+  const pool = new pg.Pool()
+  pool.on('error', () => {})
+  monitor.registerDatabase('main', {
+    isConnected: async () => (await pool.query('SELECT 1')).rowCount === 1
+  })
+  const server = http.createServer(async (_, response) => {
+    try {
+      const { rows } = await pool.query('SELECT pg_sleep(0.01), version()')
+      response.end(process.env.NAME + ' ' + process.pid + ' ' + rows[0].version)
+    } catch (error) {
+      response.writeHead(503).end(String(error))
+    }
+  })
+  server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
+  const webSockets = new WebSocketServer({ server })
+  webSockets.on('connection', (client) => client.on('message', (text) => client.send(String(text))))
+  monitor.start(server)
+  monitor.shutdownOnSignal({
+    cleanUp: async () => {
+      for (const client of webSockets.clients) client.close(1001)
+      await pool.end()
+    }
+  })
+  server.listen(Number(process.env.PORT), '127.0.0.1')`
+
+const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
+// `$ printf … | nc …`, and the reply, up to the next command
+const NC_COMMAND = /^\$ (.*\| *nc .*)\n((?!\$ )[^]*?)(?=^\$ |(?![^]))/gm
+
+/** Commands and replies of the README's consoles, as far as nc asks for what is the same always. */
+const TRANSCRIPT = [...CONSOLES]
+  .flatMap(([, block = '']) => [...block.matchAll(NC_COMMAND)])
+  .map(([, command = '', reply = '']) => ({ command, reply }))
+  .filter(({ command }) => /health_check|warmup_state/.test(command))
 
 describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   test(
@@ -9539,6 +9486,11 @@ describeProcesses('Real programs', ALONE, () => {
   )
 })
 
+// --- Attacks and limits --------------------------------------------------------------------------
+
+/** How many connections a monitor holds. */
+const HELD = 256
+
 describeProcesses('Attacks and limits', PAIRWISE, () => {
   test('a page of another origin cannot change the state of an instance', async (t) => {
     let calls = 0
@@ -9960,6 +9912,70 @@ describeProcesses('Attacks and limits', ALONE, () => {
     )
   })
 })
+
+// --- Endurance -----------------------------------------------------------------------------------
+
+/** Commands, heads of requests and greetings of other protocols, whole and in part. */
+const KNOWN_BYTES = [
+  'health_check\n',
+  'interactive\n',
+  'help\n',
+  '\n',
+  '\r\n',
+  'quit',
+  'dbinfo - 1\n',
+  'nope ',
+  'perf_metrics\n',
+  'GET /health_check HTTP/1.1\r\n',
+  'Host: a\r\n',
+  '\r\n\r\n',
+  'POST /%ff%00 HTTP/1.0\r\n',
+  'Content-Length: 9\r\n\r\n',
+  'Connection: Upgrade\r\n',
+  'Transfer-Encoding: chunked\r\n\r\nfff\r\n',
+  'Upgrade: h2c\r\n',
+  'Expect: 100-continue\r\n',
+  'GET / HTTP/1.1\r\n\r\n',
+  'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
+  'CONNECT a:1 HTTP/1.1\r\n\r\n',
+  '\x16\x03\x01',
+  'GET /../..//help?%0a HTTP/1.1\r\n\r\n'
+]
+
+/** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
+function hostileBytes(random: () => number): Buffer {
+  const noise = () => {
+    const length = Math.floor(random() ** 3 * 600)
+    return Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)))
+  }
+  const known = () => {
+    const text = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
+    return Buffer.from(text, 'latin1')
+  }
+  const length = 1 + Math.floor(random() * 5)
+  return Buffer.concat(Array.from({ length }, () => (random() < 0.5 ? noise() : known())))
+}
+
+/** Sends the bytes in pieces, and then resets the connection, or takes what comes until its end. */
+async function sendHostile(port: number, from: string, random: () => number): Promise<void> {
+  const bytes = hostileBytes(random)
+  const socket = connectTo(port, { from })
+  const reset = random() < 0.5
+  const closed = new Promise((resolve) => socket.on('close', resolve))
+  socket.on('error', () => {})
+  socket.setTimeout(20_000, () => socket.destroy())
+  socket.resume()
+  let sent = 0
+  while (sent < bytes.length && !socket.destroyed) {
+    const end = sent + 1 + Math.floor(random() * bytes.length)
+    const piece = bytes.subarray(sent, end)
+    await new Promise((resolve) => socket.write(piece, resolve))
+    sent = end
+  }
+  if (reset) socket.resetAndDestroy()
+  else socket.end()
+  await closed
+}
 
 describeProcesses('Endurance', TOGETHER, () => {
   test('the program gives a monitor that is silent up after 30 s', SLOW, async (t) => {
