@@ -1,22 +1,59 @@
 #!/usr/bin/env node
+// ftw-monitor: tells balancers, probes and people whether this instance may be sent requests
+//
+// Version 1.0.0. Copyright (c) 2026 the ftw-monitor authors.
 // SPDX-License-Identifier: MIT
 //
-// ftw-monitor tells balancers, probes and people whether this Node.js instance may be sent
-// requests. It listens at the instance's port + 80, warms the instance up, and answers commands:
+// It listens at the instance's port + 80, warms the instance up, and answers commands:
 //
 //   const server = http.createServer(app)          $ printf 'health_check\n' | nc localhost 8160
 //   start(server)                                  OK
 //   server.listen(8080)
 //
 // A line, or a request over HTTP, names a command of the command table. Behind every command that
-// tells how the instance is stands one verdict: "may it be sent requests, and if not, why".
+// tells how the instance is stands one verdict: may it be sent requests, and if not, why?
 //
-// The order of the file: types, limits, state, start and stop, addresses, listening, the hook on
-// the server, the verdict, databases, warm-up, draining and shutdown, the command table, commands,
-// figures and status, the wire (lines, then HTTP), helpers, and the program, which may be deleted.
+// The sections, each under a banner of the same words. A section keeps the state, the timers and
+// the functions of one concern together.
+//
+//   Public types
+//   Limits
+//   The monitor and its life
+//   The clock
+//   Addresses
+//   The instance
+//   The listener
+//   Servers that listen
+//   The application
+//   Sending clients elsewhere
+//   The verdict
+//   Databases
+//   Shared calls and counters
+//   Warm-up
+//   The view
+//   Probers
+//   Draining
+//   Shutdown
+//   Signals
+//   The command table
+//   Commands
+//   The load of the event loop
+//   Figures
+//   Metrics
+//   Status
+//   The page
+//   The wire: connections
+//   The wire: lines
+//   The wire: HTTP
+//   Helpers
+//   The module
+//   The program; all from here on may be deleted, and nothing above refers to it
 
 import * as http from 'node:http'
 import * as net from 'node:net'
+
+/** The version of this file, also where it was copied into another project. */
+export const VERSION: string = '1.0.0'
 
 // --- Public types --------------------------------------------------------------------------------
 
@@ -201,8 +238,9 @@ export interface Endpoint {
 
 /** What `start` may be told. */
 export interface StartOptions {
-  /** An http, https or http2 server, listening or not yet. */
-  server?: net.Server
+  /** An http, https or http2 server, listening or not yet; a list where the instance listens at
+   *  several places, of which the first one is judged. */
+  server?: net.Server | net.Server[]
   /** The instance's port. Default: the server's; without a server, `PORT`. */
   port?: number
   /** Scheme, name, port and path at which the instance reaches itself. Default: `FTW_MONITOR_URL`,
@@ -224,8 +262,12 @@ export interface DrainOptions {
   reason?: string
   /** How many red answers in a row make a balancer act: its own `fall` (default: 3). */
   fall?: number
-  /** The longest wait in milliseconds (default: 25,000, since Kubernetes kills after 30 s). */
+  /** The longest wait in milliseconds (default: `FTW_MONITOR_TIMEOUT_MS`, else 25,000, since
+   *  Kubernetes kills after 30 s). */
   timeoutMs?: number
+  /** The shortest wait in milliseconds, for routers that do not probe, such as DNS (default:
+   *  `FTW_MONITOR_MINIMUM_MS`, else 0). */
+  minimumMs?: number
 }
 
 /** What `shutdown` and `shutdownOnSignal` may be told, besides what `drain` may. */
@@ -236,8 +278,9 @@ export interface ShutdownOptions extends DrainOptions {
   /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets.
    *  May return a promise. */
   cleanUp?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
-  /** For draining and the requests in flight together, in milliseconds (default: 25,000); what
-   *  is in flight then is cut. */
+  /** For draining and the requests in flight together, in milliseconds (default:
+   *  `FTW_MONITOR_TIMEOUT_MS`, else 25,000); what is in flight then is cut. Probers have all of it
+   *  but 5 s to be told, or four fifths if that is more. */
   timeoutMs?: number
   /** For everything, in milliseconds (default: `timeoutMs` + 3,000, so below Kubernetes's 30 s).
    *  What takes longer is named in the log, and the process exits with 1. */
@@ -248,18 +291,21 @@ export interface ShutdownOptions extends DrainOptions {
 
 // --- Limits --------------------------------------------------------------------------------------
 
-// Of the instance
+// Of the monitor and the instance
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
 const LISTEN_RETRY_MS = 1_000 // an old process may hold our port a little longer
 const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
 const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
+const LOOK_MS = 900 // to connect to the instance; Kubernetes waits for one second
+const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
+
+// Of the application
+const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
 const DATABASE_MS = 900 // to answer; Kubernetes waits for one second
 const QUESTION_MS = 30_000 // until a database is asked anew: a cut connection never answers
-const LOOK_MS = 900 // to connect to the instance; the same second
-const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 const REASON_MAX = 500 // characters; balancers show less
 
 // Of the warm-up
@@ -274,15 +320,23 @@ const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a
 const PROBER_MS = 60_000
 const PROBERS_MAX = 64 // more than anybody has balancers
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
+const PAUSES_MISSED = 3 // of a prober's own longest pauses, and a margin: then it asks no more
+const PAUSE_MARGIN_MS = 1_000
+const AGENT_WORTH = 3 // answers of health_check: one agent's answer takes a server out, but two
+// backends may share its address
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
-const DRAIN_POLL_MS = 25
+const POLL_MS = 25 // draining and shutdown look so often whether they may go on
 
 // Of a shutdown
+const REQUESTS_MS = 5_000 // of timeoutMs, that requests have whatever probers do
+const TELLING_SHARE = 4 / 5 // of timeoutMs at least, where that is short
+const SETTLE_MS = 2_000 // for a quiet moment, where nobody was told: traffic may know no pause
+const OTHERS_MS = 5_000 // for whoever else listens for the signal
+const INSIST_MS = 1_000 // one stop may arrive twice; a person who presses Ctrl-C again takes longer
 const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for cleanUp
 const GOODBYE_MS = 1_000 // for cleanUp to say goodbye, and for a peer to answer it
 const ALIVE_MS = 1_000 // for a process that is done to end by itself
 const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
-const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
@@ -304,356 +358,292 @@ const COMMAND_MS = 30_000 // by then every prober has given up
 const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more is to be written
 
-// --- State ---------------------------------------------------------------------------------------
+// --- The monitor and its life --------------------------------------------------------------------
 
-const commands = new Map<string, Entry>()
-const databases = new Map<string, RegisteredDatabase>()
-const performers = new Map<string, WarmupPerformer>()
-const collectors: Collector[] = []
+// One monitor is current: `start` makes it, and after `stop` it is over. It holds one object for
+// each concern, and decides when each of them begins and ends.
 
-/** Where the instance is reached. */
-interface Instance {
-  host: string
-  port: number | undefined
-  /** Its Unix socket, if it is on one. */
-  path: string | undefined
-  url: string
-}
-
-/** A request of the host's that is being served. */
-interface RequestInFlight {
-  startedAtMs: number
-  /** Method and URL. */
-  line: string
-  socket: net.Socket
-}
-
-/** An HTTP/2 session; its own type is in a module that we do not import. */
-interface Http2Session {
-  close(): void
-  destroy(): void
-  /** Also once it has closed and no stream is left, while its client may still keep the
-   *  connection. */
-  readonly destroyed: boolean
-  once(event: 'close', listener: () => void): void
-}
-
-/** The server that `start` was given, and what passes through it. It is kept, and its requests are
- *  seen, even where there is no monitor, since `shutdown` waits for them. */
-class Application {
-  readonly server: net.Server | undefined
-  readonly logger: Logger
-  unhook: () => void = doNothing
-  restoreClose: () => void = doNothing
-  /** Once `shutdown` has closed the server. */
-  isClosing = false
-  readonly inFlight = new Map<http.ServerResponse, RequestInFlight>()
-  /** All of them; of TLS that below it. Node.js itself forgets some, as before their handshake. */
-  readonly connections = new Set<net.Socket>()
-  /** Connections of WebSockets, say: no request is in flight there. */
-  readonly upgraded = new Set<net.Socket>()
-  readonly http2Sessions = new Set<Http2Session>()
-  /** The newest response of each connection, while draining. Only that one may carry `Connection:
-   *  close`, since Node.js drops whatever was pipelined behind such a response. */
-  readonly lastOfConnection = new WeakMap<net.Socket, http.ServerResponse>()
-  /** Responses that close their connection, since each `drain` comes by again. */
-  readonly sentElsewhere = new WeakSet<http.ServerResponse>()
-  requests = 0
-  errors = 0
-  /** One listener for all responses: a closure for each would cost more than all else here. */
-  readonly onResponseClose: (this: http.ServerResponse) => void
-
-  constructor(server?: net.Server, logger: Logger = console) {
-    this.server = server
-    this.logger = logger
-    const requestEnded = (response: http.ServerResponse): void => this.requestEnded(response)
-    this.onResponseClose = function onResponseClose() {
-      requestEnded(this)
-    }
-  }
-
-  requestEnded(response: http.ServerResponse): void {
-    const wasInFlight = this.inFlight.delete(response)
-    if (wasInFlight && response.statusCode >= 500) this.errors++
-  }
-}
-
-/** Counts time by ticks. It does not advance while the application blocks the event loop, so that
- *  clients are not blamed for that. */
-class Clock {
-  ticker: ReturnType<typeof setInterval> | undefined
-  nowMs = 0
-  /** What is to be done, and when. */
-  readonly due = new Map<() => void, number>()
-}
-
-/** Our own server. */
-class Monitor {
-  endpoint: net.ListenOptions = {}
-  server: net.Server | undefined
-  /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
-   *  listens. */
-  opened: Promise<void> = Promise.resolve()
-  /** A fixed number of places: a Map was measured to keep closed sockets in memory. */
-  readonly sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
-}
-
-/** A second of the instance's life. */
-interface Second {
-  utilization: number
-  requests: number
-  /** The largest delay of our tick. */
-  lagMs: number
-}
-
-/** How busy the event loop is. */
-class Load {
-  samples: object[] = []
-  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
-  utilization = -1
-  tickedAtMs = 0
-  ticks = 0
-  /** How many requests there had been when the last second began. */
-  requestsBefore = 0
-  lagMs = 0
-  seconds: Second[] = []
-}
-
-/** The warm-up of some sites, one after the other. */
-interface Run {
-  sites: string[]
-  controller: AbortController
-  /** Resolves to why it failed, '' if it did not. */
-  done: Promise<string>
-}
-
-/** The result of our last connection to an instance whose server we were not given. */
-class Look {
-  atMs = -Infinity
-  isRefused = false
-  pending: Promise<void> | undefined
-}
-
-class WarmupState {
-  /** What the last run came to; while one runs, `warmupStage()` says `running` instead. */
-  outcome: 'off' | 'cold' | 'done' | 'failed' = 'cold'
-  failure = ''
-  /** Each site whose warm-up has been started. */
-  readonly sites = new Map<string, SiteStatus>()
-  runningSinceMs = 0
-  /** The first one is running, the others wait. */
-  readonly runs: Run[] = []
-  /** Our own request for the view bears this token. */
-  readonly token: string = crypto.randomUUID()
-  readonly viewController = new AbortController()
-  isViewSeen = false
-}
-
-/** What is known of an address that asks for the verdict. */
-class Prober {
-  /** How many drained answers it had. */
-  drainedAnswers = 0
-  asks = 0
-  /** When it asked the last few times, by our clock, in a ring: a new array each time, and a new
-   *  place in the Map, were 5 % of a check. */
-  readonly #askedAtMs = Array<number>(PROBER_ASKS).fill(-Infinity)
-
-  ask(nowMs: number): void {
-    this.#askedAtMs[this.asks % PROBER_ASKS] = nowMs
-    this.asks++
-  }
-
-  get lastAskedAtMs(): number {
-    return this.#askedAtMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
-  }
-
-  /** The mean of the pauses that are known. */
-  get intervalMs(): number {
-    const known = this.#askedAtMs.filter((atMs) => atMs > -Infinity)
-    if (known.length < 2) return -1
-    return (this.lastAskedAtMs - Math.min(...known)) / (known.length - 1)
-  }
-
-  /** -Infinity until it has asked PROBER_ASKS times. */
-  get oldestAskMs(): number {
-    return this.#askedAtMs[this.asks % PROBER_ASKS] ?? -Infinity
-  }
-}
-
-class Probers {
-  readonly known = new Map<string, Prober>()
-  lookupsInTick = 0
-}
-
-interface Draining {
-  reason: string
-  /** How many drained answers a prober needs. */
-  fall: number
-  sinceMs: number
-  /** Whoever must be told. */
-  waitFor: Prober[]
-}
-
-/** A shutdown: it has begun, or it is over. */
-class Shutdown {
-  isOver = false
-  /** What is still to be done, in words. */
-  readonly undone = new Set<string>()
-  done: Promise<void> = Promise.resolve()
-}
-
-/** All that `start` fills. `stop` puts a new one in its place, so that a late callback sees that
- *  its state is no longer the current one. */
-class State {
-  /** Undefined without a monitor: it was not started, is switched off, or gave up. */
-  options: StartOptions | undefined
-  /** Resolves what `start` promised. */
-  resolveStart: (address: Address) => void = doNothing
-  instance: Instance | undefined
-  isAccepting = false
-  draining: Draining | undefined
-  app = new Application()
-  readonly look = new Look()
-  readonly clock = new Clock()
-  readonly monitor = new Monitor()
-  readonly load = new Load()
-  readonly warmup = new WarmupState()
-  probers = new Probers()
-}
-
-let state = new State()
-
-/** Kept outside the state: the shutdown must go on even if the monitor gives up. */
-let currentShutdown: Shutdown | undefined
-
-/** Deno does not tell the number. */
-type SignalListener = (signal: NodeJS.Signals, number?: number) => void
-
-/** The signals that `shutdownOnSignal` listens for. */
-const signalState = {
-  listeners: new Map<NodeJS.Signals, SignalListener>(),
-  /** Whether one has come: the next one ends the process. */
-  isSignalled: false
-}
-
-function isCurrent(ownState: State): boolean {
-  return ownState === state
-}
-
-// --- Start and stop ------------------------------------------------------------------------------
-
-/** Starts the monitor: `start(server)`, `start({ server, … })`, or `start()` where `PORT` is set.
+/** Starts the monitor: `start(server)`, `start([server, other])` where the instance listens at
+ *  several places, `start({ server, … })`, or `start()` where `PORT` is set.
  *  Do not await it before `server.listen()`, since it waits for that. Resolves to the address at
  *  which the monitor listens, or, after one warning, to `false` where the environment does not
  *  allow it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for what
  *  the caller passed wrongly. */
-export async function start(instance: net.Server | StartOptions = {}): Promise<Address> {
+export async function start(
+  instance: net.Server | net.Server[] | StartOptions = {}
+): Promise<Address> {
   const options = toStartOptions(instance)
-  if (state.clock.ticker) {
+  if (monitor.isStarted) {
     log('warn', 'is started already; stop() it first')
-    return state.monitor.server?.address() ?? false
+    return monitor.listener?.address ?? false
   }
-  if (isShutdownRunning()) {
+  if (currentShutdown?.isRunning || signals.hasCome) {
     log('warn', 'does not start: the instance is shutting down')
     return false
   }
   currentShutdown = undefined
-  takeApplication(options)
+
+  monitor.release()
+  monitor = new Monitor(options)
+  monitor.findServers()
   if (isSwitchedOff('FTW_MONITOR')) return false
-  return new Promise((resolve) => begin(options, resolve))
-}
-
-/** Remembers the server, and sees its requests from now on. */
-function takeApplication({ server, logger }: StartOptions): void {
-  state.app.unhook()
-  state.app = new Application(server, logger)
-  if (server) state.app.unhook = hook(server, state.app)
-}
-
-function begin(options: StartOptions, resolveStart: (address: Address) => void): void {
-  state.options = options
-  state.resolveStart = resolveStart
-  state.clock.ticker = setInterval(tick, TICK_MS).unref()
-  state.load.tickedAtMs = performance.now()
-  state.load.requestsBefore = state.app.requests
-  if (isSwitchedOff('FTW_MONITOR_AUTOWARMUP')) state.warmup.outcome = 'off'
-
-  schedule(options.server ? LISTEN_WARNING_MS : ACCEPT_WARNING_MS, warnUnlessAccepting)
-  boot()
-}
-
-function warnUnlessAccepting(): void {
-  if (state.isAccepting) return
-  if (state.app.server) log('warn', 'waits for the server to listen')
-  else log('warn', `finds nothing at ${state.instance?.url}`)
+  return monitor.begin()
 }
 
 /** Closes the monitor and its connections, aborts what runs, takes its hook off the server and,
  *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
-  const { app, resolveStart } = state
-  if (isShutdownRunning()) {
-    await closeMonitor(stateOfApplication(app)) // whose requests the shutdown still waits for
-  } else {
-    takeSignalListenersOff()
-    app.unhook()
-    await closeMonitor(stateOfApplication(new Application(undefined, app.logger)))
+  const stopping = monitor
+  if (!currentShutdown?.isRunning) {
+    signals.release()
+    stopping.release()
+    monitor = new Monitor({ servers: [], logger: stopping.logger })
   }
-  resolveStart(false)
+  await stopping.end()
 }
 
-/** Puts another state in the place of the present one, and ends all that belonged to that. */
-async function closeMonitor(next: State): Promise<void> {
-  const closing = state
-  if (closing.monitor.server?.listening) log('info', 'closed')
-  state = next
+/** `stopped`: not begun, given up, or over. `waiting`: for the server to listen. `booting`: the
+ *  instance is known, and does not accept connections yet. `accepting`: it does. `closed`: its
+ *  server is, and may listen again. */
+type MonitorState = 'stopped' | 'waiting' | 'booting' | 'accepting' | 'closed'
 
-  abortWarmups(closing.warmup, 'the monitor was stopped')
-  clearInterval(closing.clock.ticker)
-  closing.clock.due.clear()
-  for (const session of closing.monitor.sessions) session?.cutOff()
-  await closeAndWait(closing.monitor)
-}
+class Monitor {
+  state: MonitorState = 'stopped'
+  readonly logger: Logger
+  readonly application: Application
+  /** Servers that `start` was not given, and that are not the instance: at a signal they are
+   *  closed, and waited for, but they are never judged, counted or told of. */
+  readonly bystanders = new Application([])
+  readonly clock = new Clock()
+  readonly probers = new Probers(this.clock)
+  load = new Load()
+  warmup = new WarmupRunner(this)
+  /** Known from `booting` on. */
+  instance: Instance | undefined
+  listener: Listener | undefined
+  draining: Draining | undefined
+  readonly #options: CheckedStartOptions
+  #resolveStart: (address: Address) => void = doNothing
+  #endSearch: () => void = doNothing
 
-/** A fresh state that keeps only the application's server. */
-function stateOfApplication(app: Application): State {
-  const next = new State()
-  next.app = app
-  return next
-}
-
-async function closeAndWait({ server, opened }: Monitor): Promise<void> {
-  if (!server?.listening) {
-    await opened // then onMonitorListening closes it
-    return
+  constructor(options: CheckedStartOptions) {
+    this.#options = options
+    this.logger = options.logger ?? console
+    this.application = new Application(options.servers, this)
   }
-  await new Promise((resolve) => server.close(resolve))
+
+  get isStarted(): boolean {
+    return this.state !== 'stopped' && this.state !== 'closed'
+  }
+
+  /** Known at once after `server.close()`, where `close` comes only when the last request is
+   *  gone. */
+  get isInstanceClosing(): boolean {
+    if (this.state !== 'accepting') return false
+    const { server } = this.application
+    return server ? !server.listening : this.instance?.isRefused === true
+  }
+
+  /** Sees each server that listens in this process from now on, or does already. */
+  findServers(): void {
+    this.#endSearch = observeListening((server) => this.#onServerFound(server))
+    if (this.#options.servers.length > 0) return
+    for (const server of listeningServers()) this.#onServerFound(server)
+  }
+
+  /** Takes the hooks off the servers. */
+  release(): void {
+    this.#endSearch()
+    this.application.release()
+    this.bystanders.release()
+  }
+
+  /** Begins this life. Resolves to where it listens, or to `false` where it cannot, or not yet. */
+  begin(): Promise<Address> {
+    return new Promise((resolve) => {
+      this.#resolveStart = resolve
+      this.#wait()
+    })
+  }
+
+  /** Ends this life; resolves when the port is free. */
+  async end(): Promise<void> {
+    this.draining = undefined
+    const closed = this.#close('stopped')
+    this.#resolveStart(false)
+    await closed
+  }
+
+  /** Our own server listens. */
+  onListening(address: net.AddressInfo | string): void {
+    log('info', `listening on ${describeAddress(address)}`)
+    this.#resolveStart(address)
+  }
+
+  /** Our own server cannot listen now, and tries again. */
+  onDelay(): void {
+    this.#resolveStart(false)
+  }
+
+  /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
+  giveUp(error: unknown): void {
+    log('warn', errorText(error))
+    void this.end()
+  }
+
+  #onServerFound(server: net.Server): void {
+    if (this.application.has(server) || !servesRequests(server)) return
+    if (this.#isInstance(server)) {
+      this.application.replace(server)
+      this.onServerListening()
+    } else if (signals.areHeard) {
+      this.bystanders.add(server)
+    }
+  }
+
+  /** Where `start` was given no server, it is the one at the port that is known, or the first. */
+  #isInstance(server: net.Server): boolean {
+    const isGiven = this.#options.servers.length > 0
+    if (isGiven || this.application.server?.listening || !keepsProcessAlive(server)) return false
+    const wanted = attempt(() => boundAddress(this.#options, undefined))
+    const found = boundAddress({}, server)
+    return !wanted || (wanted.port === found.port && wanted.path === found.path)
+  }
+
+  onServerListening(): void {
+    if (this.state === 'stopped') return
+    // A server may close, and listen elsewhere before its `close` event.
+    const { server } = this.application
+    if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
+      void this.#close('closed')
+    }
+    if (this.state === 'closed') this.#wait()
+    else this.#boot()
+  }
+
+  /** The monitor closes with the server, and comes back when that listens again. What an operator
+   *  wanted still holds then, and so do the probers that a drain waits for. */
+  onServerClose(): void {
+    const hasListened = this.isInstanceClosing // one that never listened emits `close` too
+    if (hasListened && !currentShutdown) void this.#close('closed')
+  }
+
+  /** Connects to an instance whose server we were not given. */
+  async look(): Promise<void> {
+    await this.instance?.look()
+    if (this.instance?.isAccepting) this.#accept()
+  }
+
+  get isLookDue(): boolean {
+    return !this.application.server && this.instance?.isLookDue === true
+  }
+
+  #wait(): void {
+    const { server } = this.application
+    this.state = 'waiting'
+    this.load.begin(this.application.requests)
+    this.clock.start(() => this.#tick())
+    const isAsked = !server && this.#isPortKnown
+    this.clock.schedule(isAsked ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
+      if (this.state === 'accepting') return
+      if (this.instance) log('warn', `finds nothing at ${this.instance.url}`)
+      else log('warn', 'waits for the server to listen')
+    })
+    this.#boot()
+  }
+
+  /** Takes the next steps towards accepting, as far as they can be taken now. */
+  #boot(): void {
+    const { server } = this.application
+    const isKnown = server ? server.listening : this.#isPortKnown
+    if (this.state === 'waiting' && isKnown) this.#open()
+    if (this.state !== 'booting') return
+    if (server) this.#accept()
+    else void this.look()
+  }
+
+  /** Finds out where the instance is, and opens the monitor port beside it. */
+  #open(): void {
+    try {
+      const { server } = this.application
+      const bound = boundAddress(this.#options, server)
+      const endpoint = monitorEndpoint(this.#options, bound)
+      this.instance = new Instance(locateInstance(this.#options, bound, server))
+      this.listener = new Listener(endpoint, this)
+    } catch (error) {
+      this.giveUp(error)
+      return
+    }
+    this.state = 'booting'
+    this.listener.open()
+  }
+
+  /** Also where it is known wrongly, of which the opening tells. */
+  get #isPortKnown(): boolean {
+    return this.#options.port !== undefined || readEnv('PORT') !== undefined
+  }
+
+  #accept(): void {
+    if (this.state !== 'booting') return
+    this.state = 'accepting'
+    this.warmup.begin()
+  }
+
+  #tick(): void {
+    this.probers.onTick()
+    this.load.measure(this.application.requests)
+    this.#boot()
+    // A page that hangs in its warm-up would keep alive a process that has closed its server.
+    if (this.warmup.stage === 'running' && this.isLookDue) void this.look()
+    if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
+    this.listener?.enforceLimits()
+    this.application.forgetDeadRequests()
+  }
+
+  /** Ends all that runs. What may begin again begins anew. */
+  async #close(state: 'stopped' | 'closed'): Promise<void> {
+    const { listener } = this
+    if (listener?.isListening) log('info', 'closed')
+    this.state = state
+    this.clock.stop()
+    this.warmup.end()
+    this.warmup = new WarmupRunner(this)
+    this.load = new Load()
+    this.instance = undefined
+    this.listener = undefined
+    await listener?.close()
+  }
 }
 
 const START_OPTIONS = ['server', 'port', 'url', 'listen', 'logger']
+const URL_SENTENCE = 'url must be an http or https URL, without query'
 
-function toStartOptions(instance: unknown): StartOptions {
-  const options: unknown = isServer(instance) ? { server: instance } : instance
+/** What `start` was told; the first server is the instance. */
+interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
+  servers: net.Server[]
+}
+
+function toStartOptions(instance: unknown): CheckedStartOptions {
+  const isWithoutOptions = isServer(instance) || Array.isArray(instance)
+  const options: unknown = isWithoutOptions ? { server: instance } : instance
   must(
     hasOnly(options, START_OPTIONS),
     'start() takes an http.Server (app.listen() of Express, fastify.server), or ' +
       START_OPTIONS.join(', ')
   )
 
-  const { server, port, url, listen, logger = console } = options
-  must(server === undefined || isServer(server), 'server must be an http, https or http2 server')
+  const { server = [], port, url, listen, logger = console } = options
+  const servers: unknown[] = Array.isArray(server) ? server : [server]
+  must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), URL_SENTENCE)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
-  checkPort(port, listen)
-  return options
+  if (port !== undefined) checkPort(port, listen)
+  return { ...options, servers }
 }
 
-const URL_SENTENCE = 'url must be an http or https URL, without query'
-
 function checkPort(port: unknown, listen: unknown): void {
-  if (port === undefined) return
   const Kind = typeof port === 'number' ? RangeError : TypeError
   must(isPort(port) && port > 0, 'port must be a number from 1 to 65535', Kind)
 
@@ -680,83 +670,50 @@ function isEndpoint(value: unknown): boolean {
   })
 }
 
-// The clock
+// --- The clock -----------------------------------------------------------------------------------
 
-function tick(): void {
-  state.clock.nowMs += TICK_MS
-  state.probers.lookupsInTick = 0
-  measureLoad(state)
-  boot()
-  // A page that hangs in its warm-up would keep alive a process that has closed its server.
-  if (warmupStage() === 'running' && isLookDue(state)) void lookAtInstance(state)
-  if (isShuttingDown()) abortWarmups(state.warmup, 'the instance is shutting down')
-  doWhatIsDue()
-  for (const session of state.monitor.sessions) session?.enforceLimit()
-  forgetDeadRequests(state.app)
-}
+/** Counts time by ticks. It does not advance while the application blocks the event loop, so that
+ *  clients are not blamed for that. One timer stands behind all that it is asked to do. */
+class Clock {
+  nowMs = 0
+  readonly #dueAtMs = new Map<() => void, number>()
+  #timer: ReturnType<typeof setInterval> | undefined
 
-function doWhatIsDue(): void {
-  const { clock } = state
-  for (const [task, dueAtMs] of clock.due) {
-    if (dueAtMs > clock.nowMs) continue
-    clock.due.delete(task)
-    task()
+  /** Ticks from now on. */
+  start(onTick: () => void): void {
+    this.#timer = setInterval(() => this.#tick(onTick), TICK_MS).unref()
   }
-}
 
-/** Does something after some time, unless stop() comes first. */
-function schedule(ms: number, task: () => void): void {
-  state.clock.due.set(task, state.clock.nowMs + ms)
-}
-
-/** Resolves after some time; never after stop(). */
-function pause(ms: number): Promise<void> {
-  return new Promise((resolve) => schedule(ms, resolve))
-}
-
-// From started to accepting
-
-/** Takes the next steps from started to accepting, as far as they can be taken now. */
-function boot(): void {
-  const ownState = state
-  const { server } = ownState.app
-  if (ownState.isAccepting || server?.listening === false) return
-
-  if (!ownState.instance) openBesideInstance(ownState)
-  if (!isCurrent(ownState)) return // it gave up
-  if (server) acceptRequests(ownState)
-  else void lookAtInstance(ownState)
-}
-
-/** Finds out where the instance is, and opens the monitor port beside it. */
-function openBesideInstance(ownState: State): void {
-  const { options = {} } = ownState
-  try {
-    const bound = boundAddress(options)
-    ownState.instance = locateInstance(options, bound)
-    ownState.monitor.endpoint = monitorEndpoint(options, bound)
-  } catch (error) {
-    giveUp(error)
-    return
+  /** Forgets what it was asked to do; the time stays. */
+  stop(): void {
+    clearInterval(this.#timer)
+    this.#dueAtMs.clear()
   }
-  openMonitor()
-}
 
-function acceptRequests(ownState: State): void {
-  if (!isCurrent(ownState) || ownState.isAccepting) return
-  ownState.isAccepting = true
-  if (ownState.warmup.outcome !== 'off') void warmUpAutomatically()
-}
+  /** Does something after some time, unless it is stopped before. */
+  schedule(afterMs: number, task: () => void): void {
+    this.#dueAtMs.set(task, this.nowMs + afterMs)
+  }
 
-/** A wrong setting of a deployment costs a warning and the monitor, never the application. */
-function giveUp(error: unknown): void {
-  const { app, resolveStart } = state
-  log('warn', errorText(error))
-  void closeMonitor(stateOfApplication(app))
-  resolveStart(false)
+  cancel(task: () => void): void {
+    this.#dueAtMs.delete(task)
+  }
+
+  #tick(onTick: () => void): void {
+    this.nowMs += TICK_MS
+    onTick()
+    for (const [task, dueAtMs] of this.#dueAtMs) {
+      if (dueAtMs > this.nowMs) continue
+      this.#dueAtMs.delete(task)
+      task()
+    }
+  }
 }
 
 // --- Addresses -----------------------------------------------------------------------------------
+
+// Pure functions from options, environment and the bound address to where the instance is reached,
+// and where the monitor listens.
 
 /** What the instance is bound to; the address is '' where it is bound to none in particular. */
 interface Bound {
@@ -773,7 +730,7 @@ function hostReaching(address: string): string {
   return address === '::' ? 'localhost' : address
 }
 
-function boundAddress({ server, port }: StartOptions): Bound {
+function boundAddress({ port }: { port?: number }, server: net.Server | undefined): Bound {
   if (!server) {
     const text = readEnv('PORT')
     if (port === undefined && isPath(text)) return { address: '', port, path: text }
@@ -787,17 +744,21 @@ function boundAddress({ server, port }: StartOptions): Bound {
   return { address: bound?.address ?? '', port: port ?? bound?.port, path: undefined }
 }
 
-function locateInstance({ server, url }: StartOptions, { address, port, path }: Bound): Instance {
+/** Where the instance reaches itself. */
+function locateInstance(
+  { url }: CheckedStartOptions,
+  { address, port, path }: Bound,
+  server: net.Server | undefined
+): Location {
   const host = hostReaching(address)
-  const isSecure = server !== undefined && 'setSecureContext' in server
-  const origin = `${isSecure ? 'https' : 'http'}://${hostInUrl(host)}`
+  const origin = `${server && isSecure(server) ? 'https' : 'http'}://${hostInUrl(host)}`
   const ownUrl = port ? `${origin}:${port}` : origin
   const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl)
   return { host, port, path, url: (toldUrl ?? ownUrl).replace(/\/+$/, '') }
 }
 
 /** Where the monitor is to listen. */
-function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOptions {
+function monitorEndpoint({ listen }: CheckedStartOptions, bound: Bound): net.ListenOptions {
   const told = listen ?? endpointInEnvironment()
   // exclusive: the workers of a cluster would share the port, and answer for each other
   if (told.path !== undefined) return { exclusive: true, path: told.path }
@@ -806,17 +767,6 @@ function monitorEndpoint({ listen }: StartOptions, bound: Bound): net.ListenOpti
   const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
   if (!isPort(port)) failWith('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
   return host ? { exclusive: true, port, host } : { exclusive: true, port }
-}
-
-/** A server may close, and listen elsewhere before its `close` event. */
-function hasMoved(options: StartOptions, instance: Instance): boolean {
-  const { address, port, path } = boundAddress(options)
-  const isThere = port === instance.port && path === instance.path
-  return !isThere || hostReaching(address) !== instance.host
-}
-
-function toConnectOptions({ host, port, path }: Instance): net.NetConnectOpts {
-  return path === undefined ? { host, port: port ?? 0 } : { path }
 }
 
 function endpointInEnvironment(): Endpoint {
@@ -859,27 +809,68 @@ function hostInUrl(host: string): string {
   return net.isIPv6(host) ? `[${host}]` : host
 }
 
-// Whether somebody listens there
+// --- The instance --------------------------------------------------------------------------------
 
-/** Without the server, only a connection tells whether the instance accepts them. Callers that come
- *  while one is tried get the same promise. */
-function lookAtInstance(ownState: State): Promise<void> {
-  const { look } = ownState
-  look.pending ??= tryConnection(ownState)
-  return look.pending
+/** Where the instance is reached. */
+interface Location {
+  host: string
+  port: number | undefined
+  /** Its Unix socket, if it is on one. */
+  path: string | undefined
+  url: string
 }
 
-async function tryConnection(ownState: State): Promise<void> {
-  const { look, instance } = ownState
-  const outcome = instance ? await connectionOutcome(toConnectOptions(instance)) : 'unknown'
-  look.pending = undefined
-  look.atMs = performance.now()
-  if (outcome === 'unknown') return // a full backlog, say: what was seen last still holds
-  look.isRefused = outcome === 'refused'
-  if (outcome === 'accepted') acceptRequests(ownState)
+/** The instance as somebody else sees it: where it is reached and, where we were not given its
+ *  server, whether it accepts connections. Only a connection can tell that. */
+class Instance {
+  readonly url: string
+  readonly path: string | undefined
+  readonly #location: Location
+  #lastSeen: 'accepting' | 'refusing' | 'never' = 'never'
+  #lookedAtMs = -Infinity
+  #pendingLook: Promise<void> | undefined
+
+  constructor(location: Location) {
+    this.#location = location
+    this.url = location.url
+    this.path = location.path
+  }
+
+  get isAccepting(): boolean {
+    return this.#lastSeen === 'accepting'
+  }
+
+  get isRefused(): boolean {
+    return this.#lastSeen === 'refusing'
+  }
+
+  get isLookDue(): boolean {
+    return performance.now() - this.#lookedAtMs > LOOK_AGAIN_MS
+  }
+
+  hasMoved({ address, port, path }: Bound): boolean {
+    const location = this.#location
+    const isThere = port === location.port && path === location.path
+    return !isThere || hostReaching(address) !== location.host
+  }
+
+  /** Connects once. Callers that come while a connection is tried share its outcome. */
+  look(): Promise<void> {
+    this.#pendingLook ??= this.#connect()
+    return this.#pendingLook
+  }
+
+  async #connect(): Promise<void> {
+    const { host, port = 0, path } = this.#location
+    const outcome = await connectionOutcome(path === undefined ? { host, port } : { path })
+    this.#pendingLook = undefined
+    this.#lookedAtMs = performance.now()
+    // Of a full backlog, say, nothing is to be learned: what was seen last still holds.
+    if (outcome !== 'unknown') this.#lastSeen = outcome
+  }
 }
 
-function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refused' | 'unknown'> {
+function connectionOutcome(to: net.NetConnectOpts): Promise<'accepting' | 'refusing' | 'unknown'> {
   return new Promise((resolve) => {
     const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
     if (!socket) {
@@ -893,14 +884,16 @@ function connectionOutcome(to: net.NetConnectOpts): Promise<'accepted' | 'refuse
     })
     socket.on('connect', () => {
       socket.destroy()
-      resolve('accepted')
+      resolve('accepting')
     })
-    socket.on('error', (error) => resolve(isRefused(error) ? 'refused' : 'unknown'))
+    socket.on('error', (error) => resolve(isConnectionRefused(error) ? 'refusing' : 'unknown'))
   })
 }
 
 /** A name may have several addresses, and an error for each. */
-function isRefused(error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }): boolean {
+function isConnectionRefused(
+  error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }
+): boolean {
   const { errors = [error] } = error
   const relevant = errors.filter((each) => !isWithoutIpv6(each))
   return relevant.length > 0 && relevant.every(({ code = '' }) => REFUSED.has(code))
@@ -917,63 +910,134 @@ function isWithoutIpv6({
 
 const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
-/** Whether it is time to look again at an instance whose server was not given. */
-function isLookDue({ app, look, instance }: State): boolean {
-  if (app.server || !instance) return false
-  return performance.now() - look.atMs > LOOK_AGAIN_MS
-}
+// --- The listener --------------------------------------------------------------------------------
 
-// --- Listening -----------------------------------------------------------------------------------
+/** Our own port: opens it, again and again where an error may pass, and holds the connections that
+ *  came in by it. */
+class Listener {
+  readonly clock: Clock
+  readonly #endpoint: net.ListenOptions
+  readonly #monitor: Monitor
+  readonly #sessions = new Set<Session>()
+  #server: net.Server | undefined
+  /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
+   *  listens. */
+  #settled: Promise<void> = Promise.resolve()
+  #isClosed = false
 
-function openMonitor(isRetry = false): void {
-  const ownState = state
-  const server = net.createServer({ allowHalfOpen: true }, openSession).unref()
-  ownState.monitor.server = server
-  server.on('listening', () => onMonitorListening(ownState, server))
-  server.on('error', (error) => onMonitorError(ownState, server, error, isRetry))
-  const { promise: opened, resolve: endOpening } = deferred<void>()
-  ownState.monitor.opened = opened
-  server.once('listening', () => endOpening())
-  server.once('error', () => endOpening())
-  try {
-    server.listen(ownState.monitor.endpoint)
-  } catch (error) {
-    server.emit('error', error) // thrown by Node.js where its permissions forbid listening
+  constructor(endpoint: net.ListenOptions, monitor: Monitor) {
+    this.#endpoint = endpoint
+    this.#monitor = monitor
+    this.clock = monitor.clock
   }
-}
 
-function onMonitorListening(ownState: State, server: net.Server): void {
-  if (!isCurrent(ownState)) {
-    server.close() // stopped while a name was looked up
-    return
+  /** Whoever reaches a Unix socket is on this machine. */
+  get unixSocket(): string | undefined {
+    return this.#endpoint.path
   }
-  const address = server.address() ?? ''
-  log('info', `listening on ${describeAddress(address)}`)
-  ownState.resolveStart(address)
+
+  get isListening(): boolean {
+    return this.#server?.listening === true
+  }
+
+  get address(): Address {
+    return this.#server?.address() ?? false
+  }
+
+  open(isRetry = false): void {
+    const server = net
+      .createServer({ allowHalfOpen: true }, (socket) => this.#admit(socket))
+      .unref()
+    this.#server = server
+    this.#settled = new Promise((resolve) => {
+      server.once('listening', () => resolve())
+      server.once('error', () => resolve())
+    })
+    server.on('listening', () => this.#onListening(server))
+    server.on('error', (error) => this.#onError(server, error, isRetry))
+    try {
+      server.listen(this.#endpoint)
+    } catch (error) {
+      server.emit('error', error) // thrown by Node.js where its permissions forbid listening
+    }
+  }
+
+  /** Resolves when the port is free. */
+  async close(): Promise<void> {
+    this.#isClosed = true
+    for (const session of this.#sessions) session.cutOff()
+
+    const server = this.#server
+    if (server?.listening) await new Promise((resolve) => server.close(resolve))
+    else await this.#settled
+  }
+
+  enforceLimits(): void {
+    for (const session of this.#sessions) session.enforceLimit()
+  }
+
+  /** A connection goes on as another kind of session. */
+  replace(session: Session, next: Session): void {
+    this.#sessions.delete(session)
+    this.#sessions.add(next)
+  }
+
+  forget(session: Session): void {
+    this.#sessions.delete(session)
+  }
+
+  #onListening(server: net.Server): void {
+    if (this.#isClosed)
+      server.close() // stopped while a name was looked up
+    else this.#monitor.onListening(server.address() ?? '')
+  }
+
+  #onError(server: net.Server, error: NodeJS.ErrnoException, isRetry: boolean): void {
+    if (this.#isClosed || server.listening) return // it could not accept a connection
+
+    const text = `cannot listen: ${errorText(error)}`
+    const advice = PASSING_ERRORS.get(error.code)
+    if (advice === undefined) {
+      this.#monitor.giveUp(`${text}; set FTW_MONITOR_LISTEN`)
+      return
+    }
+    if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
+    this.#monitor.onDelay()
+    this.clock.schedule(LISTEN_RETRY_MS, () => this.open(true))
+  }
+
+  #admit(socket: net.Socket): void {
+    if (this.#sessions.size >= CONNECTIONS_MAX) this.#makeRoom()
+    this.#sessions.add(openSession(this, socket))
+  }
+
+  /** Closes a connection of the address that has most of them: the longest idle one, else the
+   *  oldest. */
+  #makeRoom(): void {
+    const sessions = [...this.#sessions]
+    const countByAddress = new Map<string | undefined, number>()
+    for (const { remoteAddress } of sessions) {
+      countByAddress.set(remoteAddress, (countByAddress.get(remoteAddress) ?? 0) + 1)
+    }
+    const most = Math.max(...countByAddress.values())
+    const candidates = sessions.filter(
+      ({ remoteAddress }) => countByAddress.get(remoteAddress) === most
+    )
+    const idle = candidates.filter(({ phase }) => phase !== 'running')
+    idle.sort(
+      (one, other) => one.phaseSinceMs - other.phaseSinceMs || one.openedAtMs - other.openedAtMs
+    )
+    candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
+    const leaving = idle[0] ?? candidates[0]
+    if (!leaving) return
+    leaving.cutOff()
+    this.#sessions.delete(leaving)
+  }
 }
 
 function describeAddress(address: net.AddressInfo | string): string {
   if (typeof address === 'string') return address
   return `${hostInUrl(address.address)}:${address.port}`
-}
-
-function onMonitorError(
-  ownState: State,
-  server: net.Server,
-  error: NodeJS.ErrnoException,
-  isRetry: boolean
-): void {
-  if (!isCurrent(ownState) || server.listening) return // it could not accept a connection
-
-  const text = `cannot listen: ${errorText(error)}`
-  const advice = PASSING_ERRORS.get(error.code)
-  if (advice === undefined) {
-    giveUp(new Refusal(`${text}; set FTW_MONITOR_LISTEN`))
-    return
-  }
-  if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
-  ownState.resolveStart(false)
-  schedule(LISTEN_RETRY_MS, () => openMonitor(true))
 }
 
 /** Errors that may go away, with advice if they do not. */
@@ -985,839 +1049,578 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
   ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN']
 ])
 
-// --- The hook on the server ----------------------------------------------------------------------
+// --- Servers that listen -------------------------------------------------------------------------
+
+// Which servers listen in this process, for whoever starts the monitor without one, and for the
+// others that a shutdown closes, too. One wrap serves however many copies of this file.
+
+type ListenObserver = (server: net.Server) => void
+type Listen = net.Server['listen'] & { [LISTEN_WRAP]?: ListenWrap }
+
+/** What a wrapped `listen` is known by, also to another copy of this file. */
+const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.1')
+
+interface ListenWrap {
+  observers: Set<ListenObserver>
+  inner: Listen
+}
+
+/** Calls an observer with each server of this process that begins to listen; gives what ends
+ *  that. */
+function observeListening(observer: ListenObserver): () => void {
+  // On Bun the http servers have a `listen` of their own.
+  const prototypes = [net.Server.prototype, http.Server.prototype]
+  const wrapped = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
+  for (const prototype of wrapped) wrapListen(prototype).observers.add(observer)
+
+  return () => {
+    for (const prototype of wrapped) {
+      const { [LISTEN_WRAP]: wrap } = methodOf(prototype, 'listen') as Listen
+      wrap?.observers.delete(observer)
+      if (wrap?.observers.size === 0) prototype.listen = wrap.inner
+    }
+  }
+}
+
+function wrapListen(prototype: net.Server): ListenWrap {
+  const inner = methodOf(prototype, 'listen') as Listen
+  if (inner[LISTEN_WRAP]) return inner[LISTEN_WRAP]
+
+  const wrap: ListenWrap = { observers: new Set(), inner }
+  const awaited = new WeakSet<net.Server>()
+  const onListening = (server: net.Server): void => {
+    awaited.delete(server)
+    // `unref()` comes after `listen()`, and tells that it is not the instance.
+    setImmediate(() => {
+      if (!server.listening) return
+      for (const observer of wrap.observers) attempt(() => observer(server))
+    })
+  }
+  const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
+    const isAwaited = awaited.has(this) // since an earlier try, which failed
+    if (!isAwaited) this.once('listening', () => onListening(this))
+    awaited.add(this)
+    return Reflect.apply(inner, this, args)
+  } as Listen
+  listen[LISTEN_WRAP] = wrap
+  prototype.listen = listen
+  return wrap
+}
+
+/** Those that listen already, as far as the runtime tells. */
+function listeningServers(): net.Server[] {
+  const { _getActiveHandles }: { _getActiveHandles?: () => unknown[] } = Object(process)
+  const handles = attempt(() => _getActiveHandles?.call(process)) ?? []
+  return handles.filter((handle) => isServer(handle)).filter(({ listening }) => listening)
+}
+
+/** Neither our own port, nor the primary of a cluster. */
+function servesRequests(server: net.Server): boolean {
+  return server.listenerCount('request') > 0 || server.listenerCount('stream') > 0
+}
+
+/** A metrics exporter, say, does not. */
+function keepsProcessAlive(server: net.Server): boolean {
+  const { _unref, _handle } = server as {
+    _unref?: boolean
+    _handle?: { hasRef?: () => boolean } | null
+  }
+  return _unref !== true && _handle?.hasRef?.() !== false
+}
+
+// --- The application -----------------------------------------------------------------------------
+
+// The servers that `start` was given, and what passes through them: requests, connections, HTTP/2
+// sessions. They are seen even where there is no monitor, since a shutdown waits for them.
+
+/** A request that is being served, until the last byte of its answer is out. */
+interface RequestInFlight {
+  startedAtMs: number
+  /** Method and URL. */
+  line: string
+  client: Client
+}
+
+/** An HTTP/2 session; its own type is in a module that we do not import. */
+interface Http2Session extends NodeJS.EventEmitter {
+  goaway(code: number, lastStreamId: number): void
+  close(): void
+  destroy(): void
+  /** Also once it has closed and no stream is left, while its client may still keep the
+   *  connection. */
+  readonly destroyed: boolean
+}
+
+/** A request of HTTP/2. */
+interface Http2Stream extends NodeJS.EventEmitter {
+  readonly session?: Http2Session
+  readonly sentHeaders?: Record<string, unknown>
+  destroy(): void
+}
+
+/** Whoever sends requests: a connection of HTTP/1, or a session of HTTP/2. */
+class Client {
+  readonly peer: net.Socket | Http2Session
+  requestsInFlight = 0
+  /** Only the newest response may carry `Connection: close`, since Node.js drops whatever was
+   *  pipelined behind such a response. */
+  newestResponse: object | undefined
+  /** Whether an HTTP/2 session knows that it is to go elsewhere. */
+  isSentElsewhere = false
+  #quietSinceMs = performance.now()
+  /** What had been read when the last request ended. */
+  #bytesRead = 0
+
+  constructor(peer: net.Socket | Http2Session) {
+    this.peer = peer
+  }
+
+  requestEnded(): void {
+    this.requestsInFlight--
+    this.#quietSinceMs = performance.now()
+    this.#bytesRead = this.#bytesReadSoFar()
+  }
+
+  /** Something is being received, served or sent: half a head has come, say. */
+  get isBusy(): boolean {
+    return this.requestsInFlight > 0 || this.#bytesReadSoFar() > this.#bytesRead
+  }
+
+  /** Not so soon after a request or after it connected, since a request may be on its way. */
+  get isIdle(): boolean {
+    return !this.isBusy && performance.now() - this.#quietSinceMs >= QUIET_MS
+  }
+
+  #bytesReadSoFar(): number {
+    return 'bytesRead' in this.peer ? this.peer.bytesRead : 0
+  }
+}
+
+/** What happens to the first server, and what a request may be answered by instead. */
+interface ServerObserver {
+  onServerListening(): void
+  onServerClose(): void
+}
+
+class Application {
+  requests = 0
+  errors = 0
+  readonly #observer: ServerObserver | undefined
+  /** All that serve requests, with what takes the hook off each; the first one is the instance. */
+  readonly #unhooks = new Map<net.Server, () => void>()
+  /** By response, or by stream where it is HTTP/2. */
+  readonly #inFlight = new Map<object, RequestInFlight>()
+  readonly #clients = new Map<object, Client>()
+  /** All connections; of TLS that below it. Node.js itself forgets some, as before their
+   *  handshake. */
+  readonly #sockets = new Set<net.Socket>()
+  /** Connections of WebSockets, say: no request is in flight there. */
+  readonly #upgraded = new Set<net.Socket>()
+  /** How many there have been. */
+  #connections = 0
+  #isSendingElsewhere = false
+  #isSendingSessionsElsewhere = false
+  /** One listener for all responses: a closure for each would cost more than all else here. */
+  readonly #onResponseClose: (this: http.ServerResponse) => void
+
+  constructor(servers: readonly net.Server[], observer?: ServerObserver) {
+    this.#observer = observer
+    for (const server of servers) this.add(server)
+    const requestEnded = (response: http.ServerResponse): void => {
+      this.#requestEnded(response, response.statusCode)
+    }
+    this.#onResponseClose = function onResponseClose() {
+      requestEnded(this)
+    }
+  }
+
+  /** The one that is judged, if `start` was given any. */
+  get server(): net.Server | undefined {
+    const [first] = this.#unhooks.keys()
+    return first
+  }
+
+  has(server: net.Server): boolean {
+    return this.#unhooks.has(server)
+  }
+
+  add(server: net.Server): void {
+    if (!this.has(server)) this.#unhooks.set(server, hookEmit(server, this))
+  }
+
+  /** Another server is the instance from now on. */
+  replace(server: net.Server): void {
+    this.release()
+    this.add(server)
+  }
+
+  get requestsInFlight(): number {
+    return this.#inFlight.size
+  }
+
+  get upgradedConnections(): number {
+    return this.#upgraded.size
+  }
+
+  /** What is being served, the oldest first. */
+  get openRequests(): Iterable<RequestInFlight> {
+    return this.#inFlight.values()
+  }
+
+  /** Takes the hooks off the servers. */
+  release(): void {
+    for (const unhook of this.#unhooks.values()) unhook()
+    this.#unhooks.clear()
+  }
+
+  /** Some responses never get their 'close'. */
+  forgetDeadRequests(): void {
+    for (const [key, { client }] of this.#inFlight) {
+      const isDead = attempt(() => isDestroyed(client.peer) || isDestroyed(key))
+      // What cannot be looked at is not waited for.
+      if (isDead ?? true) this.#requestEnded(key, 0)
+    }
+  }
+
+  // What the hooks see
+
+  /** Sees each event of a server before the application does; what is taken, the application does
+   *  not see. */
+  onEvent(server: net.Server, event: string, args: unknown[]): 'taken' | void {
+    switch (event) {
+      case 'request':
+      case 'checkContinue':
+      case 'checkExpectation':
+        return this.#onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
+      case 'stream':
+        return this.#onStream(args[0] as Http2Stream, args[1] as Record<string, unknown>)
+      case 'upgrade':
+      case 'connect':
+        return this.#onUpgrade(args[1] as net.Socket)
+      case 'listening':
+        if (server === this.server) this.#observer?.onServerListening()
+        return
+      case 'close':
+        return this.#onClose(server)
+      default:
+        this.#onPeer(server, event, args[0])
+    }
+  }
+
+  /** Nobody may know a bystander any more. */
+  #onClose(server: net.Server): void {
+    if (!this.#observer) this.#forget(server)
+    else if (server === this.server) this.#observer.onServerClose()
+  }
+
+  #forget(server: net.Server): void {
+    this.#unhooks.get(server)?.()
+    this.#unhooks.delete(server)
+  }
+
+  #onPeer(server: net.Server, event: string, peer: unknown): void {
+    if (event === 'connection') this.#onConnection(server, peer as net.Socket)
+    if (event === 'secureConnection') this.#onSecureConnection(server, peer as net.Socket)
+    if (event === 'session') this.#addClient(peer as Http2Session)
+  }
+
+  #onConnection(server: net.Server, socket: net.Socket): void {
+    this.#connections++
+    trackUntilClose(this.#sockets, socket)
+    if (!isSecure(server) && !speaksHttp2(server, socket)) this.#addClient(socket)
+  }
+
+  #onSecureConnection(server: net.Server, socket: net.Socket): void {
+    if (!speaksHttp2(server, socket)) this.#addClient(socket)
+  }
+
+  #addClient(peer: net.Socket | Http2Session): Client {
+    const client = new Client(peer)
+    if (isDestroyed(peer)) return client // its 'close' is past
+    this.#clients.set(peer, client)
+    const emitter: NodeJS.EventEmitter = peer
+    emitter.once('close', () => this.#clients.delete(peer))
+    return client
+  }
+
+  /** The application may emit `request` with anything, so everything here may throw. */
+  #onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
+    const { method, url = '', socket } = request
+    if (isForView(url)) {
+      warmupView(request, response)
+      return 'taken'
+    }
+    const { stream } = response as { stream?: Http2Stream }
+    if (this.#inFlight.has(response) || (stream && this.#inFlight.has(stream))) return
+
+    response.on('close', this.#onResponseClose)
+    const client = this.#clients.get(stream?.session ?? socket) ?? this.#addClient(socket)
+    client.newestResponse = response
+    this.#requestBegins(response, `${method} ${url}`, client)
+    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
+  }
+
+  /** A request of HTTP/2, of which `request` need not tell. */
+  #onStream(stream: Http2Stream, headers: Record<string, unknown>): void {
+    const { session } = stream
+    const path = String(headers[':path'])
+    if (!session || isForView(path)) return
+
+    stream.once('close', () => {
+      this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
+    })
+    const client = this.#clients.get(session) ?? this.#addClient(session)
+    this.#requestBegins(stream, `${String(headers[':method'])} ${path}`, client)
+    if (this.#isSendingSessionsElsewhere) sendSessionElsewhere(client)
+  }
+
+  /** From now on it is no client that sends requests. */
+  #onUpgrade(socket: net.Socket): void {
+    this.#clients.delete(socket)
+    trackUntilClose(this.#upgraded, socket)
+  }
+
+  #requestBegins(key: object, line: string, client: Client): void {
+    this.#inFlight.set(key, { startedAtMs: performance.now(), line, client })
+    client.requestsInFlight++
+    this.requests++
+    if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetDeadRequests() // where nothing ticks
+  }
+
+  #requestEnded(key: object, statusCode: number): void {
+    const request = this.#inFlight.get(key)
+    if (!request) return
+    this.#inFlight.delete(key)
+    request.client.requestEnded()
+    if (statusCode >= 500) this.errors++
+  }
+
+  // The end of the application
+
+  get isSendingElsewhere(): boolean {
+    return this.#isSendingElsewhere
+  }
+
+  /** From now on each client of HTTP/1 is to go elsewhere with its next request. */
+  sendClientsElsewhere(): void {
+    this.#isSendingElsewhere = true
+    for (const [key, { client }] of this.#inFlight) sendElsewhere(key, client, this)
+  }
+
+  /** The same for HTTP/2, where each session can be told but once. Not before all probers know: a
+   *  balancer that still sends requests here opens new sessions, and again and again. */
+  sendSessionsElsewhere(): void {
+    this.#isSendingSessionsElsewhere = true
+    for (const client of this.#clients.values()) sendSessionElsewhere(client)
+  }
+
+  keepClients(): void {
+    this.#isSendingElsewhere = false
+    this.#isSendingSessionsElsewhere = false
+  }
+
+  /** Refuses new connections, where the runtime can; what has come is served. */
+  async stopListening(): Promise<void> {
+    await this.#untilNoneConnects()
+    for (const server of this.#unhooks.keys()) {
+      letOthersClose(server)
+      // The server's own close() would cut connections whose answer is not taken yet.
+      const close = methodOf(net.Server.prototype, 'close')
+      if (server instanceof net.Server) attempt(() => Reflect.apply(close, server, []))
+    }
+  }
+
+  /** The kernel resets what it has accepted and the event loop has not. */
+  async #untilNoneConnects(): Promise<void> {
+    const startedAtMs = performance.now()
+    let quietTurns = 0
+    while (quietTurns < 2 && performance.now() - startedAtMs < SETTLE_MS) {
+      const connectionsBefore = this.#connections
+      await new Promise((resolve) => setImmediate(resolve))
+      quietTurns = this.#connections === connectionsBefore ? quietTurns + 1 : 0
+    }
+  }
+
+  /** Whether something is still being received, served or sent. */
+  get isServing(): boolean {
+    this.forgetDeadRequests()
+    if (this.#inFlight.size > 0) return true
+    if (!this.#refusesConnections) return false // they never end
+    return [...this.#clients.values()].some(({ isIdle, peer }) => !isIdle && !isDestroyed(peer))
+  }
+
+  /** Bun's http servers cannot stop to listen without cutting what they serve. */
+  get #refusesConnections(): boolean {
+    return [...this.#unhooks.keys()].every((server) => server instanceof net.Server)
+  }
+
+  /** Whether no connection is left but those that were upgraded. */
+  get isDisconnected(): boolean {
+    return this.#sockets.size <= this.#upgraded.size
+  }
+
+  closeIdleConnections(): void {
+    for (const { peer, isIdle } of this.#clients.values()) {
+      if (!isIdle) continue
+      attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
+    }
+  }
+
+  /** Cuts what is still being served; gives how many requests that were. */
+  cutRequests(): number {
+    let count = this.#inFlight.size
+    for (const { peer, isBusy, requestsInFlight } of this.#clients.values()) {
+      if (!isBusy) continue
+      if (requestsInFlight === 0) count++ // half a head
+      attempt(() => peer.destroy())
+    }
+    return count
+  }
+
+  /** Closes the servers and all connections that were not upgraded. */
+  closeServers(): void {
+    for (const { peer } of this.#clients.values()) attempt(() => peer.destroy())
+    for (const server of this.#unhooks.keys()) {
+      if (!(server instanceof net.Server)) attempt(() => (server as net.Server).close())
+    }
+    if (this.#upgraded.size === 0) destroyAll(this.#sockets)
+  }
+
+  /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
+  async endUpgraded(): Promise<void> {
+    await pollUntil(() => this.#upgraded.size === 0, GOODBYE_MS)
+    for (const socket of this.#upgraded) attempt(() => socket.end())
+    await pollUntil(() => this.#upgraded.size === 0, GOODBYE_MS)
+    destroyAll(this.#upgraded)
+    destroyAll(this.#sockets)
+  }
+}
 
 /** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
-function hook(server: net.Server, app: Application): () => void {
-  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
-  const innerEmit = server.emit
+function hookEmit(server: net.Server, application: Application): () => void {
+  const innerEmit = methodOf(server, 'emit')
   const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
+  let isOff = false
 
-  function emit(this: net.Server, ...all: [string, ...unknown[]]): boolean {
-    const isOurs = state.app === app // a later wrapper may still call this one after stop()
-    if (isOurs && attempt(() => onServerEvent(...all)) === 'taken') return true
-    return Reflect.apply(innerEmit, this, all)
+  function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
+    if (!isOff) {
+      const outcome = attempt(() => application.onEvent(server, event, args))
+      if (outcome === 'taken') return true
+    }
+    return Reflect.apply(innerEmit, this, [event, ...args])
   }
   Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
 
   return () => {
-    if (server.emit !== emit) return // whoever hooked in later still calls us
+    isOff = true // whoever hooked in later still calls us
+    if (server.emit !== emit) return
     Reflect.deleteProperty(server, 'emit')
     // Reflect's function never throws, whatever became of the server.
     if (ownEmit) Reflect.defineProperty(server, 'emit', ownEmit)
   }
 }
 
-/** Sees each event before the host does; what is taken, the host does not see. */
-function onServerEvent(event: string, ...args: unknown[]): 'taken' | void {
-  switch (event) {
-    case 'connection':
-      return trackUntilClose(state.app.connections, args[0] as net.Socket)
-    case 'listening':
-      return onServerListening()
-    case 'close':
-      return onServerClose()
-    case 'request':
-    case 'checkContinue':
-      return onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
-    case 'upgrade':
-    case 'connect':
-      return trackUntilClose(state.app.upgraded, args[1] as net.Socket)
-    case 'session':
-      return trackUntilClose(state.app.http2Sessions, args[0] as Http2Session)
+/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it
+ *  runs no more; what is still being sent then goes on. Ends when the server listens again. */
+function letOthersClose(server: net.Server): void {
+  const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
+  let isClosed = false
+  const close = (callback?: () => void): net.Server => {
+    if (callback && isClosed) setImmediate(callback)
+    else if (callback) server.once('close', callback)
+    return server
   }
-}
-
-function onServerListening(): void {
-  const { options, resolveStart } = state
-  if (!options) return
-  const isMoved = state.instance !== undefined && hasMoved(options, state.instance)
-  if (isMoved) void closeMonitor(stateUntilListening())
-  if (state.clock.ticker) boot()
-  else begin(options, resolveStart)
-}
-
-/** The monitor closes with the server, and comes back when that listens again. */
-function onServerClose(): void {
-  if (currentShutdown || !isShuttingDown()) return // one that never listened emits `close` too
-  void closeMonitor(stateUntilListening())
-}
-
-/** What an operator wanted still holds when the server listens again, and so do the probers that a
- *  drain waits for, whose times are by our clock. */
-function stateUntilListening(): State {
-  const next = stateOfApplication(state.app)
-  next.options = state.options
-  next.resolveStart = state.resolveStart
-  next.draining = state.draining
-  next.probers = state.probers
-  next.clock.nowMs = state.clock.nowMs
-  return next
-}
-
-function trackUntilClose<T extends net.Socket | Http2Session>(all: Set<T>, one: T): void {
-  if (one.destroyed) return // its 'close' is past
-  one.once('close', () => all.delete(one))
-  all.add(one)
-}
-
-/** The application may emit `request` with anything, so everything here may throw. */
-function onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
-  const { method, url = '', socket } = request
-  const { app, options } = state
-  if (options && warmupSite(url) !== undefined) {
-    warmupView(request, response)
-    return 'taken'
-  }
-  if (app.inFlight.has(response)) return // emitted again, after checkContinue
-
-  response.on('close', app.onResponseClose)
-  const line = `${method} ${url}`
-  app.inFlight.set(response, { startedAtMs: performance.now(), line, socket })
-  app.requests++
-  if (app.requests % REQUESTS_PER_SWEEP === 0) forgetDeadRequests(app) // where nothing ticks
-  if (state.draining || app.isClosing) sendClientElsewhere(app, response, socket)
-}
-
-/** Some responses never get their 'close'. */
-function forgetDeadRequests({ inFlight }: Application): void {
-  for (const [response, { socket }] of inFlight) {
-    const isDead = attempt(() => !socket || socket.destroyed || response.destroyed)
-    if (isDead ?? true) inFlight.delete(response) // what cannot be looked at is not waited for
-  }
-}
-
-// --- The verdict ---------------------------------------------------------------------------------
-
-/** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
- *  never contains `OK`. Answers within a second, and never rejects. */
-export async function health(): Promise<{ healthy: boolean; reason: string }> {
-  await inspect()
-  const reason = verdict()
-  return { healthy: reason === 'OK', reason }
-}
-
-/** Judges by what is known, and does nothing else; `inspect` comes before it. */
-function verdict(): string {
-  if (state.draining) return toRedLine(state.draining.reason)
-  if (isShuttingDown()) return 'Instance is shutting down'
-
-  const trouble = firstTrouble()
-  if (trouble) return toRedLine(`Error: ${trouble}`)
-
-  const stage = warmupStage()
-  if (!state.isAccepting || stage === 'cold') return 'Instance is booting'
-  if (stage === 'running') return 'Warmup in progress'
-  if (stage === 'failed') return toRedLine(`Warmup failed: ${state.warmup.failure}`)
-  return 'OK'
-}
-
-/** Asks what the verdict has to know. A promise only if there is something to wait for, since a
- *  promise is 15 % of a check. */
-function inspect(): Promise<unknown> | undefined {
-  if (state.draining) return undefined
-  if (state.app.server && isShuttingDown()) return undefined
-  if (databases.size === 0 && !isLookDue(state)) return undefined
-  return inspectAll()
-}
-
-/** Also what the verdict does not need. */
-function inspectAll(): Promise<unknown> {
-  const questions: Promise<unknown>[] = Array.from(databases.values(), inspectDatabase)
-  if (isLookDue(state)) questions.push(lookAtInstance(state))
-  return Promise.all(questions)
-}
-
-/** Known at once after `server.close()`, where `close` comes only when the last request is gone. */
-function isShuttingDown(): boolean {
-  if (!state.isAccepting) return false
-  const { server } = state.app
-  return server ? !server.listening : state.look.isRefused
-}
-
-/** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
-function toRedLine(text: string): string {
-  return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
-}
-
-// --- Databases and counters ----------------------------------------------------------------------
-
-interface RegisteredDatabase {
-  name: string
-  isOptional: boolean
-  counters: Record<keyof Activity, Counter>
-  isConnected: SharedCall
-  connections: SharedCall | undefined
-  figures: SharedCall | undefined
-  /** What was wrong with it when it was last asked, '' if nothing. */
-  trouble: string
-}
-
-/** Registers a database, or replaces it. Gives the counters on which the service tells what it does
- *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
-export function registerDatabase(name: string, database: Database): Activity {
-  must(isWord(name), 'a database has a name without white space')
-  must(
-    hasMethods(database, 'isConnected') &&
-      mayHaveMethod(database, 'connections') &&
-      mayHaveMethod(database, 'figures'),
-    'a database has isConnected(), and may have connections() and figures()'
-  )
-  must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
-  const counters = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
-  const call = (ask: () => unknown): SharedCall => new SharedCall(ask, DATABASE_MS)
-  databases.set(name, {
-    name,
-    isOptional: database.optional === true,
-    counters,
-    isConnected: call(() => database.isConnected()),
-    connections: database.connections && call(() => database.connections?.()),
-    figures: database.figures && call(() => database.figures?.()),
-    trouble: 'disconnected' // until it was asked: a check may be under way
+  Reflect.defineProperty(server, 'close', { value: close, configurable: true, writable: true })
+  server.once('close', () => {
+    isClosed = true
   })
-  return {
-    loads: (count) => counters.loads.add(count),
-    stores: (count) => counters.stores.add(count),
-    connections: (count) => counters.connections.add(count)
-  }
-}
-
-/** Asks a database whether it is connected, and keeps what is wrong with it. */
-async function inspectDatabase(registered: RegisteredDatabase): Promise<string> {
-  registered.trouble = await findTrouble(registered)
-  return registered.trouble
-}
-
-async function findTrouble({ isConnected }: RegisteredDatabase): Promise<string> {
-  try {
-    const answer = await isConnected.ask()
-    return answer === true ? '' : 'disconnected'
-  } catch (error) {
-    return error === TIMED_OUT ? 'timed out' : `failed: ${errorText(error)}`
-  }
-}
-
-/** What is wrong with the first database that the instance cannot do without, '' if nothing. */
-function firstTrouble(): string {
-  for (const registered of databases.values()) {
-    if (registered.trouble && !registered.isOptional) return describeTrouble(registered)
-  }
-  return ''
-}
-
-/** In ftw.monitor's words. */
-function describeTrouble({ name, trouble }: RegisteredDatabase): string {
-  return `Database '${name}' ${trouble}${trouble.startsWith('failed') ? '' : '.'}`
-}
-
-const TIMED_OUT = new Error('no answer in time')
-
-/** What those are waiting for who asked together. */
-class Question {
-  readonly askedAtMs = performance.now()
-  readonly answer: Promise<unknown>
-  readonly #settle: Deferred<unknown>
-  readonly #timer: ReturnType<typeof setTimeout>
-
-  constructor(limitMs: number) {
-    this.#settle = deferred()
-    this.answer = this.#settle.promise
-    this.answer.catch(doNothing) // nobody may be waiting any more
-    // setImmediate: after the application has blocked, read first what came in time.
-    const timeOut = (): unknown => setImmediate(this.#settle.reject, TIMED_OUT)
-    this.#timer = setTimeout(timeOut, limitMs).unref()
-  }
-
-  get ageMs(): number {
-    return performance.now() - this.askedAtMs
-  }
-
-  resolve(answer: unknown): void {
-    clearTimeout(this.#timer)
-    this.#settle.resolve(answer)
-  }
-
-  reject(error: unknown): void {
-    clearTimeout(this.#timer)
-    this.#settle.reject(error)
-  }
-}
-
-/** Calls a function of the application's. Whoever asks while a call is pending shares its
- *  answer, so that many probers cost one query. If a call hangs for 30 s, another one is
- *  started; the first that succeeds answers everybody who is waiting. */
-class SharedCall {
-  /** How long the last answer took, -1 if there was none. */
-  answeredMs = -1
-  readonly #call: () => unknown
-  readonly #limitMs: number
-  #open: Question | undefined
-
-  constructor(call: () => unknown, limitMs: number) {
-    this.#call = call
-    this.#limitMs = limitMs
-  }
-
-  ask(): Promise<unknown> {
-    if (this.#open && this.#open.ageMs < QUESTION_MS) return this.#open.answer
-    const question = new Question(this.#limitMs)
-    this.#open = question
-    void this.#settle(question)
-    return question.answer
-  }
-
-  async #settle(question: Question): Promise<void> {
-    try {
-      const answer: unknown = await this.#call()
-      this.answeredMs = question.ageMs
-      question.resolve(answer)
-      this.#open?.resolve(answer)
-      this.#open = undefined
-    } catch (error) {
-      question.reject(error)
-      if (this.#open === question) this.#open = undefined
-    }
-  }
-}
-
-/** Counts events, and remembers an hour of them by the second. */
-class Counter {
-  total = 0
-  /** The oldest second comes first. */
-  readonly #countBySecond = new Map<number, number>()
-
-  /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
-  add(count: unknown = 1): void {
-    const events = Number(count)
-    must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
-    const second = Math.floor(performance.now() / 1_000)
-    this.total += events
-    this.#countBySecond.set(second, (this.#countBySecond.get(second) ?? 0) + events)
-    if (this.#countBySecond.size > HISTORY_SECONDS) this.#forgetOldest()
-  }
-
-  last(seconds: number): number {
-    const now = Math.floor(performance.now() / 1_000)
-    let sum = 0
-    for (const [second, count] of this.#countBySecond) {
-      if (now - second < seconds) sum += count
-    }
-    return sum
-  }
-
-  #forgetOldest(): void {
-    const [oldest] = this.#countBySecond.keys()
-    if (oldest !== undefined) this.#countBySecond.delete(oldest)
-  }
-}
-
-// --- Warm-up -------------------------------------------------------------------------------------
-
-/** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
- *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
- *  `TypeError` for what is no path or no function. */
-export function registerWarmup(site: string, performer: WarmupPerformer): void {
-  must(typeof site === 'string' && SITE.test(site), 'a site is / or /a/path')
-  must(typeof performer === 'function', 'a warm-up performer is a function')
-  performers.set(withoutSlashes(new URL(site, 'http://localhost').pathname) || '/', performer)
-}
-
-const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
-
-function allSites(): string[] {
-  return performers.size > 0 ? [...performers.keys()] : ['/']
-}
-
-function warmupStage(): 'off' | 'cold' | 'running' | 'done' | 'failed' {
-  return state.warmup.runs.length > 0 ? 'running' : state.warmup.outcome
-}
-
-/** Joins a run that covers these sites, or queues one. Resolves to why it failed, '' if not. */
-function warmUp(sites: string[]): Promise<string> {
-  const { runs } = state.warmup
-  const covering = runs.find((run) => sites.every((site) => run.sites.includes(site)))
-  if (covering) return covering.done
-
-  const controller = new AbortController()
-  const done = performRun(sites, controller, runs.at(-1)?.done)
-  runs.push({ sites, controller, done })
-  return done
-}
-
-async function performRun(
-  sites: string[],
-  controller: AbortController,
-  runBefore: Promise<string> | undefined
-): Promise<string> {
-  const ownState = state
-  const { clock, warmup } = ownState
-  const { signal } = controller
-  await runBefore
-
-  const expire = (): void => {
-    controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
-  }
-  clock.due.set(expire, clock.nowMs + WARMUP_MS)
-  if (!signal.aborted) log('info', `warms up ${sites.join(', ')}`)
-  const results: SiteStatus[] = []
-  for (const [index, site] of sites.entries()) {
-    const result = await warmSite(ownState, site, signal)
-    results.push(result)
-    const { failure, seconds } = result
-    if (!isCurrent(ownState)) continue
-    const outcome = failure ? `failed (${failure})` : 'is warm'
-    const text = `(${index + 1}/${sites.length}) ${site} ${outcome} after ${seconds.toFixed(1)} s`
-    log(failure ? 'warn' : 'info', text)
-  }
-  clock.due.delete(expire) // work that goes on after the warm-up must not be aborted
-
-  warmup.runs.shift()
-  const failure = failureOf(results)
-  const isWhole = allSites().every((site) => sites.includes(site))
-  if (failure === '' && isWhole) warmup.outcome = 'done'
-  return failure
-}
-
-/** Warms one site, and remembers how it went. */
-async function warmSite(ownState: State, site: string, signal: AbortSignal): Promise<SiteStatus> {
-  const { warmup, instance } = ownState
-  const startedAtMs = performance.now()
-  warmup.runningSinceMs = startedAtMs
-  warmup.sites.set(site, { site, status: 'running', seconds: 0, failure: '' })
-
-  const failure = await tryPerformer(site, `${instance?.url}${site}`, signal)
-  const seconds = (performance.now() - startedAtMs) / 1_000
-  const outcome: SiteStatus = { site, status: failure ? 'failed' : 'warm', seconds, failure }
-  warmup.sites.set(site, outcome)
-  return outcome
-}
-
-/** Why the performer failed, '' if it did not. A performer may not heed the signal. */
-async function tryPerformer(site: string, url: string, signal: AbortSignal): Promise<string> {
-  const performer = performers.get(site) ?? loadPage
-  const { promise: aborted, resolve: endWait } = deferred<void>()
-  const onAbort = (): void => endWait()
-  signal.addEventListener('abort', onAbort)
-  try {
-    signal.throwIfAborted()
-    await Promise.race([performer({ site, url, signal }), aborted])
-    signal.throwIfAborted()
-    return ''
-  } catch (error) {
-    return errorText(error)
-  } finally {
-    signal.removeEventListener('abort', onAbort)
-  }
-}
-
-/** Why these sites are not warm, '' if they are. */
-function failureOf(sites: SiteStatus[]): string {
-  const failures: string[] = []
-  for (const { site, failure } of sites) {
-    if (failure) failures.push(site === '/' ? failure : `${site}: ${failure}`)
-  }
-  return failures.join('; ')
-}
-
-function abortWarmups({ viewController, runs }: WarmupState, reason: string): void {
-  viewController.abort(new Error(reason))
-  for (const { controller } of runs) controller.abort(new Error(reason))
-}
-
-/** After boot, until all is warm: one passing error must not keep an instance out for good. */
-async function warmUpAutomatically(): Promise<void> {
-  const ownState = state
-  const { warmup } = ownState
-  await askView(ownState)
-
-  let pauseMs = WARMUP_RETRY_MS
-  while (isCurrent(ownState) && warmup.outcome !== 'done') {
-    while (isShuttingDown()) await pause(TICK_MS)
-
-    const untried = allSites().filter((site) => !isTried(warmup, site))
-    if (untried.length > 0) {
-      await warmUp(untried) // joins a run that the view, or somebody by hand, has begun
-      continue
-    }
-    warmup.failure = failureOf(allSites().map(siteStatus))
-    if (warmup.failure === '') {
-      warmup.outcome = 'done'
-      return
-    }
-    warmup.outcome = 'failed'
-    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${warmup.failure}`)
-    await pause(pauseMs)
-    forgetFailures(warmup)
-    pauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
-  }
-}
-
-/** A site that is being warmed up again may still fail. */
-function isTried({ sites }: WarmupState, name: string): boolean {
-  const stage = sites.get(name)?.status
-  return stage === 'warm' || stage === 'failed'
-}
-
-function forgetFailures({ sites }: WarmupState): void {
-  for (const [name, site] of sites) {
-    if (site.status === 'failed') sites.delete(name)
-  }
-}
-
-const TOKEN_HEADER = 'x-ftw-monitor-token'
-
-/** Begins at the view, since performers then run as the work of a request does. That the view is
- *  there is proved by our token alone: a catch-all route, or another worker, answers too. */
-async function askView({ instance, warmup }: State): Promise<void> {
-  if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
-
-  schedule(VIEW_MS, () => {
-    if (!warmup.isViewSeen) warmup.viewController.abort()
-  })
-  try {
-    const answer = await fetch(`${instance.url}/@@warmup`, {
-      headers: { [TOKEN_HEADER]: warmup.token },
-      redirect: 'manual',
-      signal: warmup.viewController.signal
-    })
-    await answer.body?.cancel()
-  } catch {
-    // What nobody answered is warmed up all the same, by the performers alone.
-  }
-}
-
-/** The default performer: loads the page that the first visitor would have waited for. */
-async function loadPage({ site, url, signal }: Warmup): Promise<void> {
-  const code = await visit(url, signal)
-  if (code >= 500) throw new Error(`it answered ${code}`)
-  if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
-}
-
-/** Gives the status of a page when all of it has come. Some servers answer nothing but upgrades. */
-async function visit(url: string, signal: AbortSignal): Promise<number> {
-  const { clock } = state
-  const warn = (): void => {
-    log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
-  }
-  schedule(PAGE_WARNING_MS, warn)
-  try {
-    const isSecure = /^https:/i.test(url)
-    return isSecure ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
-  } finally {
-    clock.due.delete(warn)
-  }
-}
-
-async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
-  const page = await fetch(url, { redirect: 'manual', signal })
-  await page.body?.pipeTo(new WritableStream())
-  return page.status
-}
-
-/** Without fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
-function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
-  const socketPath = state.instance?.path
-  return new Promise((resolve, reject) => {
-    const request = http.get(url, { agent: false, signal, socketPath }, (page) => {
-      page.on('error', reject)
-      page.on('end', () => resolve(page.statusCode ?? 0))
-      page.resume()
-    })
-    request.on('error', reject)
-    request.on('upgrade', (page) => {
-      page.destroy()
-      reject(new Error(`it answered ${page.statusCode}`))
-    })
+  server.once('listening', () => {
+    Reflect.deleteProperty(server, 'close')
+    if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
   })
 }
 
-/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
- *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
- *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
- *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
-export function warmupView(
-  request: http.IncomingMessage,
-  response: http.ServerResponse,
-  next?: () => void
-): void {
-  const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
-  const site = warmupSite(originalUrl) // Express cuts url
-  if (site === undefined) {
-    if (next) next()
-    else answerView(response, 404, 'Not found')
-    return
-  }
-
-  const isOurs = request.headers[TOKEN_HEADER] === state.warmup.token
-  const refusal = viewRefusal(request, isOurs)
-  if (refusal) {
-    answerView(response, ...refusal)
-    return
-  }
-  const sites = isOurs || site === '/' ? allSites() : allSites().filter((each) => each === site)
-  if (sites.length === 0) {
-    answerView(response, 404, 'No such site is registered')
-    return
-  }
-  if (isOurs) state.warmup.isViewSeen = true
-  void answerWhenWarm(response, sites)
+function isSecure(server: net.Server): boolean {
+  return 'setSecureContext' in server
 }
 
-function viewRefusal(
-  request: http.IncomingMessage,
-  isOurs: boolean
-): [status: number, text: string] | undefined {
-  if (!isOurs && !isFromHere(request)) return [403, 'Only this machine may ask for a warm-up']
-  if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
-  if (!state.instance) return [503, 'The monitor is not started']
-  return undefined
+/** A connection without TLS has no `alpnProtocol`. */
+function speaksHttp2(server: net.Server, socket: net.Socket & { alpnProtocol?: unknown }): boolean {
+  return 'updateSettings' in server && (socket.alpnProtocol ?? 'h2') === 'h2'
 }
 
-async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
-  const failure = await warmUp(sites)
-  try {
-    if (failure) answerView(response, 500, toRedLine(`Warmup failed: ${failure}`))
-    else answerView(response, 200, 'Warmup successful')
-  } catch {
-    // The application may have answered meanwhile.
-  }
+function isDestroyed(peer: object): boolean {
+  return 'destroyed' in peer && peer.destroyed === true
 }
 
-function answerView(response: http.ServerResponse, code: number, text: string): void {
-  // A keep-alive connection of ours would delay server.close().
-  sendClientElsewhere(state.app, response, response.req?.socket)
-  response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
-  response.end(text)
+function trackUntilClose(all: Set<net.Socket>, socket: net.Socket): void {
+  if (socket.destroyed) return // its 'close' is past
+  socket.once('close', () => all.delete(socket))
+  all.add(socket)
 }
 
-/** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
-function warmupSite(url: string): string | undefined {
-  const [, site] = WARMUP_URL.exec(url) ?? []
-  return site === '' ? '/' : site
+function destroyAll(sockets: Set<net.Socket>): void {
+  for (const socket of sockets) attempt(() => socket.destroy())
 }
 
-const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
+// --- Sending clients elsewhere -------------------------------------------------------------------
 
-function isFromHere(request: http.IncomingMessage): boolean {
-  if (TOKEN_HEADER in request.headers) return false // of another instance
-  return isLocal(request.socket) && isOwnName(request) && !isForwarded(request, ['none'])
-}
+// While the instance drains, a keep-alive client is to send its next request elsewhere. All else
+// that the application answers stays as it is, byte for byte.
 
-/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
- *  name. */
-function isOwnName({ headers }: http.IncomingMessage): boolean {
-  const host = headers.host ?? headers[':authority']?.toString()
-  if (!host) return true // HTTP/1.0
-  const name = nameInHost(host)
-  if (name === 'localhost' || net.isIP(name) !== 0) return true
-  return state.instance !== undefined && name === nameInHost(new URL(state.instance.url).host)
-}
+/** Responses that close their connection, since each `drain` comes by again. */
+const sentElsewhere = new WeakSet<object>()
 
-function nameInHost(host: string): string {
-  const [, ipv6, name = ''] = HOST_HEADER.exec(host.toLowerCase()) ?? []
-  return ipv6 ?? name
-}
-
-const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
-
-// --- Draining and shutdown -----------------------------------------------------------------------
-
-/** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
- *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
- *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
- *  wrong options. */
-export async function drain(options: DrainOptions = {}): Promise<void> {
-  must(
-    hasOnly(options, DRAIN_OPTIONS),
-    `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
-  )
-  await untilDrained(options)
-}
-
-const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs']
-
-/** Takes the instance in again; not while it shuts down. */
-export function resume(): void {
-  if (currentShutdown) log('warn', 'does not resume: the instance is shutting down')
-  else state.draining = undefined
-}
-
-/** Drains, reports each change of what it waits for, and gives the outcome. */
-async function untilDrained(
-  options: DrainOptions,
-  report: (progress: string) => void = doNothing
-): Promise<string> {
-  const { reason, fall, timeoutMs } = toDrainOptions(options)
-  if (!state.clock.ticker) return 'Drained'
-
-  const waitFor = beginDraining(reason, fall)
-  if (!isMonitorListening()) return 'Drained' // nobody can be told
-  const startedAtMs = performance.now()
-  let quietSinceMs = startedAtMs
-  let requestsBefore = state.app.requests
-  let progressBefore = ''
-  while (state.draining?.waitFor === waitFor) {
-    const progress = describeProgress(state.draining)
-    if (progress !== progressBefore) report(`Draining: ${progress}`)
-    progressBefore = progress
-
-    const { inFlight, requests } = state.app
-    const nowMs = performance.now()
-    const isBusy = inFlight.size > 0 || requests !== requestsBefore
-    if (isBusy || countInformed(state.draining) < waitFor.length) quietSinceMs = nowMs
-    requestsBefore = requests
-    if (nowMs - quietSinceMs >= QUIET_MS) return 'Drained'
-    if (nowMs - startedAtMs >= timeoutMs) {
-      return `Not drained after ${timeoutMs / 1_000} s: ${progress}`
-    }
-    await pollingPause()
-  }
-  return 'Not drained: resumed meanwhile'
-}
-
-function isMonitorListening(): boolean {
-  return state.monitor.server?.listening ?? false
-}
-
-function toDrainOptions({
-  reason = 'Draining',
-  fall = 3,
-  timeoutMs = 25_000
-}: DrainOptions): Required<DrainOptions> {
-  must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
-  must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
-  must(typeof timeoutMs === 'number', 'timeoutMs must be a number')
-  must(timeoutMs >= 0, 'timeoutMs must be a number from 0', RangeError)
-  return { reason, fall, timeoutMs }
-}
-
-/** Gives the probers that must be told; a second `drain` waits for the same as the first. */
-function beginDraining(reason: string, fall: number): Prober[] {
-  const { waitFor, sinceMs } = state.draining ?? {
-    waitFor: frequentProbers(),
-    sinceMs: performance.now()
-  }
-  state.draining = { reason, fall, waitFor, sinceMs }
-  sendClientsElsewhere(state.app)
-  return waitFor
-}
-
-/** Whoever asks often enough to be a balancer; from now on their drained answers count. */
-function frequentProbers(): Prober[] {
-  const { clock, probers } = state
-  const frequent = [...probers.known.values()].filter(
-    ({ oldestAskMs }) => clock.nowMs - oldestAskMs <= PROBER_MS
-  )
-  for (const prober of frequent) prober.drainedAnswers = 0
-  return frequent
-}
-
-/** How many probers have had drained answers enough. */
-function countInformed({ waitFor, fall }: Draining): number {
-  return waitFor.filter(({ drainedAnswers }) => drainedAnswers >= fall).length
-}
-
-function describeProgress(draining: Draining): string {
-  const probers = `${countInformed(draining)} of ${draining.waitFor.length} probers know`
-  const { server, inFlight, upgraded } = state.app
-  if (!server) return probers
-  const progress = `${probers}, ${inFlight.size} requests in flight`
-  return upgraded.size > 0 ? `${progress}, ${upgraded.size} upgraded connections` : progress
-}
-
-function pollingPause(): Promise<void> {
-  return new Promise((resolve) => {
-    setTimeout(resolve, DRAIN_POLL_MS).unref()
-  })
-}
-
-// Probers
-
-/** Remembers who asks, and how often whoever asked was told that the instance drains. */
-function noteProber(asker: Asker, worth: number): void {
-  if (asker.isPerson) return
-  const address = addressOf(asker)
-  if (address === undefined) return
-
-  const prober = state.probers.known.get(address) ?? addProber(address)
-  prober.drainedAnswers += worth
-  prober.ask(state.clock.nowMs)
-}
-
-function addProber(address: string): Prober {
-  const { known } = state.probers
-  const prober = new Prober()
-  if (state.draining) return prober // else a prober that we wait for might have to make room
-  if (known.size >= PROBERS_MAX) forgetLongestSilent(known)
-  known.set(address, prober)
-  return prober
-}
-
-function forgetLongestSilent(known: Map<string, Prober>): void {
-  let longestSilent = ''
-  let sinceMs = Infinity
-  for (const [address, { lastAskedAtMs }] of known) {
-    if (lastAskedAtMs >= sinceMs) continue
-    longestSilent = address
-    sinceMs = lastAskedAtMs
-  }
-  known.delete(longestSilent)
-}
-
-/** In a flood we skip the lookup, and count all clients as one. */
-function addressOf(asker: Asker): string | undefined {
-  const { probers, draining, monitor } = state
-  probers.lookupsInTick++
-  if (!draining && probers.lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
-  return asker.remoteAddress ?? monitor.endpoint.path
-}
-
-// Sending clients elsewhere
-
-function sendClientsElsewhere(app: Application): void {
-  for (const [response, { socket }] of app.inFlight) sendClientElsewhere(app, response, socket)
-}
-
-/** Has a keep-alive client go elsewhere with its next request; HTTP/2 knows GOAWAY for that. All
- *  else that the application answers stays as it is, byte for byte. */
-function sendClientElsewhere(
-  app: Application,
-  response: http.ServerResponse,
-  socket: net.Socket
-): void {
+function sendElsewhere(key: object, client: Client, application: Application): void {
+  if ('goaway' in client.peer) return
+  const response = key as http.ServerResponse
   attempt(() => {
-    const { stream } = response as { stream?: { session?: Http2Session } }
-    app.lastOfConnection.set(socket, response)
-    if (app.sentElsewhere.has(response)) return
-    app.sentElsewhere.add(response)
-    if (stream?.session) stream.session.close()
-    else if (!response.headersSent) closeConnectionAfter(app, response, socket)
+    if (sentElsewhere.has(response) || response.headersSent) return
+    sentElsewhere.add(response)
+    closeConnectionAfter(response, client, application)
   })
 }
+
+/** The client opens no more streams; those that it has opened meanwhile are served, which the
+ *  session's own close() would refuse. */
+function sendSessionElsewhere(client: Client): void {
+  const { peer } = client
+  if (client.isSentElsewhere || !('goaway' in peer)) return
+  client.isSentElsewhere = true
+  attempt(() => peer.goaway(0, LAST_STREAM_ID))
+}
+
+const LAST_STREAM_ID = 2 ** 31 - 1
 
 /** A header set by us would change how `writeHead` treats the application's. So we only take the
  *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its
  *  place. */
 function closeConnectionAfter(
-  app: Application,
   response: http.ServerResponse,
-  socket: net.Socket
+  client: Client,
+  application: Application
 ): void {
   const { shouldKeepAlive } = response
   response.shouldKeepAlive = false
 
-  // oxlint-disable-next-line typescript/unbound-method -- it is applied to its response below
-  const innerWriteHead = response.writeHead
+  const innerWriteHead = methodOf(response, 'writeHead')
 
   function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
-    if (app.lastOfConnection.get(socket) !== response) {
-      response.shouldKeepAlive = shouldKeepAlive // more requests are pipelined behind this one
+    const isNewest = client.newestResponse === response
+    if (!application.isSendingElsewhere || !isNewest || isUploading(response.req)) {
+      response.shouldKeepAlive = shouldKeepAlive
       return Reflect.apply(innerWriteHead, this, args as [number])
     }
     attempt(() => replaceKeepAliveSet(this))
     return Reflect.apply(innerWriteHead, this, args.map(withoutKeepAlive) as [number])
   }
   response.writeHead = writeHead
+}
+
+/** A client that still sends its body would see the connection break, and never read the answer. */
+function isUploading({ complete, headers }: http.IncomingMessage): boolean {
+  if (complete) return false
+  return 'transfer-encoding' in headers || Number(headers['content-length'] ?? 0) > 0
 }
 
 function replaceKeepAliveSet(response: http.ServerResponse): void {
@@ -1861,7 +1664,1084 @@ function withoutKeepAliveToken(value: unknown): unknown {
   return typeof value === 'string' ? value.replace(KEEP_ALIVE, 'close') : value
 }
 
-// Shutdown
+// --- The verdict ---------------------------------------------------------------------------------
+
+/** Whether this instance may be sent requests, and if not, why. */
+interface Verdict {
+  healthy: boolean
+  /** `OK`, or what anybody may know of why not. */
+  reason: string
+  /** The same for this machine: what a database or a performer threw, too. */
+  explanation: string
+}
+
+const WARMING_UP = 'Warmup in progress'
+const HEALTHY: Verdict = { healthy: true, reason: 'OK', explanation: 'OK' }
+
+/** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
+ *  never contains `OK`. Answers within a second, and never rejects. */
+export async function health(): Promise<{ healthy: boolean; reason: string }> {
+  await inspect()
+  const { healthy, explanation } = judge()
+  return { healthy, reason: explanation }
+}
+
+/** Judges by what is known, and does nothing else; `inspect` comes before it. */
+function judge(): Verdict {
+  const { draining, state, isInstanceClosing, warmup } = monitor
+  if (draining) return unhealthy(draining.reason)
+  if (currentShutdown || isInstanceClosing || state === 'closed') {
+    return unhealthy('Instance is shutting down')
+  }
+
+  const broken = firstBroken()
+  if (broken) return unhealthy(`Error: ${broken.troubleForAll}`, `Error: ${broken.trouble}`)
+
+  const { stage } = warmup
+  if (state !== 'accepting' || stage === 'cold') return unhealthy('Instance is booting')
+  if (stage === 'running') return unhealthy(WARMING_UP)
+  if (stage === 'failed') return unhealthy('Warmup failed', `Warmup failed: ${warmup.failure}`)
+  return HEALTHY
+}
+
+function unhealthy(reason: string, explanation = reason): Verdict {
+  return { healthy: false, reason: toRedLine(reason), explanation: toRedLine(explanation) }
+}
+
+/** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
+function toRedLine(text: string): string {
+  return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
+}
+
+/** Asks what the verdict has to know. A promise only if there is something to wait for, since a
+ *  promise is 15 % of a check. */
+function inspect(): Promise<unknown> | undefined {
+  if (monitor.draining) return undefined
+  if (monitor.application.server && monitor.isInstanceClosing) return undefined // it is known
+  if (databases.size === 0 && !monitor.isLookDue) return undefined
+  return inspectAll()
+}
+
+/** Also what the verdict does not need. */
+function inspectAll(): Promise<unknown> {
+  const inspections: Promise<void>[] = Array.from(databases.values(), (each) => each.inspect())
+  if (monitor.isLookDue) inspections.push(monitor.look())
+  return Promise.all(inspections)
+}
+
+// --- Databases -----------------------------------------------------------------------------------
+
+// What the instance cannot serve without, and what the service counts that it does with it. They
+// stay registered when the monitor stops.
+
+const databases = new Map<string, RegisteredDatabase>()
+
+/** Registers a database, or replaces it. Gives the counters on which the service tells what it does
+ *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
+export function registerDatabase(name: string, database: Database): Activity {
+  must(isWord(name), 'a database has a name without white space')
+  must(
+    hasMethods(database, 'isConnected') &&
+      mayHaveMethod(database, 'connections') &&
+      mayHaveMethod(database, 'figures'),
+    'a database has isConnected(), and may have connections() and figures()'
+  )
+  must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
+  const registered = new RegisteredDatabase(name, database)
+  databases.set(name, registered)
+  const { loads, stores, connections } = registered.counters
+  return {
+    loads: (count) => loads.add(count),
+    stores: (count) => stores.add(count),
+    connections: (count) => connections.add(count)
+  }
+}
+
+class RegisteredDatabase {
+  readonly name: string
+  readonly isOptional: boolean
+  readonly counters = {
+    loads: new Counter(),
+    stores: new Counter(),
+    connections: new Counter()
+  }
+  /** -1 where it cannot tell. */
+  readonly connections: SharedCall
+  readonly figures: SharedCall
+  readonly #isConnected: SharedCall
+  /** What was wrong with it when it was last asked; until then a check may be under way. */
+  #outcome: 'connected' | 'disconnected' | 'timed out' | 'failed' = 'disconnected'
+  /** What it threw, '' if nothing. */
+  #failure = ''
+
+  constructor(name: string, database: Database) {
+    this.name = name
+    this.isOptional = database.optional === true
+    this.connections = new SharedCall(() => database.connections?.(), DATABASE_MS)
+    this.figures = new SharedCall(() => database.figures?.(), DATABASE_MS)
+    this.#isConnected = new SharedCall(() => database.isConnected(), DATABASE_MS)
+  }
+
+  /** Asks it whether it is connected, and keeps the outcome. */
+  async inspect(): Promise<void> {
+    try {
+      const answer = await this.#isConnected.ask()
+      this.#outcome = answer === true ? 'connected' : 'disconnected'
+    } catch (error) {
+      this.#outcome = error === TIMED_OUT ? 'timed out' : 'failed'
+      this.#failure = errorText(error)
+    }
+  }
+
+  get isConnected(): boolean {
+    return this.#outcome === 'connected'
+  }
+
+  get answeredMs(): number {
+    return this.#isConnected.answeredMs
+  }
+
+  /** In ftw.monitor's words, with what it threw. */
+  get trouble(): string {
+    return this.#outcome === 'failed'
+      ? `Database '${this.name}' failed: ${this.#failure}`
+      : this.troubleForAll
+  }
+
+  get troubleForAll(): string {
+    return `Database '${this.name}' ${this.#outcome}.`
+  }
+
+  /** What is wrong with it, '' if nothing; with what it threw, for this machine. */
+  describe(isLocal: boolean): string {
+    if (this.#outcome === 'connected') return ''
+    return this.#outcome === 'failed' && isLocal ? `failed: ${this.#failure}` : this.#outcome
+  }
+}
+
+/** The first database that the instance cannot do without, and that is not connected. */
+function firstBroken(): RegisteredDatabase | undefined {
+  for (const registered of databases.values()) {
+    if (!registered.isConnected && !registered.isOptional) return registered
+  }
+  return undefined
+}
+
+// --- Shared calls and counters -------------------------------------------------------------------
+
+const TIMED_OUT = new Error('no answer in time')
+
+/** Calls a function of the application's. Whoever asks while a call is pending shares its answer,
+ *  so that many probers cost one query. A call that hangs for 30 s is made anew, and then the first
+ *  of the two that answers decides. */
+class SharedCall {
+  /** How long the last answer took, -1 if there was none. */
+  answeredMs = -1
+  readonly #call: () => unknown
+  readonly #limitMs: number
+  #askedAtMs = -Infinity
+  /** The answer of the call that is out, undefined if none is. */
+  #answer: Promise<unknown> | undefined
+  /** The same, or a rejection with TIMED_OUT when the limit is over. */
+  #answerInTime: Promise<unknown> = Promise.resolve()
+
+  constructor(call: () => unknown, limitMs: number) {
+    this.#call = call
+    this.#limitMs = limitMs
+  }
+
+  ask(): Promise<unknown> {
+    const isOut = this.#answer !== undefined
+    if (isOut && performance.now() - this.#askedAtMs < QUESTION_MS) return this.#answerInTime
+
+    this.#askedAtMs = performance.now()
+    const answer = this.#callBeside(this.#answer, this.#askedAtMs)
+    this.#answer = answer
+    this.#answerInTime = withinLimit(answer, this.#limitMs)
+    this.#answerInTime.catch(doNothing) // nobody may be waiting any more
+    return this.#answerInTime
+  }
+
+  /** What was asked before may still answer, but its failure tells nothing any more. */
+  async #callBeside(before: Promise<unknown> | undefined, askedAtMs: number): Promise<unknown> {
+    try {
+      const call = new Promise((resolve) => resolve(this.#call())) // which may throw
+      const answer = await (before ? Promise.race([call, successOf(before)]) : call)
+      this.answeredMs = performance.now() - askedAtMs
+      return answer
+    } finally {
+      if (this.#askedAtMs === askedAtMs) this.#answer = undefined
+    }
+  }
+}
+
+/** Settles as a promise does if it succeeds; never if it fails. */
+function successOf<T>(promise: Promise<T>): Promise<T> {
+  return new Promise((resolve) => {
+    promise.then(resolve, doNothing)
+  })
+}
+
+/** Rejects with TIMED_OUT what does not settle in time. */
+function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
+  return new Promise((resolve, reject) => {
+    // setImmediate: after the application has blocked, read first what came in time.
+    const timeOut = (): unknown => setImmediate(reject, TIMED_OUT)
+    const timer = setTimeout(timeOut, limitMs).unref()
+    const endWait = (): void => clearTimeout(timer)
+    promise.then(resolve, reject)
+    promise.then(endWait, endWait)
+  })
+}
+
+/** Counts events, and remembers an hour of them by the second. */
+class Counter {
+  total = 0
+  /** The oldest second comes first. */
+  readonly #countBySecond = new Map<number, number>()
+
+  /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
+  add(count: unknown = 1): void {
+    const events = Number(count)
+    must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
+    const second = Math.floor(performance.now() / 1_000)
+    this.total += events
+    this.#countBySecond.set(second, (this.#countBySecond.get(second) ?? 0) + events)
+    if (this.#countBySecond.size > HISTORY_SECONDS) this.#forgetOldest()
+  }
+
+  last(seconds: number): number {
+    const now = Math.floor(performance.now() / 1_000)
+    let sum = 0
+    for (const [second, count] of this.#countBySecond) {
+      if (now - second < seconds) sum += count
+    }
+    return sum
+  }
+
+  #forgetOldest(): void {
+    const [oldest] = this.#countBySecond.keys()
+    if (oldest !== undefined) this.#countBySecond.delete(oldest)
+  }
+}
+
+// --- Warm-up -------------------------------------------------------------------------------------
+
+// Each site has a performer, and a stage. The stage of the whole is derived from its sites: the
+// instance is green if no site's last warm-up failed, and each that was there at boot was warmed.
+
+const performers = new Map<string, WarmupPerformer>()
+
+/** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
+ *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
+ *  `TypeError` for what is no path or no function. */
+export function registerWarmup(site: string, performer: WarmupPerformer): void {
+  must(typeof site === 'string' && SITE.test(site), 'a site is / or /a/path')
+  must(typeof performer === 'function', 'a warm-up performer is a function')
+  const name = withoutSlashes(new URL(site, 'http://localhost').pathname) || '/'
+  const wasGreen = monitor.warmup.stage === 'done'
+  performers.set(name, performer)
+  monitor.warmup.onRegistered(name, wasGreen)
+}
+
+const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
+const DEFAULT_SITES = ['/'] // warmed by loading the page, where nothing is registered
+
+function siteNames(): Iterable<string> {
+  return performers.size > 0 ? performers.keys() : DEFAULT_SITES
+}
+
+/** A site from boot to the end of the instance. */
+class Site {
+  readonly name: string
+  stage: 'off' | 'waiting' | 'running' | 'warm' | 'failed'
+  /** Whether it has to be warm before the instance is green. */
+  isAwaited: boolean
+  /** Why its last warm-up failed, '' if it did not. */
+  failure = ''
+  #startedAtMs = 0
+  #seconds = 0
+
+  constructor(name: string, stage: 'off' | 'waiting', isAwaited: boolean) {
+    this.name = name
+    this.stage = stage
+    this.isAwaited = isAwaited
+  }
+
+  /** How long its warm-up took, or has run so far. */
+  get seconds(): number {
+    return this.stage === 'running' ? this.#secondsSinceStart() : this.#seconds
+  }
+
+  begin(): void {
+    this.stage = 'running'
+    this.failure = ''
+    this.#startedAtMs = performance.now()
+  }
+
+  end(failure: string): void {
+    this.#seconds = this.#secondsSinceStart()
+    this.stage = failure ? 'failed' : 'warm'
+    this.failure = failure
+  }
+
+  #secondsSinceStart(): number {
+    return (performance.now() - this.#startedAtMs) / 1_000
+  }
+}
+
+/** The warm-up of some sites, one after the other. */
+interface Run {
+  /** What is running, and what is still to be done. */
+  sites: string[]
+  controller: AbortController
+  /** Whether the instance is green meanwhile. */
+  isBehindScenes: boolean
+  /** Resolves to why it failed, '' if it did not. */
+  done: Promise<string>
+}
+
+type WarmupStage = 'off' | 'cold' | 'running' | 'done' | 'failed'
+
+/** Warms the sites of one boot, and tries again what has failed. */
+class WarmupRunner {
+  readonly #monitor: Monitor
+  readonly #isAutomatic = !isSwitchedOff('FTW_MONITOR_AUTOWARMUP')
+  readonly #sites = new Map<string, Site>()
+  /** The first one is running, the others wait. */
+  readonly #runs: Run[] = []
+  /** Our own request for the view bears this token. */
+  readonly #token: string = crypto.randomUUID()
+  readonly #viewController = new AbortController()
+  #life: 'awaited' | 'begun' | 'over' = 'awaited'
+  #isViewSeen = false
+  #isRetryDue = false
+  #retryPauseMs = WARMUP_RETRY_MS
+
+  constructor(owner: Monitor) {
+    this.#monitor = owner
+  }
+
+  get sites(): Site[] {
+    return Array.from(siteNames(), (name) => this.#site(name))
+  }
+
+  get stage(): WarmupStage {
+    if (this.#runs.some(({ isBehindScenes }) => !isBehindScenes)) return 'running'
+    let stage: WarmupStage = 'done'
+    for (const name of siteNames()) {
+      const site = this.#site(name)
+      if (site.stage === 'failed') return 'failed'
+      if (site.stage === 'off') stage = 'off'
+      else if (site.stage !== 'warm' && site.isAwaited) return 'cold'
+    }
+    return stage
+  }
+
+  /** Why the instance is not warm, '' if it is. */
+  get failure(): string {
+    return describeFailures(this.sites)
+  }
+
+  isOurRequest(request: http.IncomingMessage): boolean {
+    return request.headers[TOKEN_HEADER] === this.#token
+  }
+
+  /** Warms up after boot, until all is warm: one passing error must not keep an instance out for
+   *  good. Begins at the view, since performers then run as the work of a request does. */
+  begin(): void {
+    if (this.#isAutomatic) void this.#beginAtView()
+    else this.#life = 'begun'
+  }
+
+  /** Joins a run that still has these sites before it, or queues one. Resolves to why it failed,
+   *  '' if it did not. */
+  warmUp(sites: string[], isBehindScenes = false): Promise<string> {
+    const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
+    if (covering) return covering.done
+
+    const controller = new AbortController()
+    const run = { sites: [...sites], controller, isBehindScenes, done: Promise.resolve('') }
+    run.done = this.#perform(run, this.#runs.at(-1)?.done)
+    this.#runs.push(run)
+    return run.done
+  }
+
+  /** The view has seen our own request. */
+  onView(): void {
+    this.#isViewSeen = true
+  }
+
+  /** What is registered when the instance is green does not take it out, unless it fails. */
+  onRegistered(name: string, wasGreen: boolean): void {
+    if (this.#life !== 'begun') return
+    const site = this.#site(name)
+    if (site.stage !== 'waiting') return
+    site.isAwaited = !wasGreen
+    void this.warmUp([name], wasGreen)
+  }
+
+  abort(reason: string): void {
+    this.#viewController.abort(new Error(reason))
+    for (const { controller } of this.#runs) controller.abort(new Error(reason))
+  }
+
+  end(): void {
+    this.#life = 'over'
+    this.abort('the monitor was stopped')
+  }
+
+  #site(name: string): Site {
+    const known = this.#sites.get(name)
+    if (known) return known
+    const site = new Site(name, this.#isAutomatic ? 'waiting' : 'off', true)
+    this.#sites.set(name, site)
+    return site
+  }
+
+  async #beginAtView(): Promise<void> {
+    await this.#askView()
+    if (this.#life === 'over') return
+    this.#life = 'begun'
+    this.#goOn()
+  }
+
+  /** That the view is there is proved by our token alone: a catch-all route, or another worker,
+   *  answers too. What nobody answers is warmed up all the same, by the performers alone. */
+  async #askView(): Promise<void> {
+    const { instance, clock } = this.#monitor
+    if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
+
+    clock.schedule(VIEW_MS, () => {
+      if (!this.#isViewSeen) this.#viewController.abort()
+    })
+    try {
+      const answer = await fetch(`${instance.url}/@@warmup`, {
+        headers: { [TOKEN_HEADER]: this.#token },
+        redirect: 'manual',
+        signal: this.#viewController.signal
+      })
+      await answer.body?.cancel()
+    } catch {
+      // Nobody answered.
+    }
+  }
+
+  /** Warms what still waits, and tries again what has failed. */
+  #goOn(): void {
+    const { isInstanceClosing, clock } = this.#monitor
+    if (this.#life !== 'begun' || this.#runs.length > 0) return
+    if (isInstanceClosing) {
+      clock.schedule(TICK_MS, () => this.#goOn()) // one of another process may come back
+      return
+    }
+
+    const waiting = this.sites.filter(({ stage }) => stage === 'waiting')
+    if (waiting.length > 0) {
+      void this.warmUp(waiting.map(({ name }) => name))
+      return
+    }
+    const { failure } = this
+    if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
+    else if (!this.#isRetryDue) this.#retryLater(failure)
+  }
+
+  #retryLater(failure: string): void {
+    const pauseMs = this.#retryPauseMs
+    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
+    this.#isRetryDue = true
+    this.#retryPauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
+    this.#monitor.clock.schedule(pauseMs, () => this.#retry())
+  }
+
+  #retry(): void {
+    this.#isRetryDue = false
+    for (const site of this.sites) {
+      if (site.stage === 'failed') site.stage = 'waiting'
+    }
+    this.#goOn()
+  }
+
+  async #perform(run: Run, runBefore: Promise<string> | undefined): Promise<string> {
+    await runBefore
+    const { clock } = this.#monitor
+    const { signal } = run.controller
+    const expire = (): void => {
+      run.controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
+    }
+    clock.schedule(WARMUP_MS, expire)
+
+    if (!signal.aborted) log('info', `warms up ${run.sites.join(', ')}`)
+    const sites = run.sites.map((name) => this.#site(name))
+    for (const [index, site] of sites.entries()) {
+      await this.#warmSite(site, signal)
+      run.sites.shift()
+      this.#logOutcome(site, `${index + 1}/${sites.length}`)
+    }
+
+    clock.cancel(expire) // work that goes on after the warm-up must not be aborted
+    this.#runs.shift()
+    this.#goOn()
+    return describeFailures(sites)
+  }
+
+  /** A performer may not heed the signal. */
+  async #warmSite(site: Site, signal: AbortSignal): Promise<void> {
+    const { name } = site
+    const performer = performers.get(name) ?? loadPage
+    const url = `${this.#monitor.instance?.url}${name}`
+    site.begin()
+    try {
+      signal.throwIfAborted()
+      await untilAbort(signal, performer({ site: name, url, signal }))
+      signal.throwIfAborted()
+      site.end('')
+    } catch (error) {
+      site.end(errorText(error))
+    }
+  }
+
+  #logOutcome({ name, failure, seconds }: Site, position: string): void {
+    if (this.#life === 'over') return
+    const outcome = failure ? `failed (${failure})` : 'is warm'
+    const text = `(${position}) ${name} ${outcome} after ${seconds.toFixed(1)} s`
+    log(failure ? 'warn' : 'info', text)
+  }
+}
+
+/** Settles with some work, or resolves when the signal aborts. */
+async function untilAbort(signal: AbortSignal, work: unknown): Promise<void> {
+  let onAbort: () => void = doNothing
+  const aborted = new Promise<void>((resolve) => {
+    onAbort = resolve
+  })
+  signal.addEventListener('abort', onAbort)
+  try {
+    await Promise.race([work, aborted])
+  } finally {
+    signal.removeEventListener('abort', onAbort)
+  }
+}
+
+/** Why these sites are not warm, '' if they are. */
+function describeFailures(sites: Site[]): string {
+  const failures: string[] = []
+  for (const { name, failure } of sites) {
+    if (failure) failures.push(name === '/' ? failure : `${name}: ${failure}`)
+  }
+  return failures.join('; ')
+}
+
+const TOKEN_HEADER = 'x-ftw-monitor-token'
+
+/** The default performer: loads the page that the first visitor would have waited for. */
+async function loadPage({ site, url, signal }: Warmup): Promise<void> {
+  const code = await visit(url, signal)
+  if (code >= 500) throw new Error(`it answered ${code}`)
+  if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
+}
+
+/** Gives the status of a page when all of it has come. Some servers answer nothing but upgrades. */
+async function visit(url: string, signal: AbortSignal): Promise<number> {
+  const { clock } = monitor
+  const warn = (): void => {
+    log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
+  }
+  clock.schedule(PAGE_WARNING_MS, warn)
+  try {
+    const isHttps = /^https:/i.test(url)
+    return isHttps ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
+  } finally {
+    clock.cancel(warn)
+  }
+}
+
+async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
+  const page = await fetch(url, { redirect: 'manual', signal })
+  await page.body?.pipeTo(new WritableStream())
+  return page.status
+}
+
+/** Without fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
+function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
+  const socketPath = monitor.instance?.path
+  return new Promise((resolve, reject) => {
+    const request = http.get(url, { agent: false, signal, socketPath }, (page) => {
+      page.on('error', reject)
+      page.on('end', () => resolve(page.statusCode ?? 0))
+      page.resume()
+    })
+    request.on('error', reject)
+    request.on('upgrade', (page) => {
+      page.destroy()
+      reject(new Error(`it answered ${page.statusCode}`))
+    })
+  })
+}
+
+// --- The view ------------------------------------------------------------------------------------
+
+/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
+ *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
+ *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
+ *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
+export function warmupView(
+  request: http.IncomingMessage,
+  response: http.ServerResponse,
+  next?: () => void
+): void {
+  const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
+  const site = warmupSite(originalUrl) // Express cuts url
+  if (site === undefined) {
+    if (next) next()
+    else answerView(response, 404, 'Not found')
+    return
+  }
+
+  const { warmup } = monitor
+  const isOurs = warmup.isOurRequest(request)
+  const refusal = viewRefusal(request, isOurs)
+  if (refusal) {
+    answerView(response, ...refusal)
+    return
+  }
+  const all = [...siteNames()]
+  const sites = isOurs || site === '/' ? all : all.filter((each) => each === site)
+  if (sites.length === 0) {
+    answerView(response, 404, 'No such site is registered')
+    return
+  }
+  if (isOurs) {
+    warmup.onView()
+    response.shouldKeepAlive = false // else our own connection would delay server.close()
+  }
+  void answerWhenWarm(response, sites)
+}
+
+function viewRefusal(
+  request: http.IncomingMessage,
+  isOurs: boolean
+): [status: number, text: string] | undefined {
+  if (!isOurs && !isFromHere(request)) return [403, 'Only this machine may ask for a warm-up']
+  if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
+  if (!monitor.instance) return [503, 'The monitor is not started']
+  return undefined
+}
+
+async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
+  const failure = await monitor.warmup.warmUp(sites)
+  try {
+    if (failure) answerView(response, 500, toRedLine(`Warmup failed: ${failure}`))
+    else answerView(response, 200, 'Warmup successful')
+  } catch {
+    // The application may have answered meanwhile.
+  }
+}
+
+function answerView(response: http.ServerResponse, code: number, text: string): void {
+  response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
+  response.end(text)
+}
+
+/** Whether a request of the application's is answered by us. */
+function isForView(url: string): boolean {
+  return monitor.state !== 'stopped' && warmupSite(url) !== undefined
+}
+
+/** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
+function warmupSite(url: string): string | undefined {
+  const [, site] = WARMUP_URL.exec(url) ?? []
+  return site === '' ? '/' : site
+}
+
+const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
+
+function isFromHere(request: http.IncomingMessage): boolean {
+  if (TOKEN_HEADER in request.headers) return false // of another instance
+  return isLocalSocket(request.socket) && isOwnName(request) && !isForwarded(request, ['none'])
+}
+
+/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
+ *  name. */
+function isOwnName({ headers }: http.IncomingMessage): boolean {
+  const host = headers.host ?? headers[':authority']?.toString()
+  if (!host) return true // HTTP/1.0
+  const name = nameInHost(host)
+  if (name === 'localhost' || net.isIP(name) !== 0) return true
+  return monitor.instance !== undefined && name === nameInHost(new URL(monitor.instance.url).host)
+}
+
+function nameInHost(host: string): string {
+  const [, ipv6, name = ''] = HOST_HEADER.exec(host.toLowerCase()) ?? []
+  return ipv6 ?? name
+}
+
+const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
+
+// --- Probers -------------------------------------------------------------------------------------
+
+// Who asks for the verdict, and at which pace: a drain waits until each of them knows. All times
+// are by the monitor's clock.
+
+/** An address that asks for the verdict. */
+class Prober {
+  /** How many drained answers it had. */
+  drainedAnswers = 0
+  readonly address: string
+  asks = 0
+  /** When it asked the last few times, in a ring: a new array each time, and a new place in the
+   *  Map, were 5 % of a check. */
+  readonly #askedAtMs = Array<number>(PROBER_ASKS).fill(-Infinity)
+
+  constructor(address: string) {
+    this.address = address
+  }
+
+  /** `::` names clients of IPv4 in its own way. */
+  get shownAddress(): string {
+    return this.address.replace(MAPPED_ADDRESS, '')
+  }
+
+  ask(nowMs: number): void {
+    this.#askedAtMs[this.asks % PROBER_ASKS] = nowMs
+    this.asks++
+  }
+
+  get lastAskedAtMs(): number {
+    return this.#askedAtMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
+  }
+
+  /** The mean of the pauses that are known, -1 if there is none. */
+  get intervalMs(): number {
+    const pauses = this.#pauses
+    if (pauses.length === 0) return -1
+    let sumMs = 0
+    for (const pauseMs of pauses) sumMs += pauseMs
+    return sumMs / pauses.length
+  }
+
+  /** Whether it asks often enough to be a balancer, and not a person. */
+  isFrequent(nowMs: number): boolean {
+    const oldestAskMs = this.#askedAtMs[this.asks % PROBER_ASKS] ?? -Infinity
+    return nowMs - oldestAskMs <= PROBER_MS
+  }
+
+  /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
+  stillAsks(nowMs: number): boolean {
+    const longestMs = Math.max(...this.#pauses, 0)
+    return nowMs - this.lastAskedAtMs <= PAUSES_MISSED * longestMs + PAUSE_MARGIN_MS
+  }
+
+  /** How often it asks; 0 for who asked once, or has stopped. */
+  rate(nowMs: number): number {
+    const [oldestAskMs = nowMs, ...others] = this.#knownAsks
+    if (others.length === 0 || !this.stillAsks(nowMs)) return 0
+    return others.length / (nowMs - oldestAskMs)
+  }
+
+  get #knownAsks(): number[] {
+    const known = this.#askedAtMs.filter((atMs) => atMs > -Infinity)
+    return known.sort((one, other) => one - other)
+  }
+
+  get #pauses(): number[] {
+    const known = this.#knownAsks
+    return known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
+  }
+}
+
+class Probers {
+  readonly #clock: Clock
+  readonly #known = new Map<string, Prober>()
+  #lookupsInTick = 0
+
+  constructor(clock: Clock) {
+    this.#clock = clock
+  }
+
+  onTick(): void {
+    this.#lookupsInTick = 0
+  }
+
+  /** Remembers who asks, and how many drained answers the reply counts for. */
+  note(asker: Asker, drainedAnswers: number): void {
+    if (asker.isPerson) return
+    const address = this.#addressOf(asker)
+    if (address === undefined) return
+
+    const prober = this.#known.get(address) ?? this.#add(address)
+    prober.drainedAnswers += drainedAnswers
+    prober.ask(this.#clock.nowMs)
+    if (prober.asks === PROBER_ASKS) signals.warnOfSlowProber(prober, drainedAnswers)
+  }
+
+  /** Whoever asks often enough to be a balancer, and has not stopped; from now on their drained
+   *  answers count. */
+  beginDraining(): Prober[] {
+    const { nowMs } = this.#clock
+    const frequent = [...this.#known.values()].filter(
+      (prober) => prober.isFrequent(nowMs) && prober.stillAsks(nowMs)
+    )
+    for (const prober of frequent) prober.drainedAnswers = 0
+    return frequent
+  }
+
+  /** Whether a drain has to wait for it. */
+  isMissing(prober: Prober, fall: number): boolean {
+    return prober.drainedAnswers < fall && prober.stillAsks(this.#clock.nowMs)
+  }
+
+  /** The latest first, and none that has been silent for an hour. */
+  statuses(): ProberStatus[] {
+    const all = Array.from(this.#known.values(), ({ shownAddress, lastAskedAtMs, intervalMs }) => ({
+      address: shownAddress,
+      askedSecondsAgo: (this.#clock.nowMs - lastAskedAtMs) / 1_000,
+      intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
+    }))
+    const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
+    return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
+  }
+
+  #add(address: string): Prober {
+    const prober = new Prober(address)
+    if (monitor.draining) return prober // else a prober that we wait for might have to make room
+    if (this.#known.size >= PROBERS_MAX) this.#forgetRarest()
+    this.#known.set(address, prober)
+    return prober
+  }
+
+  #forgetRarest(): void {
+    const { nowMs } = this.#clock
+    let rarest = ''
+    let lowestRate = Infinity
+    for (const [address, prober] of this.#known) {
+      const rate = prober.rate(nowMs)
+      if (rate >= lowestRate) continue
+      rarest = address
+      lowestRate = rate
+    }
+    this.#known.delete(rarest)
+  }
+
+  /** In a flood we skip the lookup, and count all clients as one. */
+  #addressOf(asker: Asker): string | undefined {
+    this.#lookupsInTick++
+    if (!monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
+    return asker.remoteAddress ?? monitor.listener?.unixSocket
+  }
+}
+
+const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
+
+// --- Draining ------------------------------------------------------------------------------------
+
+// A drained instance tells every prober its reason, and sends its clients elsewhere. By hand that
+// goes on until `resume`; a shutdown begins with it.
+
+/** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
+ *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
+ *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
+ *  wrong options. */
+export async function drain(options: DrainOptions = {}): Promise<void> {
+  must(
+    hasOnly(options, DRAIN_OPTIONS),
+    `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
+  )
+  await untilDrained(toDrainOptions(options))
+}
+
+/** Takes the instance in again; not while it shuts down. */
+export function resume(): void {
+  if (currentShutdown) {
+    log('warn', 'does not resume: the instance is shutting down')
+    return
+  }
+  monitor.draining = undefined
+  monitor.application.keepClients()
+}
+
+const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs', 'minimumMs']
+
+function toDrainOptions({
+  reason = 'Draining',
+  fall = 3,
+  timeoutMs = readMilliseconds('FTW_MONITOR_TIMEOUT_MS') ?? 25_000,
+  minimumMs = readMilliseconds('FTW_MONITOR_MINIMUM_MS') ?? 0
+}: DrainOptions): Required<DrainOptions> {
+  must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
+  must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
+  for (const [name, value] of Object.entries({ timeoutMs, minimumMs })) {
+    must(typeof value === 'number', `${name} must be a number`)
+    must(value >= 0, `${name} must be a number from 0`, RangeError)
+  }
+  return { reason, fall, timeoutMs, minimumMs }
+}
+
+/** That the instance drains, and who is to be told. */
+class Draining {
+  reason: string
+  readonly waitFor: Prober[]
+  readonly #probers: Probers
+  readonly #sinceMs = performance.now()
+  /** How many drained answers a prober needs. */
+  #fall: number
+
+  constructor(probers: Probers, reason: string, fall: number) {
+    this.#probers = probers
+    this.waitFor = probers.beginDraining()
+    this.reason = reason
+    this.#fall = fall
+  }
+
+  /** A second drain waits for the same probers as the first. */
+  change(reason: string, fall: number): void {
+    this.reason = reason
+    this.#fall = fall
+  }
+
+  get isEverybodyTold(): boolean {
+    return !this.waitFor.some((prober) => this.#probers.isMissing(prober, this.#fall))
+  }
+
+  get hasNobodyToTell(): boolean {
+    return this.waitFor.length === 0
+  }
+
+  get status(): DrainingStatus {
+    const informed = this.waitFor.filter(({ drainedAnswers }) => drainedAnswers >= this.#fall)
+    const missing = this.waitFor.filter((prober) => this.#probers.isMissing(prober, this.#fall))
+    return {
+      seconds: (performance.now() - this.#sinceMs) / 1_000,
+      probers: informed.length + missing.length,
+      probersInformed: informed.length
+    }
+  }
+}
+
+function beginDraining({ reason, fall }: Required<DrainOptions>): Draining {
+  monitor.draining?.change(reason, fall)
+  monitor.draining ??= new Draining(monitor.probers, reason, fall)
+  monitor.application.sendClientsElsewhere()
+  return monitor.draining
+}
+
+/** How a drain by hand ended. */
+type DrainOutcome = { drained: true } | { drained: false; explanation: string }
+
+/** Drains, and reports each change of what it waits for. */
+async function untilDrained(
+  options: Required<DrainOptions>,
+  report: (progress: string) => void = doNothing
+): Promise<DrainOutcome> {
+  if (!monitor.isStarted) return { drained: true }
+  const draining = beginDraining(options)
+  if (!monitor.listener?.isListening) return { drained: true } // nobody can be told
+
+  const { application } = monitor
+  const quiet = new QuietWatch(application)
+  const earliestMs = performance.now() + options.minimumMs
+  let progressBefore = ''
+  const isOver = (): boolean => {
+    if (monitor.draining !== draining) return true
+    const isTold = draining.isEverybodyTold && performance.now() >= earliestMs
+    if (isTold) application.sendSessionsElsewhere()
+    quiet.look(application.requestsInFlight > 0 || !isTold)
+    const progress = describeProgress(draining, quiet.hasJustEnded)
+    if (progress !== progressBefore) report(`Draining: ${progress}`)
+    progressBefore = progress
+    return quiet.isQuiet
+  }
+  const isInTime = await pollUntil(isOver, options.timeoutMs)
+  if (monitor.draining !== draining) {
+    return { drained: false, explanation: 'Not drained: resumed meanwhile' }
+  }
+  if (isInTime) return { drained: true }
+  return { drained: false, explanation: describeLate(draining, options.timeoutMs, !quiet.isQuiet) }
+}
+
+/** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
+function describeWait({ waitFor }: Draining, limitMs: number): string {
+  const probers = waitFor.map(({ shownAddress, intervalMs }) => {
+    return `${shownAddress} (asks every ${(intervalMs / 1_000).toFixed(1)} s)`
+  })
+  return `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`
+}
+
+function describeLate(draining: Draining, afterMs: number, doRequestsCome = false): string {
+  const progress = describeProgress(draining, doRequestsCome)
+  return `Not drained after ${afterMs / 1_000} s: ${progress}`
+}
+
+function describeProgress(draining: Draining, doRequestsCome: boolean): string {
+  const { probers, probersInformed } = draining.status
+  const known = `${probersInformed} of ${probers} probers know`
+  const { server, requestsInFlight, upgradedConnections } = monitor.application
+  if (!server) return known
+  const isBetweenRequests = doRequestsCome && requestsInFlight === 0
+  const requests = isBetweenRequests
+    ? 'requests keep coming'
+    : `${requestsInFlight} requests in flight`
+  const progress = `${known}, ${requests}`
+  return upgradedConnections > 0
+    ? `${progress}, ${upgradedConnections} upgraded connections`
+    : progress
+}
+
+/** Tells whether no request has come for QUIET_MS. */
+class QuietWatch {
+  readonly #application: Application
+  /** Whether a request has come since the last look. */
+  hasJustEnded = false
+  #requestsBefore: number
+  #quietSinceMs = performance.now()
+
+  constructor(application: Application) {
+    this.#application = application
+    this.#requestsBefore = application.requests
+  }
+
+  /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
+  look(isBusy = false): void {
+    const { requests } = this.#application
+    this.hasJustEnded = requests !== this.#requestsBefore
+    if (isBusy || this.hasJustEnded) this.#quietSinceMs = performance.now()
+    this.#requestsBefore = requests
+  }
+
+  get isQuiet(): boolean {
+    return performance.now() - this.#quietSinceMs >= QUIET_MS
+  }
+}
+
+/** Resolves to true when something holds, to false when it does not in time. */
+async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean> {
+  const startedAtMs = performance.now()
+  while (!holds()) {
+    if (performance.now() - startedAtMs >= limitMs) return false
+    await new Promise((resolve) => {
+      setTimeout(resolve, POLL_MS).unref()
+    })
+  }
+  return true
+}
+
+// --- Shutdown ------------------------------------------------------------------------------------
+
+// The end of an instance, in an order in which no request is refused that might still come, and
+// none meets a closed database.
+
+/** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
+ *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
+ *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
+ *  Called twice it is one shutdown. Rejects with a `TypeError` or `RangeError` for wrong options. */
+export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
+  const checked = toShutdownOptions(options)
+  if (currentShutdown?.phase === 'cleaning') {
+    log('warn', 'is shutting down already, and does not wait for itself in cleanUp')
+    return
+  }
+  await beginShutdown(checked)
+}
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
   /** They may be an object of the caller's own class, whose methods want it. */
@@ -1869,39 +2749,233 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
   exitAfterMs: number
 }
 
-/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which
- *  the process ends, even if something still keeps it alive (which is logged). A second one ends
- *  it at once with 128 + the signal's number. Called again it replaces the options. May come
- *  before or after `start`, and works without a monitor. `stop()` takes the listeners off.
- *  Throws a `TypeError` or `RangeError` for wrong options. */
-export function shutdownOnSignal(options: ShutdownOptions = {}): void {
-  const checked = toShutdownOptions(options)
-  const { signals = ['SIGTERM', 'SIGINT'] } = options
+const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
+
+function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
   must(
-    Array.isArray(signals) && signals.length > 0 && signals.every((it) => SIGNAL_NUMBERS.has(it)),
-    `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
+    hasOnly(options, SHUTDOWN_OPTIONS),
+    `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
   )
-  takeSignalListenersOff()
-  for (const signal of new Set(signals)) {
-    const listener: SignalListener = (name, number) => onSignal(name, number, checked)
-    signalState.listeners.set(signal, listener)
-    process.on(signal, listener)
+  const drainOptions = toDrainOptions(options)
+  const { timeoutMs } = drainOptions
+  const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
+  must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
+  must(mayHaveMethod(options, 'cleanUp'), 'cleanUp must be a function')
+  must(typeof exitAfterMs === 'number', 'exitAfterMs must be a number')
+  must(
+    exitAfterMs > timeoutMs && exitAfterMs <= TIMER_MAX_MS,
+    `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
+    RangeError
+  )
+  return { given: options, ...drainOptions, exitAfterMs }
+}
+
+function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
+  if (!currentShutdown) {
+    currentShutdown = new Shutdown(options, signal)
+    void currentShutdown.perform()
+  }
+  return currentShutdown.done
+}
+
+/** `telling`: the verdict is red, and each prober is told. `settling`: until no request comes.
+ *  `closing`: no connection is accepted, and every request finishes. `cleaning`: `cleanUp`, and the
+ *  goodbye of upgraded connections. `others`: whoever else listens for the signal has it. */
+type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'others' | 'over'
+
+/** How long probers may take to be told: all of the time but what requests have in any case. */
+function tellingLimitMs({ timeoutMs }: CheckedShutdownOptions): number {
+  return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
+}
+
+class Shutdown {
+  phase: ShutdownPhase = 'telling'
+  /** Resolves when it is over. */
+  readonly done: Promise<void>
+  readonly #options: CheckedShutdownOptions
+  readonly #signal: NodeJS.Signals | undefined
+  readonly #monitor: Monitor
+  readonly #application: Application
+  /** Whatever is closed, also what is not judged. */
+  readonly #applications: Application[]
+  readonly #startedAtMs = performance.now()
+  /** What is still to be done, in words. */
+  readonly #undone = new Set<string>()
+  #resolveDone: () => void = doNothing
+
+  constructor(options: CheckedShutdownOptions, signal: NodeJS.Signals | undefined) {
+    this.#options = options
+    this.#signal = signal
+    this.#monitor = monitor
+    this.#application = monitor.application
+    this.#applications = [monitor.application, monitor.bystanders]
+    this.done = new Promise((resolve) => {
+      this.#resolveDone = resolve
+    })
+  }
+
+  get isRunning(): boolean {
+    return this.phase !== 'over'
+  }
+
+  async perform(): Promise<void> {
+    const { given, exitAfterMs } = this.#options
+    const shutdownOfThis = { signal: this.#signal }
+    // The one timer that keeps the process alive: else that might end before cleanUp was called.
+    const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
+
+    const told = this.#do('onSignal', () => given.onSignal?.(shutdownOfThis))
+    await this.#do('draining', () => this.#drain())
+    this.phase = 'closing'
+    await this.#do('the requests in flight', () => this.#close())
+    this.phase = 'cleaning'
+    const cleaned = this.#do('cleanUp', () => given.cleanUp?.(shutdownOfThis))
+    await this.#do('upgraded connections', () => this.#endUpgraded())
+    await Promise.all([told, cleaned])
+    this.phase = 'others'
+    deadline.unref() // what the others have ended may end the process
+    await this.#do('other listeners of the signal', () => signals.tellOthers())
+    await this.#do('the monitor', () => this.#monitor.end())
+
+    clearTimeout(deadline)
+    this.#monitor.release()
+    this.phase = 'over'
+    this.#resolveDone()
+  }
+
+  /** Tells whoever probes, and waits for a quiet moment. */
+  async #drain(): Promise<void> {
+    const { minimumMs } = this.#options
+    const tellingMs = tellingLimitMs(this.#options)
+    this.#application.sendClientsElsewhere()
+    const draining = this.#beginTelling(tellingMs)
+    const isTold = (): boolean => {
+      return this.#elapsedMs() >= minimumMs && draining?.isEverybodyTold !== false
+    }
+    const isInTime = await pollUntil(isTold, tellingMs)
+    if (!isInTime && draining) log('warn', describeLate(draining, tellingMs))
+
+    this.phase = 'settling'
+    this.#application.sendSessionsElsewhere()
+    if (!this.#application.server) return
+    const isSomebodyTold = draining?.hasNobodyToTell === false
+    const quiet = new QuietWatch(this.#application)
+    const isQuiet = (): boolean => {
+      quiet.look()
+      return quiet.isQuiet
+    }
+    await pollUntil(isQuiet, isSomebodyTold ? tellingMs - this.#elapsedMs() : SETTLE_MS)
+  }
+
+  /** Takes the instance out; gives who is to be told, if anybody is. */
+  #beginTelling(tellingMs: number): Draining | undefined {
+    if (!this.#monitor.isStarted) return undefined
+    const draining = beginDraining(this.#options)
+    // Whoever presses Ctrl-C at a terminal waits for no balancer.
+    const isAtTerminal = this.#signal === 'SIGINT' && process.stdin.isTTY
+    if (isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
+    if (isAtTerminal || !this.#monitor.listener?.isListening) return undefined
+    if (!draining.hasNobodyToTell) log('info', describeWait(draining, tellingMs))
+    return draining
+  }
+
+  /** Closes the servers; each connection as soon as no request is in flight on it. */
+  async #close(): Promise<void> {
+    const { timeoutMs } = this.#options
+    if (this.#isServerUnknown) await this.#waitForUnknownServer()
+    for (const application of this.#applications) {
+      application.sendClientsElsewhere()
+      await application.stopListening()
+    }
+    const isOver = (): boolean => {
+      for (const application of this.#applications) application.closeIdleConnections()
+      return !this.#applications.some(({ isServing }) => isServing)
+    }
+    if (!(await pollUntil(isOver, timeoutMs - this.#elapsedMs()))) await this.#cutRequests()
+    // What was ended is sent.
+    const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
+    await pollUntil(isGone, GOODBYE_MS)
+    for (const application of this.#applications) application.closeServers()
+  }
+
+  async #cutRequests(): Promise<void> {
+    let count = 0
+    for (const application of this.#applications) count += application.cutRequests()
+    const seconds = this.#options.timeoutMs / 1_000
+    log('warn', `cuts ${count} requests that are still in flight after ${seconds} s`)
+    // The application is to hear of it before cleanUp.
+    const isCut = (): boolean => this.#applications.every((each) => each.requestsInFlight === 0)
+    await pollUntil(isCut, GOODBYE_MS)
+  }
+
+  /** The instance accepts connections, and its server, of a child process say, is not known. */
+  get #isServerUnknown(): boolean {
+    return !this.#application.server && this.#monitor.instance?.isAccepting === true
+  }
+
+  /** Of its requests nothing can be known, so they have all the time. */
+  async #waitForUnknownServer(): Promise<void> {
+    const limitMs = this.#options.timeoutMs - this.#elapsedMs()
+    const seconds = Math.round(limitMs / 1_000)
+    log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
+    await pollUntil(() => !this.#isServerUnknown, limitMs)
+  }
+
+  async #endUpgraded(): Promise<void> {
+    await Promise.all(this.#applications.map((application) => application.endUpgraded()))
+  }
+
+  /** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
+  async #do(name: string, part: () => unknown): Promise<void> {
+    this.#undone.add(name)
+    try {
+      await part()
+    } catch (error) {
+      if (!isServerClosed(error)) {
+        log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
+        process.exitCode ||= 1
+      }
+    }
+    this.#undone.delete(name)
+  }
+
+  #elapsedMs(): number {
+    return performance.now() - this.#startedAtMs
+  }
+
+  #exitUndone(): void {
+    const seconds = this.#options.exitAfterMs / 1_000
+    log('error', `exits after ${seconds} s; not done: ${[...this.#undone].join(', ')}`)
+    process.exit(1)
   }
 }
 
-function takeSignalListenersOff(): void {
-  for (const [signal, listener] of signalState.listeners) process.off(signal, listener)
-  signalState.listeners.clear()
+/** What a `close` says that was bound before the shutdown: we have closed the server already. */
+function isServerClosed(error: unknown): boolean {
+  return attempt(() => (error as NodeJS.ErrnoException).code) === 'ERR_SERVER_NOT_RUNNING'
 }
 
-function onSignal(
-  signal: NodeJS.Signals,
-  number: number | undefined,
-  options: CheckedShutdownOptions
-): void {
-  if (signalState.isSignalled) process.exit(128 + (number ?? SIGNAL_NUMBERS.get(signal) ?? 0))
-  signalState.isSignalled = true
-  void shutDownAndExit(options, signal)
+// --- Signals -------------------------------------------------------------------------------------
+
+// What `shutdownOnSignal` listens for, and what becomes of it. On Node.js a signal is held back
+// from other listeners until the shutdown has cleaned up; Bun and Deno tell them at once.
+
+/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which
+ *  the process ends, even if something still keeps it alive (which is logged). Other listeners
+ *  of the signal have it when `cleanUp` is done, and 5 s to end the process in their own way. One
+ *  that comes again changes nothing before that, and ends the process after it; only a `SIGINT` a
+ *  second or more after the first signal ends it at once, with 130. Called again it replaces the
+ *  options. May come before or after `start`, and works without a monitor. `stop()` takes the
+ *  listeners off. Throws a `TypeError` or `RangeError` for wrong options. */
+export function shutdownOnSignal(options: ShutdownOptions = {}): void {
+  const checked = toShutdownOptions(options)
+  const { signals: names = ['SIGTERM', 'SIGINT'] } = options
+  must(
+    Array.isArray(names) && names.length > 0 && names.every((it) => SIGNAL_NUMBERS.has(it)),
+    `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
+  )
+  signals.release()
+  signals.listen(new Set(names), checked)
 }
 
 /** The signals by which somebody may ask a process to end, with Linux's numbers. */
@@ -1915,12 +2989,153 @@ const SIGNAL_NUMBERS = new Map<string, number>([
   ['SIGBREAK', 21]
 ])
 
-async function shutDownAndExit(
-  options: CheckedShutdownOptions,
-  signal: NodeJS.Signals
-): Promise<void> {
-  await beginShutdown(options, signal)
-  setTimeout(exitThoughAlive, ALIVE_MS).unref()
+type SignalListener = (signal: NodeJS.Signals, number?: number) => void
+
+class Signals {
+  readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
+  /** The one that began the shutdown. */
+  #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
+  #isRepeatLogged = false
+  #options: CheckedShutdownOptions | undefined
+  #restoreEmit: () => void = doNothing
+
+  get areHeard(): boolean {
+    return this.#listeners.size > 0
+  }
+
+  /** After a signal nothing is to begin any more. */
+  get hasCome(): boolean {
+    return this.#first !== undefined
+  }
+
+  listen(names: Set<NodeJS.Signals>, options: CheckedShutdownOptions): void {
+    this.#options = options
+    this.#holdBack(names)
+    for (const name of names) {
+      const listener: SignalListener = (signal, number) => this.#onSignal(signal, number, options)
+      this.#listeners.set(name, listener)
+      process.on(name, listener)
+    }
+  }
+
+  /** Takes the listeners off. */
+  release(): void {
+    this.#restoreEmit()
+    for (const [signal, listener] of this.#listeners) process.off(signal, listener)
+    this.#listeners.clear()
+    this.#options = undefined
+  }
+
+  /** Tells before it hurts that a prober asks too seldom to be told. */
+  warnOfSlowProber({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
+    if (!this.#options) return
+    const tellingMs = tellingLimitMs(this.#options)
+    const { fall } = this.#options
+    const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
+    if (neededMs <= tellingMs) return
+    const pause = `asks every ${(intervalMs / 1_000).toFixed(1)} s, and is to be told ${fall} times`
+    const limit = `a shutdown waits ${tellingMs / 1_000} s for that`
+    log(
+      'info',
+      `${shownAddress} ${pause}, but ${limit}: raise timeoutMs, unless it asks faster then`
+    )
+  }
+
+  /** Lets whoever else listens have the signal, and the time to end the process. */
+  async tellOthers(): Promise<void> {
+    if (!this.#first) return
+    const { signal, number } = this.#first
+    const others = this.#visibleListeners(signal)
+    if (others.length === 0) return
+
+    // Each in a turn of its own: what one throws is an uncaught exception, as it would have been.
+    for (const other of others) process.nextTick(other.bind(process), signal, number)
+    await pollUntil(() => false, OTHERS_MS)
+  }
+
+  #onSignal(
+    signal: NodeJS.Signals,
+    number: number | undefined,
+    options: CheckedShutdownOptions
+  ): void {
+    if (!this.#first) {
+      this.#first = { signal, number, atMs: performance.now() }
+      void this.#shutDownAndExit(options, signal)
+      return
+    }
+    if (currentShutdown && ['others', 'over'].includes(currentShutdown.phase)) process.exit()
+    if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
+      log('warn', 'ends at once, since SIGINT came again')
+      process.exit(130)
+    }
+    if (!this.#isRepeatLogged) log('info', `is shutting down already; ${signal} changes nothing`)
+    this.#isRepeatLogged = true
+  }
+
+  async #shutDownAndExit(options: CheckedShutdownOptions, signal: NodeJS.Signals): Promise<void> {
+    await beginShutdown(options, signal)
+    setTimeout(exitThoughAlive, ALIVE_MS).unref()
+  }
+
+  /** Sees these signals before anybody else does. Node.js looks `process.emit` up when a signal
+   *  gets its first listener, so the present ones are taken off and added again in their order. */
+  #holdBack(names: Set<NodeJS.Signals>): void {
+    if ('bun' in process.versions || 'deno' in process.versions) return
+    const hold = (signal: NodeJS.Signals, number?: number): void => {
+      this.#listeners.get(signal)?.(signal, number)
+      // A supervisor in this process, as tsx has one, wants its answer at once.
+      for (const hidden of this.#hiddenListeners(signal)) hidden.call(process, signal, number)
+    }
+    const isHeld = (event: unknown): event is NodeJS.Signals =>
+      this.#listeners.has(event as NodeJS.Signals)
+    this.#restoreEmit = replaceEmit(isHeld, hold)
+    for (const name of names) {
+      const present = process.rawListeners(name) as SignalListener[]
+      for (const listener of present) process.off(name, listener)
+      for (const listener of present) process.on(name, listener)
+    }
+  }
+
+  /** Of others, and such as `process.listeners()` shows. */
+  #visibleListeners(signal: NodeJS.Signals): SignalListener[] {
+    const visible = process.listeners(signal) as SignalListener[]
+    const own = this.#listeners.get(signal)
+    const all = process.rawListeners(signal) as SignalListener[]
+    return all.filter((raw) => raw !== own && visible.includes(unwrapped(raw)))
+  }
+
+  #hiddenListeners(signal: NodeJS.Signals): SignalListener[] {
+    const visible = process.listeners(signal) as SignalListener[]
+    const all = process.rawListeners(signal) as SignalListener[]
+    return all.filter((raw) => !visible.includes(unwrapped(raw)))
+  }
+}
+
+/** Of `once` there is a wrapper. */
+function unwrapped(raw: SignalListener & { listener?: SignalListener }): SignalListener {
+  return raw.listener ?? raw
+}
+
+/** Has `process.emit` hold some events; gives what takes that back. */
+function replaceEmit(
+  isHeld: (event: unknown) => event is NodeJS.Signals,
+  hold: (signal: NodeJS.Signals, number?: number) => void
+): () => void {
+  const innerEmit = methodOf(process, 'emit')
+  const ownEmit = Object.getOwnPropertyDescriptor(process, 'emit')
+
+  function emit(this: NodeJS.Process, event: unknown, ...args: unknown[]): boolean {
+    if (!isHeld(event)) return Reflect.apply(innerEmit, this, [event, ...args]) as boolean
+    hold(event, args[1] as number | undefined)
+    return true
+  }
+  Reflect.defineProperty(process, 'emit', { value: emit, configurable: true, writable: true })
+
+  return () => {
+    if ((process.emit as unknown) !== emit) return // whoever came later still calls us
+    Reflect.deleteProperty(process, 'emit')
+    if (ownEmit) Reflect.defineProperty(process, 'emit', ownEmit)
+  }
 }
 
 function exitThoughAlive(): void {
@@ -1941,194 +3156,12 @@ function aliveResources(): string {
 
 const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // listed for stdout and stderr, which keep nothing alive
 
-/** Ends what the instance does, in an order in which no request meets a closed database: tells
- *  `onSignal`, drains, closes the server, waits for its requests, calls `cleanUp`, ends upgraded
- *  connections, and stops the monitor. Resolves when all that is done; what takes longer than
- *  `exitAfterMs` is logged, and ends the process with 1. Called twice it is one shutdown. Rejects
- *  with a `TypeError` or `RangeError` for wrong options. */
-export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
-  await beginShutdown(toShutdownOptions(options))
-}
-
-function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
-  must(
-    hasOnly(options, SHUTDOWN_OPTIONS),
-    `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
-  )
-  const { reason, fall, timeoutMs } = toDrainOptions(options)
-  const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
-  must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
-  must(mayHaveMethod(options, 'cleanUp'), 'cleanUp must be a function')
-  must(typeof exitAfterMs === 'number', 'exitAfterMs must be a number')
-  must(
-    exitAfterMs > timeoutMs && exitAfterMs <= TIMER_MAX_MS,
-    `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
-    RangeError
-  )
-  return { given: options, reason, fall, timeoutMs, exitAfterMs }
-}
-
-const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
-
-function isShutdownRunning(): boolean {
-  return currentShutdown !== undefined && !currentShutdown.isOver
-}
-
-function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
-  if (currentShutdown) return currentShutdown.done
-  currentShutdown = new Shutdown()
-  currentShutdown.done = performShutdown(currentShutdown, options, signal)
-  return currentShutdown.done
-}
-
-async function performShutdown(
-  shutting: Shutdown,
-  options: CheckedShutdownOptions,
-  signal: NodeJS.Signals | undefined
-): Promise<void> {
-  const { app } = state
-  const { given, timeoutMs, exitAfterMs } = options
-  const cutAtMs = performance.now() + timeoutMs
-  // The one timer that keeps the process alive: else that might end before cleanUp was called.
-  const deadline = setTimeout(() => exitUndone(shutting, exitAfterMs), exitAfterMs)
-
-  const told = doPart(shutting, 'onSignal', () => given.onSignal?.({ signal }))
-  await doPart(shutting, 'draining', () => drainForShutdown(options))
-  await doPart(shutting, 'the requests in flight', () => closeServer(app, cutAtMs, timeoutMs))
-  const cleaned = doPart(shutting, 'cleanUp', () => given.cleanUp?.({ signal }))
-  await doPart(shutting, 'upgraded connections', () => endUpgraded(app))
-  await Promise.all([told, cleaned])
-  await doPart(shutting, 'the monitor', stop)
-
-  clearTimeout(deadline)
-  app.restoreClose()
-  app.unhook()
-  shutting.isOver = true
-}
-
-async function drainForShutdown(options: Required<DrainOptions>): Promise<void> {
-  const outcome = await untilDrained(options)
-  if (outcome.startsWith('Not drained after')) log('warn', outcome)
-}
-
-/** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
-async function doPart(shutting: Shutdown, name: string, part: () => unknown): Promise<void> {
-  shutting.undone.add(name)
-  try {
-    await part()
-  } catch (error) {
-    if (!isServerClosed(error)) {
-      log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
-      process.exitCode ||= 1
-    }
-  }
-  shutting.undone.delete(name)
-}
-
-/** What a `close` says that was bound before the shutdown: we have closed the server already. */
-function isServerClosed(error: unknown): boolean {
-  return attempt(() => (error as NodeJS.ErrnoException).code) === 'ERR_SERVER_NOT_RUNNING'
-}
-
-function exitUndone({ undone }: Shutdown, afterMs: number): void {
-  log('error', `exits after ${afterMs / 1_000} s; not done: ${[...undone].join(', ')}`)
-  process.exit(1)
-}
-
-/** Closes the server and its connections, each as soon as no request is in flight on it. */
-async function closeServer(app: Application, cutAtMs: number, timeoutMs: number): Promise<void> {
-  const { server, http2Sessions } = app
-  if (!server) return
-
-  app.isClosing = true
-  sendClientsElsewhere(app)
-  app.restoreClose = letOthersClose(server)
-  attempt(() => server.close()) // it may be closed, or never have listened
-  for (const session of http2Sessions) attempt(() => session.close())
-  do {
-    closeConnections(server, 'closeIdleConnections')
-    await pollingPause() // also for a connection whose answer has just been sent
-    forgetDeadRequests(app)
-  } while (isServing(app) && performance.now() < cutAtMs)
-
-  if (isServing(app)) await cutRequests(app, timeoutMs)
-  closeConnections(server, 'closeAllConnections')
-  if (app.upgraded.size === 0) destroyAll(app.connections)
-}
-
-async function cutRequests(
-  { inFlight, http2Sessions }: Application,
-  afterMs: number
-): Promise<void> {
-  const count = inFlight.size || http2Sessions.size // of streams no request may tell
-  log('warn', `cuts ${count} requests that are still in flight after ${afterMs / 1_000} s`)
-  for (const [response, { socket }] of inFlight) abortRequest(response, socket)
-  for (const session of http2Sessions) attempt(() => session.destroy())
-  await pollingPause() // for the application to hear of it before cleanUp
-}
-
-/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that
- *  it runs no more. Gives what takes this back. */
-function letOthersClose(server: net.Server): () => void {
-  const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
-  // oxlint-disable-next-line typescript/unbound-method -- it is applied to the server below
-  const innerClose = server.close
-  let isClosed = false
-  server.once('close', () => {
-    isClosed = true
-  })
-  server.close = (callback) => {
-    if (callback && isClosed) setImmediate(() => callback())
-    else if (callback) server.once('close', () => callback())
-    return isClosed ? server : Reflect.apply(innerClose, server, [])
-  }
-  return () => {
-    Reflect.deleteProperty(server, 'close')
-    if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
-  }
-}
-
-/** An HTTP/2 server may serve streams, of which no request tells. */
-function isServing({ inFlight, http2Sessions }: Application): boolean {
-  return inFlight.size > 0 || [...http2Sessions].some(({ destroyed }) => !destroyed)
-}
-
-function destroyAll(sockets: Set<net.Socket>): void {
-  for (const socket of sockets) attempt(() => socket.destroy())
-}
-
-/** Node.js 20's closeIdleConnections leaves those that never sent a request, and an http2 server
- *  has neither method. */
-function closeConnections(
-  server: net.Server,
-  method: 'closeIdleConnections' | 'closeAllConnections'
-): void {
-  attempt(() => (server as { [name in typeof method]?: () => void })[method]?.())
-}
-
-function abortRequest(response: http.ServerResponse, socket: net.Socket): void {
-  attempt(() => {
-    const { stream } = response as { stream?: { session?: Http2Session; destroy(): void } }
-    if (stream?.session) stream.destroy()
-    else socket.destroy()
-  })
-}
-
-/** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
-async function endUpgraded({ upgraded, connections }: Application): Promise<void> {
-  await untilNoneOrAfter(upgraded, GOODBYE_MS)
-  for (const socket of upgraded) attempt(() => socket.end())
-  await untilNoneOrAfter(upgraded, GOODBYE_MS)
-  destroyAll(upgraded)
-  destroyAll(connections)
-}
-
-async function untilNoneOrAfter(all: Set<unknown>, limitMs: number): Promise<void> {
-  const startedAtMs = performance.now()
-  while (all.size > 0 && performance.now() - startedAtMs < limitMs) await pollingPause()
-}
-
 // --- The command table ---------------------------------------------------------------------------
+
+// What lines and HTTP requests name. All commands, ours and the service's own, are entries of one
+// kind, and are run in one way.
+
+const commands = new Map<string, Entry>()
 
 /** Whoever sent a line or a request. */
 interface Asker extends Connection {
@@ -2136,8 +3169,8 @@ interface Asker extends Connection {
   readonly isHttp: boolean
   /** Whether a person sits there, in interactive mode or at a browser; else it is a program. */
   readonly isPerson: boolean
-  /** Writes what went wrong, with a status for HTTP. */
-  refuse(text: string, code: number): void
+  /** Writes a reply that has, for HTTP, a status and a media type of its own. */
+  reply(text: string, code: number, type: string): void
 }
 
 type Answer = Mode | void | Promise<Mode | void>
@@ -2180,50 +3213,43 @@ export function register(
     !overHttp || !local,
     'a command is http or local: a browser here is local to all pages it shows'
   )
-  addEntry(name, {
-    doc,
-    http: overHttp,
-    local,
-    type: commands.get(name)?.type ?? PLAIN_TEXT, // a replaced `metrics` is still for Prometheus
-    run: (asker, args) => goOnWith(command(asker, ...args), (mode) => checkedMode(name, mode))
-  })
+  const type = commands.get(name)?.type ?? PLAIN_TEXT // a replaced `metrics` is for Prometheus
+  addEntry(name, doc, { http: overHttp, local, type }, (asker, args) =>
+    goOnWith(command(asker, ...args), (mode) => checkedMode(name, mode))
+  )
 }
 
-/** Adds a command of ours that writes its reply, and leaves the mode as it is. */
+interface OwnOptions extends Partial<Omit<Entry, 'doc' | 'run'>> {
+  /** What follows on the connection; by default, what was. */
+  mode?: Mode
+}
+
+/** Adds a command of ours, which gives the text of its reply, without the last line feed, or writes
+ *  it itself. */
 function addCommand(
   name: string,
   doc: string,
-  write: (asker: Asker, ...args: string[]) => void | Promise<void>,
-  how: Partial<Entry> = {}
+  command: (asker: Asker, ...args: string[]) => string | void | Promise<string | void>,
+  { mode, ...options }: OwnOptions = {}
 ): void {
-  addEntry(name, { doc, run: (asker, args) => write(asker, ...args), ...how })
+  addEntry(name, doc, options, (asker, args) =>
+    goOnWith(command(asker, ...args), (text) => {
+      if (typeof text === 'string') asker.write(`${text}\n`)
+      return mode
+    })
+  )
 }
 
-/** Adds a command of ours that gives the text of its reply, without the last line feed. */
-function addReport(
-  name: string,
-  doc: string,
-  report: (asker: Asker, ...args: string[]) => string | Promise<string>,
-  how: Partial<Entry> & { mode?: Mode } = {}
-): void {
-  const { mode, ...options } = how
-  const write = (asker: Asker, text: string): Mode | void => {
-    asker.write(`${text}\n`)
-    return mode
-  }
-  const run = (asker: Asker, args: string[]): Answer =>
-    goOnWith(report(asker, ...args), (text) => write(asker, text))
-  addEntry(name, { doc, run, ...options })
-}
-
-function addEntry(name: string, entry: Partial<Entry> & Pick<Entry, 'doc' | 'run'>): void {
+function addEntry(name: string, doc: string, options: Partial<Entry>, run: Entry['run']): void {
   commands.set(name, {
     http: true,
     local: false,
     hidden: false,
     type: PLAIN_TEXT,
     loggedAtMs: -Infinity,
-    ...entry
+    ...options,
+    doc,
+    run
   })
 }
 
@@ -2237,16 +3263,15 @@ const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
 
 function checkedMode(name: string, answer: unknown): Mode | void {
   if (MODES.includes(answer)) return answer as Mode | void
-  failWith(`${name} returned ${errorText(answer)} instead of a mode; reply with connection.write`)
+  const returned = `${name} returned ${errorText(answer)} instead of a mode`
+  failWith(`Error: ${returned}; reply with connection.write`)
 }
 
 /** Runs a command, for lines and HTTP alike; whatever goes wrong becomes a line for the asker. */
 function runCommand(name: string, args: string[], asker: Asker): Answer {
   const entry = commands.get(name)
   if (!entry || (asker.isHttp && !entry.http)) return refuseUnknown(name, asker)
-  if (entry.local && !asker.local) {
-    return asker.refuse(`${name} is for this machine only\n`, 403)
-  }
+  if (entry.local && !asker.local) return asker.reply(forThisMachine(name), 403, PLAIN_TEXT)
   try {
     const answer = entry.run(asker, args)
     if (!(answer instanceof Promise)) return answer
@@ -2256,18 +3281,27 @@ function runCommand(name: string, args: string[], asker: Asker): Answer {
   }
 }
 
+function forThisMachine(name: string): string {
+  return `${name} is for this machine only\n`
+}
+
+function unknownCommand(name: string): string {
+  return `${toRedLine(`Invalid command '${name}'`)}\nTry "help".\n`
+}
+
 function refuseUnknown(name: string, asker: Asker): void {
-  asker.refuse(`${toRedLine(`Invalid command '${name}'`)}\nTry "help".\n`, 404)
+  asker.reply(unknownCommand(name), 404, PLAIN_TEXT)
 }
 
 /** The asker gets one line; the frames, which tell of the host's files, go to the log. */
 function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
-  if (isRefusal(error)) {
-    asker.refuse(`${toRedLine(error.message)}\n`, 500)
+  const refusal = attempt(() => (error instanceof Refusal ? error.message : undefined))
+  if (refusal !== undefined) {
+    asker.reply(`${toRedLine(refusal)}\n`, 500, PLAIN_TEXT)
     return
   }
   const line = `${kindOf(error)}: ${errorText(error)}`
-  asker.refuse(`${toRedLine(line)}\n`, 500)
+  asker.reply(`${toRedLine(line)}\n`, 500, PLAIN_TEXT)
 
   const nowMs = performance.now()
   if (nowMs - entry.loggedAtMs < LOG_MS) return
@@ -2275,9 +3309,12 @@ function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker):
   log('error', `got ${line} from ${name}`, ...framesOf(error))
 }
 
+/** A word that ends in `Error`, by which the program knows a failure: `RangeError`, or `Error:
+ *  NotFound` of an error that is called `NotFound`. */
 function kindOf(error: unknown): string {
   const name: unknown = attempt(() => error instanceof Error && error.name)
-  return typeof name === 'string' && name !== '' ? name : 'Error'
+  if (typeof name !== 'string' || name === '') return 'Error'
+  return /^\w*Error$/.test(name) ? name : `Error: ${name}`
 }
 
 // --- Commands ------------------------------------------------------------------------------------
@@ -2289,29 +3326,22 @@ addCommand(
     help lists the commands, help NAME shows what is written about one.
 `,
   (asker, name) => {
-    if (name === undefined) asker.write(`${listOfCommands()}\n`)
-    else tellAbout(name, asker)
+    if (name === undefined) return listOfCommands()
+    const entry = commands.get(name)
+    return entry ? `Help for ${name}:\n\n${entry.doc || '?'}` : refuseUnknown(name, asker)
   }
 )
 
 function listOfCommands(): string {
-  const shown = [...commands].filter(([, { hidden }]) => !hidden)
-  const lines = shown.map(([name, { doc }]) => `  ${name} -- ${summaryOf(doc)}`)
+  const lines: string[] = []
+  for (const [name, { doc, hidden }] of commands) {
+    const [summary] = doc.split('\n')
+    if (!hidden) lines.push(`  ${name} -- ${summary || '?'}`)
+  }
   return ['Supported commands:', ...lines.sort()].join('\n')
 }
 
-function summaryOf(doc: string): string {
-  const [summary] = doc.split('\n')
-  return summary || '?'
-}
-
-function tellAbout(name: string, asker: Asker): void {
-  const entry = commands.get(name)
-  if (entry) asker.write(`Help for ${name}:\n\n${entry.doc || '?'}\n`)
-  else refuseUnknown(name, asker)
-}
-
-addReport(
+addCommand(
   'interactive',
   `Turn on monitor's interactive mode
 
@@ -2322,7 +3352,7 @@ addReport(
   { http: false, mode: 'interactive' }
 )
 
-addReport(
+addCommand(
   'quit',
   `Quit the monitor
 
@@ -2342,54 +3372,64 @@ addCommand('readyz', 'Answer as health_check does, under the name of Kubernetes'
   hidden: true
 })
 
-addReport('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: true })
+addCommand('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: true })
 
 /** Awaits nothing if there is nothing to be asked. */
 function checkHealth(asker: Asker): void | Promise<void> {
-  noteProber(asker, 1)
+  monitor.probers.note(asker, 1)
   const inspection = inspect()
   if (!inspection) return tellVerdict(asker)
   return inspection.then(() => tellVerdict(asker))
 }
 
 function tellVerdict(asker: Asker): void {
-  const reason = verdict()
-  if (reason === 'OK') asker.write('OK\n')
-  else asker.refuse(`${reason}\n`, 503)
+  const verdict = judge()
+  if (verdict.healthy) asker.write('OK\n')
+  else asker.reply(`${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
 }
 
-addReport('agent_check', "Answer HAProxy's agent check", async (asker) => {
-  noteProber(asker, Infinity) // one answer is enough for an agent
+/** Whoever reaches the port may know whether the instance is healthy, and the category of the
+ *  reason; details are for this machine. */
+function reasonFor(asker: Asker, { reason, explanation }: Verdict): string {
+  return asker.local ? explanation : reason
+}
+
+addCommand('agent_check', "Answer HAProxy's agent check", async (asker) => {
+  monitor.probers.note(asker, AGENT_WORTH)
   await inspect()
-  const reason = verdict()
-  if (reason === 'OK') return `up ${idlePercentage()}%`
-  return `${state.draining ? 'stopped' : 'down'} #${reason}`
+  const verdict = judge()
+  if (verdict.healthy) return `up ${idlePercentage()}%`
+  return `${monitor.draining ? 'stopped' : 'down'} #${reasonFor(asker, verdict)}`
 })
 
 /** What the event loop has left over, but never nothing: an instance that fails fast is idle
  *  too. */
 function idlePercentage(): number {
-  const idle = Math.round(100 - 100 * Math.max(0, state.load.utilization))
+  const idle = Math.round(100 - 100 * Math.max(0, monitor.load.utilization))
   return Math.max(10, idle)
 }
 
-addReport('warmup_state', 'Get instance warmup state.', () => {
-  const stage = warmupStage()
+addCommand('warmup_state', 'Get instance warmup state.', () => {
+  const { stage } = monitor.warmup
   if (stage === 'running') return '0 1'
   return stage === 'done' ? '1 0' : '0 0'
 })
 
-addReport(
+addCommand(
   'drain',
   'Take the instance out: drain [REASON...]',
-  (asker, ...words) => {
-    const options = words.length > 0 ? { reason: words.join(' ') } : {}
-    return untilDrained(options, (progress) => asker.write(`${progress}\n`))
+  async (asker, ...words) => {
+    const given = words.length > 0 ? { reason: words.join(' ') } : {}
+    const report = (progress: string): void => asker.write(`${progress}\n`)
+    const outcome = await untilDrained(toDrainOptions(given), report)
+    return outcome.drained ? DRAINED : outcome.explanation
   },
   { http: false, local: true }
 )
 
-addReport(
+const DRAINED = 'Drained'
+
+addCommand(
   'resume',
   'Take the instance into service again',
   () => {
@@ -2400,7 +3440,76 @@ addReport(
   { http: false, local: true }
 )
 
-// --- Figures, metrics and status -----------------------------------------------------------------
+// --- The load of the event loop ------------------------------------------------------------------
+
+// How busy the event loop is and was, measured once a tick, so that probers get the same answer and
+// none spoils another's.
+
+/** A second of the instance's life. */
+interface Second {
+  utilization: number
+  requests: number
+  /** The largest delay of our tick. */
+  lagMs: number
+}
+
+/** Not every version of Node.js's types has it on `performance`. */
+type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
+
+class Load {
+  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
+  utilization = -1
+  /** The last two minutes, the oldest first. */
+  seconds: Second[] = []
+  #samples: object[] = []
+  #tickedAtMs = 0
+  #ticks = 0
+  /** How many requests there had been when the last second began. */
+  #requestsBefore = 0
+  #lagMs = 0
+
+  begin(requests: number): void {
+    this.#tickedAtMs = performance.now()
+    this.#requestsBefore = requests
+  }
+
+  measure(requests: number): void {
+    this.#measureUtilization()
+    const nowMs = performance.now()
+    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
+    this.#tickedAtMs = nowMs
+    this.#ticks++
+    if (this.#ticks % TICKS_PER_SECOND > 0) return
+
+    const second = {
+      utilization: this.utilization,
+      requests: requests - this.#requestsBefore,
+      lagMs: this.#lagMs
+    }
+    this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
+    this.#requestsBefore = requests
+    this.#lagMs = 0
+  }
+
+  /** The largest delay of our tick lately. */
+  get lagSeconds(): number {
+    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
+    return Math.max(this.#lagMs, ...lately) / 1_000
+  }
+
+  #measureUtilization(): void {
+    const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
+      Object(performance)
+    const now = eventLoopUtilization?.()
+    if (!now?.active) return // it is missing on Bun, and always 0 on Deno
+    this.#samples = [...this.#samples.slice(-LOAD_SAMPLES), now]
+    this.utilization = eventLoopUtilization?.(now, this.#samples[0]).utilization || 0
+  }
+}
+
+// --- Figures -------------------------------------------------------------------------------------
+
+// Numbers under the names and in the formats that ftw.monitor gave them.
 
 /** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
 function databaseNamed(name = '-'): RegisteredDatabase {
@@ -2437,14 +3546,14 @@ function countsOf(
 async function figuresOf(
   registered: RegisteredDatabase | undefined
 ): Promise<(name: keyof Figures) => number> {
-  const figures: unknown = await registered?.figures?.ask()
+  const figures: unknown = await registered?.figures.ask()
   return (name) => {
     const value = isObject(figures) ? figures[name] : undefined
     return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
   }
 }
 
-addReport(
+addCommand(
   'dbinfo',
   `Get database statistics
 
@@ -2460,7 +3569,7 @@ addReport(
   }
 )
 
-addReport(
+addCommand(
   'zeocache',
   `Get ZEO client cache statistics
 
@@ -2474,12 +3583,13 @@ addReport(
   }
 )
 
-addReport('zeostatus', 'Get ZEO client status information', async (_, name) => {
-  const trouble = await inspectDatabase(databaseNamed(name))
-  return trouble === '' ? 'True' : 'False'
+addCommand('zeostatus', 'Get ZEO client status information', async (_, name) => {
+  const registered = databaseNamed(name)
+  await registered.inspect()
+  return registered.isConnected ? 'True' : 'False'
 })
 
-addReport(
+addCommand(
   'monitor',
   `Get general process info
 
@@ -2488,7 +3598,7 @@ addReport(
 `,
   async (asker, age = '100', name) => {
     const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
-    const open = name === undefined ? openRequests() : await openConnections(databaseNamed(name))
+    const open = name === undefined ? listRequests() : await openConnections(databaseNamed(name))
     const kilobytes = Math.round(process.memoryUsage.rss() / 1_024)
     const head = [`${open?.length ?? -1}`, `VmRSS:\t${String(kilobytes).padStart(8)} kB`]
     if (!asker.local || !open) return head.join('\n')
@@ -2506,16 +3616,17 @@ interface Open {
 }
 
 /** The requests in flight, without their query strings, which carry secrets. */
-function openRequests(): Open[] | undefined {
-  if (!state.app.server) return undefined
-  return Array.from(state.app.inFlight.values(), ({ startedAtMs, line }) => ({
+function listRequests(): Open[] | undefined {
+  const { server, openRequests } = monitor.application
+  if (!server) return undefined
+  return Array.from(openRequests, ({ startedAtMs, line }) => ({
     seconds: (performance.now() - startedAtMs) / 1_000,
     info: line.replace(/\?.*/s, '')
   }))
 }
 
 async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
-  const open = await registered.connections?.ask()
+  const open = await registered.connections.ask()
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
@@ -2525,58 +3636,26 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
   })
 }
 
-/** Not every version of Node.js's types has it on `performance`. */
-type MeasureLoad = (now?: object, before?: object) => { active: number; utilization: number }
-
-/** Measured once a tick, so that probers get the same answer and none spoils another's. */
-function measureLoad({ load, app }: State): void {
-  measureUtilization(load)
-
-  const nowMs = performance.now()
-  load.lagMs = Math.max(load.lagMs, nowMs - load.tickedAtMs - TICK_MS)
-  load.tickedAtMs = nowMs
-  load.ticks++
-  if (load.ticks % TICKS_PER_SECOND > 0) return
-
-  const requests = app.requests - load.requestsBefore
-  const second = { utilization: load.utilization, requests, lagMs: load.lagMs }
-  load.seconds = [...load.seconds.slice(1 - CHART_SECONDS), second]
-  load.requestsBefore = app.requests
-  load.lagMs = 0
-}
-
-function measureUtilization(load: Load): void {
-  const { eventLoopUtilization }: { eventLoopUtilization?: MeasureLoad } = Object(performance)
-  const now = eventLoopUtilization?.()
-  if (!now?.active) return // it is missing on Bun, and always 0 on Deno
-  load.samples = [...load.samples.slice(-LOAD_SAMPLES), now]
-  load.utilization = eventLoopUtilization?.(now, load.samples[0]).utilization || 0
-}
-
-/** The largest delay of our tick lately. */
-function lagSeconds({ load }: State): number {
-  const lately = load.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
-  return Math.max(load.lagMs, ...lately) / 1_000
-}
-
 /** Without a server given, nothing is known of requests. */
 function httpFigures(): { in_flight: number; requests: number; errors: number } {
-  const { server, inFlight, requests, errors } = state.app
+  const { server, requestsInFlight, requests, errors } = monitor.application
   if (!server) return { in_flight: -1, requests: -1, errors: -1 }
-  return { in_flight: inFlight.size, requests, errors }
+  return { in_flight: requestsInFlight, requests, errors }
 }
 
-addReport(
+addCommand(
   'perf_metrics',
   `Get performance related metrics
 
     perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
 `,
-  async (_, name = '-', seconds = '300') => {
+  async (asker, name = '-', seconds = '300') => {
     const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
-    if (registered && (await inspectDatabase(registered))) {
-      return JSON.stringify({ error: toRedLine(describeTrouble(registered)) })
+    await registered?.inspect()
+    if (registered?.isConnected === false) {
+      const trouble = asker.local ? registered.trouble : registered.troubleForAll
+      return JSON.stringify({ error: toRedLine(trouble) })
     }
 
     return JSON.stringify({
@@ -2587,7 +3666,7 @@ addReport(
       ...(await databaseFigures(registered, span)),
       memory: memoryFigures(),
       cpu: process.cpuUsage(),
-      loop: { utilization: Number(state.load.utilization.toFixed(4)) },
+      loop: { utilization: Number(monitor.load.utilization.toFixed(4)) },
       http: httpFigures()
     })
   },
@@ -2629,6 +3708,10 @@ function memoryFigures(): object {
   }
 }
 
+// --- Metrics -------------------------------------------------------------------------------------
+
+// What Prometheus collects: our families, and those of the service.
+
 /** Metrics of one name, in the text format of Prometheus. */
 interface Family {
   name: string
@@ -2637,7 +3720,7 @@ interface Family {
   values: Map<string, number>
 }
 
-addReport(
+addCommand(
   'metrics',
   'Get metrics for Prometheus, in its text exposition format',
   async () => {
@@ -2649,6 +3732,8 @@ addReport(
   },
   { type: PROMETHEUS_TEXT }
 )
+
+const collectors: Collector[] = []
 
 /** A function of the service's that gives metrics in Prometheus's text format. */
 interface Collector {
@@ -2739,7 +3824,7 @@ function family(name: string, help: string, value: number, labels = ''): Family 
 function processFamilies(): Family[] {
   const { user, system } = process.cpuUsage()
   const { rss, heapUsed, heapTotal, external } = process.memoryUsage()
-  const { utilization } = state.load
+  const { utilization } = monitor.load
   const version = `{version="${process.version}"}`
   return [
     family('process_cpu_user_seconds_total', 'CPU time in user mode.', user / 1e6),
@@ -2758,10 +3843,11 @@ function processFamilies(): Family[] {
 const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
-  const isHealthy = Number(verdict() === 'OK')
-  const isWarm = Number(state.warmup.outcome === 'done')
+  const { application, warmup, load } = monitor
+  const isHealthy = Number(judge().healthy)
+  const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
-  const upgraded = state.app.server ? state.app.upgraded.size : -1
+  const upgraded = application.server ? application.upgradedConnections : -1
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
@@ -2769,7 +3855,7 @@ function instanceFamilies(): Family[] {
     family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
     family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
     family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
-    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, lagSeconds(state))
+    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, load.lagSeconds)
   ]
 }
 
@@ -2788,99 +3874,55 @@ function databaseFamilies(): Family[] {
   const counted = (kind: keyof Activity): Family =>
     ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
 
-  const isConnected = ({ trouble }: RegisteredDatabase): number => Number(trouble === '')
   return [
-    ofEach('connected', 'Whether it is connected.', isConnected),
+    ofEach('connected', 'Whether it is connected.', ({ isConnected }) => Number(isConnected)),
     counted('loads'),
     counted('stores'),
     counted('connections')
   ]
 }
 
-// Status
+// --- Status --------------------------------------------------------------------------------------
+
+// How the instance is, at one look: as an object, as text for people, as JSON for programs.
 
 /** Tells how the instance is, at one look. Answers within a second, and never rejects. */
 export async function status(): Promise<Status> {
-  await inspectAll()
-  const { app, load, instance } = state
-  const reason = verdict()
-  return {
-    healthy: reason === 'OK',
-    reason,
-    url: instance?.url ?? '',
-    uptimeSeconds: process.uptime(),
-    requestsInFlight: app.server ? app.inFlight.size : -1,
-    upgradedConnections: app.server ? app.upgraded.size : -1,
-    eventLoopUtilization: load.utilization,
-    residentMemoryBytes: process.memoryUsage.rss(),
-    warmup: allSites().map(siteStatus),
-    databases: Array.from(databases.values(), databaseStatus),
-    probers: recentProbers(),
-    draining: state.draining && drainingStatus(state.draining)
-  }
-}
-
-function siteStatus(site: string): SiteStatus {
-  const { sites, outcome, runningSinceMs } = state.warmup
-  const known = sites.get(site)
-  if (!known) {
-    return { site, status: outcome === 'off' ? 'off' : 'waiting', seconds: 0, failure: '' }
-  }
-  if (known.status !== 'running') return known
-  return { ...known, seconds: (performance.now() - runningSinceMs) / 1_000 }
-}
-
-function databaseStatus(registered: RegisteredDatabase): DatabaseStatus {
-  const { name, isOptional, trouble, isConnected } = registered
-  const connected = trouble === ''
-  return { name, optional: isOptional, connected, trouble, answeredMs: isConnected.answeredMs }
-}
-
-/** The latest first, and none that has been silent for an hour. */
-function recentProbers(): ProberStatus[] {
-  const all = Array.from(state.probers.known, ([address, prober]) => proberStatus(address, prober))
-  const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
-  return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
-}
-
-function proberStatus(address: string, { lastAskedAtMs, intervalMs }: Prober): ProberStatus {
-  const askedSecondsAgo = (state.clock.nowMs - lastAskedAtMs) / 1_000
-  const ipv4 = address.replace(/^::ffff:(?=[\d.]+$)/, '') // as :: names clients of IPv4
-  return {
-    address: ipv4,
-    askedSecondsAgo,
-    intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
-  }
-}
-
-function drainingStatus(draining: Draining): DrainingStatus {
-  return {
-    seconds: (performance.now() - draining.sinceMs) / 1_000,
-    probers: draining.waitFor.length,
-    probersInformed: countInformed(draining)
-  }
+  return statusFor(true)
 }
 
 /** What tells of others, the addresses of probers and the texts of errors, is for this machine
  *  only. */
-async function statusFor(asker: Asker): Promise<Status> {
-  const known = await status()
-  if (asker.local) return known
+async function statusFor(isLocal: boolean): Promise<Status> {
+  await inspectAll()
+  const { application, load, instance, warmup, probers, draining } = monitor
+  const { healthy, reason, explanation } = judge()
   return {
-    ...known,
-    reason: known.reason.replace(/ failed: .*/s, ' failed'),
-    databases: known.databases.map((each) => ({
-      ...each,
-      trouble: each.trouble.split(':')[0] ?? ''
-    })),
-    probers: known.probers.map((each) => ({ ...each, address: 'a prober' })),
-    warmup: known.warmup.map((each) => ({ ...each, failure: '' }))
+    healthy,
+    reason: isLocal ? explanation : reason,
+    url: instance?.url ?? '',
+    uptimeSeconds: process.uptime(),
+    requestsInFlight: application.server ? application.requestsInFlight : -1,
+    upgradedConnections: application.server ? application.upgradedConnections : -1,
+    eventLoopUtilization: load.utilization,
+    residentMemoryBytes: process.memoryUsage.rss(),
+    warmup: warmup.sites.map((site) => siteStatus(site, isLocal)),
+    databases: Array.from(databases.values(), (each) => databaseStatus(each, isLocal)),
+    probers: probers.statuses().map((prober) => {
+      return isLocal ? prober : { ...prober, address: 'a prober' }
+    }),
+    draining: draining?.status
   }
 }
 
-/** Not even the name of a site may make HAProxy's `expect string OK` green. */
-function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
-  return healthy ? text : text.replaceAll('OK', 'O K')
+function siteStatus({ name, stage, seconds, failure }: Site, isLocal: boolean): SiteStatus {
+  return { site: name, status: stage, seconds, failure: isLocal ? failure : '' }
+}
+
+function databaseStatus(registered: RegisteredDatabase, isLocal: boolean): DatabaseStatus {
+  const { name, isOptional, isConnected, answeredMs } = registered
+  const trouble = registered.describe(isLocal)
+  return { name, optional: isOptional, connected: isConnected, trouble, answeredMs }
 }
 
 addCommand(
@@ -2891,12 +3933,16 @@ addCommand(
     application/health+json.
 `,
   async (asker) => {
-    const known = await statusFor(asker)
-    if (asker instanceof Exchange)
-      asker.reply(renderJson(known), known.healthy ? 200 : 503, HEALTH_JSON)
+    const known = await statusFor(asker.local)
+    if (asker.isHttp) asker.reply(renderJson(known), known.healthy ? 200 : 503, HEALTH_JSON)
     else asker.write(renderText(known))
   }
 )
+
+/** Not even the name of a site may make HAProxy's `expect string OK` green. */
+function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
+  return healthy ? text : text.replaceAll('OK', 'O K')
+}
 
 type Grade = 'pass' | 'warn' | 'fail'
 
@@ -2911,6 +3957,8 @@ interface Row {
   measure: string
   value: number
   unit: string
+  /** Of a warm-up. */
+  stage?: SiteStatus['status']
   /** For a bar, from 0 to 1; -1 for one that moves without an end in sight. */
   progress?: number
 }
@@ -2945,7 +3993,7 @@ function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
   const time = `${seconds.toFixed(1)} s`
   const grade: Grade = stage === 'warm' || stage === 'off' ? 'pass' : 'fail'
   const measure = { measure: 'warmup:duration', value: seconds, unit: 's', grade }
-  const row = { kind: 'warm-up', name: site, ...measure } as const
+  const row = { kind: 'warm-up', name: site, ...measure, stage } as const
   switch (stage) {
     case 'warm':
       return { ...row, text: `warm after ${time}`, progress: 1 }
@@ -3042,11 +4090,12 @@ function gradeOf(isHealthy: boolean, isComplete: boolean): Grade {
 function checksOf(rows: Row[]): Record<string, object[]> {
   const time = new Date().toISOString()
   const checks: Record<string, object[]> = {}
-  for (const { kind, name, text, grade, measure, value, unit } of rows) {
+  for (const { kind, name, text, grade, measure, value, unit, stage } of rows) {
     const check = {
       ...(name !== '' && { componentId: name }),
       componentType: kind === 'database' ? 'datastore' : 'component',
       status: grade,
+      ...(stage && { stage }),
       observedValue: value,
       observedUnit: unit,
       time,
@@ -3057,24 +4106,18 @@ function checksOf(rows: Row[]): Record<string, object[]> {
   return checks
 }
 
-// The page
+// --- The page ------------------------------------------------------------------------------------
 
-const PAGE = 'the page' // a name with a blank, which no command of the service's own has
+// The status for a browser: what `/` gives to whoever accepts HTML.
 
-addCommand(
-  PAGE,
-  'Show the status to a browser',
-  async (asker) => {
-    if (!(asker instanceof Exchange)) return
-    const nonce = crypto.randomUUID()
-    const page = renderPage(await statusFor(asker), nonce, asker.query === 'pause')
-    asker.headers['Content-Security-Policy'] =
-      `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
-      `frame-ancestors 'none'`
-    asker.reply(page, 200, 'text/html; charset=utf-8')
-  },
-  { hidden: true }
-)
+async function showPage(exchange: Exchange): Promise<void> {
+  const nonce = crypto.randomUUID()
+  const page = renderPage(await statusFor(exchange.local), nonce, exchange.query === 'pause')
+  exchange.headers['Content-Security-Policy'] =
+    `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
+    `frame-ancestors 'none'`
+  exchange.reply(page, 200, 'text/html; charset=utf-8')
+}
 
 const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
 body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, td { overflow-wrap: anywhere }
@@ -3104,7 +4147,7 @@ function renderPage(known: Status, nonce: string, isPaused: boolean): string {
 <table>
 ${rowsOf(known).map(pageRow).join('\n')}
 </table>
-${renderChart(known, state.load.seconds)}
+${renderChart(known, monitor.load.seconds)}
 <p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}</main></body></html>
 `
   return withoutOkUnlessHealthy(page, known)
@@ -3148,7 +4191,10 @@ function polyline(name: string, values: number[], most: number): string {
   return `<polyline class="${name}" points="${points.join(' ')}"/>`
 }
 
-// --- The wire: lines -----------------------------------------------------------------------------
+// --- The wire: connections -----------------------------------------------------------------------
+
+// A connection begins as one of lines, and goes on as one of HTTP where its first line is of that.
+// Both run commands in the same way, and have the same limits.
 
 /** What a connection waits for, each with a limit of its own. */
 type Phase = 'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'closing'
@@ -3164,21 +4210,15 @@ const PHASE_MS: Record<Phase, number> = {
 const SESSION = Symbol('session')
 type ClientSocket = net.Socket & { [SESSION]?: Session }
 
-function openSession(socket: ClientSocket): void {
-  const session = new LineSession(socket, findPlace())
-  keepSession(session)
+function openSession(listener: Listener, socket: ClientSocket): Session {
+  const session = new LineSession(listener, socket)
+  socket[SESSION] = session
   socket.unref()
   socket.on('error', doNothing) // HAProxy resets every check
   socket.on('data', onData)
   socket.on('end', onEnd)
   socket.on('close', onSocketClose)
-}
-
-function keepSession(session: Session): void {
-  const { socket, place } = session
-  const client: ClientSocket = socket
-  client[SESSION] = session
-  state.monitor.sessions[place] = session
+  return session
 }
 
 // Shared functions, so that a check does not make four closures.
@@ -3193,63 +4233,35 @@ function onEnd(this: ClientSocket): void {
 }
 
 function onSocketClose(this: ClientSocket): void {
-  const { sessions } = state.monitor
-  const place = this[SESSION]?.place ?? -1
-  if (sessions[place]?.socket === this) sessions[place] = undefined // else another's by now
+  const session = this[SESSION]
+  session?.listener.forget(session)
 }
 
-function findPlace(): number {
-  const free = state.monitor.sessions.indexOf(undefined)
-  return free >= 0 ? free : makeRoom()
-}
-
-/** Closes a connection of the address that has most of them: the longest idle one, else the
- *  oldest. */
-function makeRoom(): number {
-  const sessions = state.monitor.sessions.filter((session) => session !== undefined)
-  const countByAddress = new Map<string | undefined, number>()
-  for (const { remoteAddress } of sessions) {
-    countByAddress.set(remoteAddress, (countByAddress.get(remoteAddress) ?? 0) + 1)
-  }
-  const most = Math.max(...countByAddress.values())
-  const candidates = sessions.filter(
-    ({ remoteAddress }) => countByAddress.get(remoteAddress) === most
-  )
-  const idle = candidates.filter(({ phase }) => phase !== 'running')
-  idle.sort(
-    (one, other) => one.phaseSinceMs - other.phaseSinceMs || one.openedAtMs - other.openedAtMs
-  )
-  candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
-  const leaving = idle[0] ?? candidates[0]
-  leaving?.cutOff()
-  return leaving?.place ?? 0
-}
-
-/** A connection: its place among all, and its limits. */
+/** A connection and its limits. */
 abstract class Session {
+  readonly listener: Listener
   readonly socket: net.Socket
-  readonly place: number
   openedAtMs = performance.now()
   phase: Phase = 'awaitingRequest'
-  phaseSinceMs = state.clock.nowMs
+  phaseSinceMs: number
 
-  constructor(socket: net.Socket, place: number) {
+  constructor(listener: Listener, socket: net.Socket) {
+    this.listener = listener
     this.socket = socket
-    this.place = place
+    this.phaseSinceMs = listener.clock.nowMs
   }
 
   get remoteAddress(): string | undefined {
     return this.socket.remoteAddress
   }
 
-  /** Whoever reaches our Unix socket is on this machine. */
   get local(): boolean {
-    return state.monitor.endpoint.path !== undefined || isLocal(this.socket)
+    return this.listener.unixSocket !== undefined || isLocalSocket(this.socket)
   }
 
   enter(phase: Phase): void {
     this.phase = phase
-    this.phaseSinceMs = state.clock.nowMs
+    this.phaseSinceMs = this.listener.clock.nowMs
   }
 
   end(): void {
@@ -3261,7 +4273,7 @@ abstract class Session {
   enforceLimit(): void {
     const hasUnsentReply = this.phase === 'closing' && this.socket.writableLength > 0
     const limitMs = PHASE_MS[hasUnsentReply ? 'awaitingReader' : this.phase]
-    if (state.clock.nowMs - this.phaseSinceMs < limitMs) return
+    if (this.listener.clock.nowMs - this.phaseSinceMs < limitMs) return
     if (this.phase === 'running') this.giveUpCommand()
     else this.cutOff()
   }
@@ -3276,6 +4288,12 @@ abstract class Session {
   /** Tells the asker that its command takes too long, and ends the connection. */
   abstract giveUpCommand(): void
 }
+
+function timedOut(name: string | undefined): string {
+  return `${toRedLine(`Error: ${name} timed out`)}\n`
+}
+
+// --- The wire: lines -----------------------------------------------------------------------------
 
 /** A connection that sends lines. It begins in quit mode: a command, its reply, the end. */
 class LineSession extends Session implements Asker {
@@ -3297,7 +4315,7 @@ class LineSession extends Session implements Asker {
     else this.socket.write(text)
   }
 
-  refuse(text: string): void {
+  reply(text: string): void {
     this.write(text)
   }
 
@@ -3354,7 +4372,7 @@ class LineSession extends Session implements Asker {
       return undefined
     }
     if (length > LINE_MAX) {
-      this.write('Line too long\n')
+      this.write(LINE_TOO_LONG)
       this.end()
       return undefined
     }
@@ -3404,12 +4422,12 @@ class LineSession extends Session implements Asker {
   }
 
   giveUpCommand(): void {
-    const [name] = this.lastWords
-    this.write(`${toRedLine(`Error: ${name} timed out`)}\n`)
+    this.write(timedOut(this.lastWords[0]))
     this.end()
   }
 }
 
+const LINE_TOO_LONG = 'Line too long\n'
 const NOTHING = Buffer.alloc(0)
 const LINE_FEED = 0x0a
 
@@ -3434,12 +4452,14 @@ httpServer.on('dropRequest', (_, socket) => socket.destroy())
 
 /** Hands the connection over to Node.js's HTTP server, with all that was read of it. */
 function becomeHttp(lines: LineSession): void {
-  const { socket, unread } = lines
-  keepSession(new HttpSession(lines))
-  socket.off('data', onData)
-  socket.off('end', onEnd)
-  socket.unshift(unread)
+  const { listener, unread } = lines
+  const socket: ClientSocket = lines.socket
+  const session = new HttpSession(lines)
+  socket[SESSION] = session
+  listener.replace(lines, session)
+  // Our own listeners stay, and find that the session is not theirs.
   httpServer.emit('connection', socket)
+  socket.emit('data', unread) // by unshift() it would take a detour, which is 4 % of a check
 }
 
 function onMonitorRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
@@ -3453,8 +4473,8 @@ class HttpSession extends Session {
   readonly waiting: Exchange[] = []
   current: Exchange | undefined
 
-  constructor({ socket, place, openedAtMs, phaseSinceMs }: LineSession) {
-    super(socket, place)
+  constructor({ listener, socket, openedAtMs, phaseSinceMs }: LineSession) {
+    super(listener, socket)
     this.openedAtMs = openedAtMs
     this.phaseSinceMs = phaseSinceMs // the head has its 60 s from its first byte on
   }
@@ -3483,8 +4503,10 @@ class HttpSession extends Session {
   /** The next request waits until this reply is taken, and until the application has had its
    *  turn. */
   finish(exchange: Exchange): void {
+    const { response } = exchange
     this.enter('awaitingReader')
-    exchange.response.once('finish', () => setImmediate(() => this.goOn()))
+    // Without keep-alive nothing follows: Node.js ends the connection.
+    if (response.shouldKeepAlive) response.once('finish', () => setImmediate(() => this.goOn()))
     exchange.send()
   }
 
@@ -3498,7 +4520,7 @@ class HttpSession extends Session {
   giveUpCommand(): void {
     const { current } = this
     this.current = undefined
-    current?.refuse(`${toRedLine(`Error: ${current.name} timed out`)}\n`, 500)
+    current?.reply(timedOut(current.name), 500, PLAIN_TEXT)
     current?.send()
     this.end()
   }
@@ -3512,6 +4534,8 @@ class Exchange implements Asker {
   readonly name: string
   readonly args: string[]
   readonly query: string
+  /** Whether a browser asks for the page. */
+  readonly isPage: boolean
   readonly headers: Record<string, string | number> = {}
   code = 200
   /** The media type, where it is not that of the command. */
@@ -3520,12 +4544,11 @@ class Exchange implements Asker {
 
   constructor(session: HttpSession, response: http.ServerResponse) {
     const { url = '', headers } = response.req
-    const [path = '', query = ''] = url.split('?')
-    const root = headers.accept?.includes('text/html') ? PAGE : 'help'
-    const [name = root, ...args] = segmentsOf(path) ?? [path] // no command has such a name
+    const { name, args, query } = parseTarget(url)
     this.session = session
     this.response = response
-    this.name = name
+    this.isPage = name === '' && headers.accept?.includes('text/html') === true
+    this.name = name || (this.isPage ? 'status' : 'help')
     this.args = args
     this.query = query
   }
@@ -3541,25 +4564,25 @@ class Exchange implements Asker {
 
   get local(): boolean {
     const { req: request } = this.response
-    const isOnUnixSocket = state.monitor.endpoint.path !== undefined // which no web page reaches
+    const isOnUnixSocket = this.session.listener.unixSocket !== undefined // no page reaches that
     if (!this.session.local || (!isOnUnixSocket && !isOwnName(request))) return false
     return !isForwarded(request, ['none', 'same-origin']) // our own page refreshes itself
   }
 
   run(): Answer {
     const { method = '' } = this.response.req
-    if (method === 'GET' || method === 'HEAD') return runCommand(this.name, this.args, this)
-    this.refuse('Only GET and HEAD are answered here\n', 405)
+    if (method !== 'GET' && method !== 'HEAD') {
+      this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT)
+      return
+    }
+    if (this.isPage) return showPage(this)
+    return runCommand(this.name, this.args, this)
   }
 
   write(text: string): void {
     if (this.response.headersSent) return
     if (this.body.length > UNSENT_MAX) this.session.cutOff()
     else this.body += text
-  }
-
-  refuse(text: string, code: number): void {
-    this.reply(text, code, PLAIN_TEXT)
   }
 
   reply(text: string, code: number, type: string): void {
@@ -3581,10 +4604,17 @@ class Exchange implements Asker {
   }
 }
 
-/** Gives the parts of a path, decoded; undefined where they cannot be decoded. */
-function segmentsOf(path: string): string[] | undefined {
-  return attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
+/** Reads `/NAME/ARG…?QUERY`; the name is '' of `/`. */
+function parseTarget(url: string): { name: string; args: string[]; query: string } {
+  if (PLAIN_PATH.test(url)) return { name: url.slice(1), args: [], query: '' }
+
+  const [path = '', query = ''] = url.split('?')
+  const parts = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
+  const [name = '', ...args] = parts ?? [path] // no command has a name that cannot be decoded
+  return { name, args, query }
 }
+
+const PLAIN_PATH = /^\/\w+$/ // /health_check, where nothing is to be taken apart or decoded
 
 // --- Helpers -------------------------------------------------------------------------------------
 
@@ -3603,10 +4633,6 @@ class Refusal extends Error {}
 
 function failWith(text: string): never {
   throw new Refusal(text)
-}
-
-function isRefusal(error: unknown): error is Refusal {
-  return attempt(() => error instanceof Refusal) ?? false
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {
@@ -3630,6 +4656,11 @@ function isWord(name: unknown): boolean {
   return typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
 }
 
+/** A method that is applied to its object later. */
+function methodOf<T extends object, Name extends keyof T>(owner: T, name: Name): T[Name] {
+  return owner[name]
+}
+
 /** Gives undefined if the function throws, as getters and methods of foreign objects may. */
 function attempt<T>(look: () => T): T | undefined {
   try {
@@ -3639,25 +4670,9 @@ function attempt<T>(look: () => T): T | undefined {
   }
 }
 
-interface Deferred<T> {
-  promise: Promise<T>
-  resolve: (value: T) => void
-  reject: (error: unknown) => void
-}
-
-function deferred<T>(): Deferred<T> {
-  let resolve: Deferred<T>['resolve'] = doNothing
-  let reject: Deferred<T>['reject'] = doNothing
-  const promise = new Promise<T>((...settlers) => {
-    resolve = settlers[0]
-    reject = settlers[1]
-  })
-  return { promise, resolve, reject }
-}
-
 // Who is on this machine
 
-function isLocal({ remoteAddress, localAddress }: net.Socket): boolean {
+function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
   if (remoteAddress === undefined) return false
   return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
 }
@@ -3690,6 +4705,16 @@ function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | 
   const text = readEnv(name)
   if (text === undefined) return undefined
   return read(text) ?? failWith(`cannot use ${name}=${text}; mend it`)
+}
+
+/** A wrong value costs a warning, and is left out. */
+function readMilliseconds(name: string): number | undefined {
+  const text = readEnv(name)
+  if (text === undefined) return undefined
+  const milliseconds = Number(text)
+  if (milliseconds >= 0 && milliseconds < TIMER_MAX_MS) return milliseconds
+  log('warn', `cannot use ${name}=${text}: it must be a number of milliseconds`)
+  return undefined
 }
 
 function isSwitchedOff(name: string): boolean {
@@ -3750,7 +4775,7 @@ const STACK_FRAME = /(?<=\n) +at [^\n]*/g //     at main (server.js:1:1)
 /** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, ...lines: string[]): void {
   const text = `ftw-monitor ${lines.map(clean).join('\n')}`
-  void logSafely(state.app.logger, level, text)
+  void logSafely(monitor.logger, level, text)
 }
 
 async function logSafely(logger: Logger, level: keyof Logger, text: string): Promise<void> {
@@ -3762,6 +4787,18 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
   }
 }
 
+// --- The module ----------------------------------------------------------------------------------
+
+// What is current. Commands and databases, performers and collectors stand in their sections.
+
+const signals = new Signals()
+
+/** The shutdown that has begun, also when it is over; `start` forgets it. */
+let currentShutdown: Shutdown | undefined
+
+/** One that was not begun stands for none. */
+let monitor = new Monitor({ servers: [] })
+
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
 
 /** Runs the program, and gives its exit status. */
@@ -3772,15 +4809,13 @@ async function main(words: string[]): Promise<number> {
   if (first === 'demo') return runDemo()
   if (first === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
 
-  const monitor = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
+  const to = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
   const [name] = words
-  if (name === 'wait') return waitUntilHealthy(monitor, words)
-  if (name === 'status') return showStatus(monitor, words.slice(1))
+  if (name === 'wait') return waitUntilHealthy(to, words)
+  if (name === 'status') return showStatus(to, words.slice(1))
   if (name?.startsWith('-')) failWith(`knows no ${name}; try ftw-monitor --help`)
-  return sendCommand(monitor, words)
+  return sendCommand(to, words)
 }
-
-const VERSION = '1.0.0'
 
 const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command, and prints the reply
 ftw-monitor                       lists the commands, as ftw-monitor help does
@@ -3804,30 +4839,46 @@ function print(text: string): number {
   return 0
 }
 
-async function sendCommand(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
+async function sendCommand(to: net.NetConnectOpts, words: string[]): Promise<number> {
   const line = words.join(' ').trim() || 'help'
   if (/[\r\n]/.test(line)) failWith('a command is one line')
 
-  const [name] = line.split(/\s+/)
-  const isInteractive = name === 'interactive'
-  const socket = net.connect(monitor)
+  const wordsOfLine = line.split(/\s+/)
+  const isInteractive = wordsOfLine[0] === 'interactive'
+  const socket = net.connect(to)
   if (isInteractive) joinTerminal(socket)
   const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
   const reply = await talk(socket, `${line}\n`, limitMs, printPart)
-  return exitStatus(name, reply)
+  return exitStatus(wordsOfLine, reply)
 }
 
-function exitStatus(name: string | undefined, reply: string): number {
-  if (name === 'interactive') return 0
-  if (name === 'health_check' || name === 'readyz') return reply === 'OK\n' ? 0 : 1
-  if (name === 'agent_check') return reply.startsWith('up ') ? 0 : 1
-  if (reply.startsWith("Invalid command '")) return 2
-  return FAILED_REPLY.test(reply) ? 1 : 0
+function exitStatus(words: string[], reply: string): number {
+  const [name = 'help', argument = ''] = words
+  if (reply === unknownCommand(name === 'help' ? argument : name)) return 2
+  const hasSucceeded = SUCCESSES.get(name)
+  if (hasSucceeded) return hasSucceeded(reply) ? 0 : 1
+  return hasFailed(name, reply) ? 1 : 0
 }
 
-// RangeError: no such queue
-const FAILED_REPLY =
-  /(^|\n)(\w*Error: .*|Not drained.*|Line too long|\S+ is for .*|\S+ returned .* instead .*)\n$/
+const isOk = (reply: string): boolean => reply === 'OK\n'
+
+/** What only one reply of says that the instance, or the command, is well. */
+const SUCCESSES = new Map<string, (reply: string) => boolean>([
+  ['health_check', isOk],
+  ['readyz', isOk],
+  ['agent_check', (reply) => reply.startsWith('up ')],
+  ['drain', (reply) => reply.endsWith(`${DRAINED}\n`)],
+  ['interactive', () => true]
+])
+
+/** Our refusals have fixed texts; what a command throws is a last line that begins with a word in
+ *  `Error`. */
+function hasFailed(name: string, reply: string): boolean {
+  if (reply === forThisMachine(name) || reply === LINE_TOO_LONG) return true
+  return FAILURE.test(reply.slice(reply.lastIndexOf('\n', reply.length - 2) + 1))
+}
+
+const FAILURE = /^\w*Error: / // RangeError: no such queue
 
 function joinTerminal(socket: net.Socket): void {
   socket.on('close', () => process.stdin.destroy())
@@ -3919,34 +4970,43 @@ function wakeAfter(ms: number): Promise<void> {
   })
 }
 
-/** Asks for the status, which is no check, so that `drain` does not wait for us. */
 async function askProgress(to: net.NetConnectOpts): Promise<string> {
   try {
-    const [reason = '', ...lines] = await askStatus(to)
-    const sites = lines.filter((line) => line.startsWith('warm-up'))
-    const running = sites.findIndex((line) => / running for /.test(line))
-    if (reason !== 'Warmup in progress' || running < 0) return reason || 'no answer'
-    const [, site] = sites[running]?.split(/ +/) ?? []
-    return `${reason}: ${site}, ${running + 1} of ${sites.length}`
+    const { reason, checks } = await askFigures(to)
+    const sites = checks['warmup:duration'] ?? []
+    const running = sites.findIndex(({ stage }) => stage === 'running')
+    if (reason !== WARMING_UP || running < 0) return reason
+    return `${reason}: ${sites[running]?.componentId}, ${running + 1} of ${sites.length}`
   } catch (error) {
     return clean(errorText(error))
   }
 }
 
-/** Gives the lines of the status; the first one is the verdict. */
-async function askStatus(to: net.NetConnectOpts): Promise<string[]> {
-  const reply = await talk(net.connect(to), 'status\n', STATUS_ANSWER_MS)
-  return reply.trimEnd().split('\n').map(clean)
+/** What the program reads of the JSON that `status` gives over HTTP. */
+interface SeenStatus {
+  reason: string
+  checks: Record<string, { componentId?: string; observedValue: number; stage?: string }[]>
+}
+
+/** Asks for the status, which is no check, so that `drain` does not wait for us. */
+async function askFigures(to: net.NetConnectOpts): Promise<SeenStatus> {
+  const request = 'GET /status HTTP/1.0\r\nHost: localhost\r\n\r\n'
+  const reply = await talk(net.connect(to), request, STATUS_ANSWER_MS)
+  const body = reply.slice(reply.indexOf('\r\n\r\n') + 4)
+  if (body === '') failWith('no answer')
+  const { output = 'OK', checks = {} } = JSON.parse(body) as Partial<SeenStatus> & {
+    output?: string
+  }
+  return { reason: clean(output), checks }
 }
 
 /** Prints the status of one instance, or a line for each of several; once, or every second. */
-async function showStatus(monitor: net.NetConnectOpts, words: string[]): Promise<number> {
+async function showStatus(to: net.NetConnectOpts, words: string[]): Promise<number> {
   const instances = words.filter((word) => word !== '--watch')
   const wrong = instances.find((word) => word.startsWith('-'))
   if (wrong !== undefined) failWith(`knows no ${wrong}; try ftw-monitor --help`)
 
-  const look = (): Promise<Shown> =>
-    instances.length > 0 ? fleetStatus(instances) : ownStatus(monitor)
+  const look = (): Promise<Shown> => (instances.length > 0 ? fleetStatus(instances) : ownStatus(to))
   if (words.includes('--watch')) return watchStatus(look)
 
   const { lines, healthy } = await look()
@@ -3995,8 +5055,10 @@ function unreachable(error: unknown): Shown {
   return { lines: [clean(errorText(error))], healthy: false }
 }
 
-async function ownStatus(monitor: net.NetConnectOpts): Promise<Shown> {
-  const lines = await askStatus(monitor)
+/** The first line of the status is the verdict. */
+async function ownStatus(to: net.NetConnectOpts): Promise<Shown> {
+  const reply = await talk(net.connect(to), 'status\n', STATUS_ANSWER_MS)
+  const lines = reply.trimEnd().split('\n').map(clean)
   return { lines, healthy: lines[0] === 'OK' }
 }
 
@@ -4016,16 +5078,21 @@ async function fleetStatus(words: string[]): Promise<Shown> {
 
 const FLEET_REASON_MAX = 30 // characters, so that a line fits into 80
 
-/** Gives the verdict and, of the line about the instance, what stands behind its address. */
+/** Gives the verdict of an instance, and a few figures. */
 async function instanceStatus(
   word: string
 ): Promise<{ name: string; reason: string; figures: string }> {
   const [, name = word] = NAMED_INSTANCE.exec(word) ?? []
   try {
-    const { monitor } = parseInstance(word)
-    const [reason = '', instance = ''] = await askStatus(monitor)
-    const figures = instance.replace(/^.*?, /, '').replace(/ requests|, \d+ upgraded| busy/g, '')
-    return { name, reason: reason || 'no answer', figures }
+    const { reason, checks } = await askFigures(parseInstance(word).to)
+    const value = (measure: string): number => checks[measure]?.[0]?.observedValue ?? -1
+    const figures = [`up ${duration(value('uptime'))}`]
+    const inFlight = value('requests:inFlight')
+    if (inFlight >= 0) figures.push(`${inFlight} in flight`)
+    const utilization = value('eventLoop:utilization')
+    if (utilization >= 0) figures.push(`loop ${percentage(utilization)} %`)
+    figures.push(`${Math.round(value('memory:resident') / 2 ** 20)} MiB`)
+    return { name, reason, figures: figures.join(', ') }
   } catch (error) {
     return { name, reason: clean(errorText(error)), figures: '' }
   }
@@ -4043,8 +5110,8 @@ async function dumpPerfMetrics(words: string[]): Promise<number> {
 /** Gives the line of an instance, '' with a complaint where there is none. */
 async function dumpInstance(word: string, deployment: string): Promise<string> {
   try {
-    const { name, monitor } = parseInstance(word)
-    const json = await talk(net.connect(monitor), 'perf_metrics\n', FIGURES_ANSWER_MS)
+    const { name, to } = parseInstance(word)
+    const json = await talk(net.connect(to), 'perf_metrics\n', FIGURES_ANSWER_MS)
     const tags = `deployment=${deployment},process=${escapeTag(name)}`
     return `deployments,${tags} ${toFields(json)}\n`
   } catch (error) {
@@ -4054,10 +5121,10 @@ async function dumpInstance(word: string, deployment: string): Promise<string> {
 }
 
 /** Reads `10301`, `host:10301` or `web1=10301`: a port of the instance, and its name. */
-function parseInstance(word: string): { name: string; monitor: net.NetConnectOpts } {
+function parseInstance(word: string): { name: string; to: net.NetConnectOpts } {
   const [, name = word, address = ''] = NAMED_INSTANCE.exec(word) ?? []
   const { host = 'localhost', port = address } = toEndpoint(address) ?? {}
-  return { name, monitor: findMonitor(String(port), host) }
+  return { name, to: findMonitor(String(port), host) }
 }
 
 const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
