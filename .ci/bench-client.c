@@ -2,7 +2,10 @@
 // many there were and how many nanoseconds they took. It is in C, since a client that runs on
 // Node.js takes longer for a check than the server does, and so would measure only itself.
 //
-//   bench-client lines|http|own|pipelined PORT AT_A_TIME CHECKS
+//   bench-client lines|http|own|pipelined PORT AT_A_TIME CHECKS [PATH BODY]
+//
+// PATH and BODY are for other servers than ours: what they are asked over HTTP, and a text that
+// must be in the body of their answer.
 //
 // It always waits for the connection that was asked first, since servers answer in about that
 // order. That takes fewer system calls than to poll all connections, and keeps the client the
@@ -23,25 +26,28 @@ enum { AT_A_TIME_MAX = 1024, REPLY_MAX = 4096, PIPELINED = 1000, GIVE_UP_SECONDS
 
 static const char LINE[] = "health_check\n";
 static const char HTTP_CHECK[] =
-    "GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    "GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 static const char OWN_REQUEST[] = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 static const char OK[] = "OK\n";
 static const char HTTP_BEGIN[] = "HTTP/1.1 200 ";
-static const char HTTP_END[] = "\r\n\r\nOK\n";
+static const char HTTP_HEAD_END[] = "\r\n\r\n";
 
 // What is asked, and how; see choose().
 static const char *question;
+static const char *body = OK;
 static size_t answers_each = 1; // to one question
 static bool is_http = false;
 static bool stays_connected = false;
 static struct sockaddr_in server;
 
-static void choose(const char *kind) {
+static void choose(const char *kind, const char *path) {
   if (strcmp(kind, "lines") == 0) {
     question = LINE;
   } else if (strcmp(kind, "http") == 0) {
-    question = HTTP_CHECK;
+    static char check[256];
+    snprintf(check, sizeof check, HTTP_CHECK, path);
+    question = check;
     is_http = true;
   } else if (strcmp(kind, "own") == 0) {
     question = OWN_REQUEST;
@@ -79,16 +85,15 @@ static int open_connection(void) {
   return fd;
 }
 
-static bool is_right_http(const char *reply, size_t length) {
-  size_t begin_length = strlen(HTTP_BEGIN);
-  size_t end_length = strlen(HTTP_END);
-  if (length < begin_length + end_length) return false;
-  if (memcmp(reply, HTTP_BEGIN, begin_length) != 0) return false;
-  return memcmp(reply + length - end_length, HTTP_END, end_length) == 0;
+// The body need not be all that follows the head, since some send it in chunks.
+static bool is_right_http(const char *reply) {
+  if (strncmp(reply, HTTP_BEGIN, strlen(HTTP_BEGIN)) != 0) return false;
+  const char *head_end = strstr(reply, HTTP_HEAD_END);
+  return head_end != NULL && strstr(head_end, body) != NULL;
 }
 
 static bool is_right(const char *reply, size_t length) {
-  if (is_http) return is_right_http(reply, length);
+  if (is_http) return is_right_http(reply);
   if (length != strlen(OK) * answers_each) return false;
   for (size_t at = 0; at < length; at += strlen(OK)) {
     if (memcmp(reply + at, OK, strlen(OK)) != 0) return false;
@@ -98,7 +103,7 @@ static bool is_right(const char *reply, size_t length) {
 
 // Reads until the server closes or, where the connection stays, until the answer is complete.
 static void read_answer(int fd) {
-  char reply[REPLY_MAX];
+  char reply[REPLY_MAX + 1];
   size_t received = 0;
   bool is_complete = false;
   while (!is_complete) {
@@ -106,6 +111,7 @@ static void read_answer(int fd) {
     ssize_t length = recv(fd, reply + received, REPLY_MAX - received, flags);
     if (length < 0) err(1, "cannot read");
     received += length;
+    reply[received] = '\0';
     is_complete = length == 0 || (stays_connected && is_right(reply, received));
   }
   if (!is_right(reply, received)) errx(1, "a wrong answer: %.*s", (int)received, reply);
@@ -136,9 +142,17 @@ static long nanoseconds(void) {
   return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
+static const char USAGE[] =
+    "usage: bench-client lines|http|own|pipelined PORT AT_A_TIME CHECKS [PATH BODY]";
+
 int main(int count, char **words) {
-  if (count != 5) errx(1, "usage: bench-client lines|http|own|pipelined PORT AT_A_TIME CHECKS");
-  choose(words[1]);
+  if (count != 5 && count != 7) errx(1, "%s", USAGE);
+  const char *path = "/health_check";
+  if (count == 7) {
+    path = words[5];
+    body = words[6];
+  }
+  choose(words[1], path);
   server.sin_family = AF_INET;
   server.sin_port = htons(atoi(words[2]));
   server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);

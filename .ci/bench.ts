@@ -1,6 +1,10 @@
 // What ftw-monitor costs: `npm run bench`. To compare versions with one another, name the compiled
 // modules: `npm run bench -- old/monitor.js new/monitor.js`, or `BENCH_MODULE=old/monitor.js`.
 //
+// A check over HTTP is compared with those of two packages of npm as well. They are installed into
+// a temporary folder, or taken from the one that `BENCH_PEERS` names, in whose `node_modules` they
+// are; `BENCH_PEERS=off` does without them.
+//
 // Every ratio is the median of paired, interleaved runs (A B C C B A), with its quartiles. Each
 // server is a process alone on one core, and bench-client.c saturates it from another core. All
 // servers are started anew for each generation, since two processes of the same code differ by
@@ -30,6 +34,7 @@ const ROUNDS = 3 // in each generation
 const CROWD = 32 // connections at a time
 const KEPT_ALIVE = 8 // connections of the host's own clients
 const STARTS = 9 // processes with and without the module, for its time and memory
+const INSTALL_MS = 60_000 // for npm to install the peers
 const SETTLED_MS = 200 // until a process that has just started takes no more memory
 
 const OK = 'OK\n'
@@ -38,6 +43,34 @@ const SERVE = 'serve' // the first argument of a server's process
 const BARE_LINES = 'bare lines'
 const BARE_HTTP = 'bare http'
 const HAND_OVER = 'hand-over'
+
+/** A package of npm that answers checks over HTTP, too. */
+interface Peer {
+  name: string
+  version: string
+  /** What it is asked, and what it answers. */
+  path: string
+  body: string
+  /** Starts it, from the folder that holds its package. */
+  start(folder: string): Promise<net.Server>
+}
+
+const PEERS: Peer[] = [
+  {
+    name: 'lightship',
+    version: '9.0.4',
+    path: '/ready',
+    body: 'SERVER_IS_READY',
+    start: startLightship
+  },
+  {
+    name: '@godaddy/terminus',
+    version: '4.12.1',
+    path: '/health_check',
+    body: '{"status":"ok"}',
+    start: startTerminus
+  }
+]
 
 /** One measure, taken of the modules and of servers to compare them with. */
 interface Comparison {
@@ -51,6 +84,8 @@ interface Comparison {
   warmChecks: number
   /** The bare server, and what else stands beside the modules. */
   others: string[]
+  /** Whether peers stand there, too. */
+  hasPeers?: boolean
   /** The ratio to the bare server that a module is to reach. */
   target?: number
 }
@@ -81,7 +116,8 @@ const COMPARISONS: Comparison[] = [
     checks: 2_000,
     warmChecks: 6_000,
     others: [BARE_HTTP, HAND_OVER],
-    target: 0.7
+    hasPeers: true,
+    target: 0.925 // so at most 1.08 of the bare server's CPU time
   },
   {
     title: 'GET /health_check, 1 at a time',
@@ -171,14 +207,51 @@ function handOver(): net.Server {
   })
 }
 
-function createServer(kind: string): net.Server {
+interface Lightship {
+  server: http.Server
+  signalReady(): void
+}
+
+/** Lightship listens by itself, at any free port where it finds no Kubernetes. */
+async function startLightship(folder: string): Promise<net.Server> {
+  const { createLightship } = await importFrom<{ createLightship: () => Promise<Lightship> }>(
+    folder,
+    'lightship/dist/esm/index.js'
+  )
+  const lightship = await createLightship()
+  lightship.signalReady()
+  return lightship.server
+}
+
+/** Terminus answers on the host's own server. */
+async function startTerminus(folder: string): Promise<net.Server> {
+  const { createTerminus } = await importFrom<{ createTerminus: Terminus }>(
+    folder,
+    '@godaddy/terminus/index.js'
+  )
+  const healthChecks = { '/health_check': async () => {} }
+  return createTerminus(bareHttp(), { healthChecks })
+}
+
+type Terminus = (server: http.Server, options: object) => http.Server
+
+async function importFrom<Module>(folder: string, path: string): Promise<Module> {
+  return (await import(pathToFileURL(join(folder, 'node_modules', path)).href)) as Module
+}
+
+async function createServer(kind: string): Promise<net.Server> {
   if (kind === BARE_LINES) return bareLines()
   if (kind === HAND_OVER) return handOver()
-  return bareHttp()
+  const peer = peerNamed(kind)
+  return peer ? peer.start(process.env['BENCH_PEERS'] ?? '') : bareHttp()
+}
+
+function peerNamed(server: string): Peer | undefined {
+  return PEERS.find(({ name }) => name === server)
 }
 
 function isModule(server: string): boolean {
-  return ![BARE_LINES, BARE_HTTP, HAND_OVER].includes(server)
+  return ![BARE_LINES, BARE_HTTP, HAND_OVER].includes(server) && !peerNamed(server)
 }
 
 /** Starts the monitor of a module beside the host's server. */
@@ -199,9 +272,11 @@ async function startMonitor(module: string, server: net.Server, port: number): P
 
 /** What a server's process does: it listens, and tells its parent what it has used. */
 async function serve(kind: string): Promise<void> {
-  const server = createServer(kind)
-  server.listen(0, '127.0.0.1')
-  await once(server, 'listening')
+  const server = await createServer(kind)
+  if (!server.listening) {
+    server.listen(0, '127.0.0.1')
+    await once(server, 'listening')
+  }
   const { port } = server.address() as net.AddressInfo
 
   let started: Started = { port, monitorPort: port, importMs: 0, startMs: 0 }
@@ -246,20 +321,59 @@ function hasCompiler(): boolean {
   }
 }
 
-/** Compiles the client into a folder that ends with this process, and gives its path. */
-function compileClient(): string {
-  const directory = mkdtempSync(join(tmpdir(), 'ftw-monitor-bench-'))
-  process.on('exit', () => rmSync(directory, { recursive: true }))
+/** Makes a folder that ends with this process. */
+function makeFolder(): string {
+  const folder = mkdtempSync(join(tmpdir(), 'ftw-monitor-bench-'))
+  process.on('exit', () => rmSync(folder, { recursive: true }))
+  return folder
+}
 
+/** Compiles the client, and gives its path. */
+function compileClient(): string {
   // This file runs from `.ci` as it stands, and from `dist/.ci` when it is compiled.
   const places = ['bench-client.c', '../../.ci/bench-client.c']
   const paths = places.map((place) => fileURLToPath(new URL(place, import.meta.url)))
   const source = paths.find((path) => existsSync(path))
   if (source === undefined) throw new Error(`nothing is at ${paths.join(' nor at ')}`)
 
-  const client = join(directory, 'bench-client')
+  const client = join(makeFolder(), 'bench-client')
   execFileSync('gcc', ['-O2', '-Wall', '-o', client, source], { stdio: 'inherit' })
   return client
+}
+
+/** Gives the folder of the peers, in which npm installs them; undefined where it cannot. */
+function installPeers(): string | undefined {
+  const folder = makeFolder()
+  const packages = PEERS.map(({ name, version }) => `${name}@${version}`)
+  const words = ['install', '--prefix', folder, '--ignore-scripts', '--no-audit', '--no-fund']
+  try {
+    execFileSync('npm', [...words, ...packages], { stdio: 'ignore', timeout: INSTALL_MS })
+    return folder
+  } catch {
+    console.error(`npm could not install ${packages.join(' and ')}, so they are not measured.`)
+    return undefined
+  }
+}
+
+/** Gives the peers that start here. The servers' processes find them by the environment. */
+async function findPeers(): Promise<string[]> {
+  const named = process.env['BENCH_PEERS']
+  if (named === 'off') return []
+  const folder = named ?? installPeers()
+  if (folder === undefined) return []
+
+  process.env['BENCH_PEERS'] = resolve(folder)
+  const startable: string[] = []
+  for (const { name } of PEERS) {
+    try {
+      const server = await ServerProcess.start(name)
+      server.end()
+      startable.push(name)
+    } catch {
+      console.error(`${name} does not start from ${folder}, so it is not measured.`)
+    }
+  }
+  return startable
 }
 
 /** A server in a process of its own. */
@@ -274,19 +388,21 @@ class ServerProcess {
 
   static async start(kind: string, core?: string): Promise<ServerProcess> {
     // No PORT and no NODE_OPTIONS of ours, but taskset must be found.
-    const env = { PATH: process.env['PATH'], FTW_MONITOR_AUTOWARMUP: 'off' }
+    const { PATH, BENCH_PEERS } = process.env
+    const env = { PATH, BENCH_PEERS, FTW_MONITOR_AUTOWARMUP: 'off' }
     const options: ForkOptions = { env }
     if (core !== undefined) {
       options.execPath = 'taskset'
       options.execArgv = ['-c', core, process.execPath]
     }
     const child = fork(fileURLToPath(import.meta.url), [SERVE, kind], options)
-    child.on('exit', (code) => {
-      if (code) process.exit(code) // it has said why
-    })
+    const started = await Promise.race([once(child, 'message'), once(child, 'exit')])
+    if (child.exitCode !== null) throw new Error(`${kind} does not start`) // it has said why
 
-    const [started] = (await once(child, 'message')) as [Started]
-    return new ServerProcess(child, started)
+    child.on('exit', (code) => {
+      if (code) process.exit(code)
+    })
+    return new ServerProcess(child, started[0] as Started)
   }
 
   async usage(): Promise<Usage> {
@@ -308,12 +424,14 @@ class Bench {
   readonly rounds = new Map<Comparison, Round[]>()
   readonly #client: string
   readonly #modules: string[]
+  readonly #peers: string[]
   readonly #cores = findCores()
   #servers = new Map<string, ServerProcess>()
 
-  constructor(client: string, comparisons: Comparison[], modules: string[]) {
+  constructor(client: string, comparisons: Comparison[], modules: string[], peers: string[]) {
     this.#client = client
     this.#modules = modules
+    this.#peers = peers
     for (const comparison of comparisons) this.rounds.set(comparison, [])
   }
 
@@ -322,8 +440,9 @@ class Bench {
   }
 
   /** The bare server is the first one. */
-  serversOf(comparison: Comparison): string[] {
-    return [...comparison.others, ...this.#modules]
+  serversOf({ others, hasPeers = false }: Comparison): string[] {
+    const peers = hasPeers ? this.#peers : []
+    return [...others, ...peers, ...this.#modules]
   }
 
   /** Starts all servers anew, warms them, and takes some rounds. */
@@ -360,9 +479,12 @@ class Bench {
     const server = await this.#serverFor(kind, question)
     const { port, monitorPort } = server.started
     const asked = question === 'own' ? port : monitorPort
+    const peer = peerNamed(kind)
+    const pathAndBody = peer ? [peer.path, peer.body] : []
 
     const before = await server.usage()
-    const output = await this.#load(question, `${asked}`, `${atATime}`, `${checks}`)
+    const numbers = [asked, atATime, checks].map(String)
+    const output = await this.#load(question, ...numbers, ...pathAndBody)
     const after = await server.usage()
 
     const [answers = NaN, nanoseconds = NaN] = output.split(' ').map(Number)
@@ -477,6 +599,7 @@ function printComparison(comparison: Comparison, servers: string[], rounds: Roun
       isModule(server) ? judge(comparison, rateRatio, cpuRatio) : ''
     )
     if (comparison.question === 'own' && isCompared) printOwn(runs, bareRuns)
+    if (comparison.hasPeers && isModule(server)) printCosts(runs, servers, rounds)
   }
 }
 
@@ -501,6 +624,20 @@ function printOwn(runs: Run[], bareRuns: Run[]): void {
   const { median, text } = spread(more, 2)
   const verdict = median <= OWN_TARGET_MICROSECONDS ? 'ok' : 'short'
   console.log(`    more CPU µs: ${text}, target ${OWN_TARGET_MICROSECONDS} ${verdict}`)
+}
+
+/** What a check costs when one of the bare server, or of a peer, costs 1. */
+function printCosts(runs: Run[], servers: string[], rounds: Round[]): void {
+  for (const [index, server] of servers.entries()) {
+    const isBare = index === 0
+    if (!isBare && !peerNamed(server)) continue
+
+    const otherRuns = rounds.map((round) => round[index]!)
+    const { median, text } = ratio(runs, otherRuns, (run) => run.cpuMicroseconds)
+    const verdict = median < 1 ? 'ok' : 'short'
+    const target = isBare ? '' : `, target below 1 ${verdict}`
+    console.log(`    CPU where ${server} takes 1: ${text}${target}`)
+  }
 }
 
 async function printStarts(module: string): Promise<void> {
@@ -535,7 +672,8 @@ function findModules(named: string[]): string[] {
 }
 
 async function measure(comparisons: Comparison[], modules: string[]): Promise<Bench> {
-  const bench = new Bench(compileClient(), comparisons, modules)
+  const peers = comparisons.some(({ hasPeers }) => hasPeers) ? await findPeers() : []
+  const bench = new Bench(compileClient(), comparisons, modules, peers)
   const startedAt = performance.now()
   for (let count = 0; count < GENERATIONS_MAX; count++) {
     if (count >= GENERATIONS_MIN && performance.now() - startedAt > BUDGET_MS) break
