@@ -41,16 +41,26 @@ const IS_ROOT_HERE = fs.existsSync(new URL('./README.md', import.meta.url))
 const ROOT = new URL(IS_ROOT_HERE ? '.' : '..', import.meta.url)
 const README_TEXT = fs.readFileSync(new URL('README.md', ROOT), 'utf8')
 
+const IS_SLOW_WANTED = Boolean(process.env['CI'] || process.env['SOAK'])
+const SLOW = IS_SLOW_WANTED ? {} : { skip: 'takes long: set CI or SOAK' }
+/** By then a suite hangs, and fails: most take seconds, and the slow ones ten minutes. */
+const SUITE_LIMIT_MS = (IS_SLOW_WANTED ? 15 : 4) * 60_000
+
 /** `npm test` runs the parts beside each other, each in a process of its own: the suites up to the
  *  wire, and those which start processes. Without TEST_PART there are both. */
 const TEST_PART = process.env['TEST_PART']
 
-function describeInProcess(name: string, how: { concurrency: number }, suite: () => void): void {
-  if (TEST_PART !== 'processes') void describe(name, how, suite)
+function describeInProcess(name: string, how: SuiteOptions, suite: () => void): void {
+  if (TEST_PART !== 'processes') void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
 }
 
-function describeProcesses(name: string, how: { concurrency: number }, suite: () => void): void {
-  if (TEST_PART !== 'in process') void describe(name, how, suite)
+function describeProcesses(name: string, how: SuiteOptions, suite: () => void): void {
+  if (TEST_PART !== 'in process') void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
+}
+
+interface SuiteOptions {
+  /** How many tests run beside each other. */
+  concurrency: number
 }
 
 /** For a suite whose tests change nothing that belongs to the whole process. */
@@ -64,9 +74,6 @@ const SIDE_BY_SIDE = { concurrency: 3 }
  * process, or measure times that neighbours would stretch.
  */
 const ALONE = { concurrency: 1 }
-
-const IS_SLOW_WANTED = Boolean(process.env['CI'] || process.env['SOAK'])
-const SLOW = IS_SLOW_WANTED ? {} : { skip: 'takes long: set CI or SOAK' }
 
 /** A parent of a node_modules with express, pg, ws and others, which the package itself does without. */
 const PACKAGES = process.env['FTW_MONITOR_TEST_PACKAGES']
@@ -1266,38 +1273,52 @@ describeInProcess('Start and stop', TOGETHER, () => {
     await untilHealthy(port)
   })
 
-  test('stop() leaves nothing behind, and start works again', async (t) => {
-    const warmups: AbortSignal[] = []
+  test('stop() leaves nothing behind on the server, and start works again', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
     const before = { listeners: listenersOf(server), emit: server.emit }
-    monitor.registerWarmup('/', ({ signal }) => {
-      warmups.push(signal)
+    for (let round = 1; round <= 3; round++) {
+      const { port } = await bootInstance(t, { monitor, server })
+      assert.notEqual(server.emit, before.emit)
+      await inTime(monitor.stop(), 'it is stopped')
+      assert.ok(await isRefused(port))
+      assert.deepEqual(listenersOf(server), before.listeners)
+      assert.equal(server.emit, before.emit)
+      assert.equal(Object.hasOwn(server, 'emit'), false)
+      assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
+    }
+  })
+
+  test('stop() closes all connections, whatever state they are in', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    const talkAbout = async (begin: string) => {
+      const talk = await converse(t, port)
+      talk.say(begin)
+      return talk
+    }
+    const talks = await Promise.all(['', 'interactive\n', 'inter'].map(talkAbout))
+    await talks[1]?.hear('Interactive mode on.  Use "quit" To exit.\n')
+    await inTime(monitor.stop(), 'it is stopped')
+    await until(() => talks.every(({ isClosed }) => isClosed), 'all connections are closed')
+    assert.ok(await isRefused(port))
+  })
+
+  test('what was registered stays after stop(), and works after the next start', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    let warmups = 0
+    monitor.registerWarmup('/', () => {
+      warmups++
     })
     let isConnected = true
     monitor.registerDatabase('main', { isConnected: () => isConnected })
     monitor.register('mine', '', (connection) => connection.write('still here\n'))
     for (let round = 1; round <= 3; round++) {
-      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
-      assert.notEqual(server.emit, before.emit)
-      await untilHealthy(port)
-      assert.equal(warmups.length, round)
-      const talkAbout = async (begin: string) => {
-        const talk = await converse(t, port)
-        talk.say(begin)
-        return talk
-      }
-      const talks = await Promise.all(['', 'interactive\n', 'inter'].map(talkAbout))
-      await talks[1]?.hear('Interactive mode on.  Use "quit" To exit.\n')
+      const { port } = await bootInstance(t, { monitor, server })
+      assert.equal(warmups, round)
       assert.equal(await ask(port, 'mine\n'), 'still here\n')
-      await inTime(monitor.stop(), 'it is stopped')
-      await until(() => talks.every(({ isClosed }) => isClosed), 'all connections are closed')
-      assert.ok(await isRefused(port))
-      assert.deepEqual(listenersOf(server), before.listeners)
-      assert.equal(server.emit, before.emit)
-      assert.equal(Object.hasOwn(server, 'emit'), false)
+      await monitor.stop()
       assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Instance is booting' })
-      assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
     }
     isConnected = false
     assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
@@ -1540,6 +1561,11 @@ describeInProcess('Start and stop', ALONE, () => {
       assert.ok((await isRefused(port + 80)) && (await isRefused(portOf(server) + 80)))
       assert.deepEqual(logger.lines, [])
     }
+  })
+
+  test('FTW_MONITOR=1 leaves the monitor on', async (t) => {
+    const port = await freePort()
+    const monitor = await importMonitor(t)
     setEnvironment(t, { PORT: String(port), FTW_MONITOR: '1', HOST: '127.0.0.1' })
     assert.ok(await monitor.start({ logger: recorder() }))
   })
@@ -2260,13 +2286,20 @@ describeInProcess('The verdict', TOGETHER, () => {
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
       await monitor.stop()
     }
+  })
+
+  test('a name that contains OK does not turn a red reply green', async (t) => {
+    const monitor = await importMonitor(t)
     monitor.registerDatabase('BOOKS', { isConnected: () => false })
     const { reason } = await monitor.health()
     assert.match(reason, /^Error: Database 'BO.?OK?.*S' disconnected\.$/)
     assert.doesNotMatch(reason, /OK/)
-    databaseError = new Error('a\0b\r\nc\x1b[0md')
-    monitor.registerDatabase('BOOKS', { isConnected: () => Promise.reject(databaseError) })
-    // a blank for each control character, never nothing
+  })
+
+  test('a control character in a reason becomes a blank, never nothing', async (t) => {
+    const monitor = await importMonitor(t)
+    const error = new Error('a\0b\r\nc\x1b[0md')
+    monitor.registerDatabase('main', { isConnected: () => Promise.reject(error) })
     assert.match((await monitor.health()).reason, /failed: a b {2}c \[0md$/)
   })
 
@@ -2537,6 +2570,30 @@ const NOT_CONNECTED: [answer: () => unknown, called: RegExp][] = [
   [() => ({ then: (resolve: Function) => resolve(hang()) }), / timed out\.$/]
 ]
 
+/** Until a database that does not answer is asked anew. */
+const QUESTION_MS = 30_000
+
+/** A database whose questions are answered by hand; `trouble` waits until one is timed out. */
+async function hangingDatabase(t: TestContext) {
+  const timers = takeTimers(t, ['setTimeout'])
+  const clock = fakeClock(t)
+  await serve(t) // the limits of questions keep no process alive
+  const monitor = await importMonitor(t)
+  const questions: ((answer: boolean) => void)[] = []
+  const isConnected = () =>
+    new Promise<boolean>((resolve) => {
+      questions.push(resolve)
+    })
+  monitor.registerDatabase('main', { isConnected })
+  const check = async () => (await inTime(monitor.health(), 'there is a verdict')).reason
+  const trouble = () => {
+    const reason = check()
+    timers.pass(1_000)
+    return reason
+  }
+  return { clock, questions, check, trouble }
+}
+
 describeInProcess('Databases and counters', TOGETHER, () => {
   test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
     const monitor = await importMonitor(t)
@@ -2719,57 +2776,56 @@ describeInProcess('Databases and counters', ALONE, () => {
     for (const reply of await Promise.all(replies)) assert.match(reply, /^[^\n]+\n$/)
   })
 
-  test('a question that is never answered is asked anew every 30 s, and the first answer decides', async (t) => {
-    const QUESTION_MS = 30_000
-    const timers = takeTimers(t, ['setTimeout'])
-    const clock = fakeClock(t)
-    await serve(t) // the limits of questions keep no process alive
-    const monitor = await importMonitor(t)
-    const questions: ((answer: boolean) => void)[] = []
-    const isConnected = () =>
-      new Promise<boolean>((resolve) => {
-        questions.push(resolve)
-      })
-    monitor.registerDatabase('main', { isConnected })
-    const trouble = async () => {
-      const verdict = monitor.health()
-      timers.pass(1_000)
-      return (await inTime(verdict, 'it is timed out within a second')).reason
-    }
-    const timedOut = "Error: Database 'main' timed out."
-
+  test('a question that is never answered is asked anew after 30 s, and not before', async (t) => {
+    const { clock, questions, trouble } = await hangingDatabase(t)
     for (let check = 0; check < 30; check++) {
-      assert.equal(await trouble(), timedOut)
+      assert.equal(await trouble(), "Error: Database 'main' timed out.")
       clock.now += QUESTION_MS / 30 - 1
     }
+    clock.now += 29
+    assert.equal(await trouble(), "Error: Database 'main' timed out.")
     assert.equal(questions.length, 1)
-    clock.now += 30
-    const late = monitor.health()
+    clock.now += 1
+    assert.equal(await trouble(), "Error: Database 'main' timed out.")
     assert.equal(questions.length, 2)
-    const joined = monitor.health()
-    questions[1]?.(true) // the connection that was cut is out for ever
-    assert.equal((await late).reason, 'Instance is booting')
-    assert.equal((await joined).reason, 'Instance is booting')
-    assert.equal(questions.length, 2)
+  })
 
-    const answered = monitor.health()
-    assert.equal(questions.length, 3)
-    questions[2]?.(true)
-    assert.equal((await answered).reason, 'Instance is booting')
-
-    assert.equal(await trouble(), timedOut)
-    clock.now += QUESTION_MS
-    const another = monitor.health()
-    assert.equal(questions.length, 5)
-    questions[3]?.(false) // the older one is faster in the end
-    assert.equal((await another).reason, "Error: Database 'main' disconnected.")
-
+  test('a database that never answers is asked 20 times in ten minutes', async (t) => {
+    const { clock, questions, trouble } = await hangingDatabase(t)
     for (let second = 0; second < 600; second++) {
       await trouble()
       clock.now += 1_000
     }
-    const askedAnew = questions.length - 5
-    assert.ok(askedAnew >= 20 && askedAnew <= 21, `${askedAnew} in ten minutes`)
+    const count = questions.length
+    assert.ok(count >= 20 && count <= 21, `${count} in ten minutes`)
+  })
+
+  test('the answer to a question that was asked anew counts for all who ask', async (t) => {
+    const { clock, questions, check, trouble } = await hangingDatabase(t)
+    assert.equal(await trouble(), "Error: Database 'main' timed out.")
+    clock.now += QUESTION_MS
+    const late = check()
+    assert.equal(questions.length, 2)
+    const joined = check()
+    questions[1]?.(true) // the connection that was cut is out for ever
+    assert.equal(await late, 'Instance is booting')
+    assert.equal(await joined, 'Instance is booting')
+    assert.equal(questions.length, 2)
+
+    const answered = check()
+    assert.equal(questions.length, 3)
+    questions[2]?.(true)
+    assert.equal(await answered, 'Instance is booting')
+  })
+
+  test('the older of two questions decides where it is answered first', async (t) => {
+    const { clock, questions, check, trouble } = await hangingDatabase(t)
+    assert.equal(await trouble(), "Error: Database 'main' timed out.")
+    clock.now += QUESTION_MS
+    const another = check()
+    assert.equal(questions.length, 2)
+    questions[0]?.(false)
+    assert.equal(await another, "Error: Database 'main' disconnected.")
   })
 
   test('a database that is cut off without a word is green again soon after it is back', async (t) => {
@@ -2825,7 +2881,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
 
   test('/@@warmup warms every site, /SITE/@@warmup that one, and others are not found', async (t) => {
     const calls: string[] = []
-    const { server, port } = await bootInstance(t, {
+    const { server } = await bootInstance(t, {
       prepare: ({ registerWarmup }) => {
         for (const site of ['/', '/shop', '/shop/hats']) {
           registerWarmup(site, () => {
@@ -2853,11 +2909,19 @@ describeInProcess('Warm-up', TOGETHER, () => {
         assert.match(page.headers['content-type'] ?? '', /^text\/plain/)
       assert.deepEqual(calls, expected, path)
     }
-    calls.length = 0
-    const { status, body } = await getPage(portOf(server), '/@@warmup', { method: 'POST' })
+  })
+
+  test('a POST to /@@warmup warms nothing, and never reaches the application', async (t) => {
+    let calls = 0
+    const count = () => {
+      calls++
+    }
+    const { port, instancePort } = await bootInstance(t, { performers: { '/': count } })
+    calls = 0
+    const { status, body } = await getPage(instancePort, '/@@warmup', { method: 'POST' })
     assert.notEqual(status, 200)
     assert.notEqual(body, 'hello')
-    assert.deepEqual(calls, [])
+    assert.equal(calls, 0)
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
@@ -2991,7 +3055,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
 
   test('only this machine may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
     const monitor = await importMonitor(t)
-    const path = join(scratchFolder(t), 'instance')
     let calls = 0
     monitor.registerWarmup('/', () => {
       calls++
@@ -3028,12 +3091,19 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.equal(page.status, status, JSON.stringify(options))
       assert.equal(calls - before, status === 200 ? 1 : 0, JSON.stringify(options))
     }
-    await monitor.stop()
-    const onSocket = await serve(t, hello, { path })
-    await bootInstance(t, { monitor, server: onSocket })
+  })
+
+  test('a peer without an address is a stranger, and may not ask for a warm-up', async (t) => {
+    const path = join(scratchFolder(t), 'instance')
+    let calls = 0
+    const count = () => {
+      calls++
+    }
+    const server = await serve(t, hello, { path })
+    await bootInstance(t, { performers: { '/': count }, server })
     const before = calls
     const page = await getPage(0, '/@@warmup', { socketPath: path })
-    assert.equal(page.status, 403) // a peer without an address is a stranger
+    assert.equal(page.status, 403)
     assert.equal(calls, before)
   })
 
@@ -3069,7 +3139,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     t.skip('all such ports are in use')
   })
 
-  test('the default performer loads the root page, to the end of its body', async (t) => {
+  test('the default performer loads the root page, and judges it by its status', async (t) => {
     const elsewhere: string[] = []
     const page = (status: number, headers = {}): http.RequestListener => {
       return ({ url }, response) => {
@@ -3112,6 +3182,9 @@ describeInProcess('Warm-up', TOGETHER, () => {
       })
     )
     assert.deepEqual(elsewhere, [])
+  })
+
+  test('the default performer reads the root page to the end of its body', async (t) => {
     const gate = latch()
     const server = await serve(t, async (_, response) => {
       response.write('the first half')
@@ -3300,15 +3373,22 @@ describeInProcess('Warm-up', ALONE, () => {
       calls.map(({ site }) => site),
       sites
     )
-    await monitor.stop()
-    calls.length = 0
+  })
+
+  test('FTW_MONITOR_URL is where performers find the instance, and url outdoes it', async (t) => {
+    const server = await serve(t)
+    const urls: string[] = []
+    const performer: WarmupPerformer = ({ url }) => {
+      urls.push(url)
+    }
+    const setup = { performers: { '/shop': performer, '/': performer }, server }
     setEnvironment(t, { FTW_MONITOR_URL: `http://localhost:${portOf(server)}/base` })
-    await bootInstance(t, { monitor, server })
-    assert.equal(calls[0]?.url, `http://localhost:${portOf(server)}/base/shop`)
+    const { monitor } = await bootInstance(t, setup)
+    assert.equal(urls[0], `http://localhost:${portOf(server)}/base/shop`)
     await monitor.stop()
-    calls.length = 0
-    await bootInstance(t, { monitor, server, options: { url: 'http://127.0.0.1:9/' } })
-    assert.equal(calls[1]?.url, 'http://127.0.0.1:9/')
+    urls.length = 0
+    await bootInstance(t, { ...setup, options: { url: 'http://127.0.0.1:9/' } })
+    assert.equal(urls[1], 'http://127.0.0.1:9/')
   })
 
   test('the failed sites alone are tried again, after a pause that doubles', async (t) => {
@@ -6066,7 +6146,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   test('/status is in the health check response format: pass, warn or fail', async (t) => {
     let isMainThere = true
     let isCacheThere = true
-    const { port, instancePort } = await bootInstance(t, {
+    const { port } = await bootInstance(t, {
       databases: {
         main: { isConnected: () => isMainThere },
         cache: { isConnected: () => isCacheThere, optional: true }
@@ -6099,7 +6179,14 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       output: "Error: Database 'main' disconnected.",
       grades: ['fail', 'warn']
     })
+  })
 
+  test('/status has the checks of the health check response format', async (t) => {
+    const { port, instancePort } = await bootInstance(t, {
+      databases: { main: { isConnected: () => true } },
+      performers: WARM
+    })
+    await ask(port, 'health_check\n')
     const { json } = await askHealthJson(port)
     assert.equal(json.description, `http://127.0.0.1:${instancePort}`)
     const checks = Object.entries(json.checks)
@@ -6116,8 +6203,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     }
   })
 
-  test('an optional database never makes the instance red, and is in metrics as any other', async (t) => {
-    const { monitor, port } = await bootInstance(t, {
+  test('an optional database never makes the instance red', async (t) => {
+    const { port } = await bootInstance(t, {
       databases: {
         lost: { isConnected: () => false, optional: true },
         broken: { isConnected: () => Promise.reject(new Error('boom')), optional: true },
@@ -6132,32 +6219,49 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(text, /^database   lost +disconnected \(optional\)$/m)
     assert.match(text, /^database   broken +failed: boom \(optional\)$/m)
     assert.match(text, /^database   silent +timed out \(optional\)$/m)
+  })
+
+  test('an optional database is in metrics as any other', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { lost: { isConnected: () => false, optional: true } },
+      performers: WARM
+    })
     const samples = readSamples(await ask(port, 'metrics\n'))
     assert.equal(samples['ftw_monitor_database_connected{database="lost"}'], 0)
     assert.equal(samples['ftw_monitor_healthy'], 1)
+  })
+
+  test('a database is optional or not, and anything else is a TypeError', async (t) => {
+    const monitor = await importMonitor(t)
     for (const optional of [1, 'yes', null]) {
       const database = { isConnected: () => true, optional } as unknown as Database
       assert.throws(() => monitor.registerDatabase('main', database), TypeError)
     }
   })
 
-  test('a browser gets a page in every state, and everybody else help', async (t) => {
-    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM })
-    const green = await openPage(port)
-    assert.equal(green.status, 200)
-    assert.equal(green.headers['content-type'], 'text/html; charset=utf-8')
-    assert.match(green.body, /<h1 class="pass">OK<\/h1>/)
-    assert.ok(green.body.includes(`<title>OK - http://127.0.0.1:${instancePort}</title>`))
-    assert.match(rowsOfPage(green.body)[1] ?? '', /^warm-up\|\/\|▢ warm after \d+\.\d s$/)
-
-    void monitor.drain({ reason: 'until noon' })
-    const red = await openPage(port)
-    assert.equal(red.status, 200)
-    assert.match(red.body, /<h1 class="fail">until noon<\/h1>/)
-    assert.match(red.body, /<tr class="fail"><th scope="row">draining/)
-
+  test('a browser gets a page that tells the verdict, the instance and its rows', async (t) => {
+    const { port, instancePort } = await bootInstance(t, { performers: WARM })
+    const { status, headers, body } = await openPage(port)
+    assert.equal(status, 200)
+    assert.equal(headers['content-type'], 'text/html; charset=utf-8')
+    assert.match(body, /<h1 class="pass">OK<\/h1>/)
+    assert.ok(body.includes(`<title>OK - http://127.0.0.1:${instancePort}</title>`))
+    assert.match(rowsOfPage(body)[1] ?? '', /^warm-up\|\/\|▢ warm after \d+\.\d s$/)
     const head = await openPage(port, { method: 'HEAD' })
     assert.deepEqual([head.status, head.body], [200, ''])
+  })
+
+  test('the page of a drained instance is red, and there all the same', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    void monitor.drain({ reason: 'until noon' })
+    const { status, body } = await openPage(port)
+    assert.equal(status, 200)
+    assert.match(body, /<h1 class="fail">until noon<\/h1>/)
+    assert.match(body, /<tr class="fail"><th scope="row">draining/)
+  })
+
+  test('whoever is no browser gets help in place of the page', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
     for (const headers of [{}, { Accept: '*/*' }, { Accept: 'application/json' }]) {
       const { status, body } = await getPage(port, '/', { headers })
       assert.equal(status, 200)
@@ -6381,6 +6485,10 @@ bare -3`
     const types = text.match(/^# TYPE \S+/gm) ?? []
     assert.equal(new Set(types).size, types.length)
     assert.match(text, /^ftw_monitor_healthy 1$/m)
+  })
+
+  test('registerMetrics takes a function, and anything else is a TypeError', async (t) => {
+    const monitor = await importMonitor(t)
     for (const wrong of [undefined, 'text', {}]) {
       assert.throws(() => monitor.registerMetrics(wrong as unknown as () => string), TypeError)
     }
@@ -6498,7 +6606,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.match(await ask(port, 'monitor young\n'), /^Error: AGE [^\n]+\n$/)
   })
 
-  test('perf_metrics answers one line of JSON with integers under the known keys', async (t) => {
+  test('perf_metrics has the figures of a database under the known keys', async (t) => {
     const monitor = await importMonitor(t)
     const activity = monitor.registerDatabase('main', {
       isConnected: () => true,
@@ -6516,8 +6624,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     activity.stores(28)
     activity.connections(459)
     const { port } = await bootInstance(t, { monitor, performers: WARM, until: 'started' })
-    const uptimeBefore = process.uptime()
-    const { instance, cache, db, memory, cpu, loop, http: counts } = await askPerfMetrics(port)
+    const { cache, db } = await askPerfMetrics(port)
     assert.deepEqual(cache, { size: 3212, ngsize: 1438, max_size: 30000 })
     assert.deepEqual(db, {
       loads: 1114,
@@ -6528,6 +6635,16 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       total_objs: 13336,
       size_in_bytes: 5796849
     })
+  })
+
+  test('perf_metrics has the figures of the process, each an integer but the load', async (t) => {
+    const { port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => true, figures: () => ({ bytes: 7.5 }) } },
+      until: 'started'
+    })
+    const uptimeBefore = process.uptime()
+    const { instance, cache, db, memory, cpu, loop, http: counts } = await askPerfMetrics(port)
     assert.deepEqual(instance, { uptime: instance.uptime, pid: process.pid })
     assert.ok(instance.uptime >= Math.floor(uptimeBefore))
     assert.ok(instance.uptime <= Math.ceil(process.uptime()))
@@ -6617,37 +6734,36 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.doesNotMatch(await ask(port, 'metrics\n'), /eventloop_utilization/)
   })
 
-  test('metrics has the customary names, what the monitor counts, and each database', async (t) => {
-    const monitor = await importMonitor(t)
-    const { server, letGo } = await serveHeld(t)
+  test('metrics counts the requests of the instance, and those in flight', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
     server.prependListener('request', (request, response) => {
       if (request.url === '/broken') response.statusCode = 500
     })
+    const { port, instancePort } = await bootInstance(t, { performers: WARM, server })
+    const sampled = async () => readSamples(await ask(port, 'metrics\n'))
+    const before = await sampled()
+    for (const path of ['/', '/', '/broken']) await getPage(instancePort, path)
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const samples = await sampled()
+    letGo()
+    await answer
+    const grown = (name: string) => (samples[name] ?? NaN) - (before[name] ?? NaN)
+    assert.equal(samples['ftw_monitor_http_requests_in_flight'], 1)
+    assert.equal(grown('ftw_monitor_http_requests_total'), 4)
+    assert.equal(grown('ftw_monitor_http_errors_total'), 1)
+  })
+
+  test('metrics tells of each database, and whether all is well', async (t) => {
+    const monitor = await importMonitor(t)
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
     monitor.registerDatabase('we"ird\\', { isConnected: () => false })
     activity.loads(5)
     activity.stores(2)
     activity.connections()
-    const { port } = await bootInstance(t, { monitor, server, until: 'started' })
+    const { port } = await bootInstance(t, { monitor, performers: WARM, until: 'started' })
     await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
-    const sampled = async () => readSamples(await ask(port, 'metrics\n'))
-    const before = await sampled()
-    for (const path of ['/', '/', '/broken']) await getPage(portOf(server), path)
-    const held = getPage(portOf(server), '/held')
-    await until(async () => (await sampled())['ftw_monitor_http_requests_in_flight'] === 1, 'one')
-    await until(
-      async () => 'nodejs_eventloop_utilization' in (await sampled()),
-      'the load is known'
-    )
-    const { status, headers, body } = await getPage(port, '/metrics')
-    letGo()
-    await held
-    assert.equal(status, 200)
-    assert.match(headers['content-type'] ?? '', /^text\/plain; version=0\.0\.4\b/)
-    const samples = readSamples(body)
-    const grown = (name: string) => (samples[name] ?? NaN) - (before[name] ?? NaN)
-    assert.equal(grown('ftw_monitor_http_requests_total'), 4)
-    assert.equal(grown('ftw_monitor_http_errors_total'), 1)
+    const samples = readSamples(await ask(port, 'metrics\n'))
     assert.equal(samples['ftw_monitor_healthy'], 0)
     assert.equal(samples['ftw_monitor_warmup_done'], 1)
     assert.equal(samples['ftw_monitor_database_connected{database="main"}'], 1)
@@ -6656,6 +6772,14 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.equal(samples['ftw_monitor_database_stores_total{database="main"}'], 2)
     assert.equal(samples['ftw_monitor_database_connections_total{database="main"}'], 1)
     assert.equal(samples['ftw_monitor_database_loads_total{database="we\\"ird\\\\"}'], 0)
+  })
+
+  test('metrics has the customary figures of the process', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const sampled = async () => readSamples(await ask(port, 'metrics\n'))
+    const isLoadKnown = async () => 'nodejs_eventloop_utilization' in (await sampled())
+    await until(isLoadKnown, 'the load is known')
+    const samples = await sampled()
     const near = (name: string, value: number, by: number) => {
       assert.ok(Math.abs((samples[name] ?? NaN) - value) < by, `${name} ${samples[name]}`)
     }
@@ -6667,6 +6791,18 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     near('process_cpu_user_seconds_total', user / 1e6, 2)
     near('process_cpu_seconds_total', (user + system) / 1e6, 2)
     near('nodejs_eventloop_utilization', 0.5, 0.5001)
+  })
+
+  test('metrics is text that Prometheus reads, with help and type of each family', async (t) => {
+    const { port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => true }, 'we"ird\\': { isConnected: () => false } },
+      until: 'started'
+    })
+    const { status, headers, body } = await getPage(port, '/metrics')
+    assert.equal(status, 200)
+    assert.match(headers['content-type'] ?? '', /^text\/plain; version=0\.0\.4\b/)
+    const samples = readSamples(body)
     assert.deepEqual(
       Object.entries(samples).filter(([, value]) => !(value >= 0)),
       []
@@ -7208,6 +7344,13 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
       assert.equal(headers['cache-control'], 'no-store')
       assert.equal(headers['x-content-type-options'], 'nosniff')
     }
+  })
+
+  test('over HTTP perf_metrics is JSON', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => false } },
+      until: 'started'
+    })
     const figures = await getPage(port, '/perf_metrics')
     assert.match(figures.headers['content-type'] ?? '', /^application\/json\b/)
     assert.equal(JSON.parse(figures.body).error, "Database 'main' disconnected.")
@@ -7324,7 +7467,7 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     await expectHelp('while it drains')
   })
 
-  test('HEAD is GET without the body, and every other method gets 405 with Allow', async (t) => {
+  test('HEAD is GET without the body', async (t) => {
     const { monitor, port } = await bootInstance(t)
     for (const path of ['/', '/health_check', '/nope']) {
       const get = await getPage(port, path)
@@ -7334,14 +7477,18 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
       assert.equal(head.headers['content-length'], get.headers['content-length'])
       assert.equal(head.headers['content-type'], get.headers['content-type'])
     }
+    void monitor.drain()
+    const { status } = await getPage(port, '/health_check', { method: 'HEAD' })
+    assert.equal(status, 503)
+  })
+
+  test('every method but GET and HEAD gets 405 with Allow', async (t) => {
+    const { port } = await bootInstance(t)
     for (const method of ['POST', 'PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'PROPFIND']) {
       const { status, headers } = await getPage(port, '/health_check', { method })
       assert.equal(status, 405, method)
       assert.deepEqual(headers.allow?.split(/, */).sort(), ['GET', 'HEAD'])
     }
-    void monitor.drain()
-    const { status } = await getPage(port, '/health_check', { method: 'HEAD' })
-    assert.equal(status, 503)
   })
 
   test('an HTTP connection is kept alive, whatever mode a command returns', async (t) => {
@@ -7373,12 +7520,17 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
       assert.deepEqual([answer.status, answer.body], [200, body])
     }
     assert.equal(sockets.size, 1)
-    const head = headOf('/quits')
-    const pipelined = await ask(port, head + head + headOf('/quits', 'Connection: close'))
+  })
+
+  test('pipelined requests are all answered, and so is one of HTTP/1.0', async (t) => {
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('own', 'Own', (connection) => connection.write('own'), { http: true })
+    const head = headOf('/own')
+    const pipelined = await ask(port, head + head + headOf('/own', 'Connection: close'))
     assert.equal(pipelined.match(/HTTP\/1\.1 200 OK\r\n/g)?.length, 3)
-    assert.equal(pipelined.match(/\r\n\r\nquit/g)?.length, 3)
-    const old = await ask(port, 'GET /quits HTTP/1.0\r\n\r\n')
-    assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nquit$/s)
+    assert.equal(pipelined.match(/\r\n\r\nown/g)?.length, 3)
+    const old = await ask(port, 'GET /own HTTP/1.0\r\n\r\n')
+    assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nown$/s)
   })
 
   test('a request in single bytes is HTTP all the same, and so is one half-closed', async (t) => {
@@ -7822,21 +7974,30 @@ describeProcesses('The program', PAIRWISE, () => {
       points.map(({ fields }) => fields['cache.size']),
       [30, 20]
     )
-    for (const [index, port] of [second!, first!].entries()) {
-      const { fields } = points[index]!
-      const keys = Object.keys(fields)
-      assert.deepEqual(keys, [...keys].sort())
-      const told = JSON.parse(await ask(port + 80, 'perf_metrics\n')) as Record<string, object>
-      assert.deepEqual(
-        keys,
-        Object.entries(told)
-          .flatMap(([group, figures]) => Object.keys(figures).map((name) => `${group}.${name}`))
-          .sort()
-      )
-      assert.equal(fields['instance.pid'], process.pid)
-      assert.equal('instance.version' in fields, false) // ftw.monitor's script cannot quote a text
-      assert.equal(fields['memory.uss'], -1)
-    }
+  })
+
+  test('a line of the dump has every figure of perf_metrics, in order', async (t) => {
+    const port = await freePort()
+    await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => true, figures: () => ({ size: 20 }) } },
+      options: { listen: { host: '127.0.0.1', port: port + 80 } },
+      until: 'started'
+    })
+    const { stdout } = await runProgram(t, ['dump-perf-metrics', String(port)])
+    const [{ fields } = assert.fail('no line')] = parseDump(stdout)
+    const keys = Object.keys(fields)
+    assert.deepEqual(keys, [...keys].sort())
+    const told = JSON.parse(await ask(port + 80, 'perf_metrics\n')) as Record<string, object>
+    assert.deepEqual(
+      keys,
+      Object.entries(told)
+        .flatMap(([group, figures]) => Object.keys(figures).map((name) => `${group}.${name}`))
+        .sort()
+    )
+    assert.equal(fields['instance.pid'], process.pid)
+    assert.equal('instance.version' in fields, false) // ftw.monitor's script cannot quote a text
+    assert.equal(fields['memory.uss'], -1)
   })
 
   test('an instance is tagged as it was named, and the deployment as told', async (t) => {
@@ -7987,9 +8148,12 @@ describeProcesses('The program', PAIRWISE, () => {
     const red = await runProgram(t, ['status'], { env })
     assert.equal(red.status, 1)
     assert.match(red.stdout, /^Draining\n/)
+  })
+
+  test('`ftw-monitor status` exits with 2 where nobody answers, or an option is wrong', async (t) => {
     const nobody = await runProgram(t, ['status', '--port', String(await freePort())])
     assert.deepEqual([nobody.status, nobody.stdout], [2, ''])
-    const wrong = await runProgram(t, ['status', '--wacht'], { env })
+    const wrong = await runProgram(t, ['status', '--wacht'], { env: { PORT: '8080' } })
     assert.deepEqual([wrong.status, wrong.stdout], [2, ''])
     assert.match(wrong.stderr, /--wacht/)
   })
@@ -8334,6 +8498,41 @@ function configure(front: number, instance: number, nowhere: number, socket: str
     .replace(/ (inter|downinter) \S+/g, ' $1 20ms')
     .replace(/ (slowstart|fastinter) \S+/g, '')
   return `global\n    stats socket ${socket} mode 600 level admin\n${adapted}`
+}
+
+/** HAProxy before one instance in this process, configured as in the README. */
+async function balanceAsInReadme(
+  t: TestContext,
+  { warmUp = async () => {} }: { warmUp?: () => Promise<void> } = {}
+) {
+  const setup = { warmUp, isConnected: (): boolean => true }
+  let checks = 0
+  const monitor = await importMonitor(t)
+  monitor.registerDatabase('main', {
+    isConnected: () => {
+      checks++
+      return setup.isConnected()
+    }
+  })
+  monitor.registerWarmup('/', () => setup.warmUp())
+  const instancePort = await freePort()
+  const front = await freePort()
+  const nowhere = await freePort()
+  const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
+  assert.ok(await monitor.start({ server, logger: recorder() }))
+  const { statusOf } = await startHaproxy(t, (socket) =>
+    configure(front, instancePort, nowhere, socket)
+  )
+
+  const is = async (status: string) => (await statusOf('app1')).startsWith(status)
+  const becomes = (status: string) => until(() => is(status), `app1 is ${status}`)
+  const staysDown = async (what: string) => {
+    const before = checks
+    await until(() => checks >= before + 4, 'more checks have come')
+    assert.ok(await is('DOWN'), what)
+  }
+  const getPageViaFront = (path: string) => getPage(front, path)
+  return { setup, monitor, server, instancePort, becomes, staysDown, getPageViaFront }
 }
 
 const AGENT_INTERVAL_MS = 200
@@ -9387,82 +9586,80 @@ describeProcesses('Real programs', ALONE, () => {
   )
 
   test(
-    'HAProxy, as in the README, takes an instance in only while it is healthy',
+    'HAProxy, as in the README, takes an instance in when its warm-up succeeds at last',
     needs('haproxy'),
     async (t) => {
       const pace = 8
       quicken(t, pace)
-      const monitor = await importMonitor(t)
-      const instancePort = await freePort()
-      const front = await freePort()
-      const secondFront = await freePort()
-      const nowhere = await freePort()
-      const logger = recorder()
-      const finale = latch()
       const tries: number[] = []
-      let checks = 0
-      let database = (): boolean | Promise<boolean> => true
-      monitor.registerDatabase('main', {
-        isConnected: () => {
-          checks++
-          return database()
-        }
-      })
-      let warmUp = async () => {
+      const finale = latch()
+      const warmUp = async () => {
         tries.push(performance.now())
         if (tries.length <= 2) throw new Error('OK, not yet')
         await finale.opened
       }
-      monitor.registerWarmup('/', () => warmUp())
-      const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
-      assert.ok(await monitor.start({ server, logger }))
-      const { statusOf } = await startHaproxy(t, (socket) =>
-        configure(front, instancePort, nowhere, socket)
-      )
-      const is = async (status: string) => (await statusOf('app1')).startsWith(status)
-      const becomes = (status: string) => until(() => is(status), `app1 is ${status}`)
-      const staysDown = async (what: string, balancers = 1) => {
-        const before = checks
-        await until(() => checks >= before + 4 * balancers, 'more checks have come')
-        assert.ok(await is('DOWN'), what)
-      }
-      const viaFront = (path = '/') => getPage(front, path)
-
-      await becomes('DOWN') // while it warms up, which fails twice
-      assert.notEqual((await viaFront()).body, 'hello')
+      const balanced = await balanceAsInReadme(t, { warmUp })
+      await balanced.becomes('DOWN') // while it warms up, which fails twice
+      assert.notEqual((await balanced.getPageViaFront('/')).body, 'hello')
       await until(() => tries.length === 3, 'the third try has begun')
-      await staysDown('while it warms up')
+      await balanced.staysDown('while it warms up')
       const [firstAt = 0, secondAt = 0, thirdAt = 0] = tries
       const firstPauseMs = pace * (secondAt - firstAt)
       const secondPauseMs = pace * (thirdAt - secondAt)
       assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries.join()}`)
       finale.open()
-      await becomes('UP')
-      assert.equal((await viaFront()).body, 'hello')
+      await balanced.becomes('UP')
+      assert.equal((await balanced.getPageViaFront('/')).body, 'hello')
+    }
+  )
 
-      database = () => false
+  test(
+    'HAProxy, as in the README, takes an instance out while a database fails, whatever that says',
+    needs('haproxy'),
+    async (t) => {
+      const { setup, becomes, staysDown } = await balanceAsInReadme(t)
+      await becomes('UP')
+      setup.isConnected = () => false
       await becomes('DOWN')
       for (const [what, text] of Object.entries(FORGED)) {
-        database = () => {
+        setup.isConnected = () => {
           throw new Error(text)
         }
         await staysDown(what)
       }
-      database = () => true
+      setup.isConnected = () => true
       await becomes('UP')
+    }
+  )
 
-      const again = latch()
-      warmUp = () => again.opened
+  test(
+    'HAProxy, as in the README, takes an instance out while it warms up as it was told',
+    needs('haproxy'),
+    async (t) => {
+      const { setup, instancePort, becomes } = await balanceAsInReadme(t)
+      await becomes('UP')
+      const gate = latch()
+      setup.warmUp = () => gate.opened
       const page = getPage(instancePort, '/@@warmup')
-      await becomes('DOWN') // while it warms up as it was told
-      again.open()
+      await becomes('DOWN')
+      gate.open()
       await page
       await becomes('UP')
+    }
+  )
 
+  test(
+    'HAProxy, as in the README, lets nobody ask for a warm-up, and else the instance refuses it',
+    needs('haproxy'),
+    async (t) => {
+      const { setup, instancePort, becomes, getPageViaFront } = await balanceAsInReadme(t)
+      await becomes('UP')
       let calls = 0
-      warmUp = async () => {
+      setup.warmUp = async () => {
         calls++
       }
+      const nowhere = await freePort()
+      const secondFront = await freePort()
       const second = await startHaproxy(t, (socket) => {
         const whole = configure(secondFront, instancePort, nowhere, socket)
         const open = whole.replace(/^.*\bdeny\b.*@@warmup.*\n/m, '')
@@ -9470,24 +9667,30 @@ describeProcesses('Real programs', ALONE, () => {
         return open
       })
       await second.untilState('app1', /^UP/)
-      const denied = await viaFront('/@@warmup')
+      const denied = await getPageViaFront('/@@warmup')
       assert.equal(denied.status, 403)
       const refused = await getPage(secondFront, '/@@warmup')
       assert.equal(refused.status, 403)
       assert.notEqual(refused.body, denied.body) // the instance itself has refused it
       assert.equal(calls, 0)
+    }
+  )
 
-      await monitor.stop()
+  test(
+    'HAProxy, as in the README, takes no instance in whose warm-up fails, whatever that says',
+    needs('haproxy'),
+    async (t) => {
+      const { setup, monitor, server, becomes, staysDown } = await balanceAsInReadme(t)
+      await becomes('UP')
       for (const [what, text] of Object.entries(FORGED)) {
-        database = () => true
-        warmUp = async () => {
+        await monitor.stop()
+        setup.warmUp = async () => {
           throw new Error(text)
         }
-        assert.ok(await monitor.start({ server, logger }), what)
+        assert.ok(await monitor.start({ server, logger: recorder() }), what)
         await untilVerdict(monitor, /^Warmup failed/)
         await becomes('DOWN')
-        await staysDown(`a warm-up that failed: ${what}`, 2)
-        await monitor.stop()
+        await staysDown(`a warm-up that failed: ${what}`)
       }
     }
   )
@@ -9545,69 +9748,78 @@ describeProcesses('Real programs', ALONE, () => {
 /** How many connections a monitor holds. */
 const HELD = 256
 
+/** What a browser says of a page of another origin. */
+const CROSS_SITE = {
+  'User-Agent': 'Mozilla/5.0',
+  Origin: 'https://evil.example',
+  Referer: 'https://evil.example/',
+  'Sec-Fetch-Site': 'cross-site'
+}
+const AS_IMAGE = { ...CROSS_SITE, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
+
+/** What such a page would have run. */
+const ORDERS = 'drain\ndrain now\r\ninteractive\nown\nnear\nresume\n'
+const TEMPTING_PATHS = [
+  '/drain',
+  '/drain/now',
+  '/resume',
+  '/interactive',
+  '/quit',
+  '/own',
+  '/near',
+  '/%64rain',
+  '//drain',
+  '/./drain',
+  '/drain?',
+  '/drain%0A',
+  '/%0Adrain%0A',
+  '/@@warmup',
+  '/health_check',
+  '/'
+]
+
+/** An instance with commands of its own, and what tells whether anybody has changed it. */
+async function bootTempting(t: TestContext) {
+  let calls = 0
+  const count = () => {
+    calls++
+  }
+  const { monitor, port, instancePort } = await bootInstance(t, { performers: { '/': count } })
+  monitor.register('own', 'Own', count)
+  monitor.register('near', 'Near', count, { local: true })
+  calls = 0
+  const expectUnchanged = async (what: string) => {
+    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
+    assert.equal(calls, 0, what)
+    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
+    const client = { headers: { Connection: 'keep-alive' } }
+    const { headers } = await getPage(instancePort, '/', client)
+    assert.equal(headers.connection, 'keep-alive', what)
+  }
+  return { port, instancePort, expectUnchanged }
+}
+
 describeProcesses('Attacks and limits', PAIRWISE, () => {
-  test('a page of another origin cannot change the state of an instance', async (t) => {
-    let calls = 0
-    const count = () => {
-      calls++
-    }
-    const server = await serve(t)
-    const { monitor, port } = await bootInstance(t, { performers: { '/': count }, server })
-    monitor.register('own', 'Own', count)
-    monitor.register('near', 'Near', count, { local: true })
-    calls = 0
-    const expectUnchanged = async (what: string) => {
-      assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
-      assert.equal(calls, 0, what)
-      assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
-      const client = { headers: { Connection: 'keep-alive' } }
-      const { headers } = await getPage(portOf(server), '/', client)
-      assert.equal(headers.connection, 'keep-alive', what)
-    }
-    const browser = {
-      'User-Agent': 'Mozilla/5.0',
-      Origin: 'https://evil.example',
-      Referer: 'https://evil.example/',
-      'Sec-Fetch-Site': 'cross-site'
-    }
-    const asImage = { ...browser, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
-    const lines = 'drain\ndrain now\r\ninteractive\nown\nnear\nresume\n'
-    const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${lines}--x--\r\n`
-    const paths = [
-      '/drain',
-      '/drain/now',
-      '/resume',
-      '/interactive',
-      '/quit',
-      '/own',
-      '/near',
-      '/%64rain',
-      '//drain',
-      '/./drain',
-      '/drain?',
-      '/drain%0A',
-      '/%0Adrain%0A',
-      '/@@warmup',
-      '/health_check',
-      '/'
-    ]
-    for (const path of paths) {
+  test('no request of a page of another origin changes an instance', async (t) => {
+    const { port, expectUnchanged } = await bootTempting(t)
+    const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${ORDERS}--x--\r\n`
+    for (const path of TEMPTING_PATHS) {
       const forms: [string, PageOptions][] = [
-        ['GET', { headers: asImage }],
-        ['HEAD', { headers: browser, method: 'HEAD' }]
+        ['GET', { headers: AS_IMAGE }],
+        ['HEAD', { headers: CROSS_SITE, method: 'HEAD' }]
       ]
       for (const type of [
         'text/plain',
         'application/x-www-form-urlencoded',
         'multipart/form-data; boundary=x'
       ]) {
-        const headers = { ...browser, 'Content-Type': type }
+        const headers = { ...CROSS_SITE, 'Content-Type': type }
         const chunked = { ...headers, 'Transfer-Encoding': 'chunked' }
-        const body = type.startsWith('multi') ? multipart : lines
+        const body = type.startsWith('multi') ? multipart : ORDERS
         forms.push([type, { headers, method: 'POST', body }])
-        forms.push([`chunked ${type}`, { headers: chunked, method: 'POST', body: lines }])
+        forms.push([`chunked ${type}`, { headers: chunked, method: 'POST', body: ORDERS }])
       }
-      const preflight = { ...browser, 'Access-Control-Request-Method': 'DRAIN' }
+      const preflight = { ...CROSS_SITE, 'Access-Control-Request-Method': 'DRAIN' }
       forms.push(['preflight', { headers: preflight, method: 'OPTIONS' }])
       for (const [form, options] of forms) {
         const { headers } = await getPage(port, path, options)
@@ -9616,43 +9828,55 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
         await expectUnchanged(`${form} ${path}`)
       }
     }
-    const head = Object.entries(browser)
+  })
+
+  test('no bytes that a browser sends after a head are run as commands', async (t) => {
+    const { port, expectUnchanged } = await bootTempting(t)
+    const head = Object.entries(CROSS_SITE)
       .map(([name, value]) => `${name}: ${value}\r\n`)
       .join('')
     const post =
       `POST / HTTP/1.1\r\nHost: x\r\n${head}Content-Type: text/plain\r\n` +
-      `Content-Length: ${lines.length}\r\n\r\n${lines}`
+      `Content-Length: ${ORDERS.length}\r\n\r\n${ORDERS}`
     const transcripts = {
       'kept alive and pipelined': post.repeat(5),
       'a beacon whose page is left': post,
       'a WebSocket':
         `GET /drain HTTP/1.1\r\nHost: x\r\n${head}Connection: Upgrade\r\nUpgrade: ` +
-        `websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ZHJhaW4=\r\n\r\n${lines}`,
-      'TLS whose session is text': `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${lines}`
+        `websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ZHJhaW4=\r\n\r\n${ORDERS}`,
+      'TLS whose session is text': `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}`
     }
     for (const [what, text] of Object.entries(transcripts)) {
       await ask(port, text, { end: true, limitMs: 500 }).catch(() => '')
       await expectUnchanged(what)
     }
+  })
+
+  test('no length of a request makes a part of it a command', async (t) => {
+    const { port, expectUnchanged } = await bootTempting(t)
     for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
       for (const [method, body] of [
         ['GET', ''],
-        ['POST', lines]
+        ['POST', ORDERS]
       ] as const) {
         const path = `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
-        const page = getPage(port, path, { headers: browser, method, body })
+        const page = getPage(port, path, { headers: CROSS_SITE, method, body })
         await page.catch(() => {}) // reset past Node's own limit
         await expectUnchanged(`${method} of ${length} characters`)
       }
     }
+  })
+
+  test('a page of another origin may not ask the instance for a warm-up', async (t) => {
+    const { instancePort, expectUnchanged } = await bootTempting(t)
     for (const [method, headers] of [
-      ['GET', asImage],
-      ['POST', browser],
-      ['OPTIONS', browser],
+      ['GET', AS_IMAGE],
+      ['POST', CROSS_SITE],
+      ['OPTIONS', CROSS_SITE],
       ['GET', { Origin: 'null' }],
       ['GET', { 'Sec-Fetch-Site': 'same-site' }]
     ] as const) {
-      const { status } = await getPage(portOf(server), '/@@warmup', { headers, method })
+      const { status } = await getPage(instancePort, '/@@warmup', { headers, method })
       assert.equal(status, 403)
       await expectUnchanged(`${method} of the instance's view`)
     }
