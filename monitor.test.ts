@@ -4097,7 +4097,7 @@ async function closeWhenSent(server: http.Server, responses: http.ServerResponse
 
 /** What is to be sent while draining, by what is sent else. */
 /** Of the forms, those which are answered at once, while the request might still be sent. */
-const UPLOADS = ['Expect: 100-continue']
+const UPLOADS = ['Expect: 100-continue', 'a body that nobody reads']
 
 function whileDraining(answer: string): string {
   return answer
