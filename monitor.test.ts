@@ -1137,6 +1137,17 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 // --- Start and stop ------------------------------------------------------------------------------
 
 describeInProcess('Start and stop', TOGETHER, () => {
+  test("a copied file says which version it is, and that is the package's", async (t) => {
+    const { VERSION } = await importMonitor(t)
+    const { version } = JSON.parse(fs.readFileSync(new URL('package.json', ROOT), 'utf8')) as {
+      version: string
+    }
+    assert.equal(VERSION, version)
+    const source = fs.readFileSync(new URL('monitor.ts', ROOT), 'utf8')
+    const head = source.split('\n').slice(0, 6).join('\n')
+    assert.ok(head.includes(`Version ${version}. Copyright (c) `) && head.includes('License'), head)
+  })
+
   test('start(server) logs to the console where it listens', async (t) => {
     const port = await freePort()
     const instance = runScript(t, {
@@ -5193,13 +5204,13 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
       service.watched.child.kill(first)
       await service.hasSaid(`told ${first}`)
       service.watched.child.kill('SIGINT')
-      await service.hasSaid('is shutting down already; SIGINT changes nothing')
+      await service.hasSaid('SIGINT came again: is shutting down already')
       await pause(1_000) // what comes sooner is the same stop, twice
       const { status, output } = await service.end(second)
       assert.equal(status, expected, output)
-      assert.equal(output.match(/changes nothing/g)?.length, 1)
+      assert.equal(output.match(/shutting down already/g)?.length, 1)
       assert.equal(/cleaned up/.test(output), expected === 0)
-      assert.equal(/ends at once, since SIGINT came again/.test(output), expected === 130)
+      assert.equal(/SIGINT came again: ends at once/.test(output), expected === 130)
       await assert.rejects(answer)
     }
     await Promise.all(pairs.map(endOne))

@@ -1167,6 +1167,7 @@ class Client {
   newestResponse: object | undefined
   /** Whether an HTTP/2 session knows that it is to go elsewhere. */
   isSentElsewhere = false
+  #lastRequest: http.IncomingMessage | undefined
   #quietSinceMs = performance.now()
   /** What had been read when the last request ended. */
   #bytesRead = 0
@@ -1175,15 +1176,18 @@ class Client {
     this.peer = peer
   }
 
-  requestEnded(): void {
+  requestEnded(request?: http.IncomingMessage): void {
     this.requestsInFlight--
+    this.#lastRequest = request
     this.#quietSinceMs = performance.now()
     this.#bytesRead = this.#bytesReadSoFar()
   }
 
-  /** Something is being received, served or sent: half a head has come, say. */
+  /** Something is being received, served or sent: half a head has come, or half a body whose
+   *  answer did not wait for it. */
   get isBusy(): boolean {
-    return this.requestsInFlight > 0 || this.#bytesReadSoFar() > this.#bytesRead
+    if (this.requestsInFlight > 0 || this.#bytesReadSoFar() > this.#bytesRead) return true
+    return this.#lastRequest !== undefined && isUploading(this.#lastRequest)
   }
 
   /** Not so soon after a request or after it connected, since a request may be on its way. */
@@ -1227,7 +1231,7 @@ class Application {
     this.#observer = observer
     for (const server of servers) this.add(server)
     const requestEnded = (response: http.ServerResponse): void => {
-      this.#requestEnded(response, response.statusCode)
+      this.#requestEnded(response, response.statusCode, response.req)
     }
     this.#onResponseClose = function onResponseClose() {
       requestEnded(this)
@@ -1387,11 +1391,11 @@ class Application {
     if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetDeadRequests() // where nothing ticks
   }
 
-  #requestEnded(key: object, statusCode: number): void {
+  #requestEnded(key: object, statusCode: number, upload?: http.IncomingMessage): void {
     const request = this.#inFlight.get(key)
     if (!request) return
     this.#inFlight.delete(key)
-    request.client.requestEnded()
+    request.client.requestEnded(upload)
     if (statusCode >= 500) this.errors++
   }
 
@@ -1407,11 +1411,10 @@ class Application {
     for (const [key, { client }] of this.#inFlight) sendElsewhere(key, client, this)
   }
 
-  /** The same for HTTP/2, where each session can be told but once. Not before all probers know: a
-   *  balancer that still sends requests here opens new sessions, and again and again. */
+  /** The same for HTTP/2, where each session is told once. Not before all probers know: a balancer
+   *  that still sends requests here would open new sessions again and again. */
   sendSessionsElsewhere(): void {
     this.#isSendingSessionsElsewhere = true
-    for (const client of this.#clients.values()) sendSessionElsewhere(client)
   }
 
   keepClients(): void {
@@ -1582,7 +1585,8 @@ function sendElsewhere(key: object, client: Client, application: Application): v
 }
 
 /** The client opens no more streams; those that it has opened meanwhile are served, which the
- *  session's own close() would refuse. */
+ *  session's own close() would refuse. Told when it has opened one: what a Node.js client is just
+ *  about to open is refused by itself when it hears of this. */
 function sendSessionElsewhere(client: Client): void {
   const { peer } = client
   if (client.isSentElsewhere || !('goaway' in peer)) return
@@ -3065,10 +3069,10 @@ class Signals {
     }
     if (currentShutdown && ['others', 'over'].includes(currentShutdown.phase)) process.exit()
     if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
-      log('warn', 'ends at once, since SIGINT came again')
+      log('warn', 'SIGINT came again: ends at once')
       process.exit(130)
     }
-    if (!this.#isRepeatLogged) log('info', `is shutting down already; ${signal} changes nothing`)
+    if (!this.#isRepeatLogged) log('info', `${signal} came again: is shutting down already`)
     this.#isRepeatLogged = true
   }
 
@@ -3138,16 +3142,19 @@ function replaceEmit(
   }
 }
 
+/** A channel to the process that started this one, as PM2 has it, is nothing to tell of. */
 function exitThoughAlive(): void {
-  log('warn', `is done, but something keeps the process alive: ${aliveResources()}; exits`)
+  const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
+  const others = all.filter((kind) => !STANDARD_STREAM.test(kind))
+  if (others.length > 0 || !process.connected) {
+    const kinds = describeKinds(others.length > 0 ? others : all)
+    log('warn', `is done, but something keeps the process alive: ${kinds}; exits`)
+  }
   process.exit()
 }
 
 /** What keeps the process alive, by kind: `2 TCPSocketWrap, 1 Timeout`. */
-function aliveResources(): string {
-  const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
-  const others = all.filter((kind) => !STANDARD_STREAM.test(kind))
-  const kinds = others.length > 0 ? others : all
+function describeKinds(kinds: string[]): string {
   const countByKind = new Map<string, number>()
   for (const kind of kinds) countByKind.set(kind, (countByKind.get(kind) ?? 0) + 1)
   const counts = Array.from(countByKind, ([kind, count]) => `${count} ${kind}`)
