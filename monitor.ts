@@ -2737,7 +2737,8 @@ async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean
 /** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
  *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
  *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
- *  Called twice it is one shutdown. Rejects with a `TypeError` or `RangeError` for wrong options. */
+ *  Called twice it is one shutdown. Rejects with a `TypeError` or `RangeError` for options that
+ *  are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   const checked = toShutdownOptions(options)
   if (currentShutdown?.phase === 'cleaning') {
