@@ -2829,6 +2829,7 @@ class Shutdown {
     // The one timer that keeps the process alive: else that might end before cleanUp was called.
     const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
 
+    this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     const told = this.#do('onSignal', () => given.onSignal?.(shutdownOfThis))
     await this.#do('draining', () => this.#drain())
     this.phase = 'closing'
