@@ -485,7 +485,7 @@ async function bootInstance(t: TestContext, setup: InstanceSetup = {}) {
   const address = await monitor.start({ server, listen: LOOPBACK, logger, ...options })
   assert.ok(typeof address === 'object')
   const { port } = address
-  if (setup.until !== 'started') await untilHealthy(port)
+  if (setup.until !== 'started') await untilVerdict(monitor)
   return { monitor, server, port, instancePort: portOf(server), logger: record }
 }
 
@@ -792,11 +792,14 @@ async function bootProcess(t: TestContext, setup: ProcessSetup & { name?: string
     server.listen(0, '127.0.0.1')
     const logger = { ...console, info() {} }
     const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
+    while (!(await monitor.health()).healthy) await pause(20) // who asks may count as a prober
     print('ports', port, server.address().port)`
   const watched = runScript(t, { ...options, env, script: whole })
-  await until(() => /^ports \d+ \d+\n/m.test(watched.output), 'the instance tells its ports')
+  await until(
+    () => /^ports \d+ \d+\n/m.test(watched.output),
+    'the instance is healthy, and tells its ports'
+  )
   const [, port, instancePort] = /^ports (\d+) (\d+)\n/m.exec(watched.output) ?? []
-  await untilHealthy(Number(port))
   return { name, watched, port: Number(port), instancePort: Number(instancePort) }
 }
 
@@ -6073,7 +6076,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const expected = [
       /^Warmup in progress$/,
       new RegExp(
-        `^instance   ${url}, up \\d+ \\w+, 0 requests in flight, 0 upgraded(, loop \\d+ % busy)?, \\d+ MiB$`
+        `^instance   ${url}, up \\d+ (s|min), 0 requests in flight, 0 upgraded(, loop \\d+ % busy)?, \\d+ MiB$`
       ),
       /^warm-up    \/           warm after \d+\.\d s$/,
       /^warm-up    \/shop       running for \d+\.\d s$/,
@@ -9495,7 +9498,8 @@ describeProcesses('Real programs', ALONE, () => {
         }
         await Promise.all(
           Object.entries(probers).map(async ([name, askOnce]) => {
-            while (Date.now() < end) told[name as keyof typeof told].add(await askOnce())
+            do told[name as keyof typeof told].add(await askOnce())
+            while (Date.now() < end)
           })
         )
         assert.deepEqual(told, {
