@@ -214,7 +214,8 @@ export interface DrainingStatus {
 export interface Warmup {
   /** The path of the site, as it was registered: `/` or `/shop`. */
   site: string
-  /** The site's address on this very instance. */
+  /** The site's address on this very instance; it never ends with a slash, so that
+   *  `${url}/catalogue` is a page of it. */
   url: string
   /** Aborts when the instance shuts down, or after 30 minutes. */
   signal: AbortSignal
@@ -345,6 +346,7 @@ const TICKS_PER_SECOND = 1_000 / TICK_MS
 const CHART_SECONDS = 120 // two minutes on the page
 const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
 const COLLECTOR_MS = 5_000 // half of Prometheus's own limit
+const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 
 // Of a connection
@@ -1040,13 +1042,17 @@ function describeAddress(address: net.AddressInfo | string): string {
   return `${hostInUrl(address.address)}:${address.port}`
 }
 
+const NAME_ADVICE = 'the name may be known later; else set FTW_MONITOR_LISTEN'
+
 /** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
   [
     'EADDRINUSE',
     'an older process may hold it; cluster workers need FTW_MONITOR_LISTEN each; remove a dead path'
   ],
-  ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN']
+  ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN'],
+  ['EAI_AGAIN', NAME_ADVICE],
+  ['ENOTFOUND', NAME_ADVICE]
 ])
 
 // --- Servers that listen -------------------------------------------------------------------------
@@ -1248,8 +1254,12 @@ class Application {
     return this.#unhooks.has(server)
   }
 
+  /** A server whose events cannot be seen is left out, with a warning. */
   add(server: net.Server): void {
-    if (!this.has(server)) this.#unhooks.set(server, hookEmit(server, this))
+    if (this.has(server)) return
+    const unhook = hookEmit(server, this)
+    if (unhook) this.#unhooks.set(server, unhook)
+    else log('warn', 'cannot see the requests of a server whose emit is not configurable')
   }
 
   /** Another server is the instance from now on. */
@@ -1499,8 +1509,9 @@ class Application {
   }
 }
 
-/** Wraps the server's `emit`, through which everything passes; gives what takes it off again. */
-function hookEmit(server: net.Server, application: Application): () => void {
+/** Wraps the server's `emit`, through which everything passes; gives what takes it off again, or
+ *  nothing where it cannot be wrapped. */
+function hookEmit(server: net.Server, application: Application): (() => void) | undefined {
   const innerEmit = methodOf(server, 'emit')
   const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
   let isOff = false
@@ -1512,7 +1523,8 @@ function hookEmit(server: net.Server, application: Application): () => void {
     }
     return Reflect.apply(innerEmit, this, [event, ...args])
   }
-  Object.defineProperty(server, 'emit', { value: emit, configurable: true, writable: true })
+  const hooked = { value: emit, configurable: true, writable: true }
+  if (!Reflect.defineProperty(server, 'emit', hooked)) return undefined
 
   return () => {
     isOff = true // whoever hooked in later still calls us
@@ -1685,8 +1697,7 @@ const HEALTHY: Verdict = { healthy: true, reason: 'OK', explanation: 'OK' }
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
 export async function health(): Promise<{ healthy: boolean; reason: string }> {
-  await inspect()
-  const { healthy, explanation } = judge()
+  const { healthy, explanation } = await inspectAndJudge()
   return { healthy, reason: explanation }
 }
 
@@ -1724,6 +1735,14 @@ function inspect(): Promise<unknown> | undefined {
   if (monitor.application.server && monitor.isInstanceClosing) return undefined // it is known
   if (databases.size === 0 && !monitor.isLookDue) return undefined
   return inspectAll()
+}
+
+async function inspectAndJudge(): Promise<Verdict> {
+  const wasDraining = monitor.draining !== undefined
+  await inspect()
+  const isResumed = wasDraining && !monitor.draining
+  if (isResumed) await inspect() // before, there was nothing to be known
+  return judge()
 }
 
 /** Also what the verdict does not need. */
@@ -2193,7 +2212,7 @@ class WarmupRunner {
   async #warmSite(site: Site, signal: AbortSignal): Promise<void> {
     const { name } = site
     const performer = performers.get(name) ?? loadPage
-    const url = `${this.#monitor.instance?.url}${name}`
+    const url = withoutSlashes(`${this.#monitor.instance?.url}${name}`)
     site.begin()
     try {
       signal.throwIfAborted()
@@ -2684,10 +2703,10 @@ function describeProgress(draining: Draining, doRequestsCome: boolean): string {
   const isBetweenRequests = doRequestsCome && requestsInFlight === 0
   const requests = isBetweenRequests
     ? 'requests keep coming'
-    : `${requestsInFlight} requests in flight`
+    : plural(requestsInFlight, 'request in flight', 'requests in flight')
   const progress = `${known}, ${requests}`
   return upgradedConnections > 0
-    ? `${progress}, ${upgradedConnections} upgraded connections`
+    ? `${progress}, ${plural(upgradedConnections, 'upgraded connection', 'upgraded connections')}`
     : progress
 }
 
@@ -2908,7 +2927,8 @@ class Shutdown {
     let count = 0
     for (const application of this.#applications) count += application.cutRequests()
     const seconds = this.#options.timeoutMs / 1_000
-    log('warn', `cuts ${count} requests that are still in flight after ${seconds} s`)
+    const requests = plural(count, 'request that is', 'requests that are')
+    log('warn', `cuts ${requests} still in flight after ${seconds} s`)
     // The application is to hear of it before cleanUp.
     const isCut = (): boolean => this.#applications.every((each) => each.requestsInFlight === 0)
     await pollUntil(isCut, GOODBYE_MS)
@@ -3405,10 +3425,10 @@ function reasonFor(asker: Asker, { reason, explanation }: Verdict): string {
 
 addCommand('agent_check', "Answer HAProxy's agent check", async (asker) => {
   monitor.probers.note(asker, AGENT_WORTH)
-  await inspect()
-  const verdict = judge()
+  const verdict = await inspectAndJudge()
   if (verdict.healthy) return `up ${idlePercentage()}%`
-  return `${monitor.draining ? 'stopped' : 'down'} #${reasonFor(asker, verdict)}`
+  const state = monitor.draining ? 'stopped' : 'down'
+  return asker.reply(`${state} #${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
 })
 
 /** What the event loop has left over, but never nothing: an instance that fails fast is idle
@@ -3608,7 +3628,7 @@ addCommand(
   async (asker, age = '100', name) => {
     const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
     const open = name === undefined ? listRequests() : await openConnections(databaseNamed(name))
-    const kilobytes = Math.round(process.memoryUsage.rss() / 1_024)
+    const kilobytes = Math.round(readResidentMemory() / 1_024)
     const head = [`${open?.length ?? -1}`, `VmRSS:\t${String(kilobytes).padStart(8)} kB`]
     if (!asker.local || !open) return head.join('\n')
 
@@ -3703,9 +3723,19 @@ async function databaseFigures(
   }
 }
 
+/** -1 where no descriptor is left to read it by. */
+function readResidentMemory(): number {
+  return attempt(() => process.memoryUsage.rss()) ?? -1
+}
+
+function memoryUsage(): NodeJS.MemoryUsage {
+  const unknown = { rss: -1, heapUsed: -1, heapTotal: -1, external: -1, arrayBuffers: -1 }
+  return attempt(() => process.memoryUsage()) ?? unknown
+}
+
 /** In bytes. What is -1 cannot be read with the modules that this file restricts itself to. */
 function memoryFigures(): object {
-  const { rss, heapUsed, heapTotal, external, arrayBuffers } = process.memoryUsage()
+  const { rss, heapUsed, heapTotal, external, arrayBuffers } = memoryUsage()
   return {
     rss,
     uss: -1,
@@ -3788,8 +3818,9 @@ function familiesIn(text: unknown): Map<string, string[]> {
   if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
   const families = new Map<string, string[]>()
   let current = ''
-  for (const line of text.split(/\r?\n/)) {
-    if (METRICS_COMMENT.test(line)) continue
+  for (const given of text.split(/\r?\n/)) {
+    if (METRICS_COMMENT.test(given)) continue
+    const line = given.replace(EXEMPLAR, '')
     const [, described] = FAMILY_LINE.exec(line) ?? []
     const [, sample = ''] = SAMPLE_LINE.exec(line) ?? []
     const name = described ?? sample
@@ -3802,8 +3833,11 @@ function familiesIn(text: unknown): Map<string, string[]> {
   return families
 }
 
-/** A blank line, or a comment; but `# EOF` and `# UNIT` are of OpenMetrics, another format. */
-const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE|EOF|UNIT)\b))/
+/** A blank line, or a comment; also what OpenMetrics adds, `# EOF` and `# UNIT size bytes`. */
+const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE)\b))/
+
+/** Behind a sample of OpenMetrics; Prometheus's text format knows none. */
+const EXEMPLAR = / # \{[^}]*\} \S+(?: \S+)?\s*$/ // size 7 # {trace_id="abc"} 1
 
 const FAMILY_LINE = /^# (?:HELP|TYPE) ([\w:]+)/ // # TYPE size gauge
 
@@ -3832,7 +3866,7 @@ function family(name: string, help: string, value: number, labels = ''): Family 
 /** Under the names that Prometheus's clients have made customary. */
 function processFamilies(): Family[] {
   const { user, system } = process.cpuUsage()
-  const { rss, heapUsed, heapTotal, external } = process.memoryUsage()
+  const { rss, heapUsed, heapTotal, external } = memoryUsage()
   const { utilization } = monitor.load
   const version = `{version="${process.version}"}`
   return [
@@ -3914,7 +3948,7 @@ async function statusFor(isLocal: boolean): Promise<Status> {
     requestsInFlight: application.server ? application.requestsInFlight : -1,
     upgradedConnections: application.server ? application.upgradedConnections : -1,
     eventLoopUtilization: load.utilization,
-    residentMemoryBytes: process.memoryUsage.rss(),
+    residentMemoryBytes: readResidentMemory(),
     warmup: warmup.sites.map((site) => siteStatus(site, isLocal)),
     databases: Array.from(databases.values(), (each) => databaseStatus(each, isLocal)),
     probers: probers.statuses().map((prober) => {
@@ -3987,7 +4021,8 @@ function instanceRow(known: Status): Row {
   const { eventLoopUtilization, residentMemoryBytes } = known
   const parts = [url || 'not found yet', `up ${duration(uptimeSeconds)}`]
   if (requestsInFlight >= 0) {
-    parts.push(`${requestsInFlight} requests in flight`, `${upgradedConnections} upgraded`)
+    parts.push(plural(requestsInFlight, 'request in flight', 'requests in flight'))
+    parts.push(`${upgradedConnections} upgraded`)
   }
   if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
   parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
@@ -4038,7 +4073,8 @@ function drainingRow({ draining, requestsInFlight }: Status): Row {
   if (!draining) return { ...row, text: 'no', grade: 'pass', value: 0 }
 
   const { seconds, probers, probersInformed } = draining
-  const inFlight = requestsInFlight >= 0 ? `, ${requestsInFlight} requests in flight` : ''
+  const requests = plural(requestsInFlight, 'request in flight', 'requests in flight')
+  const inFlight = requestsInFlight >= 0 ? `, ${requests}` : ''
   const known = `${probersInformed} of ${probers} probers know`
   const text = `for ${seconds.toFixed(1)} s, ${known}${inFlight}`
   const progress = probers > 0 ? probersInformed / probers : 1
@@ -4457,7 +4493,7 @@ const httpServer: http.Server & { httpAllowHalfOpen?: boolean } =
   http.createServer(onMonitorRequest)
 httpServer.httpAllowHalfOpen = true // as `nc -N` does
 httpServer.maxRequestsPerSocket = REQUESTS_PER_CONNECTION
-httpServer.on('dropRequest', (_, socket) => socket.destroy())
+httpServer.on('dropRequest', (_, socket) => socket.pause()) // those before it are answered
 
 /** Hands the connection over to Node.js's HTTP server, with all that was read of it. */
 function becomeHttp(lines: LineSession): void {
@@ -4617,12 +4653,13 @@ class Exchange implements Asker {
 function parseTarget(url: string): { name: string; args: string[]; query: string } {
   if (PLAIN_PATH.test(url)) return { name: url.slice(1), args: [], query: '' }
 
-  const [path = '', query = ''] = url.split('?')
+  const [path = '', query = ''] = url.replace(ORIGIN, '').split('?')
   const parts = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
   const [name = '', ...args] = parts ?? [path] // no command has a name that cannot be decoded
   return { name, args, query }
 }
 
+const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (RFC 9112, 3.2.2)
 const PLAIN_PATH = /^\/\w+$/ // /health_check, where nothing is to be taken apart or decoded
 
 // --- Helpers -------------------------------------------------------------------------------------
@@ -4744,6 +4781,10 @@ function clean(text: string): string {
 
 const CONTROL_CHARACTER = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
+function plural(count: number, one: string, many: string): string {
+  return `${count} ${count === 1 ? one : many}`
+}
+
 function escapeHtml(text: string): string {
   return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
 }
@@ -4783,7 +4824,8 @@ const STACK_FRAME = /(?<=\n) +at [^\n]*/g //     at main (server.js:1:1)
 
 /** Logs one line, and the frames of a stack. A logger that fails must not be the host's end. */
 function log(level: keyof Logger, ...lines: string[]): void {
-  const text = `ftw-monitor ${lines.map(clean).join('\n')}`
+  const bounded = lines.map((line) => clean(line).slice(0, LOG_LINE_MAX))
+  const text = `ftw-monitor ${bounded.join('\n')}`
   void logSafely(monitor.logger, level, text)
 }
 
@@ -4968,7 +5010,10 @@ async function waitUntilHealthy(to: net.NetConnectOpts, words: string[]): Promis
     if (progress !== progressBefore) console.log(`${process.uptime().toFixed(1)} s  ${progress}`)
     progressBefore = progress
     if (progress === 'OK') return 0
-    if (process.uptime() > timeoutSeconds) return 1
+    if (process.uptime() > timeoutSeconds) {
+      console.log(`timed out after ${timeoutSeconds} s: ${progress}`)
+      return 1
+    }
     await wakeAfter(TICK_MS)
   }
 }
@@ -5079,7 +5124,8 @@ async function fleetStatus(words: string[]): Promise<Shown> {
     Math.max(...all.map(({ reason }) => reason.length))
   )
   const lines = all.map(({ name, reason, figures }) => {
-    const shown = figures === '' ? reason : reason.slice(0, reasonWidth).padEnd(reasonWidth)
+    const cut = reason.length > reasonWidth ? `${reason.slice(0, reasonWidth - 1)}…` : reason
+    const shown = figures === '' ? reason : cut.padEnd(reasonWidth)
     return `${name.padEnd(nameWidth)}  ${shown}  ${figures}`.trimEnd()
   })
   return { lines, healthy: all.every(({ reason }) => reason === 'OK') }
