@@ -20,6 +20,7 @@
 //   Limits
 //   The monitor and its life
 //   The clock
+//   The load of the event loop
 //   Addresses
 //   The instance
 //   The listener
@@ -37,7 +38,6 @@
 //   Signals
 //   The command table
 //   Commands
-//   The load of the event loop
 //   Figures
 //   Metrics
 //   Status
@@ -276,8 +276,8 @@ export interface ShutdownOptions extends DrainOptions {
   /** Called at once, beside all the rest: for consumers of queues and schedulers, which are to take
    *  no more jobs. `signal` is what came, `undefined` for `shutdown()`. */
   onSignal?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
-  /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets.
-   *  May return a promise. */
+  /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets,
+   *  which are ended a second after it was called. May return a promise. */
   cleanUp?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
   /** For draining and the requests in flight together, in milliseconds (default:
    *  `FTW_MONITOR_TIMEOUT_MS`, else 25,000); what is in flight then is cut. Probers have all of it
@@ -302,6 +302,7 @@ const LOOK_MS = 900 // to connect to the instance; Kubernetes waits for one seco
 const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
 // Of the application
+const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
@@ -363,7 +364,8 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
 // --- The monitor and its life --------------------------------------------------------------------
 
 // One monitor is current: `start` makes it, and after `stop` it is over. It holds one object for
-// each concern, and decides when each of them begins and ends.
+// each concern, and decides when each of them begins and ends. What is current, `monitor`,
+// `currentShutdown` and `signals`, is declared in the section "The module".
 
 /** Starts the monitor: `start(server)`, `start([server, other])` where the instance listens at
  *  several places, `start({ server, … })`, or `start()` where `PORT` is set.
@@ -385,7 +387,7 @@ export async function start(
   }
   currentShutdown = undefined
 
-  monitor.release()
+  monitor.unhookServers()
   monitor = new Monitor(options)
   monitor.findServers()
   if (isSwitchedOff('FTW_MONITOR')) return false
@@ -399,7 +401,7 @@ export async function stop(): Promise<void> {
   const stopping = monitor
   if (!currentShutdown?.isRunning) {
     signals.release()
-    stopping.release()
+    stopping.unhookServers()
     monitor = new Monitor({ servers: [], logger: stopping.logger })
   }
   await stopping.end()
@@ -418,7 +420,7 @@ class Monitor {
    *  closed, and waited for, but they are never judged, counted or told of. */
   readonly bystanders = new Application([])
   readonly clock = new Clock()
-  readonly probers = new Probers(this.clock)
+  readonly probers = new Probers(this)
   load = new Load()
   warmup = new WarmupRunner(this)
   /** Known from `booting` on. */
@@ -439,26 +441,11 @@ class Monitor {
     return this.state !== 'stopped' && this.state !== 'closed'
   }
 
-  /** Known at once after `server.close()`, where `close` comes only when the last request is
-   *  gone. */
+  /** Derived, since the server's `close` event comes only when its last request is gone. */
   get isInstanceClosing(): boolean {
     if (this.state !== 'accepting') return false
     const { server } = this.application
     return server ? !server.listening : this.instance?.isRefused === true
-  }
-
-  /** Sees each server that listens in this process from now on, or does already. */
-  findServers(): void {
-    this.#endSearch = observeListening((server) => this.#onServerFound(server))
-    if (this.#options.servers.length > 0) return
-    for (const server of listeningServers()) this.#onServerFound(server)
-  }
-
-  /** Takes the hooks off the servers. */
-  release(): void {
-    this.#endSearch()
-    this.application.release()
-    this.bystanders.release()
   }
 
   /** Begins this life. Resolves to where it listens, or to `false` where it cannot, or not yet. */
@@ -469,12 +456,36 @@ class Monitor {
     })
   }
 
-  /** Ends this life; resolves when the port is free. */
-  async end(): Promise<void> {
+  /** Ends this life; resolves when the port is free. The servers stay hooked. */
+  end(): Promise<void> {
     this.draining = undefined
     const closed = this.#close('stopped')
     this.#resolveStart(false)
-    await closed
+    return closed
+  }
+
+  /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
+  giveUp(error: unknown): void {
+    log('warn', errorText(error))
+    void this.end()
+  }
+
+  /** Sees each server that listens in this process from now on, or does already. */
+  findServers(): void {
+    this.#endSearch = observeListening((server) => this.#onServerFound(server))
+    this.findListeningServers()
+  }
+
+  findListeningServers(): void {
+    if (this.#endSearch === doNothing) return // it was not started
+    for (const server of listeningServers()) this.#onServerFound(server)
+  }
+
+  unhookServers(): void {
+    this.#endSearch()
+    this.#endSearch = doNothing
+    this.application.unhook()
+    this.bystanders.unhook()
   }
 
   /** Our own server listens. */
@@ -484,14 +495,37 @@ class Monitor {
   }
 
   /** Our own server cannot listen now, and tries again. */
-  onDelay(): void {
+  onListenDelayed(): void {
     this.#resolveStart(false)
   }
 
-  /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
-  giveUp(error: unknown): void {
-    log('warn', errorText(error))
-    void this.end()
+  /** The instance's server listens. */
+  onServerListening(): void {
+    if (this.state === 'stopped') return
+    // A server may close, and listen elsewhere before its `close` event.
+    const { server } = this.application
+    if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
+      void this.#close('closed')
+    }
+    if (this.state === 'closed') this.#wait()
+    else this.#boot()
+  }
+
+  /** The monitor closes with the server, and comes back when that listens again. What an operator
+   *  wanted still holds then, and so do the probers that a drain waits for. */
+  onServerClose(): void {
+    const hasListened = this.isInstanceClosing // one that never listened emits `close` too
+    if (hasListened && !currentShutdown) void this.#close('closed')
+  }
+
+  /** Connects to an instance whose server we do not know. */
+  async look(): Promise<void> {
+    await this.instance?.look()
+    if (this.instance?.isAccepting) this.#accept()
+  }
+
+  get isLookDue(): boolean {
+    return !this.application.server && this.instance?.isLookDue === true
   }
 
   #onServerFound(server: net.Server): void {
@@ -513,41 +547,13 @@ class Monitor {
     return !wanted || (wanted.port === found.port && wanted.path === found.path)
   }
 
-  onServerListening(): void {
-    if (this.state === 'stopped') return
-    // A server may close, and listen elsewhere before its `close` event.
-    const { server } = this.application
-    if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
-      void this.#close('closed')
-    }
-    if (this.state === 'closed') this.#wait()
-    else this.#boot()
-  }
-
-  /** The monitor closes with the server, and comes back when that listens again. What an operator
-   *  wanted still holds then, and so do the probers that a drain waits for. */
-  onServerClose(): void {
-    const hasListened = this.isInstanceClosing // one that never listened emits `close` too
-    if (hasListened && !currentShutdown) void this.#close('closed')
-  }
-
-  /** Connects to an instance whose server we were not given. */
-  async look(): Promise<void> {
-    await this.instance?.look()
-    if (this.instance?.isAccepting) this.#accept()
-  }
-
-  get isLookDue(): boolean {
-    return !this.application.server && this.instance?.isLookDue === true
-  }
-
   #wait(): void {
     const { server } = this.application
     this.state = 'waiting'
     this.load.begin(this.application.requests)
     this.clock.start(() => this.#tick())
-    const isAsked = !server && this.#isPortKnown
-    this.clock.schedule(isAsked ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
+    const isFoundByConnecting = !server && this.#isPortKnown
+    this.clock.schedule(isFoundByConnecting ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
       if (this.state === 'accepting') return
       if (this.instance) log('warn', `finds nothing at ${this.instance.url}`)
       else log('warn', 'waits for the server to listen')
@@ -596,15 +602,16 @@ class Monitor {
     this.probers.onTick()
     this.load.measure(this.application.requests)
     this.#boot()
-    // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.warmup.stage === 'running' && this.isLookDue) void this.look()
+    // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
     this.listener?.enforceLimits()
     this.application.forgetDeadRequests()
   }
 
-  /** Ends all that runs. What may begin again begins anew. */
-  async #close(state: 'stopped' | 'closed'): Promise<void> {
+  /** Ends all that runs, at once; what may begin again begins anew. Resolves when the port is
+   *  free. */
+  #close(state: 'stopped' | 'closed'): Promise<void> {
     const { listener } = this
     if (listener?.isListening) log('info', 'closed')
     this.state = state
@@ -614,7 +621,7 @@ class Monitor {
     this.load = new Load()
     this.instance = undefined
     this.listener = undefined
-    await listener?.close()
+    return listener?.close() ?? Promise.resolve()
   }
 }
 
@@ -677,8 +684,8 @@ function isEndpoint(value: unknown): boolean {
 /** Counts time by ticks. It does not advance while the application blocks the event loop, so that
  *  clients are not blamed for that. One timer stands behind all that it is asked to do. */
 class Clock {
-  nowMs = 0
-  readonly #dueAtMs = new Map<() => void, number>()
+  nowTickMs = 0
+  readonly #dueAtTickMs = new Map<() => void, number>()
   #timer: ReturnType<typeof setInterval> | undefined
 
   /** Ticks from now on. */
@@ -689,26 +696,93 @@ class Clock {
   /** Forgets what it was asked to do; the time stays. */
   stop(): void {
     clearInterval(this.#timer)
-    this.#dueAtMs.clear()
+    this.#dueAtTickMs.clear()
   }
 
   /** Does something after some time, unless it is stopped before. */
   schedule(afterMs: number, task: () => void): void {
-    this.#dueAtMs.set(task, this.nowMs + afterMs)
+    this.#dueAtTickMs.set(task, this.nowTickMs + afterMs)
   }
 
   cancel(task: () => void): void {
-    this.#dueAtMs.delete(task)
+    this.#dueAtTickMs.delete(task)
   }
 
   #tick(onTick: () => void): void {
-    this.nowMs += TICK_MS
+    this.nowTickMs += TICK_MS
     onTick()
-    for (const [task, dueAtMs] of this.#dueAtMs) {
-      if (dueAtMs > this.nowMs) continue
-      this.#dueAtMs.delete(task)
+    for (const [task, dueAtTickMs] of this.#dueAtTickMs) {
+      if (dueAtTickMs > this.nowTickMs) continue
+      this.#dueAtTickMs.delete(task)
       task()
     }
+  }
+}
+
+// --- The load of the event loop ------------------------------------------------------------------
+
+// How busy the event loop is and was, measured once a tick, so that probers get the same answer and
+// none spoils another's.
+
+/** A second of the instance's life. */
+interface Second {
+  utilization: number
+  requests: number
+  /** The largest delay of our tick. */
+  lagMs: number
+}
+
+/** Not every version of Node.js's types has it on `performance`. */
+type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
+
+class Load {
+  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
+  utilization = -1
+  /** The last two minutes, the oldest first. */
+  seconds: Second[] = []
+  #samples: object[] = []
+  #tickedAtMs = 0
+  #ticks = 0
+  /** How many requests there had been when the last second began. */
+  #requestsBefore = 0
+  #lagMs = 0
+
+  begin(requests: number): void {
+    this.#tickedAtMs = performance.now()
+    this.#requestsBefore = requests
+  }
+
+  measure(requests: number): void {
+    this.#measureUtilization()
+    const nowMs = performance.now()
+    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
+    this.#tickedAtMs = nowMs
+    this.#ticks++
+    if (this.#ticks % TICKS_PER_SECOND > 0) return
+
+    const second = {
+      utilization: this.utilization,
+      requests: requests - this.#requestsBefore,
+      lagMs: this.#lagMs
+    }
+    this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
+    this.#requestsBefore = requests
+    this.#lagMs = 0
+  }
+
+  /** The largest delay of our tick lately. */
+  get lagSeconds(): number {
+    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
+    return Math.max(this.#lagMs, ...lately) / 1_000
+  }
+
+  #measureUtilization(): void {
+    const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
+      Object(performance)
+    const now = eventLoopUtilization?.()
+    if (!now?.active) return // it is missing on Bun, and always 0 on Deno
+    this.#samples = [...this.#samples.slice(-LOAD_SAMPLES), now]
+    this.utilization = eventLoopUtilization?.(now, this.#samples[0]).utilization || 0
   }
 }
 
@@ -1004,7 +1078,7 @@ class Listener {
       return
     }
     if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
-    this.#monitor.onDelay()
+    this.#monitor.onListenDelayed()
     this.clock.schedule(LISTEN_RETRY_MS, () => this.open(true))
   }
 
@@ -1027,7 +1101,8 @@ class Listener {
     )
     const idle = candidates.filter(({ phase }) => phase !== 'running')
     idle.sort(
-      (one, other) => one.phaseSinceMs - other.phaseSinceMs || one.openedAtMs - other.openedAtMs
+      (one, other) =>
+        one.phaseSinceTickMs - other.phaseSinceTickMs || one.openedAtMs - other.openedAtMs
     )
     candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
     const leaving = idle[0] ?? candidates[0]
@@ -1057,8 +1132,9 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
 
 // --- Servers that listen -------------------------------------------------------------------------
 
-// Which servers listen in this process, for whoever starts the monitor without one, and for the
-// others that a shutdown closes, too. One wrap serves however many copies of this file.
+// Which servers listen in this process. Where `start` was given none, the instance is the first one
+// that serves requests and keeps the process alive; a shutdown closes the others, too. One wrap
+// serves however many copies of this file.
 
 type ListenObserver = (server: net.Server) => void
 type Listen = net.Server['listen'] & { [LISTEN_WRAP]?: ListenWrap }
@@ -1068,7 +1144,8 @@ const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.1')
 
 interface ListenWrap {
   observers: Set<ListenObserver>
-  inner: Listen
+  /** Takes the wrap off, unless somebody has wrapped it again. */
+  remove(): void
 }
 
 /** Calls an observer with each server of this process that begins to listen; gives what ends
@@ -1076,14 +1153,14 @@ interface ListenWrap {
 function observeListening(observer: ListenObserver): () => void {
   // On Bun the http servers have a `listen` of their own.
   const prototypes = [net.Server.prototype, http.Server.prototype]
-  const wrapped = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
-  for (const prototype of wrapped) wrapListen(prototype).observers.add(observer)
+  const own = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
+  const wraps = own.map(wrapListen)
+  for (const { observers } of wraps) observers.add(observer)
 
   return () => {
-    for (const prototype of wrapped) {
-      const { [LISTEN_WRAP]: wrap } = methodOf(prototype, 'listen') as Listen
-      wrap?.observers.delete(observer)
-      if (wrap?.observers.size === 0) prototype.listen = wrap.inner
+    for (const wrap of wraps) {
+      wrap.observers.delete(observer)
+      if (wrap.observers.size === 0) wrap.remove()
     }
   }
 }
@@ -1092,14 +1169,14 @@ function wrapListen(prototype: net.Server): ListenWrap {
   const inner = methodOf(prototype, 'listen') as Listen
   if (inner[LISTEN_WRAP]) return inner[LISTEN_WRAP]
 
-  const wrap: ListenWrap = { observers: new Set(), inner }
+  const observers = new Set<ListenObserver>()
   const awaited = new WeakSet<net.Server>()
   const onListening = (server: net.Server): void => {
     awaited.delete(server)
     // `unref()` comes after `listen()`, and tells that it is not the instance.
     setImmediate(() => {
       if (!server.listening) return
-      for (const observer of wrap.observers) attempt(() => observer(server))
+      for (const observer of observers) attempt(() => observer(server))
     })
   }
   const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
@@ -1108,6 +1185,10 @@ function wrapListen(prototype: net.Server): ListenWrap {
     awaited.add(this)
     return Reflect.apply(inner, this, args)
   } as Listen
+  const remove = (): void => {
+    if (methodOf(prototype, 'listen') === listen) prototype.listen = inner
+  }
+  const wrap = { observers, remove }
   listen[LISTEN_WRAP] = wrap
   prototype.listen = listen
   return wrap
@@ -1136,8 +1217,9 @@ function keepsProcessAlive(server: net.Server): boolean {
 
 // --- The application -----------------------------------------------------------------------------
 
-// The servers that `start` was given, and what passes through them: requests, connections, HTTP/2
-// sessions. They are seen even where there is no monitor, since a shutdown waits for them.
+// The servers that `start` was given or that it found, and what passes through them: requests,
+// connections, HTTP/2 sessions. Tells how many requests are in flight, sends clients elsewhere, and
+// closes it all. Seen even where there is no monitor, since a shutdown waits for it.
 
 /** A request that is being served, until the last byte of its answer is out. */
 interface RequestInFlight {
@@ -1170,30 +1252,50 @@ class Client {
   requestsInFlight = 0
   /** Only the newest response may carry `Connection: close`, since Node.js drops whatever was
    *  pipelined behind such a response. */
-  newestResponse: object | undefined
-  /** Whether an HTTP/2 session knows that it is to go elsewhere. */
-  isSentElsewhere = false
-  #lastRequest: http.IncomingMessage | undefined
+  #newestResponse: object | undefined
+  /** Whether an HTTP/2 session was told to go elsewhere. */
+  #isSentElsewhere = false
   #quietSinceMs = performance.now()
-  /** What had been read when the last request ended. */
-  #bytesRead = 0
+  /** A request that was answered before its body had come. */
+  #upload: http.IncomingMessage | undefined
+  /** What had been read when the last request was over: more, and half a head has come. */
+  #bytesAtEnd = 0
+  #bytesSeen = 0
+  #bytesSeenAtMs = 0
 
   constructor(peer: net.Socket | Http2Session) {
     this.peer = peer
   }
 
-  requestEnded(request?: http.IncomingMessage): void {
-    this.requestsInFlight--
-    this.#lastRequest = request
-    this.#quietSinceMs = performance.now()
-    this.#bytesRead = this.#bytesReadSoFar()
+  requestBegins(response: object): void {
+    this.requestsInFlight++
+    this.#newestResponse = response
   }
 
-  /** Something is being received, served or sent: half a head has come, or half a body whose
-   *  answer did not wait for it. */
+  requestEnded(request?: http.IncomingMessage): void {
+    this.requestsInFlight--
+    this.#upload = request
+    this.#quietSinceMs = performance.now()
+    this.#bytesAtEnd = this.#bytesRead
+  }
+
+  isNewest(response: object): boolean {
+    return this.#newestResponse === response
+  }
+
+  /** The client of an HTTP/2 session opens no more streams; those that it has opened meanwhile are
+   *  served, which the session's own close() would refuse. It is told when it has opened one: what
+   *  a Node.js client is just about to open it refuses by itself when it hears of this. */
+  sendSessionElsewhere(): void {
+    const { peer } = this
+    if (this.#isSentElsewhere || !('goaway' in peer)) return
+    this.#isSentElsewhere = true
+    attempt(() => peer.goaway(0, LAST_STREAM_ID))
+  }
+
+  /** Something is being received, served or sent. */
   get isBusy(): boolean {
-    if (this.requestsInFlight > 0 || this.#bytesReadSoFar() > this.#bytesRead) return true
-    return this.#lastRequest !== undefined && isUploading(this.#lastRequest)
+    return this.requestsInFlight > 0 || this.#isReceiving()
   }
 
   /** Not so soon after a request or after it connected, since a request may be on its way. */
@@ -1201,12 +1303,29 @@ class Client {
     return !this.isBusy && performance.now() - this.#quietSinceMs >= QUIET_MS
   }
 
-  #bytesReadSoFar(): number {
+  /** Half a head has come, or half a body that nobody waited for, and its last byte lately. */
+  #isReceiving(): boolean {
+    const bytesRead = this.#bytesRead
+    if (bytesRead !== this.#bytesSeen) {
+      this.#bytesSeen = bytesRead
+      this.#bytesSeenAtMs = performance.now()
+    }
+    if (this.#upload && !isUploading(this.#upload)) {
+      this.#upload = undefined
+      this.#bytesAtEnd = bytesRead
+    }
+    const isPart = bytesRead > this.#bytesAtEnd || this.#upload !== undefined
+    return isPart && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
+  }
+
+  get #bytesRead(): number {
     return 'bytesRead' in this.peer ? this.peer.bytesRead : 0
   }
 }
 
-/** What happens to the first server, and what a request may be answered by instead. */
+const LAST_STREAM_ID = 2 ** 31 - 1 // so that none is refused
+
+/** Hears of the instance's server. */
 interface ServerObserver {
   onServerListening(): void
   onServerClose(): void
@@ -1230,6 +1349,7 @@ class Application {
   #connections = 0
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
+  #closingSinceMs = Infinity
   /** One listener for all responses: a closure for each would cost more than all else here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
@@ -1264,7 +1384,7 @@ class Application {
 
   /** Another server is the instance from now on. */
   replace(server: net.Server): void {
-    this.release()
+    this.unhook()
     this.add(server)
   }
 
@@ -1282,7 +1402,7 @@ class Application {
   }
 
   /** Takes the hooks off the servers. */
-  release(): void {
+  unhook(): void {
     for (const unhook of this.#unhooks.values()) unhook()
     this.#unhooks.clear()
   }
@@ -1312,13 +1432,20 @@ class Application {
       case 'connect':
         return this.#onUpgrade(args[1] as net.Socket)
       case 'listening':
-        if (server === this.server) this.#observer?.onServerListening()
-        return
+        return this.#onListening(server)
       case 'close':
         return this.#onClose(server)
-      default:
-        this.#onPeer(server, event, args[0])
+      case 'connection':
+        return this.#onConnection(server, args[0] as net.Socket)
+      case 'secureConnection':
+        return this.#onSecureConnection(server, args[0] as net.Socket)
+      case 'session':
+        this.#addClient(args[0] as Http2Session)
     }
+  }
+
+  #onListening(server: net.Server): void {
+    if (server === this.server) this.#observer?.onServerListening()
   }
 
   /** Nobody may know a bystander any more. */
@@ -1330,12 +1457,6 @@ class Application {
   #forget(server: net.Server): void {
     this.#unhooks.get(server)?.()
     this.#unhooks.delete(server)
-  }
-
-  #onPeer(server: net.Server, event: string, peer: unknown): void {
-    if (event === 'connection') this.#onConnection(server, peer as net.Socket)
-    if (event === 'secureConnection') this.#onSecureConnection(server, peer as net.Socket)
-    if (event === 'session') this.#addClient(peer as Http2Session)
   }
 
   #onConnection(server: net.Server, socket: net.Socket): void {
@@ -1369,7 +1490,6 @@ class Application {
 
     response.on('close', this.#onResponseClose)
     const client = this.#clients.get(stream?.session ?? socket) ?? this.#addClient(socket)
-    client.newestResponse = response
     this.#requestBegins(response, `${method} ${url}`, client)
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
   }
@@ -1385,7 +1505,7 @@ class Application {
     })
     const client = this.#clients.get(session) ?? this.#addClient(session)
     this.#requestBegins(stream, `${String(headers[':method'])} ${path}`, client)
-    if (this.#isSendingSessionsElsewhere) sendSessionElsewhere(client)
+    if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
   }
 
   /** From now on it is no client that sends requests. */
@@ -1396,7 +1516,7 @@ class Application {
 
   #requestBegins(key: object, line: string, client: Client): void {
     this.#inFlight.set(key, { startedAtMs: performance.now(), line, client })
-    client.requestsInFlight++
+    client.requestBegins(key)
     this.requests++
     if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetDeadRequests() // where nothing ticks
   }
@@ -1427,7 +1547,7 @@ class Application {
     this.#isSendingSessionsElsewhere = true
   }
 
-  keepClients(): void {
+  stopSendingElsewhere(): void {
     this.#isSendingElsewhere = false
     this.#isSendingSessionsElsewhere = false
   }
@@ -1435,8 +1555,10 @@ class Application {
   /** Refuses new connections, where the runtime can; what has come is served. */
   async stopListening(): Promise<void> {
     await this.#untilNoneConnects()
+    this.#closingSinceMs = performance.now()
     for (const server of this.#unhooks.keys()) {
-      letOthersClose(server)
+      letOthersClose(server, this.#sockets.size > 0)
+      if (!server.listening) continue // else it would emit `close` once more
       // The server's own close() would cut connections whose answer is not taken yet.
       const close = methodOf(net.Server.prototype, 'close')
       if (server instanceof net.Server) attempt(() => Reflect.apply(close, server, []))
@@ -1456,10 +1578,16 @@ class Application {
 
   /** Whether something is still being received, served or sent. */
   get isServing(): boolean {
-    this.forgetDeadRequests()
     if (this.#inFlight.size > 0) return true
-    if (!this.#refusesConnections) return false // they never end
+    if (!this.#refusesConnections) return false // there will always be a new one
+    if (this.#isSomebodyShakingHands) return true
     return [...this.#clients.values()].some(({ isIdle, peer }) => !isIdle && !isDestroyed(peer))
+  }
+
+  /** Of a connection of TLS nothing is known before its handshake. */
+  get #isSomebodyShakingHands(): boolean {
+    if (performance.now() - this.#closingSinceMs > RECEIVING_MS) return false
+    return this.#sockets.size > this.#clients.size + this.#upgraded.size
   }
 
   /** Bun's http servers cannot stop to listen without cutting what they serve. */
@@ -1490,8 +1618,8 @@ class Application {
     return count
   }
 
-  /** Closes the servers and all connections that were not upgraded. */
-  closeServers(): void {
+  /** Ends all connections that were not upgraded. */
+  destroyConnections(): void {
     for (const { peer } of this.#clients.values()) attempt(() => peer.destroy())
     for (const server of this.#unhooks.keys()) {
       if (!(server instanceof net.Server)) attempt(() => (server as net.Server).close())
@@ -1535,11 +1663,12 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
   }
 }
 
-/** Whoever closes the server as well, in `cleanUp` say, hears when it has closed, and not that it
- *  runs no more; what is still being sent then goes on. Ends when the server listens again. */
-function letOthersClose(server: net.Server): void {
+/** When we have closed the server, the application's own `close(callback)` must neither fail with
+ *  ERR_SERVER_NOT_RUNNING nor cut what is still being sent: it calls back when the server has
+ *  closed. Ends when the server listens again. */
+function letOthersClose(server: net.Server, isConnected: boolean): void {
   const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
-  let isClosed = false
+  let isClosed = !server.listening && !isConnected
   const close = (callback?: () => void): net.Server => {
     if (callback && isClosed) setImmediate(callback)
     else if (callback) server.once('close', callback)
@@ -1596,18 +1725,6 @@ function sendElsewhere(key: object, client: Client, application: Application): v
   })
 }
 
-/** The client opens no more streams; those that it has opened meanwhile are served, which the
- *  session's own close() would refuse. Told when it has opened one: what a Node.js client is just
- *  about to open is refused by itself when it hears of this. */
-function sendSessionElsewhere(client: Client): void {
-  const { peer } = client
-  if (client.isSentElsewhere || !('goaway' in peer)) return
-  client.isSentElsewhere = true
-  attempt(() => peer.goaway(0, LAST_STREAM_ID))
-}
-
-const LAST_STREAM_ID = 2 ** 31 - 1
-
 /** A header set by us would change how `writeHead` treats the application's. So we only take the
  *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its
  *  place. */
@@ -1622,8 +1739,8 @@ function closeConnectionAfter(
   const innerWriteHead = methodOf(response, 'writeHead')
 
   function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
-    const isNewest = client.newestResponse === response
-    if (!application.isSendingElsewhere || !isNewest || isUploading(response.req)) {
+    const isLast = client.isNewest(response)
+    if (!application.isSendingElsewhere || !isLast || isUploading(response.req)) {
       response.shouldKeepAlive = shouldKeepAlive
       return Reflect.apply(innerWriteHead, this, args as [number])
     }
@@ -1745,9 +1862,9 @@ async function inspectAndJudge(): Promise<Verdict> {
   return judge()
 }
 
-/** Also what the verdict does not need. */
+/** Also where the verdict does not depend on it, as while it drains. */
 function inspectAll(): Promise<unknown> {
-  const inspections: Promise<void>[] = Array.from(databases.values(), (each) => each.inspect())
+  const inspections: Promise<void>[] = Array.from(databases.values(), (each) => each.ask())
   if (monitor.isLookDue) inspections.push(monitor.look())
   return Promise.all(inspections)
 }
@@ -1806,7 +1923,7 @@ class RegisteredDatabase {
   }
 
   /** Asks it whether it is connected, and keeps the outcome. */
-  async inspect(): Promise<void> {
+  async ask(): Promise<void> {
     try {
       const answer = await this.#isConnected.ask()
       this.#outcome = answer === true ? 'connected' : 'disconnected'
@@ -2019,7 +2136,7 @@ interface Run {
   sites: string[]
   controller: AbortController
   /** Whether the instance is green meanwhile. */
-  isBehindScenes: boolean
+  staysGreen: boolean
   /** Resolves to why it failed, '' if it did not. */
   done: Promise<string>
 }
@@ -2050,7 +2167,7 @@ class WarmupRunner {
   }
 
   get stage(): WarmupStage {
-    if (this.#runs.some(({ isBehindScenes }) => !isBehindScenes)) return 'running'
+    if (this.#runs.some(({ staysGreen }) => !staysGreen)) return 'running'
     let stage: WarmupStage = 'done'
     for (const name of siteNames()) {
       const site = this.#site(name)
@@ -2079,14 +2196,15 @@ class WarmupRunner {
 
   /** Joins a run that still has these sites before it, or queues one. Resolves to why it failed,
    *  '' if it did not. */
-  warmUp(sites: string[], isBehindScenes = false): Promise<string> {
+  warmUp(sites: string[], staysGreen = false): Promise<string> {
     const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
     if (covering) return covering.done
 
     const controller = new AbortController()
-    const run = { sites: [...sites], controller, isBehindScenes, done: Promise.resolve('') }
-    run.done = this.#perform(run, this.#runs.at(-1)?.done)
+    const before = this.#runs.at(-1)?.done
+    const run = { sites: [...sites], controller, staysGreen, done: Promise.resolve('') }
     this.#runs.push(run)
+    run.done = this.#perform(run, before)
     return run.done
   }
 
@@ -2126,7 +2244,7 @@ class WarmupRunner {
     await this.#askView()
     if (this.#life === 'over') return
     this.#life = 'begun'
-    this.#goOn()
+    this.#warmWhatRemains()
   }
 
   /** That the view is there is proved by our token alone: a catch-all route, or another worker,
@@ -2151,11 +2269,11 @@ class WarmupRunner {
   }
 
   /** Warms what still waits, and tries again what has failed. */
-  #goOn(): void {
+  #warmWhatRemains(): void {
     const { isInstanceClosing, clock } = this.#monitor
     if (this.#life !== 'begun' || this.#runs.length > 0) return
     if (isInstanceClosing) {
-      clock.schedule(TICK_MS, () => this.#goOn()) // one of another process may come back
+      clock.schedule(TICK_MS, () => this.#warmWhatRemains()) // one of another process may come back
       return
     }
 
@@ -2182,7 +2300,7 @@ class WarmupRunner {
     for (const site of this.sites) {
       if (site.stage === 'failed') site.stage = 'waiting'
     }
-    this.#goOn()
+    this.#warmWhatRemains()
   }
 
   async #perform(run: Run, runBefore: Promise<string> | undefined): Promise<string> {
@@ -2203,8 +2321,8 @@ class WarmupRunner {
     }
 
     clock.cancel(expire) // work that goes on after the warm-up must not be aborted
-    this.#runs.shift()
-    this.#goOn()
+    this.#runs.shift() // it was the first, since each waits for the one before it
+    this.#warmWhatRemains()
     return describeFailures(sites)
   }
 
@@ -2414,7 +2532,7 @@ class Prober {
   asks = 0
   /** When it asked the last few times, in a ring: a new array each time, and a new place in the
    *  Map, were 5 % of a check. */
-  readonly #askedAtMs = Array<number>(PROBER_ASKS).fill(-Infinity)
+  readonly #askedAtTickMs = Array<number>(PROBER_ASKS).fill(-Infinity)
 
   constructor(address: string) {
     this.address = address
@@ -2425,13 +2543,13 @@ class Prober {
     return this.address.replace(MAPPED_ADDRESS, '')
   }
 
-  ask(nowMs: number): void {
-    this.#askedAtMs[this.asks % PROBER_ASKS] = nowMs
+  ask(nowTickMs: number): void {
+    this.#askedAtTickMs[this.asks % PROBER_ASKS] = nowTickMs
     this.asks++
   }
 
-  get lastAskedAtMs(): number {
-    return this.#askedAtMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
+  get lastAskedAtTickMs(): number {
+    return this.#askedAtTickMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
   }
 
   /** The mean of the pauses that are known, -1 if there is none. */
@@ -2444,26 +2562,26 @@ class Prober {
   }
 
   /** Whether it asks often enough to be a balancer, and not a person. */
-  isFrequent(nowMs: number): boolean {
-    const oldestAskMs = this.#askedAtMs[this.asks % PROBER_ASKS] ?? -Infinity
-    return nowMs - oldestAskMs <= PROBER_MS
+  isFrequent(nowTickMs: number): boolean {
+    const oldestAskMs = this.#askedAtTickMs[this.asks % PROBER_ASKS] ?? -Infinity
+    return nowTickMs - oldestAskMs <= PROBER_MS
   }
 
   /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
-  stillAsks(nowMs: number): boolean {
+  stillAsks(nowTickMs: number): boolean {
     const longestMs = Math.max(...this.#pauses, 0)
-    return nowMs - this.lastAskedAtMs <= PAUSES_MISSED * longestMs + PAUSE_MARGIN_MS
+    return nowTickMs - this.lastAskedAtTickMs <= PAUSES_MISSED * longestMs + PAUSE_MARGIN_MS
   }
 
   /** How often it asks; 0 for who asked once, or has stopped. */
-  rate(nowMs: number): number {
-    const [oldestAskMs = nowMs, ...others] = this.#knownAsks
-    if (others.length === 0 || !this.stillAsks(nowMs)) return 0
-    return others.length / (nowMs - oldestAskMs)
+  rate(nowTickMs: number): number {
+    const [oldestAskMs = nowTickMs, ...others] = this.#knownAsks
+    if (others.length === 0 || !this.stillAsks(nowTickMs)) return 0
+    return others.length / (nowTickMs - oldestAskMs)
   }
 
   get #knownAsks(): number[] {
-    const known = this.#askedAtMs.filter((atMs) => atMs > -Infinity)
+    const known = this.#askedAtTickMs.filter((atMs) => atMs > -Infinity)
     return known.sort((one, other) => one - other)
   }
 
@@ -2474,12 +2592,12 @@ class Prober {
 }
 
 class Probers {
-  readonly #clock: Clock
+  readonly #monitor: Monitor
   readonly #known = new Map<string, Prober>()
   #lookupsInTick = 0
 
-  constructor(clock: Clock) {
-    this.#clock = clock
+  constructor(owner: Monitor) {
+    this.#monitor = owner
   }
 
   onTick(): void {
@@ -2494,16 +2612,16 @@ class Probers {
 
     const prober = this.#known.get(address) ?? this.#add(address)
     prober.drainedAnswers += drainedAnswers
-    prober.ask(this.#clock.nowMs)
-    if (prober.asks === PROBER_ASKS) signals.warnOfSlowProber(prober, drainedAnswers)
+    prober.ask(this.#monitor.clock.nowTickMs)
+    if (prober.asks === PROBER_ASKS) warnIfTooSlow(prober, drainedAnswers)
   }
 
   /** Whoever asks often enough to be a balancer, and has not stopped; from now on their drained
    *  answers count. */
-  beginDraining(): Prober[] {
-    const { nowMs } = this.#clock
+  chooseFrequent(): Prober[] {
+    const { nowTickMs } = this.#monitor.clock
     const frequent = [...this.#known.values()].filter(
-      (prober) => prober.isFrequent(nowMs) && prober.stillAsks(nowMs)
+      (prober) => prober.isFrequent(nowTickMs) && prober.stillAsks(nowTickMs)
     )
     for (const prober of frequent) prober.drainedAnswers = 0
     return frequent
@@ -2511,34 +2629,37 @@ class Probers {
 
   /** Whether a drain has to wait for it. */
   isMissing(prober: Prober, fall: number): boolean {
-    return prober.drainedAnswers < fall && prober.stillAsks(this.#clock.nowMs)
+    return prober.drainedAnswers < fall && prober.stillAsks(this.#monitor.clock.nowTickMs)
   }
 
   /** The latest first, and none that has been silent for an hour. */
   statuses(): ProberStatus[] {
-    const all = Array.from(this.#known.values(), ({ shownAddress, lastAskedAtMs, intervalMs }) => ({
-      address: shownAddress,
-      askedSecondsAgo: (this.#clock.nowMs - lastAskedAtMs) / 1_000,
-      intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
-    }))
+    const all = Array.from(
+      this.#known.values(),
+      ({ shownAddress, lastAskedAtTickMs, intervalMs }) => ({
+        address: shownAddress,
+        askedSecondsAgo: (this.#monitor.clock.nowTickMs - lastAskedAtTickMs) / 1_000,
+        intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
+      })
+    )
     const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
     return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
   }
 
   #add(address: string): Prober {
     const prober = new Prober(address)
-    if (monitor.draining) return prober // else a prober that we wait for might have to make room
+    if (this.#monitor.draining) return prober // else one that we wait for might have to make room
     if (this.#known.size >= PROBERS_MAX) this.#forgetRarest()
     this.#known.set(address, prober)
     return prober
   }
 
   #forgetRarest(): void {
-    const { nowMs } = this.#clock
+    const { nowTickMs } = this.#monitor.clock
     let rarest = ''
     let lowestRate = Infinity
     for (const [address, prober] of this.#known) {
-      const rate = prober.rate(nowMs)
+      const rate = prober.rate(nowTickMs)
       if (rate >= lowestRate) continue
       rarest = address
       lowestRate = rate
@@ -2546,11 +2667,11 @@ class Probers {
     this.#known.delete(rarest)
   }
 
-  /** In a flood we skip the lookup, and count all clients as one. */
+  /** An address costs a system call. In a flood we do not ask for it, and count all as one. */
   #addressOf(asker: Asker): string | undefined {
     this.#lookupsInTick++
-    if (!monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
-    return asker.remoteAddress ?? monitor.listener?.unixSocket
+    if (!this.#monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
+    return asker.remoteAddress ?? this.#monitor.listener?.unixSocket
   }
 }
 
@@ -2580,7 +2701,7 @@ export function resume(): void {
     return
   }
   monitor.draining = undefined
-  monitor.application.keepClients()
+  monitor.application.stopSendingElsewhere()
 }
 
 const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs', 'minimumMs']
@@ -2611,7 +2732,7 @@ class Draining {
 
   constructor(probers: Probers, reason: string, fall: number) {
     this.#probers = probers
-    this.waitFor = probers.beginDraining()
+    this.waitFor = probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
   }
@@ -2626,8 +2747,8 @@ class Draining {
     return !this.waitFor.some((prober) => this.#probers.isMissing(prober, this.#fall))
   }
 
-  get hasNobodyToTell(): boolean {
-    return this.waitFor.length === 0
+  get hasSomebodyToTell(): boolean {
+    return this.waitFor.length > 0
   }
 
   get status(): DrainingStatus {
@@ -2658,8 +2779,6 @@ async function untilDrained(
 ): Promise<DrainOutcome> {
   if (!monitor.isStarted) return { drained: true }
   const draining = beginDraining(options)
-  if (!monitor.listener?.isListening) return { drained: true } // nobody can be told
-
   const { application } = monitor
   const quiet = new QuietWatch(application)
   const earliestMs = performance.now() + options.minimumMs
@@ -2669,7 +2788,7 @@ async function untilDrained(
     const isTold = draining.isEverybodyTold && performance.now() >= earliestMs
     if (isTold) application.sendSessionsElsewhere()
     quiet.look(application.requestsInFlight > 0 || !isTold)
-    const progress = describeProgress(draining, quiet.hasJustEnded)
+    const progress = describeProgress(draining, quiet.hasRequestCome)
     if (progress !== progressBefore) report(`Draining: ${progress}`)
     progressBefore = progress
     return quiet.isQuiet
@@ -2714,7 +2833,7 @@ function describeProgress(draining: Draining, doRequestsCome: boolean): string {
 class QuietWatch {
   readonly #application: Application
   /** Whether a request has come since the last look. */
-  hasJustEnded = false
+  hasRequestCome = false
   #requestsBefore: number
   #quietSinceMs = performance.now()
 
@@ -2726,8 +2845,8 @@ class QuietWatch {
   /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
   look(isBusy = false): void {
     const { requests } = this.#application
-    this.hasJustEnded = requests !== this.#requestsBefore
-    if (isBusy || this.hasJustEnded) this.#quietSinceMs = performance.now()
+    this.hasRequestCome = requests !== this.#requestsBefore
+    if (isBusy || this.hasRequestCome) this.#quietSinceMs = performance.now()
     this.#requestsBefore = requests
   }
 
@@ -2741,11 +2860,15 @@ async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean
   const startedAtMs = performance.now()
   while (!holds()) {
     if (performance.now() - startedAtMs >= limitMs) return false
-    await new Promise((resolve) => {
-      setTimeout(resolve, POLL_MS).unref()
-    })
+    await unreffedPause(POLL_MS)
   }
   return true
+}
+
+function unreffedPause(ms: number): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, ms).unref()
+  })
 }
 
 // --- Shutdown ------------------------------------------------------------------------------------
@@ -2760,8 +2883,8 @@ async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean
  *  are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   const checked = toShutdownOptions(options)
-  if (currentShutdown?.phase === 'cleaning') {
-    log('warn', 'is shutting down already, and does not wait for itself in cleanUp')
+  if (currentShutdown?.isCallingBack) {
+    log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
     return
   }
   await beginShutdown(checked)
@@ -2812,8 +2935,23 @@ function tellingLimitMs({ timeoutMs }: CheckedShutdownOptions): number {
   return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
 }
 
+/** Says so while there is time to change it. */
+function warnIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
+  const { options } = signals
+  if (!options) return
+  const { fall } = options
+  const tellingMs = tellingLimitMs(options)
+  const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
+  if (neededMs <= tellingMs) return
+  const pause = `asks every ${(intervalMs / 1_000).toFixed(1)} s, and is to be told ${fall} times`
+  const limit = `a shutdown waits ${tellingMs / 1_000} s for that`
+  log('info', `${shownAddress} ${pause}, but ${limit}: raise timeoutMs, unless it asks faster then`)
+}
+
 class Shutdown {
   phase: ShutdownPhase = 'telling'
+  /** While `onSignal` or `cleanUp` is called; what they await comes later. */
+  isCallingBack = false
   /** Resolves when it is over. */
   readonly done: Promise<void>
   readonly #options: CheckedShutdownOptions
@@ -2844,28 +2982,42 @@ class Shutdown {
 
   async perform(): Promise<void> {
     const { given, exitAfterMs } = this.#options
-    const shutdownOfThis = { signal: this.#signal }
+    const event = { signal: this.#signal }
     // The one timer that keeps the process alive: else that might end before cleanUp was called.
     const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
 
     this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
-    const told = this.#do('onSignal', () => given.onSignal?.(shutdownOfThis))
+    const told = this.#do('onSignal', () => this.#callBack(() => given.onSignal?.(event)))
     await this.#do('draining', () => this.#drain())
     this.phase = 'closing'
     await this.#do('the requests in flight', () => this.#close())
     this.phase = 'cleaning'
-    const cleaned = this.#do('cleanUp', () => given.cleanUp?.(shutdownOfThis))
+    const cleaned = this.#do('cleanUp', () => this.#callBack(() => given.cleanUp?.(event)))
     await this.#do('upgraded connections', () => this.#endUpgraded())
     await Promise.all([told, cleaned])
-    this.phase = 'others'
-    deadline.unref() // what the others have ended may end the process
-    await this.#do('other listeners of the signal', () => signals.tellOthers())
-    await this.#do('the monitor', () => this.#monitor.end())
 
-    clearTimeout(deadline)
-    this.#monitor.release()
+    this.phase = 'others'
+    clearTimeout(deadline) // all is done: what the others have ended may end the process
+    await signals.tellOthers(exitAfterMs - this.#elapsedMs())
+    await this.#monitor.end()
+    this.#monitor.unhookServers()
     this.phase = 'over'
     this.#resolveDone()
+  }
+
+  /** Whether nothing of ours is still to be done. */
+  get hasCleanedUp(): boolean {
+    return this.phase === 'others' || this.phase === 'over'
+  }
+
+  /** Notices where the application calls shutdown() in there, which would wait for itself. */
+  #callBack(callback: () => unknown): unknown {
+    this.isCallingBack = true
+    try {
+      return callback()
+    } finally {
+      this.isCallingBack = false
+    }
   }
 
   /** Tells whoever probes, and waits for a quiet moment. */
@@ -2883,7 +3035,7 @@ class Shutdown {
     this.phase = 'settling'
     this.#application.sendSessionsElsewhere()
     if (!this.#application.server) return
-    const isSomebodyTold = draining?.hasNobodyToTell === false
+    const isSomebodyTold = draining?.hasSomebodyToTell === true
     const quiet = new QuietWatch(this.#application)
     const isQuiet = (): boolean => {
       quiet.look()
@@ -2900,7 +3052,7 @@ class Shutdown {
     const isAtTerminal = this.#signal === 'SIGINT' && process.stdin.isTTY
     if (isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
     if (isAtTerminal || !this.#monitor.listener?.isListening) return undefined
-    if (!draining.hasNobodyToTell) log('info', describeWait(draining, tellingMs))
+    if (draining.hasSomebodyToTell) log('info', describeWait(draining, tellingMs))
     return draining
   }
 
@@ -2913,14 +3065,17 @@ class Shutdown {
       await application.stopListening()
     }
     const isOver = (): boolean => {
-      for (const application of this.#applications) application.closeIdleConnections()
+      for (const application of this.#applications) {
+        application.forgetDeadRequests()
+        application.closeIdleConnections()
+      }
       return !this.#applications.some(({ isServing }) => isServing)
     }
     if (!(await pollUntil(isOver, timeoutMs - this.#elapsedMs()))) await this.#cutRequests()
-    // What was ended is sent.
+    // What was ended is still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
     await pollUntil(isGone, GOODBYE_MS)
-    for (const application of this.#applications) application.closeServers()
+    for (const application of this.#applications) application.destroyConnections()
   }
 
   async #cutRequests(): Promise<void> {
@@ -2944,7 +3099,11 @@ class Shutdown {
     const limitMs = this.#options.timeoutMs - this.#elapsedMs()
     const seconds = Math.round(limitMs / 1_000)
     log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
-    await pollUntil(() => !this.#isServerUnknown, limitMs)
+    const isGone = (): boolean => {
+      if (this.#monitor.isLookDue) void this.#monitor.look()
+      return !this.#isServerUnknown
+    }
+    await pollUntil(isGone, limitMs)
   }
 
   async #endUpgraded(): Promise<void> {
@@ -3002,6 +3161,7 @@ export function shutdownOnSignal(options: ShutdownOptions = {}): void {
   )
   signals.release()
   signals.listen(new Set(names), checked)
+  monitor.findListeningServers()
 }
 
 /** The signals by which somebody may ask a process to end, with Linux's numbers. */
@@ -3018,15 +3178,16 @@ const SIGNAL_NUMBERS = new Map<string, number>([
 type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
 class Signals {
+  /** What was said last, while they are heard. */
+  options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
   /** The one that began the shutdown. */
   #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
   #isRepeatLogged = false
-  #options: CheckedShutdownOptions | undefined
   #restoreEmit: () => void = doNothing
 
   get areHeard(): boolean {
-    return this.#listeners.size > 0
+    return this.options !== undefined
   }
 
   /** After a signal nothing is to begin any more. */
@@ -3035,7 +3196,7 @@ class Signals {
   }
 
   listen(names: Set<NodeJS.Signals>, options: CheckedShutdownOptions): void {
-    this.#options = options
+    this.options = options
     this.#holdBack(names)
     for (const name of names) {
       const listener: SignalListener = (signal, number) => this.#onSignal(signal, number, options)
@@ -3049,26 +3210,11 @@ class Signals {
     this.#restoreEmit()
     for (const [signal, listener] of this.#listeners) process.off(signal, listener)
     this.#listeners.clear()
-    this.#options = undefined
+    this.options = undefined
   }
 
-  /** Tells before it hurts that a prober asks too seldom to be told. */
-  warnOfSlowProber({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
-    if (!this.#options) return
-    const tellingMs = tellingLimitMs(this.#options)
-    const { fall } = this.#options
-    const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
-    if (neededMs <= tellingMs) return
-    const pause = `asks every ${(intervalMs / 1_000).toFixed(1)} s, and is to be told ${fall} times`
-    const limit = `a shutdown waits ${tellingMs / 1_000} s for that`
-    log(
-      'info',
-      `${shownAddress} ${pause}, but ${limit}: raise timeoutMs, unless it asks faster then`
-    )
-  }
-
-  /** Lets whoever else listens have the signal, and the time to end the process. */
-  async tellOthers(): Promise<void> {
+  /** Lets whoever else listens have the signal, and some time to end the process. */
+  async tellOthers(limitMs: number): Promise<void> {
     if (!this.#first) return
     const { signal, number } = this.#first
     const others = this.#visibleListeners(signal)
@@ -3076,7 +3222,7 @@ class Signals {
 
     // Each in a turn of its own: what one throws is an uncaught exception, as it would have been.
     for (const other of others) process.nextTick(other.bind(process), signal, number)
-    await pollUntil(() => false, OTHERS_MS)
+    await unreffedPause(Math.min(OTHERS_MS, Math.max(0, limitMs)))
   }
 
   #onSignal(
@@ -3089,7 +3235,7 @@ class Signals {
       void this.#shutDownAndExit(options, signal)
       return
     }
-    if (currentShutdown && ['others', 'over'].includes(currentShutdown.phase)) process.exit()
+    if (currentShutdown?.hasCleanedUp) process.exit()
     if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
       log('warn', 'SIGINT came again: ends at once')
       process.exit(130)
@@ -3109,7 +3255,8 @@ class Signals {
     if ('bun' in process.versions || 'deno' in process.versions) return
     const hold = (signal: NodeJS.Signals, number?: number): void => {
       this.#listeners.get(signal)?.(signal, number)
-      // A supervisor in this process, as tsx has one, wants its answer at once.
+      // tsx has a listener in its child that process.listeners() does not show, and kills the child
+      // if that does not answer within 60 ms.
       for (const hidden of this.#hiddenListeners(signal)) hidden.call(process, signal, number)
     }
     const isHeld = (event: unknown): event is NodeJS.Signals =>
@@ -3244,7 +3391,7 @@ export function register(
   )
   const type = commands.get(name)?.type ?? PLAIN_TEXT // a replaced `metrics` is for Prometheus
   addEntry(name, doc, { http: overHttp, local, type }, (asker, args) =>
-    goOnWith(command(asker, ...args), (mode) => checkedMode(name, mode))
+    continueWith(command(asker, ...args), (mode) => checkedMode(name, mode))
   )
 }
 
@@ -3262,7 +3409,7 @@ function addCommand(
   { mode, ...options }: OwnOptions = {}
 ): void {
   addEntry(name, doc, options, (asker, args) =>
-    goOnWith(command(asker, ...args), (text) => {
+    continueWith(command(asker, ...args), (text) => {
       if (typeof text === 'string') asker.write(`${text}\n`)
       return mode
     })
@@ -3283,7 +3430,7 @@ function addEntry(name: string, doc: string, options: Partial<Entry>, run: Entry
 }
 
 /** Goes on with a value at once if it is no promise. */
-function goOnWith<T, R>(value: T | Promise<T>, next: (value: T) => R): R | Promise<R> {
+function continueWith<T, R>(value: T | Promise<T>, next: (value: T) => R): R | Promise<R> {
   if (!isObject(value)) return next(value as T)
   return Promise.resolve<T>(value).then(next)
 }
@@ -3469,73 +3616,6 @@ addCommand(
   { http: false, local: true }
 )
 
-// --- The load of the event loop ------------------------------------------------------------------
-
-// How busy the event loop is and was, measured once a tick, so that probers get the same answer and
-// none spoils another's.
-
-/** A second of the instance's life. */
-interface Second {
-  utilization: number
-  requests: number
-  /** The largest delay of our tick. */
-  lagMs: number
-}
-
-/** Not every version of Node.js's types has it on `performance`. */
-type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
-
-class Load {
-  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
-  utilization = -1
-  /** The last two minutes, the oldest first. */
-  seconds: Second[] = []
-  #samples: object[] = []
-  #tickedAtMs = 0
-  #ticks = 0
-  /** How many requests there had been when the last second began. */
-  #requestsBefore = 0
-  #lagMs = 0
-
-  begin(requests: number): void {
-    this.#tickedAtMs = performance.now()
-    this.#requestsBefore = requests
-  }
-
-  measure(requests: number): void {
-    this.#measureUtilization()
-    const nowMs = performance.now()
-    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
-    this.#tickedAtMs = nowMs
-    this.#ticks++
-    if (this.#ticks % TICKS_PER_SECOND > 0) return
-
-    const second = {
-      utilization: this.utilization,
-      requests: requests - this.#requestsBefore,
-      lagMs: this.#lagMs
-    }
-    this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
-    this.#requestsBefore = requests
-    this.#lagMs = 0
-  }
-
-  /** The largest delay of our tick lately. */
-  get lagSeconds(): number {
-    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
-    return Math.max(this.#lagMs, ...lately) / 1_000
-  }
-
-  #measureUtilization(): void {
-    const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
-      Object(performance)
-    const now = eventLoopUtilization?.()
-    if (!now?.active) return // it is missing on Bun, and always 0 on Deno
-    this.#samples = [...this.#samples.slice(-LOAD_SAMPLES), now]
-    this.utilization = eventLoopUtilization?.(now, this.#samples[0]).utilization || 0
-  }
-}
-
 // --- Figures -------------------------------------------------------------------------------------
 
 // Numbers under the names and in the formats that ftw.monitor gave them.
@@ -3614,7 +3694,7 @@ addCommand(
 
 addCommand('zeostatus', 'Get ZEO client status information', async (_, name) => {
   const registered = databaseNamed(name)
-  await registered.inspect()
+  await registered.ask()
   return registered.isConnected ? 'True' : 'False'
 })
 
@@ -3681,7 +3761,7 @@ addCommand(
   async (asker, name = '-', seconds = '300') => {
     const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
-    await registered?.inspect()
+    await registered?.ask()
     if (registered?.isConnected === false) {
       const trouble = asker.local ? registered.trouble : registered.troubleForAll
       return JSON.stringify({ error: toRedLine(trouble) })
@@ -4158,10 +4238,10 @@ function checksOf(rows: Row[]): Record<string, object[]> {
 async function showPage(exchange: Exchange): Promise<void> {
   const nonce = crypto.randomUUID()
   const page = renderPage(await statusFor(exchange.local), nonce, exchange.query === 'pause')
-  exchange.headers['Content-Security-Policy'] =
+  const policy =
     `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
     `frame-ancestors 'none'`
-  exchange.reply(page, 200, 'text/html; charset=utf-8')
+  exchange.reply(page, 200, 'text/html; charset=utf-8', { 'Content-Security-Policy': policy })
 }
 
 const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
@@ -4288,12 +4368,12 @@ abstract class Session {
   readonly socket: net.Socket
   openedAtMs = performance.now()
   phase: Phase = 'awaitingRequest'
-  phaseSinceMs: number
+  phaseSinceTickMs: number
 
   constructor(listener: Listener, socket: net.Socket) {
     this.listener = listener
     this.socket = socket
-    this.phaseSinceMs = listener.clock.nowMs
+    this.phaseSinceTickMs = listener.clock.nowTickMs
   }
 
   get remoteAddress(): string | undefined {
@@ -4306,7 +4386,7 @@ abstract class Session {
 
   enter(phase: Phase): void {
     this.phase = phase
-    this.phaseSinceMs = this.listener.clock.nowMs
+    this.phaseSinceTickMs = this.listener.clock.nowTickMs
   }
 
   end(): void {
@@ -4318,7 +4398,7 @@ abstract class Session {
   enforceLimit(): void {
     const hasUnsentReply = this.phase === 'closing' && this.socket.writableLength > 0
     const limitMs = PHASE_MS[hasUnsentReply ? 'awaitingReader' : this.phase]
-    if (this.listener.clock.nowMs - this.phaseSinceMs < limitMs) return
+    if (this.listener.clock.nowTickMs - this.phaseSinceTickMs < limitMs) return
     if (this.phase === 'running') this.giveUpCommand()
     else this.cutOff()
   }
@@ -4376,7 +4456,7 @@ class LineSession extends Session implements Asker {
     for (let turn = 0; !this.isBusy && this.phase !== 'closing'; turn++) {
       if (turn === LINES_PER_TURN) {
         this.isBusy = true
-        setImmediate(() => this.goOn())
+        setImmediate(() => this.resumeReading())
         return
       }
       if (this.socket.writableNeedDrain) {
@@ -4395,11 +4475,12 @@ class LineSession extends Session implements Asker {
     this.enter('awaitingReader')
     this.socket.once('drain', () => {
       this.enter(phase)
-      setImmediate(() => this.goOn()) // a reader who keeps up would leave the application no turn
+      // A reader who keeps up would leave the application no turn.
+      setImmediate(() => this.resumeReading())
     })
   }
 
-  goOn(): void {
+  resumeReading(): void {
     this.isBusy = false
     this.serve()
   }
@@ -4452,7 +4533,8 @@ class LineSession extends Session implements Asker {
 
   async followLater(answer: Promise<Mode | void>): Promise<void> {
     this.follow(await answer)
-    if (this.phase !== 'closing') setImmediate(() => this.goOn()) // the application has its turn
+    // The application has its turn.
+    if (this.phase !== 'closing') setImmediate(() => this.resumeReading())
   }
 
   follow(mode: Mode | void): void {
@@ -4518,10 +4600,10 @@ class HttpSession extends Session {
   readonly waiting: Exchange[] = []
   current: Exchange | undefined
 
-  constructor({ listener, socket, openedAtMs, phaseSinceMs }: LineSession) {
+  constructor({ listener, socket, openedAtMs, phaseSinceTickMs }: LineSession) {
     super(listener, socket)
     this.openedAtMs = openedAtMs
-    this.phaseSinceMs = phaseSinceMs // the head has its 60 s from its first byte on
+    this.phaseSinceTickMs = phaseSinceTickMs // the head has its 60 s from its first byte on
   }
 
   accept(exchange: Exchange): void {
@@ -4551,11 +4633,12 @@ class HttpSession extends Session {
     const { response } = exchange
     this.enter('awaitingReader')
     // Without keep-alive nothing follows: Node.js ends the connection.
-    if (response.shouldKeepAlive) response.once('finish', () => setImmediate(() => this.goOn()))
+    if (response.shouldKeepAlive)
+      response.once('finish', () => setImmediate(() => this.answerWhatWaits()))
     exchange.send()
   }
 
-  goOn(): void {
+  answerWhatWaits(): void {
     if (this.phase === 'closing') return
     this.current = undefined
     this.enter('awaitingRequest')
@@ -4581,11 +4664,11 @@ class Exchange implements Asker {
   readonly query: string
   /** Whether a browser asks for the page. */
   readonly isPage: boolean
-  readonly headers: Record<string, string | number> = {}
-  code = 200
+  #code = 200
   /** The media type, where it is not that of the command. */
-  type: string | undefined
-  body = ''
+  #type: string | undefined
+  #body = ''
+  #headers: Record<string, string | number> = {}
 
   constructor(session: HttpSession, response: http.ServerResponse) {
     const { url = '', headers } = response.req
@@ -4617,7 +4700,8 @@ class Exchange implements Asker {
   run(): Answer {
     const { method = '' } = this.response.req
     if (method !== 'GET' && method !== 'HEAD') {
-      this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT)
+      const allowed = { Allow: 'GET, HEAD' }
+      this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT, allowed)
       return
     }
     if (this.isPage) return showPage(this)
@@ -4626,26 +4710,27 @@ class Exchange implements Asker {
 
   write(text: string): void {
     if (this.response.headersSent) return
-    if (this.body.length > UNSENT_MAX) this.session.cutOff()
-    else this.body += text
+    if (this.#body.length > UNSENT_MAX) this.session.cutOff()
+    else this.#body += text
   }
 
-  reply(text: string, code: number, type: string): void {
+  /** The headers are sent besides those that every answer has. */
+  reply(text: string, code: number, type: string, headers: Record<string, string> = {}): void {
     this.write(text)
-    this.code = code
-    this.type = type
+    this.#code = code
+    this.#type = type
+    this.#headers = headers
   }
 
   send(): void {
-    const { response, code, body, name, headers } = this
-    if (response.headersSent) return
-    headers['Content-Type'] = this.type ?? commands.get(name)?.type ?? PLAIN_TEXT
-    headers['Content-Length'] = Buffer.byteLength(body)
+    if (this.response.headersSent) return
+    const headers = this.#headers
+    headers['Content-Type'] = this.#type ?? commands.get(this.name)?.type ?? PLAIN_TEXT
+    headers['Content-Length'] = Buffer.byteLength(this.#body)
     headers['Cache-Control'] = 'no-store'
     headers['X-Content-Type-Options'] = 'nosniff'
-    if (code === 405) headers['Allow'] = 'GET, HEAD'
-    response.writeHead(code, headers)
-    response.end(body)
+    this.response.writeHead(this.#code, headers)
+    this.response.end(this.#body)
   }
 }
 
@@ -4806,6 +4891,7 @@ function describeError(error: unknown): string {
 function adviceFor(message: unknown, code: string): string {
   if (message === 'bad port') return ' for fetch; register a warm-up performer that does without it'
   if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
+  if (code.startsWith('HPE_')) return '; of a server that speaks HTTP/2 alone, register a performer'
   if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
   return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
 }
