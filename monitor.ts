@@ -320,6 +320,7 @@ const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after wha
 // Of draining
 const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a balancer
 const PROBER_MS = 60_000
+const PROBER_MEMORY = 16 // asks: several checks may come at once, and then none for a while
 const PROBERS_MAX = 64 // more than anybody has balancers
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
 const PAUSES_MISSED = 3 // of a prober's own longest pauses, and a margin: then it asks no more
@@ -1274,7 +1275,7 @@ class Client {
 
   requestEnded(request?: http.IncomingMessage): void {
     this.requestsInFlight--
-    this.#upload = request
+    this.#upload = request && isUploading(request) ? request : undefined
     this.#quietSinceMs = performance.now()
     this.#bytesAtEnd = this.#bytesRead
   }
@@ -1285,12 +1286,16 @@ class Client {
 
   /** The client of an HTTP/2 session opens no more streams; those that it has opened meanwhile are
    *  served, which the session's own close() would refuse. It is told when it has opened one: what
-   *  a Node.js client is just about to open it refuses by itself when it hears of this. */
-  sendSessionElsewhere(): void {
+   *  a Node.js client is just about to open it refuses by itself when it hears of this. Gives
+   *  whether that was said now, so that streams may still be on their way. */
+  sendSessionElsewhere(): boolean {
     const { peer } = this
-    if (this.#isSentElsewhere || !('goaway' in peer)) return
+    if (this.#isSentElsewhere || !('goaway' in peer)) return false
+    if ('deno' in process.versions) return false // it may crash then
     this.#isSentElsewhere = true
+    this.#quietSinceMs = performance.now()
     attempt(() => peer.goaway(0, LAST_STREAM_ID))
+    return true
   }
 
   /** Something is being received, served or sent. */
@@ -1557,16 +1562,19 @@ class Application {
     await this.#untilNoneConnects()
     this.#closingSinceMs = performance.now()
     for (const server of this.#unhooks.keys()) {
+      if (!(server instanceof net.Server)) continue // Bun's, which would be cut
       letOthersClose(server, this.#sockets.size > 0)
       if (!server.listening) continue // else it would emit `close` once more
       // The server's own close() would cut connections whose answer is not taken yet.
       const close = methodOf(net.Server.prototype, 'close')
-      if (server instanceof net.Server) attempt(() => Reflect.apply(close, server, []))
+      attempt(() => Reflect.apply(close, server, []))
     }
   }
 
-  /** The kernel resets what it has accepted and the event loop has not. */
+  /** The kernel resets what it has accepted and the event loop has not: of 60 requests that came
+   *  while the event loop was busy 54 to 59 were lost. */
   async #untilNoneConnects(): Promise<void> {
+    for (const server of this.#unhooks.keys()) acceptNoMore(server)
     const startedAtMs = performance.now()
     let quietTurns = 0
     while (quietTurns < 2 && performance.now() - startedAtMs < SETTLE_MS) {
@@ -1601,8 +1609,9 @@ class Application {
   }
 
   closeIdleConnections(): void {
-    for (const { peer, isIdle } of this.#clients.values()) {
-      if (!isIdle) continue
+    for (const client of this.#clients.values()) {
+      if (!client.isIdle || client.sendSessionElsewhere()) continue
+      const { peer } = client
       attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
     }
   }
@@ -1622,7 +1631,9 @@ class Application {
   destroyConnections(): void {
     for (const { peer } of this.#clients.values()) attempt(() => peer.destroy())
     for (const server of this.#unhooks.keys()) {
-      if (!(server instanceof net.Server)) attempt(() => (server as net.Server).close())
+      if (server instanceof net.Server) continue
+      attempt(() => (server as net.Server).close())
+      letOthersClose(server, false)
     }
     if (this.#upgraded.size === 0) destroyAll(this.#sockets)
   }
@@ -1682,6 +1693,13 @@ function letOthersClose(server: net.Server, isConnected: boolean): void {
     Reflect.deleteProperty(server, 'close')
     if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
   })
+}
+
+/** Has the kernel leave further connections waiting, which will then be refused. Node.js has no
+ *  public way to say so; where this fails, a few more may be reset. */
+function acceptNoMore(server: net.Server): void {
+  const { _handle } = server as { _handle?: { listen?: (backlog: number) => void } | null }
+  attempt(() => _handle?.listen?.(0))
 }
 
 function isSecure(server: net.Server): boolean {
@@ -2271,7 +2289,7 @@ class WarmupRunner {
   /** Warms what still waits, and tries again what has failed. */
   #warmWhatRemains(): void {
     const { isInstanceClosing, clock } = this.#monitor
-    if (this.#life !== 'begun' || this.#runs.length > 0) return
+    if (this.#life !== 'begun' || this.#runs.length > 0 || currentShutdown) return
     if (isInstanceClosing) {
       clock.schedule(TICK_MS, () => this.#warmWhatRemains()) // one of another process may come back
       return
@@ -2532,7 +2550,7 @@ class Prober {
   asks = 0
   /** When it asked the last few times, in a ring: a new array each time, and a new place in the
    *  Map, were 5 % of a check. */
-  readonly #askedAtTickMs = Array<number>(PROBER_ASKS).fill(-Infinity)
+  readonly #askedAtTickMs = Array<number>(PROBER_MEMORY).fill(-Infinity)
 
   constructor(address: string) {
     this.address = address
@@ -2544,12 +2562,12 @@ class Prober {
   }
 
   ask(nowTickMs: number): void {
-    this.#askedAtTickMs[this.asks % PROBER_ASKS] = nowTickMs
+    this.#askedAtTickMs[this.asks % PROBER_MEMORY] = nowTickMs
     this.asks++
   }
 
   get lastAskedAtTickMs(): number {
-    return this.#askedAtTickMs[(this.asks - 1) % PROBER_ASKS] ?? -Infinity
+    return this.#askBefore(1)
   }
 
   /** The mean of the pauses that are known, -1 if there is none. */
@@ -2563,8 +2581,7 @@ class Prober {
 
   /** Whether it asks often enough to be a balancer, and not a person. */
   isFrequent(nowTickMs: number): boolean {
-    const oldestAskMs = this.#askedAtTickMs[this.asks % PROBER_ASKS] ?? -Infinity
-    return nowTickMs - oldestAskMs <= PROBER_MS
+    return nowTickMs - this.#askBefore(PROBER_ASKS) <= PROBER_MS
   }
 
   /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
@@ -2573,11 +2590,16 @@ class Prober {
     return nowTickMs - this.lastAskedAtTickMs <= PAUSES_MISSED * longestMs + PAUSE_MARGIN_MS
   }
 
-  /** How often it asks; 0 for who asked once, or has stopped. */
+  /** How often it asks; less and less while it is silent, and 0 for who asked once. */
   rate(nowTickMs: number): number {
     const [oldestAskMs = nowTickMs, ...others] = this.#knownAsks
-    if (others.length === 0 || !this.stillAsks(nowTickMs)) return 0
+    if (others.length === 0) return 0
     return others.length / (nowTickMs - oldestAskMs)
+  }
+
+  /** When it asked the last time but so many; -Infinity where it never did. */
+  #askBefore(count: number): number {
+    return this.#askedAtTickMs[(this.asks - count) % PROBER_MEMORY] ?? -Infinity
   }
 
   get #knownAsks(): number[] {
@@ -2883,6 +2905,7 @@ function unreffedPause(ms: number): Promise<void> {
  *  are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   const checked = toShutdownOptions(options)
+  if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
   if (currentShutdown?.isCallingBack) {
     log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
     return
@@ -2943,9 +2966,10 @@ function warnIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach:
   const tellingMs = tellingLimitMs(options)
   const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
   if (neededMs <= tellingMs) return
-  const pause = `asks every ${(intervalMs / 1_000).toFixed(1)} s, and is to be told ${fall} times`
-  const limit = `a shutdown waits ${tellingMs / 1_000} s for that`
-  log('info', `${shownAddress} ${pause}, but ${limit}: raise timeoutMs, unless it asks faster then`)
+  const pause = `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
+  const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
+  const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
+  log('info', `${pause}: ${needed}, but ${limit}; raise timeoutMs, unless it asks faster then`)
 }
 
 class Shutdown {
@@ -2986,8 +3010,8 @@ class Shutdown {
     // The one timer that keeps the process alive: else that might end before cleanUp was called.
     const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
 
-    this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     const told = this.#do('onSignal', () => this.#callBack(() => given.onSignal?.(event)))
+    this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     await this.#do('draining', () => this.#drain())
     this.phase = 'closing'
     await this.#do('the requests in flight', () => this.#close())
@@ -3027,7 +3051,9 @@ class Shutdown {
     this.#application.sendClientsElsewhere()
     const draining = this.#beginTelling(tellingMs)
     const isTold = (): boolean => {
-      return this.#elapsedMs() >= minimumMs && draining?.isEverybodyTold !== false
+      if (this.#elapsedMs() < minimumMs) return false
+      const isStopped = this.#monitor.draining !== draining
+      return draining === undefined || isStopped || draining.isEverybodyTold
     }
     const isInTime = await pollUntil(isTold, tellingMs)
     if (!isInTime && draining) log('warn', describeLate(draining, tellingMs))
@@ -3116,7 +3142,9 @@ class Shutdown {
     try {
       await part()
     } catch (error) {
-      if (!isServerClosed(error)) {
+      if (isServerClosed(error)) {
+        log('info', `${name} ended early: it closed the server, which was closed already`)
+      } else {
         log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
         process.exitCode ||= 1
       }
@@ -3184,6 +3212,7 @@ class Signals {
   /** The one that began the shutdown. */
   #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
   #isRepeatLogged = false
+  #areOthersTold = false
   #restoreEmit: () => void = doNothing
 
   get areHeard(): boolean {
@@ -3217,6 +3246,7 @@ class Signals {
   async tellOthers(limitMs: number): Promise<void> {
     if (!this.#first) return
     const { signal, number } = this.#first
+    this.#areOthersTold = true
     const others = this.#visibleListeners(signal)
     if (others.length === 0) return
 
@@ -3246,6 +3276,8 @@ class Signals {
 
   async #shutDownAndExit(options: CheckedShutdownOptions, signal: NodeJS.Signals): Promise<void> {
     await beginShutdown(options, signal)
+    // They were not where shutdown() had been called by hand before.
+    if (!this.#areOthersTold) await this.tellOthers(OTHERS_MS)
     setTimeout(exitThoughAlive, ALIVE_MS).unref()
   }
 
@@ -3254,10 +3286,13 @@ class Signals {
   #holdBack(names: Set<NodeJS.Signals>): void {
     if ('bun' in process.versions || 'deno' in process.versions) return
     const hold = (signal: NodeJS.Signals, number?: number): void => {
-      this.#listeners.get(signal)?.(signal, number)
+      const own = this.#listeners.get(signal)
       // tsx has a listener in its child that process.listeners() does not show, and kills the child
-      // if that does not answer within 60 ms.
-      for (const hidden of this.#hiddenListeners(signal)) hidden.call(process, signal, number)
+      // if that does not answer within 60 ms: so it comes before all that we do.
+      const hidden = this.#hiddenListeners(signal)
+      for (const listener of hidden) listener.call(process, signal, number)
+      if (hidden.length === 0) own?.(signal, number)
+      else setImmediate(() => own?.(signal, number))
     }
     const isHeld = (event: unknown): event is NodeJS.Signals =>
       this.#listeners.has(event as NodeJS.Signals)
