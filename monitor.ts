@@ -3023,8 +3023,11 @@ class Shutdown {
     this.phase = 'others'
     clearTimeout(deadline) // all is done: what the others have ended may end the process
     await signals.tellOthers(exitAfterMs - this.#elapsedMs())
+
+    const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
     await this.#monitor.end()
     this.#monitor.unhookServers()
+    clearTimeout(keepAlive)
     this.phase = 'over'
     this.#resolveDone()
   }
