@@ -3,8 +3,8 @@
 //
 // Where does my test go? Into the suite of its subject, below `// --- The verdict` and the like. A
 // subject has up to three suites: your test runs ALONE if it touches what belongs to the whole
-// process (the environment, the clock, timers), PAIRWISE if it starts processes, else TOGETHER with
-// others. Its name is a sentence about one behaviour. A table for one subject stands above its
+// process (the environment, the clock, timers), PAIRWISE or SIDE_BY_SIDE if it starts processes, else
+// TOGETHER with others. Its name is a sentence about one behaviour. A table for one subject stands above its
 // suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
 // module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event,
 // poll (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW.
@@ -28,7 +28,15 @@ import { describe, test, type TestContext } from 'node:test'
 import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
-import type { Command, Database, Logger, StartOptions, WarmupPerformer } from './monitor.ts'
+import type {
+  Command,
+  Database,
+  DrainOptions,
+  Logger,
+  ShutdownOptions,
+  StartOptions,
+  WarmupPerformer
+} from './monitor.ts'
 
 // --- Helpers -------------------------------------------------------------------------------------
 
@@ -78,6 +86,13 @@ const ALONE = { concurrency: 1 }
 /** A parent of a node_modules with express, pg, ws and others, which the package itself does without. */
 const PACKAGES = process.env['FTW_MONITOR_TEST_PACKAGES']
 const NEEDS_PACKAGES = PACKAGES ? {} : { skip: 'FTW_MONITOR_TEST_PACKAGES is not set' }
+
+/** Skips where a package is missing of which there may be no version for each Node.js. */
+function needsPackage(name: string): { skip?: string } {
+  if (PACKAGES === undefined) return NEEDS_PACKAGES
+  const isThere = fs.existsSync(join(PACKAGES, 'node_modules', name))
+  return isThere ? {} : { skip: `${name} is not in ${PACKAGES}` }
+}
 
 /** Where the shell finds programs. */
 const PATH_FOLDERS = (process.env['PATH'] ?? '').split(delimiter)
@@ -138,6 +153,18 @@ async function inTime<T>(promise: Promise<T>, what: string, limitMs = 20_000): P
   }
 }
 
+/** Whether a promise is still pending after a while. */
+async function isPendingFor(ms: number, promise: Promise<unknown>): Promise<boolean> {
+  return (await Promise.race([promise, pause(ms, 'pending')])) === 'pending'
+}
+
+/** How long it takes until a promise has settled. */
+async function timeOf(promise: Promise<unknown>): Promise<number> {
+  const startedAt = performance.now()
+  await promise
+  return performance.now() - startedAt
+}
+
 /** A promise that is opened by hand. */
 function latch() {
   let open = (): void => {}
@@ -172,6 +199,13 @@ function keepAsking(everyMs: number, askOnce: () => Promise<unknown>) {
   return asker
 }
 
+/** Asks in turn until the test is over, or until an asking fails, as when what is asked has ended. */
+function askUntilOver(t: TestContext, everyMs: number, askOnce: () => Promise<unknown>) {
+  const asker = keepAsking(everyMs, askOnce)
+  t.after(() => void asker.stop().catch(() => {}))
+  return asker
+}
+
 // Helpers: what belongs to the whole process, so that a test which uses them runs alone
 
 const VARIABLES = [
@@ -180,7 +214,9 @@ const VARIABLES = [
   'FTW_MONITOR',
   'FTW_MONITOR_LISTEN',
   'FTW_MONITOR_URL',
-  'FTW_MONITOR_AUTOWARMUP'
+  'FTW_MONITOR_AUTOWARMUP',
+  'FTW_MONITOR_TIMEOUT_MS',
+  'FTW_MONITOR_MINIMUM_MS'
 ]
 
 /**
@@ -318,7 +354,15 @@ async function serve(
   handler = hello,
   where: net.ListenOptions = LOOPBACK
 ): Promise<http.Server> {
-  const server = http.createServer(handler)
+  return await startListening(t, http.createServer(handler), where)
+}
+
+/** Has a server of any kind listen, and closes it after the test. */
+async function startListening<Server extends net.Server>(
+  t: TestContext,
+  server: Server,
+  where: net.ListenOptions = LOOPBACK
+): Promise<Server> {
   closeLater(t, server)
   server.listen(where)
   await once(server, 'listening')
@@ -333,12 +377,13 @@ function hide<Server extends net.Server>(server: Server): Server {
 }
 
 /** A server whose requests to /held wait until they are let go. */
-async function serveHeld(t: TestContext) {
+async function serveHeld(t: TestContext, where = LOOPBACK) {
   const held: http.ServerResponse[] = []
-  const server = await serve(t, (request, response) => {
+  const answer: http.RequestListener = (request, response) => {
     if (request.url === '/held') held.push(response)
     else response.end('served')
-  })
+  }
+  const server = await serve(t, answer, where)
   const letGo = () => {
     for (const response of held.splice(0)) response.end('late')
   }
@@ -391,10 +436,7 @@ async function isFree(port: number): Promise<boolean> {
 
 /** Occupies a port until it is closed. */
 async function occupy(t: TestContext, port: number): Promise<net.Server> {
-  const occupant = net.createServer().listen(port, '127.0.0.1')
-  closeLater(t, occupant)
-  await once(occupant, 'listening')
-  return occupant
+  return await startListening(t, net.createServer(), { host: '127.0.0.1', port })
 }
 
 /** A folder of its own, removed after the test. */
@@ -459,7 +501,7 @@ interface InstanceSetup {
   prepare?: (monitor: Monitor) => void
   handler?: http.RequestListener
   /** One that listens; by default there is a new one with the handler. */
-  server?: http.Server
+  server?: net.Server
   /** By default, one that keeps what is logged. */
   logger?: Logger
   /** What start() is told besides: by default, to listen on a free port of loopback. */
@@ -579,8 +621,16 @@ function ask(
 }
 
 /** Asks so many times, one after the other. */
-async function askTimes(count: number, port: number, text: string, options: AskOptions = {}) {
-  for (let time = 0; time < count; time++) await ask(port, text, options)
+async function askTimes(
+  count: number,
+  port: number,
+  text: string,
+  options: AskOptions & { everyMs?: number } = {}
+) {
+  for (let time = 0; time < count; time++) {
+    if (time > 0 && options.everyMs) await pause(options.everyMs)
+    await ask(port, text, options)
+  }
 }
 
 /** A connection that stays open, on which lines go back and forth. */
@@ -625,15 +675,24 @@ async function untilSeen(port: number): Promise<void> {
 }
 
 async function isRefused(port: number, host = '127.0.0.1'): Promise<boolean> {
+  const socket = connectTo(port, { host })
   try {
-    await ask(port, 'health_check\n', { host })
+    await once(socket, 'connect')
     return false
   } catch (error) {
-    return (error as NodeJS.ErrnoException).code === 'ECONNREFUSED'
+    return codeOf(error) === 'ECONNREFUSED'
+  } finally {
+    socket.destroy()
   }
 }
 
-// Helpers: the client for HTTP
+/** The code of an error, or its message where it has none. */
+function codeOf(error: unknown): string {
+  const { code, message } = error as NodeJS.ErrnoException
+  return code ?? message
+}
+
+// Helpers: the clients for HTTP and HTTP/2
 
 interface PageOptions extends LineOptions {
   method?: string
@@ -672,6 +731,58 @@ function getPage(port: number, path: string, options: PageOptions = {}) {
 /** The head of a GET request, its last empty line included. */
 function headOf(path: string, ...headers: string[]): string {
   return [`GET ${path} HTTP/1.1`, 'Host: localhost', ...headers, '', ''].join('\r\n')
+}
+
+const ALL_STREAMS = 2 ** 31 - 1
+
+/** The last stream that each session's server will serve, as its first GOAWAY says. */
+const lastStreams = new WeakMap<http2.ClientHttp2Session, number>()
+
+/** An HTTP/2 session; gives `undefined` where the connection is refused. */
+async function connectSession(t: TestContext, port: number) {
+  const session = http2.connect(`http://127.0.0.1:${port}`)
+  t.after(() => session.destroy())
+  try {
+    await once(session, 'connect')
+  } catch (error) {
+    // On loopback, a server that closes just then makes ECONNRESET of it.
+    const { syscall } = error as NodeJS.ErrnoException
+    if (syscall === 'connect') return undefined
+    throw error
+  }
+  session.on('error', () => {}) // its streams tell
+  session.on('goaway', (_code, lastStream) => {
+    if (!lastStreams.has(session)) lastStreams.set(session, lastStream)
+  })
+  return session
+}
+
+/** What becomes of a stream: its body, or `elsewhere` where the session takes no more. */
+function askStream(session: http2.ClientHttp2Session | undefined): Promise<string> {
+  if (!session) return Promise.resolve('elsewhere')
+  return new Promise((resolve) => {
+    let stream: http2.ClientHttp2Stream
+    try {
+      stream = session.request({ ':path': '/' })
+    } catch {
+      return resolve('elsewhere') // by the GOAWAY that has come
+    }
+    let outcome = ''
+    stream.setEncoding('utf8').on('data', (part: string) => {
+      outcome += part
+    })
+    stream.on('error', (error) => {
+      outcome = `${codeOf(error)} ${error.message}`
+    })
+    const tell = () => {
+      // Node's client refuses the streams itself that it has not sent when it reads a GOAWAY.
+      const isRefused = stream.rstCode === http2.constants.NGHTTP2_REFUSED_STREAM
+      const isUnsent = isRefused && lastStreams.get(session) === ALL_STREAMS
+      resolve(isUnsent ? 'elsewhere' : outcome)
+    }
+    stream.on('close', () => setTimeout(tell, 20)) // by then the session has told of its GOAWAY
+    stream.end()
+  })
 }
 
 // Helpers: processes
@@ -739,15 +850,16 @@ async function runProgram(
   return await runToEnd(t, process.execPath, programWords(words, file), { ...others, env })
 }
 
-interface ProcessSetup {
+interface ProcessSetup extends ProcessOptions {
   script?: string
-  env?: Record<string, string>
   /** Of Node.js. */
   flags?: string[]
   /** How many descriptors the process may have. */
   descriptors?: number
   /** A command of the shell that sets up a network of the process's own. */
   network?: string
+  /** Whether it runs in a terminal. */
+  terminal?: boolean
 }
 
 /** For scripts: prints words as they are. console.log would colour a number where colours are on. */
@@ -755,7 +867,7 @@ const PRINT = "const print = (...words) => process.stdout.write(words.join(' ') 
 
 /** A process of its own that runs a script, in which `monitor` is the module. */
 function runScript(t: TestContext, setup: ProcessSetup) {
-  const { script = '', env = {}, flags = [], descriptors, network } = setup
+  const { script = '', flags = [], descriptors, network, terminal = false, ...options } = setup
   const source = `
     import http from 'node:http'
     import net from 'node:net'
@@ -765,11 +877,20 @@ function runScript(t: TestContext, setup: ProcessSetup) {
     ${script}`
   const words = [...flags, '--input-type=module', '-e', source]
   if (network !== undefined) {
-    return watch(t, 'unshare', [...NETWORK, network, process.execPath, ...words], { env })
+    return watch(t, 'unshare', [...NETWORK, network, process.execPath, ...words], options)
   }
-  if (descriptors === undefined) return watch(t, process.execPath, words, { env })
+  if (terminal) {
+    const command = ['exec', ...[process.execPath, ...words].map(quote)].join(' ')
+    return watch(t, 'script', ['-qec', command, '/dev/null'], options)
+  }
+  if (descriptors === undefined) return watch(t, process.execPath, words, options)
   const limited = ['-c', `ulimit -n ${descriptors}; exec "$@"`, 'sh', process.execPath, ...words]
-  return watch(t, 'sh', limited, { env })
+  return watch(t, 'sh', limited, options)
+}
+
+/** A word as the shell takes it. */
+function quote(word: string): string {
+  return `'${word.replaceAll("'", `'\\''`)}'`
 }
 
 /** For a process in which the monitor's limits, all on one interval, pass so much faster. */
@@ -823,61 +944,98 @@ async function askMemory(port: number): Promise<number> {
 
 // Helpers: services that end
 
-interface ServiceSetup extends ProcessOptions {
-  /** May replace the service's `server` and `options`, `begin`, which starts the monitor, and
-   *  `listen`, which shutdownOnSignal() comes before. */
+interface ServiceSetup extends Omit<ProcessSetup, 'descriptors' | 'network'> {
+  /** May replace the service's `handle`, `server` and `options`, `begin`, which starts the monitor,
+   *  and `listen`, which shutdownOnSignal() comes before. */
   script?: string
 }
 
-/** A service that shuts down on a signal, and says `closed` where a request comes after `cleanUp`. */
+/** What every service has: it says `closed` where a request comes after `cleanUp`. */
+const SERVICE_PARTS = `
+  import https from 'node:https'
+  import http2 from 'node:http2'
+  import fs from 'node:fs'
+  import { promisify } from 'node:util'
+
+  const LOOPBACK = { host: '127.0.0.1', port: 0 }
+  const listening = (server, where = LOOPBACK) =>
+    new Promise((resolve) => server.listen(where, () => resolve(server.address().port)))
+  let isOpen = true
+  const cleanUp = () => {
+    isOpen = false
+    print('cleaned up')
+  }
+  let handle = async ({ url }, response) => {
+    print('asked for', url)
+    if (url === '/hang') return
+    if (url === '/stream') return response.write('begun')
+    const [, ms] = /^\\/slow(\\d+)$/.exec(url) ?? []
+    if (ms) await pause(Number(ms))
+    response.end(isOpen ? 'served' : 'closed')
+  }
+  let server = http.createServer((request, response) => handle(request, response))
+  let options = { cleanUp }
+  let begin = () => monitor.start({ server, listen: LOOPBACK })
+  let listen = () => listening(server)
+  monitor.registerWarmup('/', () => {})`
+
+/** A service that shuts down on a signal. */
 async function bootService(t: TestContext, setup: ServiceSetup = {}) {
-  const { script = '', ...options } = setup
-  const source = `
-    import http from 'node:http'
-    import net from 'node:net'
-    import { promisify } from 'node:util'
-    import { setTimeout as pause } from 'node:timers/promises'
-    import * as monitor from ${JSON.stringify(MODULE.href)}
-    ${PRINT}
-    let isOpen = true
-    const cleanUp = () => {
-      isOpen = false
-      print('cleaned up')
-    }
-    const handle = async ({ url }, response) => {
-      print('asked for', url)
-      if (url === '/stream') return response.write('begun')
-      if (url === '/slow') await pause(500)
-      response.end(isOpen ? 'served' : 'closed')
-    }
-    let server = http.createServer(handle)
-    let options = { cleanUp }
-    let begin = () => monitor.start({ server, listen: { host: '127.0.0.1', port: 0 } })
-    let listen = () => new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
-    ${script}
+  const script = `
+    ${setup.script ?? ''}
     monitor.shutdownOnSignal(options)
     await listen()
     const address = await begin()
-    print('ready', server.address().port, address?.port ?? 0)`
-  const words = ['--no-warnings', '--input-type=module', '-e', source]
-  const watched = watch(t, process.execPath, words, options)
-  const { child } = watched
+    print('ready', server.address()?.port ?? 0, address?.port ?? 0)`
+  const service = startService(t, script, setup)
+  const { watched } = service
+  const readyLine = /^ready (\d+) (\d+)\r?$/m
   const isReady = () => {
-    assert.equal(child.exitCode, null, watched.output)
-    return watched.output.includes('\nready ') || watched.output.startsWith('ready ')
+    assert.equal(watched.child.exitCode, null, watched.output)
+    return readyLine.test(watched.output)
   }
   await until(isReady, 'the service is ready', 30_000)
-  const [, instancePort, port] = /^ready (\d+) (\d+)$/m.exec(watched.output) ?? []
+  const [, instancePort, port] = readyLine.exec(watched.output) ?? []
+  return { ...service, port: Number(port), instancePort: Number(instancePort) }
+}
 
-  const hasSaid = (text: string) => until(() => watched.output.includes(text), text)
-  /** Ends it by a signal; `status` is null where the signal itself did that. */
-  const end = async (signal: NodeJS.Signals = 'SIGTERM', limitMs = 20_000) => {
+/** Runs a service whose script does all by itself. */
+function startService(t: TestContext, script: string, setup: ServiceSetup = {}) {
+  const flags = ['--no-warnings', ...(setup.flags ?? [])]
+  const watched = runScript(t, { ...setup, flags, script: `${SERVICE_PARTS}\n${script}` })
+
+  const hasSaid = (text: string) => {
+    return until(() => watched.output.includes(text), `${text}, in: ${watched.output}`)
+  }
+  const kill = (signal: NodeJS.Signals) => watched.child.kill(signal)
+  /** Waits for the end; `status` is null where a signal itself brings it. */
+  const awaitEnd = async (limitMs = 20_000) => {
     const startedAt = performance.now()
-    child.kill(signal)
-    const status = await inTime(watched.exit, `${signal} ends ${watched.output}`, limitMs)
+    const status = await inTime(watched.exit, `the end of ${watched.output}`, limitMs)
     return { status, ms: performance.now() - startedAt, output: watched.output }
   }
-  return { watched, port: Number(port), instancePort: Number(instancePort), hasSaid, end }
+  const end = async (signal: NodeJS.Signals = 'SIGTERM', limitMs = 20_000) => {
+    kill(signal)
+    return await awaitEnd(limitMs)
+  }
+  return { watched, hasSaid, kill, awaitEnd, end }
+}
+
+/** Options by which a shutdown goes on telling a prober for 2.4 s. */
+const TELLS_FOR_LONG = 'options.timeoutMs = 3_000; options.fall = 1_000_000'
+
+/** Asks for the verdict until the test is over, and waits until the instance takes us for a prober. */
+async function probe(t: TestContext, port: number, everyMs = 100): Promise<void> {
+  const prober = askUntilOver(t, everyMs, () => ask(port, 'health_check\n'))
+  await until(() => prober.answers >= 4, 'it is a prober')
+}
+
+/** Fails unless these texts stand in an output, one after the other. */
+function assertOrder(output: string, ...texts: string[]): void {
+  const places = texts.map((text) => output.indexOf(text))
+  const inOrder = places.toSorted((one, other) => one - other)
+  const isInOrder = places.every((place, index) => place >= 0 && place === inOrder[index])
+  assert.ok(isInOrder, `not in the order ${texts.join(' < ')}: ${output}`)
 }
 
 /** What the monitor has said since the signal, without its last words, which are always the same. */
@@ -1407,7 +1565,8 @@ describeInProcess('Start and stop', TOGETHER, () => {
   })
 
   test('when the given server closes, the monitor closes', async (t) => {
-    const { monitor, server, port } = await bootInstance(t)
+    const server = await serve(t)
+    const { monitor, port } = await bootInstance(t, { server })
     server.close()
     server.closeAllConnections()
     await once(server, 'close')
@@ -1954,7 +2113,376 @@ describeInProcess('Listening', ALONE, () => {
   })
 })
 
-// --- The hook on the server ----------------------------------------------------------------------
+// --- Servers that listen -------------------------------------------------------------------------
+
+/** start() without the server comes first, then `listen`; `status` is a command. */
+const FOUND = `
+  const started = monitor.start({ listen: LOOPBACK })
+  begin = () => started
+  monitor.register('numbers', '', async (peer) => {
+    const { requestsInFlight, url, healthy } = await monitor.status()
+    peer.write(JSON.stringify({ requestsInFlight, port: Number(new URL(url).port), healthy }))
+  })`
+
+/** A second server that start() was not given, and which listens later. */
+const LATE = `
+  const other = http.createServer((request, response) => handle(request, response))
+  const beginBefore = begin
+  begin = async () => {
+    const address = await beginBefore()
+    print('other', await listening(other), '')
+    return address
+  }
+  monitor.register('in-flight', '', async (peer) => {
+    peer.write(String((await monitor.status()).requestsInFlight))
+  })
+  monitor.register('close-other', '', () => void other.close())`
+
+describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
+  async function numbersOf(port: number) {
+    return JSON.parse(await ask(port, 'numbers\n')) as {
+      requestsInFlight: number
+      port: number
+      healthy: boolean
+    }
+  }
+
+  async function bootWithLate(t: TestContext, script = '') {
+    const service = await bootService(t, { script: LATE + script })
+    const [, otherPort] = /^other (\d+) $/m.exec(service.watched.output) ?? []
+    return { ...service, otherPort: Number(otherPort) }
+  }
+
+  test('start() finds a server that listens later, without PORT, and counts its requests', async (t) => {
+    const service = await bootService(t, { script: FOUND })
+    const page = getPage(service.instancePort, '/slow400')
+    await service.hasSaid('asked for /slow400')
+    const { requestsInFlight, port } = await numbersOf(service.port)
+    assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
+    assert.equal((await page).body, 'served')
+  })
+
+  test('start() finds a server that listens already', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        await listening(server)
+        listen = () => {}
+        ${FOUND}`
+    })
+    const page = getPage(service.instancePort, '/slow400')
+    await service.hasSaid('asked for /slow400')
+    const { requestsInFlight, port } = await numbersOf(service.port)
+    assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
+    assert.equal((await page).body, 'served')
+  })
+
+  for (const how of ['by PORT', 'without PORT']) {
+    test(`a request of 4 s to a server that was found ${how} is finished`, SLOW, async (t) => {
+      const port = await freePort()
+      const where = `{ host: '127.0.0.1', port: ${port} }`
+      const service = await bootService(t, {
+        env: how === 'without PORT' ? {} : { PORT: String(port), HOST: '127.0.0.1' },
+        script: `${FOUND}; listen = () => listening(server, ${where})`
+      })
+      const page = getPage(port, '/slow4000')
+      await service.hasSaid('asked for /slow4000')
+      const { status, output } = await service.end()
+      assert.equal((await page).body, 'served')
+      assertOrder(output, 'asked for /slow4000', 'cleaned up')
+      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    })
+  }
+
+  test('while drained, a server that was found sends its clients elsewhere', async (t) => {
+    const service = await bootService(t, {
+      script: `${FOUND}; ${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
+    })
+    await probe(t, service.port)
+    service.kill('SIGTERM')
+    await service.hasSaid('signalled')
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const { headers } = await getPage(service.instancePort, '/', { agent })
+    assert.equal(headers.connection, 'close')
+    await service.awaitEnd()
+  })
+
+  test('of several servers it takes the one at PORT', async (t) => {
+    const port = await freePort()
+    const service = await bootService(t, {
+      env: { PORT: String(port), HOST: '127.0.0.1' },
+      script: `
+        const other = http.createServer((_, response) => response.end('other'))
+        ${FOUND}
+        listen = async () => {
+          await listening(other)
+          await listening(server, { host: '127.0.0.1', port: ${port} })
+        }`
+    })
+    const page = getPage(port, '/slow400')
+    await service.hasSaid('asked for /slow400')
+    const numbers = await numbersOf(service.port)
+    assert.deepEqual([numbers.requestsInFlight, numbers.port], [1, port])
+    assert.equal((await page).body, 'served')
+  })
+
+  const NOT_THE_INSTANCE: Record<string, string> = {
+    'one that speaks no HTTP': 'await listening(net.createServer())',
+    'one that does not keep the process alive':
+      'await listening(http.createServer(() => {}).unref())',
+    'one that is unreferenced when it listens': `
+      const exporter = http.createServer(() => {})
+      await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))`
+  }
+
+  for (const [what, source] of Object.entries(NOT_THE_INSTANCE)) {
+    test(`without PORT it takes the first server, but not ${what}`, async (t) => {
+      const service = await bootService(t, {
+        script: `${FOUND}
+          const later = http.createServer((_, response) => response.end('later'))
+          listen = async () => {
+            ${source}
+            await listening(server)
+            await listening(later)
+          }`
+      })
+      const { port } = await numbersOf(service.port)
+      assert.equal(port, service.instancePort)
+    })
+  }
+
+  test('an HTTP/2 server with a stream listener is found', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        server = http2.createServer().on('stream', (stream) => {
+          setTimeout(() => {
+            stream.respond({ ':status': 200 })
+            stream.end('served')
+          }, 1_600)
+        })
+        ${FOUND}`
+    })
+    const session = await connectSession(t, service.instancePort)
+    assert.ok(session)
+    const outcome = askStream(session)
+    await pause(100)
+    const { status, output } = await service.end()
+    assert.equal(await inTime(outcome, 'the stream is over'), 'served')
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+  })
+
+  test('the primary of a cluster, which serves nobody, is not taken for an instance', async (t) => {
+    const service = startService(
+      t,
+      `
+      const { default: cluster } = await import('node:cluster')
+      if (cluster.isPrimary) {
+        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
+        let address
+        void monitor.start({ listen: LOOPBACK }).then((value) => { address = value })
+        const worker = cluster.fork()
+        worker.on('listening', async () => {
+          await pause(500)
+          print('primary', address === undefined ? 'waits' : JSON.stringify(address))
+          worker.kill('SIGKILL')
+          process.exit()
+        })
+      } else {
+        await listening(server)
+      }`
+    )
+    const { output } = await service.awaitEnd()
+    assert.match(output, /^primary waits$/m)
+  })
+
+  test('in a worker of a cluster start() finds the server', async (t) => {
+    const service = startService(
+      t,
+      `
+      const { default: cluster } = await import('node:cluster')
+      if (cluster.isPrimary) {
+        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
+        const worker = cluster.fork()
+        worker.on('exit', (code, signal) => {
+          print('worker ended', code, signal)
+          process.exit()
+        })
+      } else {
+        monitor.shutdownOnSignal(options)
+        const started = monitor.start({ listen: LOOPBACK })
+        await listen()
+        await started
+        print('worker', process.pid, server.address().port, '')
+      }`
+    )
+    const workerLine = /^worker (\d+) (\d+) $/m
+    await until(() => workerLine.test(service.watched.output), 'the worker listens')
+    const [, pid, port] = workerLine.exec(service.watched.output) ?? []
+    const page = getPage(Number(port), '/slow1000')
+    await service.hasSaid('asked for /slow1000')
+    process.kill(Number(pid), 'SIGTERM')
+    assert.equal((await page).body, 'served')
+    const { output } = await service.awaitEnd()
+    assertOrder(output, 'cleaned up', 'worker ended 0')
+  })
+
+  test('stop() takes the wrap off listen()', async (t) => {
+    const service = startService(
+      t,
+      `
+      const before = net.Server.prototype.listen
+      const started = monitor.start({ listen: LOOPBACK })
+      print('wrapped', net.Server.prototype.listen !== before)
+      await listen()
+      await started
+      await monitor.stop()
+      print('unwrapped', net.Server.prototype.listen === before)
+      process.exit()`
+    )
+    const { output } = await service.awaitEnd()
+    assert.match(output, /^wrapped true$/m)
+    assert.match(output, /^unwrapped true$/m)
+  })
+
+  test('with its server, start() sees what listens later, and stop() ends that', async (t) => {
+    const service = startService(
+      t,
+      `
+      const before = net.Server.prototype.listen
+      await listen()
+      await begin()
+      await monitor.stop()
+      print('unwrapped', net.Server.prototype.listen === before)
+      process.exit()`
+    )
+    const { output } = await service.awaitEnd()
+    assert.match(output, /^unwrapped true$/m)
+  })
+
+  test('many copies of the module wrap listen() once, and the last stop() takes it off', async (t) => {
+    const service = startService(
+      t,
+      `
+      const before = net.Server.prototype.listen
+      const url = ${JSON.stringify(MODULE.href)}
+      const [first, second] = [await import(url + '?first'), await import(url + '?second')]
+      const starts = [first.start({ listen: LOOPBACK })]
+      const wrap = net.Server.prototype.listen
+      starts.push(second.start({ listen: LOOPBACK }))
+      print('once', wrap !== before && net.Server.prototype.listen === wrap)
+      await listen()
+      const addresses = await Promise.all(starts)
+      print('both', addresses.every((address) => address.port > 0))
+      await first.stop()
+      print('still', net.Server.prototype.listen === wrap)
+      await second.stop()
+      print('off', net.Server.prototype.listen === before)
+      process.exit()`
+    )
+    const { output } = await service.awaitEnd()
+    for (const word of ['once', 'both', 'still', 'off']) {
+      assert.match(output, new RegExp(`^${word} true$`, 'm'))
+    }
+  })
+
+  test('a server that has closed is forgotten', async (t) => {
+    const service = startService(
+      t,
+      `
+      const started = monitor.start({ listen: LOOPBACK })
+      await listen()
+      await started
+      const open = async () => {
+        const passing = http.createServer(() => {})
+        await listening(passing)
+        await new Promise((resolve) => passing.close(resolve))
+        return new WeakRef(passing)
+      }
+      const references = []
+      for (let count = 0; count < 20; count++) references.push(await open())
+      let left = references.length
+      for (let round = 0; round < 50 && left > 1; round++) {
+        await pause(20)
+        globalThis.gc()
+        left = references.filter((reference) => reference.deref()).length
+      }
+      print('found', (await monitor.status()).requestsInFlight >= 0)
+      print('left', left)
+      process.exit()`,
+      { flags: ['--expose-gc'] }
+    )
+    const { output } = await service.awaitEnd()
+    assert.match(output, /^found true$/m)
+    assert.match(output, /^left [01]$/m)
+  })
+
+  test('where the instance accepts at PORT, but its server is not found, cleanUp waits until timeoutMs, and the log says why', async (t) => {
+    const elsewhere = await serve(t, (_, response) => response.end('served'))
+    const service = startService(
+      t,
+      `
+      options.timeoutMs = 1_500
+      let signalledAt = 0
+      options.onSignal = () => {
+        signalledAt = performance.now()
+      }
+      options.cleanUp = () => print('cleaned up after', Math.round(performance.now() - signalledAt))
+      monitor.shutdownOnSignal(options)
+      const { port } = await monitor.start({ listen: LOOPBACK })
+      while (!(await monitor.health()).healthy) await pause(20)
+      print('healthy')
+      setInterval(() => {}, 1_000) // an instance of another process keeps nobody alive`,
+      { env: { PORT: String(portOf(elsewhere)), HOST: '127.0.0.1' } }
+    )
+    await service.hasSaid('healthy')
+    const { status, output } = await service.end()
+    const [, ms] = /^cleaned up after (\d+)$/m.exec(output) ?? []
+    assert.ok(Number(ms) > 1_400 && Number(ms) < 10_000, output)
+    assert.match(output, /^ftw-monitor .*\bserver\b/m)
+    assert.equal(status, 0, output)
+  })
+
+  test('a server that listens later is closed and waited for', async (t) => {
+    const service = await bootWithLate(t)
+    const page = getPage(service.otherPort, '/slow1500')
+    await service.hasSaid('asked for /slow1500')
+    service.kill('SIGTERM')
+    await until(() => isRefused(service.otherPort), 'the other is closed')
+    const { status, output } = await service.awaitEnd()
+    assert.equal((await page).body, 'served')
+    assertOrder(output, 'asked for /slow1500', 'cleaned up')
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+  })
+
+  test('a server that listens later is neither counted nor told', async (t) => {
+    const service = await bootWithLate(
+      t,
+      `; ${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
+    )
+    await probe(t, service.port)
+    const page = getPage(service.otherPort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    assert.equal(await ask(service.port, 'in-flight\n'), '0')
+    await page
+    service.kill('SIGTERM')
+    await service.hasSaid('signalled')
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const { headers } = await getPage(service.otherPort, '/', { agent })
+    assert.equal(headers.connection, 'keep-alive')
+  })
+
+  test('a server that listens later is not judged', async (t) => {
+    const service = await bootWithLate(t)
+    const isGreen = async () => (await ask(service.port, 'health_check\n')) === 'OK\n'
+    await until(isGreen, 'the instance is in service')
+    await ask(service.port, 'close-other\n')
+    await until(() => isRefused(service.otherPort), 'the other is closed')
+    assert.ok(await isGreen())
+  })
+})
+
+// --- The application -----------------------------------------------------------------------------
 
 /** How many upgraded connections the metrics tell. */
 async function askUpgraded(port: number): Promise<number | undefined> {
@@ -1962,7 +2490,7 @@ async function askUpgraded(port: number): Promise<number | undefined> {
   return readSamples(body)['ftw_monitor_upgraded_connections']
 }
 
-describeInProcess('The hook on the server', TOGETHER, () => {
+describeInProcess('The application', TOGETHER, () => {
   test('watching requests changes nothing that the application or its clients see', async (t) => {
     const transcripts = async (start: boolean) => {
       const server = await serve(t, (request, response) => {
@@ -2134,9 +2662,53 @@ describeInProcess('The hook on the server', TOGETHER, () => {
     assert.match(await ask(portOf(server), head), /^Connection: close\r\n[^]*hello/m)
     assert.equal(await askUpgraded(port), 0)
   })
+
+  for (const form of ['start([server, other])', 'start({ server: [server, other] })']) {
+    test(`${form} counts the requests of both, and drains both`, async (t) => {
+      const where = { host: '127.0.0.1', port: await freePort() }
+      const [first, second] = await Promise.all([serveHeld(t, where), serveHeld(t)])
+      const servers = [first.server, second.server]
+      const monitor = await importMonitor(t)
+      monitor.registerWarmup('/', () => {})
+      if (form.includes('{')) {
+        await monitor.start({ server: servers, listen: LOOPBACK, logger: recorder() })
+      } else {
+        await monitor.start(servers) // beside the port of the first
+      }
+      await untilVerdict(monitor, 'OK')
+      const pages = servers.map((server) => getPage(portOf(server), '/held'))
+      await until(() => first.held.length + second.held.length === 2, 'both are in flight')
+      const { requestsInFlight, url } = await monitor.status()
+      assert.deepEqual([requestsInFlight, Number(new URL(url).port)], [2, portOf(first.server)])
+
+      const drained = monitor.drain()
+      first.letGo()
+      assert.equal(await isPendingFor(300, drained), true)
+      assert.equal((await getPage(portOf(second.server), '/')).headers.connection, 'close')
+      second.letGo()
+      await inTime(drained, 'both are drained')
+      const bodies = (await Promise.all(pages)).map(({ body }) => body)
+      assert.deepEqual(bodies, ['late', 'late'])
+    })
+  }
+
+  test('a request that a checkExpectation listener serves is counted, and finished', async (t) => {
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => response.end('served'))
+    server.on('checkExpectation', (_, response: http.ServerResponse) => held.push(response))
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const page = getPage(portOf(server), '/', { headers: { Expect: 'the best' } })
+    await until(() => held.length === 1, 'a request is in flight')
+    assert.equal((await monitor.status()).requestsInFlight, 1)
+    const ended = monitor.shutdown()
+    assert.equal(await isPendingFor(800, ended), true)
+    held[0]!.end('expected')
+    assert.equal((await page).body, 'expected')
+    await inTime(ended, 'the shutdown is over')
+  })
 })
 
-describeInProcess('The hook on the server', ALONE, () => {
+describeInProcess('The application', ALONE, () => {
   test('a request that is none harms nobody, in flight as it stays', async (t) => {
     const timers = takeTimers(t)
     const server = await serve(t)
@@ -2149,6 +2721,645 @@ describeInProcess('The hook on the server', ALONE, () => {
     monitor.resume()
     timers.pass(1_000)
     assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
+  })
+})
+
+// --- Sending clients elsewhere -------------------------------------------------------------------
+
+interface Form {
+  /** What is sent; a GET by default. */
+  asked?: string
+  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
+}
+
+/** As rawHeaders has them: names and values in turn. */
+const UPSTREAM = [
+  ['Server', 'upstream'],
+  ['Set-Cookie', 'a=1'],
+  ['Connection', 'keep-alive'],
+  ['Keep-Alive', 'timeout=9'],
+  ['Set-Cookie', 'b=2'],
+  ['Content-Length', '2']
+].flat()
+
+/** Tells what writeHead throws instead of throwing it. */
+function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
+  try {
+    Reflect.apply(response.writeHead, response, words)
+    response.end('ok')
+  } catch (error) {
+    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
+  }
+}
+
+/** Has a response do something before its head is written, as on-headers does. */
+function beforeHead(response: http.ServerResponse, act: () => void): void {
+  const innerWriteHead = response.writeHead.bind(response) as (
+    ...words: unknown[]
+  ) => typeof response
+  response.writeHead = (...words: unknown[]) => {
+    act()
+    return innerWriteHead(...words)
+  }
+}
+
+/** The forms in which applications answer. */
+const FORMS: Record<string, Form> = {
+  'implicit headers': { answer: (_, response) => response.end('ok') },
+  'two writes': {
+    answer: (_, response) => {
+      response.write('first')
+      response.end('second')
+    }
+  },
+  setHeader: {
+    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
+  },
+  'statusCode and statusMessage': {
+    answer: (_, response) => {
+      response.statusCode = 404
+      response.statusMessage = 'Nowhere'
+      response.end('ok')
+    }
+  },
+  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
+  'writeHead of a status and a reason': {
+    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
+  },
+  'writeHead of a reason and an object': {
+    answer: (_, response) =>
+      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
+  },
+  'writeHead of an object': {
+    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
+  },
+  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
+  'writeHead of a frozen object': {
+    answer: (_, response) => {
+      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'writeHead of names and values in turn': {
+    answer: (_, response) => {
+      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of a reason and an array': {
+    answer: (_, response) => {
+      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
+    }
+  },
+  'writeHead of an array after setHeader': {
+    answer: (_, response) => {
+      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
+  'a header whose value is "connection"': {
+    answer: (_, response) => {
+      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
+    }
+  },
+  'rawHeaders of an upstream': {
+    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
+  },
+  'rawHeaders of an upstream after setHeader': {
+    answer: (_, response) => {
+      response
+        .setHeader('X-Early', '1')
+        .writeHead(200, [...UPSTREAM])
+        .end('ok')
+    }
+  },
+  'Object.entries of headers': {
+    answer: (_, response) => {
+      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
+    }
+  },
+  'Object.entries after setHeader': {
+    answer: (_, response) => {
+      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
+    }
+  },
+  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
+  'writeHead twice': {
+    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
+  },
+  'setHeaders of a Map': {
+    answer: (_, response) => {
+      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
+      response.end('ok')
+    }
+  },
+  'setHeaders of Headers': {
+    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
+  },
+  appendHeader: {
+    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
+  },
+  'appendHeader of Connection': {
+    answer: (_, response) => {
+      response
+        .appendHeader('Connection', 'keep-alive')
+        .appendHeader('Connection', 'X-Hop')
+        .end('ok')
+    }
+  },
+  trailers: {
+    answer: (_, response) => {
+      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
+      response.addTrailers({ 'X-Sum': '7' })
+      response.end()
+    }
+  },
+  'interim answers': {
+    answer: (_, response) => {
+      response.writeContinue()
+      response.writeProcessing()
+      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'Expect: 100-continue': {
+    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
+    answer: (request, response) => request.pipe(response)
+  },
+  HEAD: {
+    asked: headOf('/').replace('GET', 'HEAD'),
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
+  },
+  '204': { answer: (_, response) => response.writeHead(204).end() },
+  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
+  '304 that keeps alive': {
+    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
+  },
+  '426': {
+    answer: (_, response) => {
+      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
+      response.writeHead(426, headers).end('upgrade')
+    }
+  },
+  'a stream of known length': {
+    answer: (_, response) => {
+      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
+    }
+  },
+  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
+  'no chunks and no length': {
+    answer: (_, response) => {
+      response.removeHeader('Transfer-Encoding')
+      response.write('until the')
+      response.end(' end')
+    }
+  },
+  flushHeaders: {
+    answer: async (_, response) => {
+      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
+      await pause(10)
+      response.end('ok')
+    }
+  },
+  'setHeader of keep-alive': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'setHeader of keep-alive and other names': {
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
+  },
+  'setHeader of keep-alive in an array': {
+    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
+  },
+  'setHeader of keep-alive, then writeHead of an array': {
+    answer: (_, response) => {
+      response.setHeader('Connection', 'keep-alive')
+      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an object': {
+    answer: (_, response) => {
+      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in two cases': {
+    answer: (_, response) => {
+      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
+    }
+  },
+  'writeHead of keep-alive in an array': {
+    answer: (_, response) => {
+      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
+    }
+  },
+  'Connection: close': {
+    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
+  },
+  'removeHeader of Connection': {
+    answer: (_, response) => {
+      response.removeHeader('Connection')
+      response.end('ok')
+    }
+  },
+  'all headers removed': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'all headers copied': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
+      const headers = response.getHeaders()
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'all headers shown': {
+    answer: (_, response) => {
+      response.setHeader('X-A', '1')
+      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
+    }
+  },
+  'a head that is written late': {
+    answer: (_, response) => {
+      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
+      response.writeHead(200, { 'X-A': '1' }).end('ok')
+    }
+  },
+  'writeHead of the prototype': {
+    answer: (_, response) => {
+      Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
+      response.end('ok')
+    }
+  },
+  'a stream of its own': {
+    answer: (_, response) => {
+      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
+      response.end('ok')
+    }
+  },
+  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
+  'HTTP/1.0 that keeps alive': {
+    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
+    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
+  },
+  'a client that closes': {
+    asked: headOf('/', 'Connection: close'),
+    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
+  },
+  'a body that nobody reads': {
+    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
+    answer: (_, response) => response.end('ok')
+  },
+  'half an answer': {
+    answer: async (_, response) => {
+      response.write('half')
+      await pause(10)
+      response.destroy()
+    }
+  }
+}
+
+/** Answers each request in the form that its header names, as soon as it may. */
+async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.resolve()) {
+  const responses: http.ServerResponse[] = []
+  const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
+    responses.push(response)
+    await mayAnswer
+    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
+  }
+  const server = await serve(t, (request, response) => void answer(request, response))
+  const askAll = async (): Promise<Record<string, string>> => {
+    const answers = Object.entries(FORMS).map(async ([name, { asked = headOf('/') }]) => {
+      const text = asked.replace(/ HTTP\/1\.\d\r\n/, `$&X-Form: ${name}\r\n`)
+      return [name, await ask(portOf(server), text)]
+    })
+    return Object.fromEntries(await Promise.all(answers))
+  }
+  return { server, askAll, responses }
+}
+
+/** Closes the connections that are kept alive as soon as so many responses are sent. */
+async function closeWhenSent(server: http.Server, responses: http.ServerResponse[], count: number) {
+  const isSent = (response: http.ServerResponse) => response.writableFinished || response.destroyed
+  await until(() => responses.length === count && responses.every(isSent), 'all are sent')
+  server.closeIdleConnections()
+}
+
+/** What is to be sent while draining, by what is sent else. */
+/** Of the forms, those which are answered at once, while the request might still be sent. */
+const UPLOADS = ['Expect: 100-continue', 'a body that nobody reads']
+
+function whileDraining(answer: string): string {
+  return answer
+    .replace(/^Date: .*\r\n/gim, '')
+    .replace(/^Keep-Alive: .*\r\n/gim, '')
+    .replace(/^(Connection: )keep-alive/gim, '$1close')
+}
+
+/** Looks at a response at which something throws. */
+const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
+  'at its stream': (response) => trapped(['stream'], response),
+  'at headersSent': (response) => trapped(['headersSent'], response),
+  'at getHeaderNames': (response) => trapped(['getHeaderNames'], response),
+  'at getRawHeaderNames': (response) => trapped(['getRawHeaderNames'], response),
+  'at getHeader': (response) => trapped(['getHeader'], response),
+  'at setHeader': (response) => trapped(['setHeader'], response),
+  'with other names': (response) => Reflect.set(response, 'getHeaderNames', () => 7),
+  'with a writeHead for ever': (response) => {
+    const { writeHead } = response
+    Object.defineProperty(response, 'writeHead', { value: writeHead, writable: false })
+  }
+}
+
+/** Has each response throw in the way that its request's header names, before the monitor sees it. */
+function spoilResponses(server: http.Server): void {
+  const innerEmit = server.emit.bind(server) as (...all: unknown[]) => boolean
+  const emit = (event: string, ...args: unknown[]): boolean => {
+    const [request, response] = args as [http.IncomingMessage, http.ServerResponse]
+    if (event === 'request') {
+      response.setHeader('Connection', 'keep-alive')
+      THROWING_RESPONSES[String(request.headers['x-kind'])]?.(response)
+    }
+    return innerEmit(event, ...args)
+  }
+  server.emit = emit as typeof server.emit
+}
+
+const UPLOAD_BYTES = 8 * 2 ** 20
+
+/** Sends a head, and all of the body after that; gives what the client sees. */
+async function upload(t: TestContext, port: number, beforeBody: () => Promise<unknown>) {
+  const { socket, ...peer } = await converse(t, port, { allowHalfOpen: true })
+  let errorCode = ''
+  let answer = ''
+  socket.on('error', (error) => {
+    errorCode = codeOf(error)
+  })
+  socket.on('data', (part) => {
+    answer += String(part)
+  })
+  peer.say(`PUT /secret HTTP/1.1\r\nHost: localhost\r\nContent-Length: ${UPLOAD_BYTES}\r\n\r\n`)
+  await beforeBody()
+
+  let sent = 0
+  const hasTaken = () => errorCode !== '' || socket.writableLength === 0
+  while (sent < UPLOAD_BYTES && errorCode === '') {
+    socket.write(Buffer.alloc(65_536))
+    sent += 65_536
+    if (socket.writableNeedDrain) await until(hasTaken, 'the part is sent')
+  }
+  await until(() => errorCode !== '' || answer.endsWith('not you'), 'it is over')
+  socket.end()
+  const comparable = answer.replace(/^(Date|Connection|Keep-Alive): .*\r\n/gim, '')
+  return { errorCode, isAllSent: sent === UPLOAD_BYTES, answer: comparable }
+}
+
+const refuse: http.RequestListener = (_, response) => {
+  response.statusCode = 401
+  response.end('not you')
+}
+
+describeInProcess('Sending clients elsewhere', TOGETHER, () => {
+  test('while drained, `Connection: close` outdoes what the application says', async (t) => {
+    const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
+    const server = await serve(t, (request, response) => {
+      if (request.url === '/gateway') {
+        response.writeHead(200, upstream).end()
+      } else if (request.url === '/list') {
+        response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
+      } else if (request.url === '/bare') {
+        // as Koa does before it answers an error
+        for (const name of response.getHeaderNames()) response.removeHeader(name)
+        response.setHeader('X-Kept', 'yes').end()
+      } else {
+        response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
+      }
+    })
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    await monitor.drain()
+    for (const path of ['/gateway', '/list', '/bare', '/header']) {
+      const { status, headers } = await getPage(portOf(server), path)
+      assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
+    }
+  })
+
+  test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server })
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const connectionOf = async (path: string) => {
+      const { status, headers } = await getPage(portOf(server), path, { agent })
+      assert.equal(status, 200)
+      return headers.connection
+    }
+    assert.equal(await connectionOf('/'), 'keep-alive')
+    const begunBefore = connectionOf('/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const drained = monitor.drain()
+    assert.equal(await connectionOf('/'), 'close')
+    letGo()
+    assert.equal(await begunBefore, 'close')
+    await drained
+    assert.equal(await connectionOf('/'), 'close')
+    monitor.resume()
+    assert.equal(await connectionOf('/'), 'keep-alive')
+  })
+
+  test('draining changes no answer but its `Connection`, which closes in its place', async (t) => {
+    const plain = await serveForms(t)
+    const drained = await serveForms(t)
+    const mayAnswer = latch()
+    const inFlight = await serveForms(t, mayAnswer.opened)
+    const options = { performers: WARM, until: 'started' } as const
+    const first = await bootInstance(t, { ...options, server: drained.server })
+    const second = await bootInstance(t, { ...options, server: inFlight.server })
+
+    await first.monitor.drain()
+    const asked = [plain.askAll(), drained.askAll(), inFlight.askAll()]
+    const count = Object.keys(FORMS).length
+    await until(() => inFlight.responses.length === count, 'all are in flight')
+    const done = second.monitor.drain({ timeoutMs: 2_000 })
+    mayAnswer.open()
+    await closeWhenSent(plain.server, plain.responses, count)
+    const [plainAnswers = {}, drainedAnswers = {}, inFlightAnswers = {}] = await Promise.all(asked)
+    await done
+
+    assert.equal(Object.keys(plainAnswers).length, count)
+    for (const [name, plainAnswer] of Object.entries(plainAnswers)) {
+      assert.match(plainAnswer, /^HTTP\/1\.1 \d/, name)
+      const keptAlive = plainAnswer.replace(/\[still open\]$/, '')
+      const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
+      const expected = whileDraining(keptAlive)
+      if (UPLOADS.includes(name)) {
+        const drainedAnswer = withoutDate(drainedAnswers[name]).replace(/\[still open\]$/, '')
+        assert.equal(drainedAnswer, withoutDate(keptAlive), `${name}, drained`)
+      } else {
+        assert.equal(withoutDate(drainedAnswers[name]), expected, `${name}, drained`)
+      }
+      assert.equal(withoutDate(inFlightAnswers[name]), expected, `${name}, in flight`)
+    }
+  })
+
+  test('of pipelined requests all are answered, and only the last closes', async (t) => {
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => held.push(response))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const isDrainedBefore = [true, true, false]
+    for (const [round, isDrained] of isDrainedBefore.entries()) {
+      if (isDrained) await monitor.drain({ timeoutMs: 0 })
+      const answers = ask(portOf(server), headOf('/1') + headOf('/2') + headOf('/3'))
+      await until(() => held.length === 3, 'all are in flight')
+      if (!isDrained) await monitor.drain({ timeoutMs: 0 })
+      const inOrder = round === 1 ? held.splice(0).reverse() : held.splice(0)
+      for (const response of inOrder) response.setHeader('Connection', 'keep-alive').end('ok')
+      const connections = [...(await answers).matchAll(/^Connection: (\S+)/gm)]
+      const told = connections.map(([, value]) => value)
+      assert.deepEqual(told, ['keep-alive', 'keep-alive', 'close'])
+      monitor.resume()
+    }
+  })
+
+  test('a response that throws does not make drain() reject, and is sent', async (t) => {
+    const kinds = Object.entries(THROWING_RESPONSES)
+    for (const isDrainedBefore of [true, false]) {
+      const held: http.ServerResponse[] = []
+      const server = await serve(t, (_, response) => held.push(response))
+      const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+      spoilResponses(server)
+      if (isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
+      const asked = kinds.map(([name]) => {
+        const head = headOf('/', `X-Kind: ${name}`)
+        return ask(portOf(server), head)
+      })
+      await until(() => held.length === kinds.length, 'all have come')
+      if (!isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
+      for (const response of held) response.end('ok')
+      await closeWhenSent(server, held, kinds.length) // some cannot be told to close
+      for (const [index, answer] of (await Promise.all(asked)).entries()) {
+        assert.match(answer, /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nok$/, kinds[index]![0])
+      }
+    }
+  })
+
+  test('a session that opens during a drain has its first request served', async (t) => {
+    const server = await startListening(
+      t,
+      http2.createServer((_, response) => response.end('served'))
+    )
+    // On Node.js 20 a session that was sent elsewhere leaves its connection open when it is destroyed.
+    server.on('connection', (socket: net.Socket) => t.after(() => socket.destroy()))
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    await monitor.drain()
+    const session = http2.connect(`http://127.0.0.1:${portOf(server)}`)
+    t.after(() => session.destroy())
+    session.on('error', () => {})
+    const outcomes = Promise.all([askStream(session), askStream(session)])
+    assert.deepEqual(await inTime(outcomes, 'both are answered'), ['served', 'served'])
+  })
+
+  test('while drained, an upload that is answered before its body has come gets the same answer', async (t) => {
+    const [plain, drained] = await Promise.all([serve(t, refuse), serve(t, refuse)])
+    const { monitor } = await bootInstance(t, { server: drained, performers: WARM })
+    await monitor.drain()
+    const expected = await upload(t, portOf(plain), () => pause(100))
+    assert.match(expected.answer, /^HTTP\/1\.1 401 /)
+    assert.equal(expected.errorCode, '')
+    assert.deepEqual(await upload(t, portOf(drained), () => pause(100)), expected)
+  })
+
+  test('an upload in flight when a drain begins, and answered before its body has come, gets the same answer', async (t) => {
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => held.push(response))
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const outcome = upload(t, portOf(server), async () => {
+      await until(() => held.length === 1, 'the upload is in flight')
+      void monitor.drain({ timeoutMs: 0 })
+      held[0]!.statusCode = 401
+      held[0]!.end('not you')
+      await pause(100)
+    })
+    const { errorCode, answer } = await outcome
+    assert.equal(errorCode, '')
+    assert.match(answer, /^HTTP\/1\.1 401 [^]*not you$/)
+  })
+
+  test('a request that is pipelined behind one from before a drain and its resume is answered', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/held'))
+    await until(() => held.length === 1, 'the first is in flight')
+    await monitor.drain({ timeoutMs: 0 })
+    monitor.resume()
+    peer.say(headOf('/held'))
+    await until(() => held.length === 2, 'the second is in flight')
+    letGo()
+    await until(() => peer.isClosed || peer.transcript.match(/late/g)?.length === 2, 'it is over')
+    assert.equal(peer.transcript.match(/late/g)?.length, 2)
+  })
+
+  test('a request that comes when the one from before a drain and its resume is answered, is answered', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/held'))
+    await until(() => held.length === 1, 'the first is in flight')
+    await monitor.drain({ timeoutMs: 0 })
+    monitor.resume()
+    letGo()
+    peer.say(headOf('/'))
+    await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
+    const isToldToClose = /^Connection: close\r$/m.test(peer.transcript)
+    assert.ok(isToldToClose || peer.transcript.endsWith('served'), peer.transcript)
+  })
+})
+
+describeInProcess('Sending clients elsewhere', ALONE, () => {
+  test('a response that throws does not hurt the tick that looks at it', async (t) => {
+    const timers = takeTimers(t)
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, (_, response) => held.push(response))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const asked = getPage(portOf(server), '/').catch(() => {})
+    await until(() => held.length === 1, 'it has come')
+    const [response] = held
+    const destroyed = { get: thrower, set() {}, configurable: true }
+    Object.defineProperty(response, 'destroyed', destroyed)
+    timers.pass(1_000)
+    await monitor.drain({ timeoutMs: 2_000 })
+    Reflect.deleteProperty(response as object, 'destroyed')
+    response?.end()
+    await asked
+  })
+})
+
+describeProcesses('Sending clients elsewhere', SIDE_BY_SIDE, () => {
+  test('an upload that is answered early when the server has closed may send its body', async (t) => {
+    const service = await bootService(t, {
+      env: { FTW_MONITOR: '0' },
+      script: `
+        handle = async (_, response) => {
+          print('asked')
+          await pause(600)
+          response.statusCode = 401
+          response.end('not you')
+        }`
+    })
+    const { errorCode, answer } = await upload(t, service.instancePort, async () => {
+      await service.hasSaid('asked')
+      service.kill('SIGTERM')
+      await until(() => isRefused(service.instancePort), 'the server is closed')
+      await pause(700)
+    })
+    assert.equal(errorCode, '')
+    assert.match(answer, /^HTTP\/1\.1 401 [^]*not you$/)
+    assert.equal((await service.awaitEnd()).status, 0)
   })
 })
 
@@ -3775,384 +4986,167 @@ describeInProcess('Warm-up', PAIRWISE, () => {
   }
 })
 
-// --- Draining and shutdown -----------------------------------------------------------------------
+// --- Probers -------------------------------------------------------------------------------------
 
-/** Has a server upgrade connections; gives the server's ends of them. */
-function takeUpgrades(server: net.Server): net.Socket[] {
-  const upgraded: net.Socket[] = []
-  server.on('upgrade', (_, socket: net.Socket) => {
-    socket.on('error', () => {})
-    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
-    upgraded.push(socket)
+describeInProcess('Probers', TOGETHER, () => {
+  test('a browser is no prober that drain waits for', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started', performers: WARM })
+    await untilVerdict(monitor)
+    const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+    await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
+    assert.deepEqual((await monitor.status()).probers, [])
+    await inTime(monitor.drain(), 'drained')
   })
-  return upgraded
-}
+})
 
-interface Form {
-  /** What is sent; a GET by default. */
-  asked?: string
-  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
-}
+describeInProcess('Probers', ALONE, () => {
+  test('of more than 64 addresses the one that asks least often makes room', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const everyone = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
+    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
+    for (let round = 0; round < 3; round++) {
+      await Promise.all(everyone.map(askFrom))
+      timers.pass(1_000)
+    }
+    for (let index = 0; index < 20; index++) await askFrom(`127.0.2.${index + 1}`)
+    const { probers } = await monitor.status()
+    const known = probers.filter(({ address }) => address.startsWith('127.0.1.'))
+    assert.equal(probers.length, 64)
+    assert.equal(known.length, 63) // one has made room, and after it each passer-by
+    await askTimes(3, port, 'health_check\n', { from: '127.0.3.1' })
+    const addresses = (await monitor.status()).probers.map(({ address }) => address)
+    assert.ok(addresses.includes('127.0.3.1'), 'the new one is known')
+    assert.ok(!addresses.includes('127.0.2.20'), 'a passer-by made room')
+  })
 
-/** As rawHeaders has them: names and values in turn. */
-const UPSTREAM = [
-  ['Server', 'upstream'],
-  ['Set-Cookie', 'a=1'],
-  ['Connection', 'keep-alive'],
-  ['Keep-Alive', 'timeout=9'],
-  ['Set-Cookie', 'b=2'],
-  ['Content-Length', '2']
-].flat()
+  test('a prober is an address that asked three times in the 60 s before, and still asks', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
+    await askFrom('127.0.0.2')
+    timers.pass(5_000)
+    await askFrom('127.0.0.2')
+    assert.equal(await askWhomItWaitsFor(port), 0)
+    timers.pass(5_000)
+    await askFrom('127.0.0.2')
+    for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
+    assert.equal(await askWhomItWaitsFor(port), 2)
+    timers.pass(1_250)
+    assert.equal(await askWhomItWaitsFor(port), 1, 'who asked at once asks no more')
+    timers.pass(14_500)
+    assert.equal(await askWhomItWaitsFor(port), 1, 'three of its pauses and a second')
+    timers.pass(500)
+    assert.equal(await askWhomItWaitsFor(port), 0, 'who has stopped asking is not waited for')
+  })
 
-/** Tells what writeHead throws instead of throwing it. */
-function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
-  try {
-    Reflect.apply(response.writeHead, response, words)
-    response.end('ok')
-  } catch (error) {
-    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
-  }
-}
+  test('who asks less often than three times in 60 s is no prober', async (t) => {
+    const timers = takeTimers(t)
+    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const waitsFor: number[] = []
+    for (const pauseMs of [0, 30_000, 30_000, 30_250]) {
+      timers.pass(pauseMs)
+      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      waitsFor.push(await askWhomItWaitsFor(port))
+    }
+    assert.deepEqual(waitsFor, [0, 0, 1, 0])
+  })
 
-/** Has a response do something before its head is written, as on-headers does. */
-function beforeHead(response: http.ServerResponse, act: () => void): void {
-  const innerWriteHead = response.writeHead.bind(response) as (
-    ...words: unknown[]
-  ) => typeof response
-  response.writeHead = (...words: unknown[]) => {
-    act()
-    return innerWriteHead(...words)
-  }
-}
+  test('who stops asking while it drains is not waited for any longer', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    const drained = monitor.drain()
+    timers.pass(750)
+    assert.equal(await isPendingFor(300, drained), true)
+    timers.pass(500)
+    await inTime(drained, 'it is drained', 10_000) // not after 25 s
+  })
 
-/** The forms in which applications answer. */
-const FORMS: Record<string, Form> = {
-  'implicit headers': { answer: (_, response) => response.end('ok') },
-  'two writes': {
-    answer: (_, response) => {
-      response.write('first')
-      response.end('second')
+  test('one line says whom a shutdown waits for, and for how long at most', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    for (let round = 0; round < 3; round++) {
+      timers.pass(500)
+      for (const from of ['127.0.0.2', '127.0.0.3']) await ask(port, 'health_check\n', { from })
     }
-  },
-  setHeader: {
-    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
-  },
-  'statusCode and statusMessage': {
-    answer: (_, response) => {
-      response.statusCode = 404
-      response.statusMessage = 'Nowhere'
-      response.end('ok')
-    }
-  },
-  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
-  'writeHead of a status and a reason': {
-    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
-  },
-  'writeHead of a reason and an object': {
-    answer: (_, response) =>
-      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
-  },
-  'writeHead of an object': {
-    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
-  },
-  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
-  'writeHead of a frozen object': {
-    answer: (_, response) => {
-      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'writeHead of names and values in turn': {
-    answer: (_, response) => {
-      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of a reason and an array': {
-    answer: (_, response) => {
-      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of an array after setHeader': {
-    answer: (_, response) => {
-      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
-  'a header whose value is "connection"': {
-    answer: (_, response) => {
-      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
-    }
-  },
-  'rawHeaders of an upstream': {
-    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
-  },
-  'rawHeaders of an upstream after setHeader': {
-    answer: (_, response) => {
-      response
-        .setHeader('X-Early', '1')
-        .writeHead(200, [...UPSTREAM])
-        .end('ok')
-    }
-  },
-  'Object.entries of headers': {
-    answer: (_, response) => {
-      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
-    }
-  },
-  'Object.entries after setHeader': {
-    answer: (_, response) => {
-      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
-    }
-  },
-  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
-  'writeHead twice': {
-    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
-  },
-  'setHeaders of a Map': {
-    answer: (_, response) => {
-      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
-      response.end('ok')
-    }
-  },
-  'setHeaders of Headers': {
-    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
-  },
-  appendHeader: {
-    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
-  },
-  'appendHeader of Connection': {
-    answer: (_, response) => {
-      response
-        .appendHeader('Connection', 'keep-alive')
-        .appendHeader('Connection', 'X-Hop')
-        .end('ok')
-    }
-  },
-  trailers: {
-    answer: (_, response) => {
-      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
-      response.addTrailers({ 'X-Sum': '7' })
-      response.end()
-    }
-  },
-  'interim answers': {
-    answer: (_, response) => {
-      response.writeContinue()
-      response.writeProcessing()
-      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'Expect: 100-continue': {
-    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
-    answer: (request, response) => request.pipe(response)
-  },
-  HEAD: {
-    asked: headOf('/').replace('GET', 'HEAD'),
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
-  },
-  '204': { answer: (_, response) => response.writeHead(204).end() },
-  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
-  '304 that keeps alive': {
-    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
-  },
-  '426': {
-    answer: (_, response) => {
-      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
-      response.writeHead(426, headers).end('upgrade')
-    }
-  },
-  'a stream of known length': {
-    answer: (_, response) => {
-      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
-    }
-  },
-  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
-  'no chunks and no length': {
-    answer: (_, response) => {
-      response.removeHeader('Transfer-Encoding')
-      response.write('until the')
-      response.end(' end')
-    }
-  },
-  flushHeaders: {
-    answer: async (_, response) => {
-      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
-      await pause(10)
-      response.end('ok')
-    }
-  },
-  'setHeader of keep-alive': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
-      response.setHeader('X-B', '2').end('ok')
-    }
-  },
-  'setHeader of keep-alive and other names': {
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
-  },
-  'setHeader of keep-alive in an array': {
-    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
-  },
-  'setHeader of keep-alive, then writeHead of an array': {
-    answer: (_, response) => {
-      response.setHeader('Connection', 'keep-alive')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of keep-alive in an object': {
-    answer: (_, response) => {
-      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
-    }
-  },
-  'writeHead of keep-alive in two cases': {
-    answer: (_, response) => {
-      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
-    }
-  },
-  'writeHead of keep-alive in an array': {
-    answer: (_, response) => {
-      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
-    }
-  },
-  'Connection: close': {
-    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
-  },
-  'removeHeader of Connection': {
-    answer: (_, response) => {
-      response.removeHeader('Connection')
-      response.end('ok')
-    }
-  },
-  'all headers removed': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.setHeader('X-B', '2').end('ok')
-    }
-  },
-  'all headers copied': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
-      const headers = response.getHeaders()
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'all headers shown': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
-    }
-  },
-  'a head that is written late': {
-    answer: (_, response) => {
-      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
-      response.writeHead(200, { 'X-A': '1' }).end('ok')
-    }
-  },
-  'writeHead of the prototype': {
-    answer: (_, response) => {
-      Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
-      response.end('ok')
-    }
-  },
-  'a stream of its own': {
-    answer: (_, response) => {
-      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
-      response.end('ok')
-    }
-  },
-  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
-  'HTTP/1.0 that keeps alive': {
-    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
-  },
-  'a client that closes': {
-    asked: headOf('/', 'Connection: close'),
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
-  },
-  'a body that nobody reads': {
-    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
-    answer: (_, response) => response.end('ok')
-  },
-  'half an answer': {
-    answer: async (_, response) => {
-      response.write('half')
-      await pause(10)
-      response.destroy()
-    }
-  }
-}
+    const ended = monitor.shutdown()
+    const lines = logger.lines.filter((line) => line.includes('drains: waits for'))
+    const each = ['127.0.0.2', '127.0.0.3'].map((address) => `${address} (asks every 0.5 s)`)
+    assert.deepEqual(lines, [`info ftw-monitor drains: waits for ${each.join(', ')}, at most 20 s`])
+    timers.pass(5_000)
+    await ended
+  })
 
-/** Answers each request in the form that its header names, as soon as it may. */
-async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.resolve()) {
-  const responses: http.ServerResponse[] = []
-  const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
-    responses.push(response)
-    await mayAnswer
-    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
-  }
-  const server = await serve(t, (request, response) => void answer(request, response))
-  const askAll = async (): Promise<Record<string, string>> => {
-    const answers = Object.entries(FORMS).map(async ([name, { asked = headOf('/') }]) => {
-      const text = asked.replace(/ HTTP\/1\.\d\r\n/, `$&X-Form: ${name}\r\n`)
-      return [name, await ask(portOf(server), text)]
-    })
-    return Object.fromEntries(await Promise.all(answers))
-  }
-  return { server, askAll, responses }
-}
-
-/** Closes the connections that are kept alive as soon as so many responses are sent. */
-async function closeWhenSent(server: http.Server, responses: http.ServerResponse[], count: number) {
-  const isSent = (response: http.ServerResponse) => response.writableFinished || response.destroyed
-  await until(() => responses.length === count && responses.every(isSent), 'all are sent')
-  server.closeIdleConnections()
-}
-
-/** What is to be sent while draining, by what is sent else. */
-/** Of the forms, those which are answered at once, while the request might still be sent. */
-const UPLOADS = ['Expect: 100-continue', 'a body that nobody reads']
-
-function whileDraining(answer: string): string {
-  return answer
-    .replace(/^Date: .*\r\n/gim, '')
-    .replace(/^Keep-Alive: .*\r\n/gim, '')
-    .replace(/^(Connection: )keep-alive/gim, '$1close')
-}
-
-/** Looks at a response at which something throws. */
-const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
-  'at its stream': (response) => trapped(['stream'], response),
-  'at headersSent': (response) => trapped(['headersSent'], response),
-  'at getHeaderNames': (response) => trapped(['getHeaderNames'], response),
-  'at getRawHeaderNames': (response) => trapped(['getRawHeaderNames'], response),
-  'at getHeader': (response) => trapped(['getHeader'], response),
-  'at setHeader': (response) => trapped(['setHeader'], response),
-  'with other names': (response) => Reflect.set(response, 'getHeaderNames', () => 7),
-  'with a writeHead for ever': (response) => {
-    const { writeHead } = response
-    Object.defineProperty(response, 'writeHead', { value: writeHead, writable: false })
-  }
-}
-
-/** Has each response throw in the way that its request's header names, before the monitor sees it. */
-function spoilResponses(server: http.Server): void {
-  const innerEmit = server.emit.bind(server) as (...all: unknown[]) => boolean
-  const emit = (event: string, ...args: unknown[]): boolean => {
-    const [request, response] = args as [http.IncomingMessage, http.ServerResponse]
-    if (event === 'request') {
-      response.setHeader('Connection', 'keep-alive')
-      THROWING_RESPONSES[String(request.headers['x-kind'])]?.(response)
+  test('that a prober asks too seldom for the time that a shutdown has is said beforehand, once', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    monitor.shutdownOnSignal({ timeoutMs: 1_500 })
+    for (let time = 0; time < 10; time++) {
+      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      timers.pass(500)
     }
-    return innerEmit(event, ...args)
-  }
-  server.emit = emit as typeof server.emit
-}
+    const lines = logger.lines.filter((line) => line.includes('timeoutMs'))
+    assert.equal(lines.length, 1)
+    const line = lines.join()
+    assert.match(line, /^info ftw-monitor .*127\.0\.0\.2 asks every 0\.5 s\b/)
+    assert.match(line, /\b1\.2 s\b/) // the time for telling: four fifths
+  })
 
-describeInProcess('Draining and shutdown', TOGETHER, () => {
+  test('nothing is said of a prober that asks often enough', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    monitor.shutdownOnSignal({ timeoutMs: 5_000 })
+    for (let time = 0; time < 15; time++) {
+      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      timers.pass(250)
+    }
+    assert.doesNotMatch(logger.lines.join('\n'), /timeoutMs/)
+  })
+})
+
+describeProcesses('Probers', SIDE_BY_SIDE, () => {
+  test('as many probers are known that ask at the same moments', async (t) => {
+    const { port } = await bootProcess(t)
+    await until(async () => (await askWhomItWaitsFor(port)) === 0, 'the checks at boot are past')
+    const addresses = Array.from({ length: 63 }, (_, index) => `127.0.1.${index + 1}`)
+    for (let round = 0; round < 3; round++) {
+      await pause(300)
+      await Promise.all(addresses.map((from) => ask(port, 'health_check\n', { from })))
+    }
+    assert.equal(await askWhomItWaitsFor(port), 63) // and the one that asked at boot
+  })
+
+  test('who has asked long ago does not delay the end after a signal', SLOW, async (t) => {
+    const service = await bootService(t)
+    await askTimes(4, service.port, 'health_check\n', { from: '127.0.0.2', everyMs: 50 })
+    await pause(2_200) // three pauses and a second, and the ticks
+    const { status, ms } = await service.end()
+    assert.equal(status, 0)
+    assert.ok(ms < 10_000, `ended after ${ms} ms`)
+  })
+
+  test('telling leaves requests a fifth of the time, whatever probers do', SLOW, async (t) => {
+    const service = await bootService(t, { script: TELLS_FOR_LONG })
+    await probe(t, service.port)
+    const page = getPage(service.instancePort, '/slow2500')
+    await service.hasSaid('asked for /slow2500')
+    const signalledAt = performance.now()
+    service.kill('SIGTERM')
+    await until(() => isRefused(service.instancePort), 'the server is closed')
+    const ms = performance.now() - signalledAt
+    assert.ok(ms > 2_000, `closed after ${ms} ms`)
+    assert.equal((await page).body, 'served')
+    assert.deepEqual(linesOfShutdown((await service.awaitEnd()).output), [])
+  })
+})
+
+// --- Draining ------------------------------------------------------------------------------------
+
+describeInProcess('Draining', TOGETHER, () => {
   test('while drained the verdict is the reason, before everything else', async (t) => {
     const server = await serve(t)
     const { monitor, port } = await bootInstance(t, {
@@ -4181,52 +5175,6 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await expectReason("Error: Database 'main' disconnected.")
   })
 
-  test('while drained, `Connection: close` outdoes what the application says', async (t) => {
-    const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
-    const server = await serve(t, (request, response) => {
-      if (request.url === '/gateway') {
-        response.writeHead(200, upstream).end()
-      } else if (request.url === '/list') {
-        response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
-      } else if (request.url === '/bare') {
-        // as Koa does before it answers an error
-        for (const name of response.getHeaderNames()) response.removeHeader(name)
-        response.setHeader('X-Kept', 'yes').end()
-      } else {
-        response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
-      }
-    })
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    await monitor.drain()
-    for (const path of ['/gateway', '/list', '/bare', '/header']) {
-      const { status, headers } = await getPage(portOf(server), path)
-      assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
-    }
-  })
-
-  test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server })
-    const agent = new http.Agent({ keepAlive: true })
-    t.after(() => agent.destroy())
-    const connectionOf = async (path: string) => {
-      const { status, headers } = await getPage(portOf(server), path, { agent })
-      assert.equal(status, 200)
-      return headers.connection
-    }
-    assert.equal(await connectionOf('/'), 'keep-alive')
-    const begunBefore = connectionOf('/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const drained = monitor.drain()
-    assert.equal(await connectionOf('/'), 'close')
-    letGo()
-    assert.equal(await begunBefore, 'close')
-    await drained
-    assert.equal(await connectionOf('/'), 'close')
-    monitor.resume()
-    assert.equal(await connectionOf('/'), 'keep-alive')
-  })
-
   test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
@@ -4247,8 +5195,6 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     const askTwice = async (command: string, from: string) => {
       await askTimes(2, port, `${command}\n`, { from })
     }
-    const isPending = async (promise: Promise<void>) =>
-      (await Promise.race([promise, pause(200, 'pending')])) === 'pending'
     const askedBefore = async () => {
       for (const from of ['127.0.0.1', '127.0.0.2']) {
         await askTwice('health_check', from)
@@ -4260,28 +5206,33 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await askTwice('agent_check', '127.0.0.1')
     await askTwice('health_check', '127.0.0.2')
     await askTwice('health_check', '127.0.0.2')
-    assert.equal(await isPending(byChecks), true)
+    assert.equal(await isPendingFor(200, byChecks), true)
     await ask(port, 'health_check\n', { from: '127.0.0.2' })
     await inTime(byChecks, 'the fifth answer ends it')
     monitor.resume()
     await askedBefore()
     const byAgent = monitor.drain()
     await ask(port, 'agent_check\n', { from: '127.0.0.1' })
-    assert.equal(await isPending(byAgent), true)
+    assert.equal(await isPendingFor(200, byAgent), true)
     await ask(port, 'agent_check\n', { from: '127.0.0.2' })
     await inTime(byAgent, 'the second agent ends it')
   })
 
-  test('as many probers are known that ask at the same moments', async (t) => {
-    const { port } = await bootProcess(t)
-    await until(async () => (await askWhomItWaitsFor(port)) === 0, 'the checks at boot are past')
-    const addresses = Array.from({ length: 63 }, (_, index) => `127.0.1.${index + 1}`)
-    for (let round = 0; round < 3; round++) {
-      await pause(300)
-      await Promise.all(addresses.map((from) => ask(port, 'health_check\n', { from })))
-    }
-    assert.equal(await askWhomItWaitsFor(port), 63) // and the one that asked at boot
-  })
+  for (const [fall, last] of [
+    [6, 'agent_check'],
+    [4, 'health_check']
+  ] as const) {
+    test(`an answer of an agent counts as three: drain({ fall: ${fall} }) waits for one and a ${last}`, async (t) => {
+      const { server } = await serveHeld(t)
+      const { monitor, port } = await bootInstance(t, { server, performers: WARM })
+      await askTimes(3, port, 'agent_check\n', { from: '127.0.0.2' })
+      const drained = monitor.drain({ fall })
+      await ask(port, 'agent_check\n', { from: '127.0.0.2' })
+      assert.equal(await isPendingFor(300, drained), true)
+      await ask(port, `${last}\n`, { from: '127.0.0.2' })
+      await inTime(drained, 'both have been told')
+    })
+  }
 
   test('the command `drain` tells what it waits for, line by line, until `Drained`', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
@@ -4334,82 +5285,6 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     }
   })
 
-  test('draining changes no answer but its `Connection`, which closes in its place', async (t) => {
-    const plain = await serveForms(t)
-    const drained = await serveForms(t)
-    const mayAnswer = latch()
-    const inFlight = await serveForms(t, mayAnswer.opened)
-    const options = { performers: WARM, until: 'started' } as const
-    const first = await bootInstance(t, { ...options, server: drained.server })
-    const second = await bootInstance(t, { ...options, server: inFlight.server })
-
-    await first.monitor.drain()
-    const asked = [plain.askAll(), drained.askAll(), inFlight.askAll()]
-    const count = Object.keys(FORMS).length
-    await until(() => inFlight.responses.length === count, 'all are in flight')
-    const done = second.monitor.drain({ timeoutMs: 2_000 })
-    mayAnswer.open()
-    await closeWhenSent(plain.server, plain.responses, count)
-    const [plainAnswers = {}, drainedAnswers = {}, inFlightAnswers = {}] = await Promise.all(asked)
-    await done
-
-    assert.equal(Object.keys(plainAnswers).length, count)
-    for (const [name, plainAnswer] of Object.entries(plainAnswers)) {
-      assert.match(plainAnswer, /^HTTP\/1\.1 \d/, name)
-      const keptAlive = plainAnswer.replace(/\[still open\]$/, '')
-      const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
-      const expected = whileDraining(keptAlive)
-      if (UPLOADS.includes(name)) {
-        const drainedAnswer = withoutDate(drainedAnswers[name]).replace(/\[still open\]$/, '')
-        assert.equal(drainedAnswer, withoutDate(keptAlive), `${name}, drained`)
-      } else {
-        assert.equal(withoutDate(drainedAnswers[name]), expected, `${name}, drained`)
-      }
-      assert.equal(withoutDate(inFlightAnswers[name]), expected, `${name}, in flight`)
-    }
-  })
-
-  test('of pipelined requests all are answered, and only the last closes', async (t) => {
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => held.push(response))
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const isDrainedBefore = [true, true, false]
-    for (const [round, isDrained] of isDrainedBefore.entries()) {
-      if (isDrained) await monitor.drain({ timeoutMs: 0 })
-      const answers = ask(portOf(server), headOf('/1') + headOf('/2') + headOf('/3'))
-      await until(() => held.length === 3, 'all are in flight')
-      if (!isDrained) await monitor.drain({ timeoutMs: 0 })
-      const inOrder = round === 1 ? held.splice(0).reverse() : held.splice(0)
-      for (const response of inOrder) response.setHeader('Connection', 'keep-alive').end('ok')
-      const connections = [...(await answers).matchAll(/^Connection: (\S+)/gm)]
-      const told = connections.map(([, value]) => value)
-      assert.deepEqual(told, ['keep-alive', 'keep-alive', 'close'])
-      monitor.resume()
-    }
-  })
-
-  test('a response that throws does not make drain() reject, and is sent', async (t) => {
-    const kinds = Object.entries(THROWING_RESPONSES)
-    for (const isDrainedBefore of [true, false]) {
-      const held: http.ServerResponse[] = []
-      const server = await serve(t, (_, response) => held.push(response))
-      const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-      spoilResponses(server)
-      if (isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
-      const asked = kinds.map(([name]) => {
-        const head = headOf('/', `X-Kind: ${name}`)
-        return ask(portOf(server), head)
-      })
-      await until(() => held.length === kinds.length, 'all have come')
-      if (!isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
-      for (const response of held) response.end('ok')
-      await closeWhenSent(server, held, kinds.length) // some cannot be told to close
-      for (const [index, answer] of (await Promise.all(asked)).entries()) {
-        assert.match(answer, /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nok$/, kinds[index]![0])
-      }
-    }
-  })
-
   test('drain tells of upgraded connections, and does not wait for them', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     echoUpgrades(server)
@@ -4428,6 +5303,360 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await peers[0]?.hear('still here')
   })
 
+  test('drain({ minimumMs }) takes at least so long', async (t) => {
+    const { server } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const ms = await timeOf(monitor.drain({ minimumMs: 700 }))
+    assert.ok(ms > 690 && ms < 10_000, `${ms} ms`)
+  })
+
+  test('a wrong minimumMs is refused', async (t) => {
+    const { server } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const wrong: [minimumMs: unknown, kind: typeof TypeError][] = [
+      [-1, RangeError],
+      [NaN, RangeError],
+      ['1500', TypeError],
+      [null, TypeError]
+    ]
+    for (const [minimumMs, Kind] of wrong) {
+      const isKind = (error: unknown) =>
+        error instanceof Kind && /minimumMs must/.test(String(error))
+      const options = { minimumMs } as DrainOptions & ShutdownOptions
+      assert.throws(() => monitor.shutdownOnSignal(options), isKind, String(minimumMs))
+      await assert.rejects(monitor.drain(options), isKind, String(minimumMs))
+    }
+  })
+
+  test('drain() resolves at its time-out where requests keep coming', async (t) => {
+    const { server } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const traffic = askUntilOver(t, 10, () => getPage(portOf(server), '/'))
+    await until(() => traffic.answers > 3, 'there is traffic')
+    const ms = await timeOf(monitor.drain({ timeoutMs: 500 }))
+    assert.ok(ms > 490 && ms < 10_000, `${ms} ms`)
+  })
+})
+
+describeInProcess('Draining', ALONE, () => {
+  test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
+    takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await askTimes(200, port, 'health_check\n', { from: '127.0.0.2' })
+    const startedAt = Date.now()
+    const drained = monitor.drain({ timeoutMs: 500 })
+    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    await drained
+    assert.ok(Date.now() - startedAt >= 490)
+  })
+
+  test('a drain soon after a long one still waits for its probers', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const askThrice = () => askTimes(3, port, 'health_check\n')
+    await askThrice()
+    const first = monitor.drain()
+    await askThrice()
+    await first
+    timers.pass(62_000)
+    await askThrice()
+    monitor.resume()
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    let isDrained = false
+    const second = monitor.drain().then(() => {
+      isDrained = true
+    })
+    await ask(port, 'health_check\n')
+    await pause(300) // three times the quiet that suffices
+    assert.equal(isDrained, false)
+    await askThrice()
+    await second
+  })
+
+  test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, until: 'started' })
+    await untilVerdict(monitor)
+    const answers = [getPage(portOf(server), '/held'), getPage(portOf(server), '/held')]
+    await until(() => held.length === 2, 'two requests are in flight')
+    const clock = fakeClock(t)
+    let isDrained = false
+    const drained = monitor.drain().then(() => {
+      isDrained = true
+    })
+    const untilLookedAt = () => pause(100) // it looks several times in that
+    const expectDrainingAfter = async (ms: number) => {
+      await untilLookedAt()
+      clock.now += ms
+      await untilLookedAt()
+      assert.equal(isDrained, false)
+    }
+    await expectDrainingAfter(200)
+    held.pop()?.end()
+    await expectDrainingAfter(200)
+    letGo()
+    await Promise.all(answers)
+    for (let request = 0; request < 3; request++) {
+      await getPage(portOf(server), '/')
+      await expectDrainingAfter(99)
+    }
+    clock.now += 1
+    await inTime(drained, 'it is drained')
+  })
+
+  test('drain() resolves after its time-out at the latest', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const startedAt = performance.now()
+    await monitor.drain({ timeoutMs: 400 })
+    const ms = performance.now() - startedAt
+    assert.ok(ms >= 399 && ms < 10_000, `${ms} ms`)
+    assert.equal((await monitor.health()).reason, 'Draining')
+    letGo()
+    await answer
+  })
+
+  test('the command `drain` goes on waiting for a quiet moment, and says that requests keep coming', async (t) => {
+    const { server } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server, performers: WARM })
+    const clock = fakeClock(t)
+    const peer = await converse(t, port)
+    peer.say('drain\n')
+    await until(() => peer.transcript !== '', 'it drains')
+    for (let request = 0; request < 30; request++) {
+      await getPage(portOf(server), '/')
+      clock.now += 90 // in sum longer than a shutdown would wait
+      await pause(20)
+    }
+    await until(() => peer.transcript.includes('requests keep coming'), 'it says so')
+    assert.equal(peer.isClosed, false)
+    assert.doesNotMatch(peer.transcript, /Drained/)
+    const isDrainedLater = () => {
+      clock.now += 50
+      return peer.isClosed
+    }
+    await until(isDrainedLater, 'it is drained')
+    assert.match(peer.transcript, /\nDrained\n$/)
+  })
+
+  test('the command `drain` gives up after 25 s, and says what it waited for', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const clock = fakeClock(t)
+    const talk = await converse(t, port)
+    talk.say('drain\n')
+    await until(() => talk.transcript !== '', 'it drains')
+    clock.now += 24_900
+    await pause(100) // for it to look at the clock more than once
+    assert.match(talk.transcript, /^Draining: .*\n$/)
+    clock.now += 100
+    await until(() => talk.isClosed, 'it gives up')
+    const told = /^Draining: .*\nNot drained after 25 s: .*\b1 request in flight\n$/
+    assert.match(talk.transcript, told)
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+    letGo()
+    await answer
+  })
+
+  test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
+    const monitor = await importMonitor(t)
+    const { server, held, letGo } = await serveHeld(t)
+    hide(server)
+    const atOnce = monitor.drain().then(() => 'at once')
+    const later = nextTurn('later')
+    assert.equal(await Promise.race([atOnce, later]), 'at once', 'without a running monitor')
+    assert.equal((await monitor.health()).reason, 'Instance is booting')
+    await monitor.start({ port: portOf(server), listen: LOOPBACK, logger: recorder() })
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    await inTime(monitor.drain(), 'it is drained without a server', 10_000) // not after 25 s
+    letGo()
+    await answer
+  })
+})
+
+// --- Shutdown ------------------------------------------------------------------------------------
+
+/** Has a server upgrade connections; gives the server's ends of them. */
+function takeUpgrades(server: net.Server): net.Socket[] {
+  const upgraded: net.Socket[] = []
+  server.on('upgrade', (_, socket: net.Socket) => {
+    socket.on('error', () => {})
+    socket.write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
+    upgraded.push(socket)
+  })
+  return upgraded
+}
+
+const H2_SERVICE = `
+  server = http2.createServer((request, response) => {
+    setTimeout(() => response.end('served'), 30)
+  })
+  options.onSignal = ({ signal }) => print('told', signal)`
+const STREAMS = 30
+
+/** All streams of a session; those that it takes no more go to new ones. */
+async function askStreams(
+  t: TestContext,
+  port: number,
+  first: http2.ClientHttp2Session | undefined
+): Promise<string[]> {
+  const outcomes: string[] = []
+  let session = first
+  while (outcomes.length < STREAMS) {
+    const left = STREAMS - outcomes.length
+    const ask = () => (session ? askStream(session) : Promise.resolve('refused'))
+    const asked = await Promise.all(Array.from({ length: left }, ask))
+    outcomes.push(...asked.filter((outcome) => outcome !== 'elsewhere'))
+    if (outcomes.length < STREAMS) session = await connectSession(t, port)
+  }
+  return outcomes
+}
+
+async function loseNone(t: TestContext, sessionCount: number): Promise<void> {
+  const service = await bootService(t, { script: H2_SERVICE })
+  const port = service.instancePort
+  const connecting = Array.from({ length: sessionCount }, () => connectSession(t, port))
+  const sessions = await Promise.all(connecting)
+
+  const third = Math.round(sessionCount / 3)
+  const askAll = (some: typeof sessions) => some.map((session) => askStreams(t, port, session))
+  const before = askAll(sessions.slice(0, third))
+  await pause(10)
+  service.kill('SIGTERM')
+  const crossing = askAll(sessions.slice(third, 2 * third))
+  await service.hasSaid('told SIGTERM')
+  const after = askAll(sessions.slice(2 * third))
+  const all = Promise.all([...before, ...crossing, ...after])
+  const outcomes = (await inTime(all, 'all streams are over', 30_000)).flat()
+
+  const counts: Record<string, number> = {}
+  for (const outcome of outcomes) counts[outcome] = (counts[outcome] ?? 0) + 1
+  const { served = 0, refused = 0, ...others } = counts
+  assert.deepEqual(others, {})
+  assert.equal(served + refused, sessionCount * STREAMS)
+  assert.equal((await service.awaitEnd()).status, 0)
+  assert.deepEqual(linesOfShutdown(service.watched.output), [])
+}
+
+/** Blocks the event loop for a while after the signal, and says so before. */
+const BLOCKS = `
+  options.onSignal = async () => {
+    await pause(60)
+    print('blocks')
+    const end = performance.now() + 500
+    while (performance.now() < end);
+  }`
+
+/** Sends requests regardless of the answers, each on a connection of its own, until one is refused;
+ *  every other one is a POST. */
+function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: number) {
+  const load = { sent: 0, served: 0, refusedAt: 0, failures: [] as string[] }
+  let isStopped = false
+  t.after(() => {
+    isStopped = true
+  })
+
+  const sendOne = async () => {
+    load.sent++
+    const method = load.sent % 2 === 0 ? 'POST' : 'GET'
+    const body = method === 'POST' ? 'a=1' : ''
+    try {
+      const { status } = await getPage(port, path, { method, body })
+      if (status === 200) load.served++
+      else load.failures.push(`${method} ${status}`)
+    } catch (error) {
+      const isRefusal = codeOf(error) === 'ECONNREFUSED'
+      if (isRefusal) load.refusedAt ||= performance.now()
+      else load.failures.push(`${method} ${codeOf(error)}`)
+      if (isRefusal) load.sent--
+    }
+  }
+
+  const sendAll = async () => {
+    const all: Promise<void>[] = []
+    while (!isStopped && load.refusedAt === 0) {
+      all.push(sendOne())
+      await pause(everyMs)
+    }
+    await Promise.all(all)
+  }
+  return { load, done: sendAll() }
+}
+
+const MEGABYTES = 50
+const KINDS: Record<string, string> = {
+  http: 'server = http.createServer(answer)',
+  https: 'server = https.createServer(certificate, answer)',
+  http2: 'server = http2.createSecureServer(certificate, answer)'
+}
+
+/** Reads in gulps, with pauses between; gives how many bytes came, when that is over. */
+function readSlowly(source: NodeJS.ReadableStream) {
+  const reader = { bytes: 0, isOver: false }
+  let bytesInGulp = 0
+  source.on('data', (part: Buffer) => {
+    reader.bytes += part.length
+    bytesInGulp += part.length
+    if (bytesInGulp < 2 ** 20) return
+    bytesInGulp = 0
+    source.pause()
+    setTimeout(() => source.resume(), 25)
+  })
+  const finish = () => {
+    reader.isOver = true
+  }
+  for (const event of ['end', 'error', 'close', 'aborted']) source.on(event, finish)
+  return reader
+}
+
+async function askSlowly(t: TestContext, kind: string, port: number) {
+  const trust = { rejectUnauthorized: false }
+  if (kind === 'http2') {
+    const session = http2.connect(`https://127.0.0.1:${port}`, trust)
+    t.after(() => session.destroy())
+    session.on('error', () => {})
+    return readSlowly(session.request({ ':path': '/big' }))
+  }
+  const to = { host: '127.0.0.1', port, path: '/big', agent: false }
+  const request = kind === 'https' ? https.get({ ...to, ...trust }) : http.get(to)
+  t.after(() => request.destroy())
+  const [response] = (await once(request, 'response')) as [http.IncomingMessage]
+  request.on('error', () => {})
+  return readSlowly(response)
+}
+
+async function readWhileItEnds(t: TestContext, kind: string, setup: ServiceSetup) {
+  const { keyFile, certFile } = certify(t, 'localhost')
+  const service = await bootService(t, {
+    ...setup,
+    script: `
+      const certificate = {
+        key: fs.readFileSync(${JSON.stringify(keyFile)}),
+        cert: fs.readFileSync(${JSON.stringify(certFile)})
+      }
+      const body = Buffer.alloc(${MEGABYTES} * 2 ** 20, 'x')
+      const answer = ({ url }, response) => response.end(url === '/big' ? body : 'hello')
+      ${KINDS[kind]}
+      begin = () => {
+        const started = monitor.start({ server, listen: LOOPBACK, url: 'http://127.0.0.1:1' })
+        return process.env.FTW_MONITOR ? started : undefined
+      }
+      ${setup.script ?? ''}`
+  })
+  const reader = await askSlowly(t, kind, service.instancePort)
+  await until(() => reader.bytes > 2 ** 20, 'the answer has begun')
+  const { status, output } = await service.end()
+  await until(() => reader.isOver, 'the answer is over')
+  assert.equal(reader.bytes, MEGABYTES * 2 ** 20)
+  assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+}
+
+describeInProcess('Shutdown', TOGETHER, () => {
   test('shutdown() does one thing after the other, so that no request meets a closed pool', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const upgraded = takeUpgrades(server)
@@ -4567,9 +5796,7 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
         https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
       }
       const closeAll = async ([name, server]: [string, net.Server]) => {
-        closeLater(t, server)
-        server.listen(LOOPBACK)
-        await once(server, 'listening')
+        await startListening(t, server)
         const monitor = await importMonitor(t)
         monitor.registerWarmup('/', () => {})
         await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
@@ -4613,9 +5840,7 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
       http2.createServer().on('stream', (stream: http2.ServerHttp2Stream) => void byStream(stream))
     ]
     const endOne = async (server: http2.Http2Server) => {
-      closeLater(t, server)
-      server.listen(LOOPBACK)
-      await once(server, 'listening')
+      await startListening(t, server)
       const monitor = await importMonitor(t)
       monitor.registerWarmup('/', () => {})
       await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
@@ -4640,6 +5865,23 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
       await inTime(closed, 'the idle session is closed')
     }
     for (const server of servers) await endOne(server)
+  })
+
+  test('an idle session is closed when the server is, and told so once', async (t) => {
+    const server = await startListening(
+      t,
+      http2.createServer((_, response) => response.end('served'))
+    )
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const session = await connectSession(t, portOf(server))
+    assert.ok(session)
+    assert.equal(await askStream(session), 'served')
+    const lastStreams: number[] = []
+    session.on('goaway', (_code, lastStream) => lastStreams.push(lastStream))
+    const closed = once(session, 'close')
+    await inTime(monitor.shutdown(), 'the shutdown is over')
+    await inTime(closed, 'the session is closed')
+    assert.equal(new Set(lastStreams).size, 1)
   })
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
@@ -4684,202 +5926,9 @@ describeInProcess('Draining and shutdown', TOGETHER, () => {
     await monitor.shutdown(new Service())
     assert.deepEqual(Service.calls, ['onSignal of service', 'cleanUp of service'])
   })
-
-  test('a browser is no prober that drain waits for', async (t) => {
-    const { monitor, port } = await bootInstance(t, { until: 'started', performers: WARM })
-    await untilVerdict(monitor)
-    const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
-    await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
-    assert.deepEqual((await monitor.status()).probers, [])
-    await inTime(monitor.drain(), 'drained')
-  })
 })
 
-describeInProcess('Draining and shutdown', ALONE, () => {
-  test('of more than 64 addresses the one that asks least often makes room', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const everyone = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
-    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
-    for (let round = 0; round < 3; round++) {
-      await Promise.all(everyone.map(askFrom))
-      timers.pass(1_000)
-    }
-    for (let index = 0; index < 20; index++) await askFrom(`127.0.2.${index + 1}`)
-    const { probers } = await monitor.status()
-    const known = probers.filter(({ address }) => address.startsWith('127.0.1.'))
-    assert.equal(probers.length, 64)
-    assert.equal(known.length, 63) // one has made room, and after it each passer-by
-  })
-
-  test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
-    takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await askTimes(200, port, 'health_check\n', { from: '127.0.0.2' })
-    const startedAt = Date.now()
-    const drained = monitor.drain({ timeoutMs: 500 })
-    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
-    await drained
-    assert.ok(Date.now() - startedAt >= 490)
-  })
-
-  test('a drain soon after a long one still waits for its probers', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const probe = async () => {
-      await askTimes(3, port, 'health_check\n')
-    }
-    await probe()
-    const first = monitor.drain()
-    await probe()
-    await first
-    timers.pass(62_000)
-    await probe()
-    monitor.resume()
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    let isDrained = false
-    const second = monitor.drain().then(() => {
-      isDrained = true
-    })
-    await ask(port, 'health_check\n')
-    await pause(300) // three times the quiet that suffices
-    assert.equal(isDrained, false)
-    await probe()
-    await second
-  })
-
-  test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, until: 'started' })
-    await untilVerdict(monitor)
-    const answers = [getPage(portOf(server), '/held'), getPage(portOf(server), '/held')]
-    await until(() => held.length === 2, 'two requests are in flight')
-    const clock = fakeClock(t)
-    let isDrained = false
-    const drained = monitor.drain().then(() => {
-      isDrained = true
-    })
-    const untilLookedAt = () => pause(100) // it looks several times in that
-    const expectDrainingAfter = async (ms: number) => {
-      await untilLookedAt()
-      clock.now += ms
-      await untilLookedAt()
-      assert.equal(isDrained, false)
-    }
-    await expectDrainingAfter(200)
-    held.pop()?.end()
-    await expectDrainingAfter(200)
-    letGo()
-    await Promise.all(answers)
-    for (let request = 0; request < 3; request++) {
-      await getPage(portOf(server), '/')
-      await expectDrainingAfter(99)
-    }
-    clock.now += 1
-    await inTime(drained, 'it is drained')
-  })
-
-  test('drain() resolves after its time-out at the latest', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const startedAt = performance.now()
-    await monitor.drain({ timeoutMs: 400 })
-    const ms = performance.now() - startedAt
-    assert.ok(ms >= 399 && ms < 10_000, `${ms} ms`)
-    assert.equal((await monitor.health()).reason, 'Draining')
-    letGo()
-    await answer
-  })
-
-  test('the command `drain` gives up after 25 s, and says what it waited for', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const clock = fakeClock(t)
-    const talk = await converse(t, port)
-    talk.say('drain\n')
-    await until(() => talk.transcript !== '', 'it drains')
-    clock.now += 24_900
-    await pause(100) // for it to look at the clock more than once
-    assert.match(talk.transcript, /^Draining: .*\n$/)
-    clock.now += 100
-    await until(() => talk.isClosed, 'it gives up')
-    const told = /^Draining: .*\nNot drained after 25 s: .*\b1 request in flight\n$/
-    assert.match(talk.transcript, told)
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    letGo()
-    await answer
-  })
-
-  test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
-    const monitor = await importMonitor(t)
-    const { server, held, letGo } = await serveHeld(t)
-    hide(server)
-    const atOnce = monitor.drain().then(() => 'at once')
-    const later = nextTurn('later')
-    assert.equal(await Promise.race([atOnce, later]), 'at once', 'without a running monitor')
-    assert.equal((await monitor.health()).reason, 'Instance is booting')
-    await monitor.start({ port: portOf(server), listen: LOOPBACK, logger: recorder() })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    await inTime(monitor.drain(), 'it is drained without a server', 10_000) // not after 25 s
-    letGo()
-    await answer
-  })
-
-  test('a prober is an address that asked three times in the 60 s before, and still asks', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
-    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
-    await askFrom('127.0.0.2')
-    timers.pass(5_000)
-    await askFrom('127.0.0.2')
-    assert.equal(await askWhomItWaitsFor(port), 0)
-    timers.pass(5_000)
-    await askFrom('127.0.0.2')
-    for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
-    assert.equal(await askWhomItWaitsFor(port), 2)
-    timers.pass(1_250)
-    assert.equal(await askWhomItWaitsFor(port), 1, 'who asked at once asks no more')
-    timers.pass(14_500)
-    assert.equal(await askWhomItWaitsFor(port), 1, 'three of its pauses and a second')
-    timers.pass(500)
-    assert.equal(await askWhomItWaitsFor(port), 0, 'who has stopped asking is not waited for')
-  })
-
-  test('who asks less often than three times in 60 s is no prober', async (t) => {
-    const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const waitsFor: number[] = []
-    for (const pauseMs of [0, 30_000, 30_000, 30_250]) {
-      timers.pass(pauseMs)
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
-      waitsFor.push(await askWhomItWaitsFor(port))
-    }
-    assert.deepEqual(waitsFor, [0, 0, 1, 0])
-  })
-
-  test('a response that throws does not hurt the tick that looks at it', async (t) => {
-    const timers = takeTimers(t)
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => held.push(response))
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const asked = getPage(portOf(server), '/').catch(() => {})
-    await until(() => held.length === 1, 'it has come')
-    const [response] = held
-    const destroyed = { get: thrower, set() {}, configurable: true }
-    Object.defineProperty(response, 'destroyed', destroyed)
-    timers.pass(1_000)
-    await monitor.drain({ timeoutMs: 2_000 })
-    Reflect.deleteProperty(response as object, 'destroyed')
-    response?.end()
-    await asked
-  })
-
+describeInProcess('Shutdown', ALONE, () => {
   test('wrong options of a shutdown are refused, and change nothing', async (t) => {
     const { monitor, server, port } = await bootInstance(t)
     const before = listenersOf(process)
@@ -4927,42 +5976,6 @@ describeInProcess('Draining and shutdown', ALONE, () => {
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
-  test('shutdownOnSignal() listens once, however often it is called, until stop()', async (t) => {
-    const before = listenersOf(process)
-    const counts = () => {
-      const all = ['SIGTERM', 'SIGINT', 'SIGUSR2']
-      return all.map((name) => process.listenerCount(name) - (before[name] ?? 0))
-    }
-    const monitor = await importMonitor(t)
-    monitor.shutdownOnSignal()
-    assert.deepEqual(counts(), [1, 1, 0])
-    await bootInstance(t, { monitor, until: 'started' })
-    monitor.shutdownOnSignal()
-    assert.deepEqual(counts(), [1, 1, 0])
-    monitor.shutdownOnSignal({ signals: ['SIGUSR2', 'SIGUSR2'] })
-    assert.deepEqual(counts(), [0, 0, 1])
-    await monitor.stop()
-    assert.deepEqual(counts(), [0, 0, 0])
-    assert.deepEqual(listenersOf(process), before)
-  })
-
-  test('stop() takes no listener off the signals during a shutdown', async (t) => {
-    const before = process.listenerCount('SIGTERM')
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, instancePort } = await bootInstance(t, { server, until: 'started' })
-    monitor.shutdownOnSignal()
-    const answer = getPage(instancePort, '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const ended = monitor.shutdown()
-    await monitor.stop()
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
-    letGo()
-    await Promise.all([answer, ended])
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
-    await monitor.stop()
-    assert.equal(process.listenerCount('SIGTERM'), before)
-  })
-
   test('shutdown() closes each connection as soon as no request is in flight on it', async (t) => {
     setEnvironment(t, { FTW_MONITOR: '0' }) // without it, drain waits for the requests first
     const { server, held, letGo } = await serveHeld(t)
@@ -4980,7 +5993,7 @@ describeInProcess('Draining and shutdown', ALONE, () => {
     await until(() => held.length === 2, 'two requests are in flight')
     for (const response of held) response.write('begun') // so that its head has no `close`
     await until(() => /begun/.test(soonIdle!.transcript), 'its head is sent')
-    const ended = monitor.shutdown()
+    const ended = monitor.shutdown({ timeoutMs: 5_000 }) // the half one is waited for
     await until(() => idle!.isClosed, 'the idle one is closed at once')
     assert.deepEqual([soonIdle!.isClosed, last!.isClosed], [false, false])
     held.shift()?.end('first')
@@ -5025,90 +6038,9 @@ describeInProcess('Draining and shutdown', ALONE, () => {
       await inTime(ended, 'the shutdown is over')
     }
   })
-
-  test('a monitor that gives up takes no listener off the signals', async (t) => {
-    const before = process.listenerCount('SIGTERM')
-    setEnvironment(t, { PORT: 'abc' })
-    const monitor = await importMonitor(t)
-    monitor.shutdownOnSignal()
-    assert.equal(await monitor.start({ logger: recorder() }), false)
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
-  })
 })
 
-describeInProcess('Draining and shutdown', PAIRWISE, () => {
-  test('at SIGTERM or SIGINT a service serves what is in flight, cleans up, and ends with 0, with or without a monitor', async (t) => {
-    const setups: Record<string, ServiceSetup> = {
-      'a monitor': {},
-      'a monitor that is switched off': { env: { FTW_MONITOR: '0' } },
-      'a monitor that cannot use FTW_MONITOR_LISTEN': {
-        env: { FTW_MONITOR_LISTEN: 'nonsense' },
-        script: 'begin = () => monitor.start(server)'
-      },
-      'a monitor that cannot use PORT': {
-        env: { PORT: 'abc' },
-        script: 'begin = () => monitor.start()'
-      },
-      'no monitor': { script: 'begin = () => {}' }
-    }
-    const endOne = async ([what, setup]: [string, ServiceSetup], index: number) => {
-      const service = await bootService(t, {
-        ...setup,
-        script: `
-          ${setup.script ?? ''}
-          options.onSignal = ({ signal }) => print('told', signal)
-          options.cleanUp = async ({ signal }) => {
-            cleanUp()
-            await pause(50)
-            print('cleaned up after', signal)
-          }`
-      })
-      const signal = index % 2 ? 'SIGINT' : 'SIGTERM'
-      const isServerKnown = what !== 'no monitor'
-      const page = getPage(service.instancePort, isServerKnown ? '/slow' : '/')
-      await service.hasSaid('asked for')
-      const { status, output } = await service.end(signal)
-      assert.equal((await page).body, 'served', what)
-      assert.equal(status, 0, `${what}: ${output}`)
-      assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
-      const told = isServerKnown
-        ? /^$/
-        : /^ftw-monitor is done, but something .* 1 TCPServerWrap; exits$/
-      assert.match(linesOfShutdown(output).join(), told, what)
-    }
-    await Promise.all(Object.entries(setups).map(endOne))
-  })
-
-  test(
-    'what keeps a process alive is named a second after all is done, and does not keep it',
-    SLOW,
-    async (t) => {
-      const setups: [script: string, named: string, status: number][] = [
-        ['setInterval(() => {}, 1_000)', '1 Timeout', 0],
-        [
-          `const other = net.createServer().listen(0, '127.0.0.1', () => {
-          for (let count = 0; count < 2; count++) net.connect(other.address().port, '127.0.0.1')
-        })
-        process.exitCode = 7`,
-          '1 TCPServerWrap, 4 TCPSocketWrap',
-          7
-        ],
-        ['process.stdin.resume()', '\\d PipeWrap', 0]
-      ]
-      const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
-        const logger = "{ ...console, warn: (text) => print('logged', text) }"
-        const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
-        const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
-        const { status, ms, output } = await service.end()
-        const sentence = 'ftw-monitor is done, but something keeps the process alive'
-        assert.match(output, new RegExp(`\\nlogged ${sentence}: ${named}; exits\\n$`))
-        assert.equal(status, expected)
-        assert.ok(ms > 990, `${ms} ms`)
-      }
-      await Promise.all(setups.map(endOne))
-    }
-  )
-
+describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
   test('a cleanUp or an onSignal that fails is logged, and makes the status 1', async (t) => {
     const failures = {
       throws: "() => { throw new Error('broken') }",
@@ -5117,8 +6049,8 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
     const endOne = async (name: string, failure: string, isLast: boolean) => {
       const clean = name === 'cleanUp' ? '' : 'cleanUp,'
       const service = await bootService(t, { script: `options = { ${clean} ${name}: ${failure} }` })
-      const answer = getPage(service.instancePort, '/slow')
-      await service.hasSaid('asked for /slow')
+      const answer = getPage(service.instancePort, '/slow500')
+      await service.hasSaid('asked for /slow500')
       const { status, output } = await service.end()
       assert.equal((await answer).body, 'served')
       assert.equal(status, 1, output)
@@ -5188,39 +6120,443 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
     }
   )
 
-  test('a second signal changes nothing, but for a SIGINT a second later, which ends the process at once', async (t) => {
-    const pairs = [
-      ['SIGTERM', 'SIGTERM', 0],
-      ['SIGINT', 'SIGTERM', 0],
-      ['SIGHUP', 'SIGHUP', 0],
-      ['SIGTERM', 'SIGINT', 130],
-      ['SIGINT', 'SIGINT', 130]
-    ] as const
-    const endOne = async ([first, second, expected]: (typeof pairs)[number]) => {
+  test('FTW_MONITOR_TIMEOUT_MS is the time after which requests are cut, and the option beats it', async (t) => {
+    const endOne = async (script: string, seconds: number) => {
+      const service = await bootService(t, { env: { FTW_MONITOR_TIMEOUT_MS: '900' }, script })
+      const refused = assert.rejects(getPage(service.instancePort, '/hang'))
+      await service.hasSaid('asked for /hang')
+      const { ms, output } = await service.end()
+      assert.match(output, new RegExp(`cuts 1 requests? .* after ${seconds} s`))
+      assert.ok(ms > seconds * 1_000 - 50 && ms < 10_000, `ended after ${ms} ms`)
+      await refused
+    }
+    await Promise.all([endOne('', 0.9), endOne('options.timeoutMs = 1_400', 1.4)])
+  })
+
+  test('the instance serves for minimumMs or FTW_MONITOR_MINIMUM_MS after the signal, and the option comes first', async (t) => {
+    const setups: ServiceSetup[] = [
+      { script: 'options.minimumMs = 1_000' },
+      { env: { FTW_MONITOR_MINIMUM_MS: '1000' } },
+      { script: 'options.minimumMs = 1_000', env: { FTW_MONITOR_MINIMUM_MS: '60000' } }
+    ]
+    const endOne = async (setup: ServiceSetup) => {
+      const service = await bootService(t, setup)
+      const signalledAt = performance.now()
+      service.kill('SIGTERM')
+      await until(() => isRefused(service.instancePort), 'the server is closed')
+      const ms = performance.now() - signalledAt
+      assert.ok(ms > 990 && ms < 20_000, `closed after ${ms} ms`)
+      assert.equal((await service.awaitEnd()).status, 0)
+    }
+    await Promise.all(setups.map(endOne))
+  })
+
+  test(
+    'shutdown() needs no signal: its process ends, and past exitAfterMs it is ended',
+    SLOW,
+    async (t) => {
+      const endOne = async (options: string, script = '') => {
+        const words = `options = { cleanUp() {}, signals: ['SIGUSR1'] }; ${script}`
+        const service = await bootService(t, {
+          script: `${words}; process.on('SIGTERM', () => monitor.shutdown(${options}))`
+        })
+        return await service.end()
+      }
+      const [done, late] = await Promise.all([
+        endOne('{ cleanUp }'),
+        endOne('{ timeoutMs: 100, exitAfterMs: 400, cleanUp: () => new Promise(() => {}) }')
+      ])
+      assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
+      assert.match(done.output, /cleaned up/)
+      const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
+      assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
+    }
+  )
+
+  test('shutdown() in cleanUp resolves at once, with a warning', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        options.cleanUp = async () => {
+          await monitor.shutdown()
+          cleanUp()
+        }`
+    })
+    const { status, ms, output } = await service.end()
+    assert.match(output, /cleaned up/)
+    assert.match(service.watched.stderr, /^ftw-monitor .*(shutdown|cleanUp)/m) // a warning
+    assert.equal(status, 0)
+    assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
+  })
+
+  test('a shutdown closes all servers, and each request finishes', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        const other = http.createServer((request, response) => handle(request, response))
+        listen = async () => {
+          await listening(server)
+          print('other', await listening(other), '')
+        }
+        begin = () => monitor.start({ server: [server, other], listen: LOOPBACK })`
+    })
+    const [, otherPort] = /^other (\d+) $/m.exec(service.watched.output) ?? []
+    const pages = [
+      getPage(service.instancePort, '/slow300'),
+      getPage(Number(otherPort), '/slow1500')
+    ]
+    await service.hasSaid('asked for /slow1500')
+    const { status, output } = await service.end()
+    const bodies = (await Promise.all(pages)).map(({ body }) => body)
+    assert.deepEqual(bodies, ['served', 'served'])
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+  })
+
+  test('a warm-up that asks the service itself is aborted by a signal', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        monitor.registerWarmup('/', async ({ url, signal }) => {
+          signal.addEventListener('abort', () => print('warm-up aborted'))
+          await fetch(new URL('/hang', url), { signal })
+        })
+        options.onSignal = () => print('told')`
+    })
+    await service.hasSaid('asked for /hang')
+    const { status, ms, output } = await service.end()
+    assertOrder(output, 'warm-up aborted', 'cleaned up')
+    assert.match(output, /^told$/m)
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
+  })
+
+  test('a connection that never sent anything, or is idle, does not delay the end', async (t) => {
+    const service = await bootService(t, { env: { FTW_MONITOR: '0' } })
+    const silent = await converse(t, service.instancePort)
+    const idle = await converse(t, service.instancePort)
+    idle.say(headOf('/'))
+    await until(() => idle.transcript.endsWith('served'), 'it is served')
+    const { status, ms } = await service.end()
+    await until(() => silent.isClosed && idle.isClosed, 'both are closed')
+    assert.equal(status, 0)
+    assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
+  })
+
+  test('with nobody to tell, traffic without a pause delays the end by two seconds, and every request finishes', async (t) => {
+    const service = await bootService(t, {
+      script: 'handle = (_, response) => setTimeout(() => response.end("served"), 300)'
+    })
+    const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
+    await until(() => load.served > 10, 'the load runs')
+    const signalledAt = performance.now()
+    const { status, output } = await service.end()
+    await inTime(done, 'the load is over')
+    const openMs = load.refusedAt - signalledAt
+    assert.ok(openMs < 10_000, `closed after ${openMs} ms`) // not after 25 s
+    assert.deepEqual([load.failures, load.served], [[], load.sent])
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+  })
+
+  test(
+    'without a monitor, too, every request of a traffic without a pause finishes',
+    SLOW,
+    async (t) => {
+      const service = await bootService(t, {
+        env: { FTW_MONITOR: '0' },
+        script: 'handle = (_, response) => setTimeout(() => response.end("served"), 300)'
+      })
+      const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
+      await until(() => load.served > 10, 'the load runs')
+      const { status, output } = await service.end()
+      await inTime(done, 'the load is over')
+      assert.deepEqual([load.failures, load.served], [[], load.sent])
+      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    }
+  )
+
+  test(
+    'where a prober was told, traffic without a pause delays the end until the time for telling is over',
+    SLOW,
+    async (t) => {
       const service = await bootService(t, {
         script: `
-          options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']
-          options.timeoutMs = 3_000
-          options.onSignal = ({ signal }) => print('told', signal)
-          options.cleanUp = () => print('cleaned up')`
+        handle = (_, response) => setTimeout(() => response.end('served'), 300)
+        options.timeoutMs = 5_000`
       })
-      const answer = getPage(service.instancePort, '/stream')
-      answer.catch(() => {})
-      await service.hasSaid('asked for /stream')
-      service.watched.child.kill(first)
-      await service.hasSaid(`told ${first}`)
-      service.watched.child.kill('SIGINT')
-      await service.hasSaid('SIGINT came again: is shutting down already')
-      await pause(1_000) // what comes sooner is the same stop, twice
-      const { status, output } = await service.end(second)
-      assert.equal(status, expected, output)
-      assert.equal(output.match(/shutting down already/g)?.length, 1)
-      assert.equal(/cleaned up/.test(output), expected === 0)
-      assert.equal(/SIGINT came again: ends at once/.test(output), expected === 130)
-      await assert.rejects(answer)
+      askUntilOver(t, 50, () => ask(service.port, 'health_check\n'))
+      const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
+      await until(() => load.served > 30, 'the load runs')
+      const signalledAt = performance.now()
+      const { status, output } = await service.end()
+      await inTime(done, 'the load is over')
+      const openMs = load.refusedAt - signalledAt // four fifths of timeoutMs
+      assert.ok(openMs > 3_500, `closed after ${openMs} ms`)
+      assert.deepEqual([load.failures, load.served], [[], load.sent])
+      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
     }
-    await Promise.all(pairs.map(endOne))
+  )
+
+  test('requests on connections that came while the event loop was blocked are served, not reset', async (t) => {
+    const service = await bootService(t, { script: BLOCKS })
+    service.kill('SIGTERM')
+    await service.hasSaid('blocks')
+    const post = { method: 'POST', body: 'a=1' }
+    const pages = [1, 2, 3, 4, 5].map(() => getPage(service.instancePort, '/', post))
+    const outcomes = await Promise.allSettled(pages)
+    const failures = outcomes.map((each) =>
+      each.status === 'fulfilled' ? '' : codeOf(each.reason)
+    )
+    assert.deepEqual([...new Set(failures)], [''])
+    assert.equal((await service.awaitEnd()).status, 0)
   })
+
+  test('a request on an idle connection that came while the event loop was blocked is served', async (t) => {
+    const service = await bootService(t, { script: BLOCKS })
+    const peer = await converse(t, service.instancePort)
+    peer.say(headOf('/first'))
+    await until(() => peer.transcript.endsWith('served'), 'the first is served')
+    service.kill('SIGTERM')
+    await service.hasSaid('blocks')
+    peer.transcript = ''
+    peer.say(headOf('/second'))
+    await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
+    assert.match(peer.transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
+    assert.equal((await service.awaitEnd()).status, 0)
+  })
+
+  for (const [what, before] of Object.entries({ first: '', later: headOf('/') })) {
+    test(`a ${what} request on a connection whose head has half come is served`, async (t) => {
+      const service = await bootService(t, { env: { FTW_MONITOR: '0' } })
+      const peer = await converse(t, service.instancePort)
+      if (before !== '') {
+        peer.say(before)
+        await until(() => peer.transcript.endsWith('served'), 'the one before is served')
+        peer.transcript = ''
+      }
+      const head = headOf('/whole')
+      peer.say(head.slice(0, 20))
+      await getPage(service.instancePort, '/') // by then the half has come
+      service.kill('SIGTERM')
+      await until(() => isRefused(service.instancePort), 'the server is closed')
+      await pause(500) // a slow client
+      peer.say(head.slice(20))
+      await until(() => peer.isClosed, 'the connection is closed')
+      assert.match(peer.transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
+      assert.equal((await service.awaitEnd()).status, 0)
+    })
+  }
+
+  for (const kind of Object.keys(KINDS)) {
+    const how = kind === 'http' ? {} : { ...SLOW, ...needs('openssl') }
+    test(
+      `an answer over ${kind} that is read slowly comes whole where the monitor is off`,
+      how,
+      async (t) => {
+        await readWhileItEnds(t, kind, { env: { FTW_MONITOR: '0' } })
+      }
+    )
+
+    test(
+      `an answer over ${kind} that is read slowly comes whole where the monitor's port is taken`,
+      how,
+      async (t) => {
+        const occupant = await startListening(t, net.createServer())
+        await readWhileItEnds(t, kind, {
+          script: `
+          begin = () => {
+            void monitor.start({ server, listen: { host: '127.0.0.1', port: ${portOf(occupant)} } })
+          }`
+        })
+      }
+    )
+
+    test(
+      `an answer over ${kind} that is read slowly comes whole where there is a monitor`,
+      how,
+      async (t) => {
+        await readWhileItEnds(t, kind, {
+          script: 'begin = () => monitor.start({ server, listen: LOOPBACK })'
+        })
+      }
+    )
+  }
+
+  test('no stream of 40 connections is lost by a SIGTERM', async (t) => {
+    await loseNone(t, 40)
+  })
+
+  test('no stream of 300 connections is lost by a SIGTERM, thirteen times', SLOW, async (t) => {
+    for (let round = 0; round < 13; round++) await loseNone(t, 300)
+  })
+
+  test('streams that come on a connection during the shutdown are served', SLOW, async (t) => {
+    const service = await bootService(t, { script: `${H2_SERVICE}; ${TELLS_FOR_LONG}` })
+    await probe(t, service.port)
+    const port = service.instancePort
+    const sessions = await Promise.all([1, 2, 3, 4].map(() => connectSession(t, port)))
+    service.kill('SIGTERM')
+    await service.hasSaid('told SIGTERM')
+    const asked = Promise.all(sessions.map((session) => askStreams(t, port, session)))
+    const outcomes = (await inTime(asked, 'all streams are over')).flat()
+    assert.deepEqual([...new Set(outcomes)], ['served'])
+    assert.equal((await service.awaitEnd()).status, 0)
+  })
+})
+
+// --- Signals -------------------------------------------------------------------------------------
+
+const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal)"
+
+const PAIRS = [
+  ['SIGTERM', 'SIGTERM'],
+  ['SIGINT', 'SIGINT'],
+  ['SIGINT', 'SIGTERM']
+] as const
+
+/** What the monitor said of a signal that came again. */
+function linesOfRepeat(output: string): string[] {
+  return output.split('\n').filter((line) => /^ftw-monitor .*\bcame again\b/.test(line))
+}
+
+const hear = (name: string) =>
+  `(...args) => print('heard', '${name}', ...args, isOpen ? 'early' : 'late')`
+/** What tsx's preflight does to be found by nobody. */
+const HIDE = `
+  const hide = (signal, listener) => {
+    const { listeners, listenerCount } = process
+    process.prependListener(signal, listener)
+    process.listeners = function (event) {
+      return listeners.call(this, event).filter((each) => each !== listener)
+    }
+    process.listenerCount = function (event) {
+      return event === signal ? listenerCount.call(this, event) - 1 : listenerCount.call(this, event)
+    }
+  }`
+const heardIn = (output: string) => output.split('\n').filter((line) => line.startsWith('heard '))
+
+const REPORT = `
+  const report = async (name, started) => {
+    const result = await Promise.race([started, pause(3_000, 'pending')])
+    print(name, JSON.stringify(result), (await monitor.health()).healthy)
+  }`
+
+describeInProcess('Signals', ALONE, () => {
+  test('shutdownOnSignal() listens once, however often it is called, until stop()', async (t) => {
+    const before = listenersOf(process)
+    const counts = () => {
+      const all = ['SIGTERM', 'SIGINT', 'SIGUSR2']
+      return all.map((name) => process.listenerCount(name) - (before[name] ?? 0))
+    }
+    const monitor = await importMonitor(t)
+    monitor.shutdownOnSignal()
+    assert.deepEqual(counts(), [1, 1, 0])
+    await bootInstance(t, { monitor, until: 'started' })
+    monitor.shutdownOnSignal()
+    assert.deepEqual(counts(), [1, 1, 0])
+    monitor.shutdownOnSignal({ signals: ['SIGUSR2', 'SIGUSR2'] })
+    assert.deepEqual(counts(), [0, 0, 1])
+    await monitor.stop()
+    assert.deepEqual(counts(), [0, 0, 0])
+    assert.deepEqual(listenersOf(process), before)
+  })
+
+  test('stop() takes no listener off the signals during a shutdown', async (t) => {
+    const before = process.listenerCount('SIGTERM')
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, instancePort } = await bootInstance(t, { server, until: 'started' })
+    monitor.shutdownOnSignal()
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const ended = monitor.shutdown()
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    letGo()
+    await Promise.all([answer, ended])
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before)
+  })
+
+  test('a monitor that gives up takes no listener off the signals', async (t) => {
+    const before = process.listenerCount('SIGTERM')
+    setEnvironment(t, { PORT: 'abc' })
+    const monitor = await importMonitor(t)
+    monitor.shutdownOnSignal()
+    assert.equal(await monitor.start({ logger: recorder() }), false)
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+  })
+})
+
+describeProcesses('Signals', SIDE_BY_SIDE, () => {
+  test('at SIGTERM or SIGINT a service serves what is in flight, cleans up, and ends with 0, with or without a monitor', async (t) => {
+    const setups: Record<string, ServiceSetup> = {
+      'a monitor': {},
+      'a monitor that is switched off': { env: { FTW_MONITOR: '0' } },
+      'a monitor that cannot use FTW_MONITOR_LISTEN': {
+        env: { FTW_MONITOR_LISTEN: 'nonsense' },
+        script: 'begin = () => monitor.start(server)'
+      },
+      'a monitor that cannot use PORT': {
+        env: { PORT: 'abc' },
+        script: 'begin = () => monitor.start()'
+      },
+      'no monitor': { script: 'begin = () => {}' }
+    }
+    const endOne = async ([what, setup]: [string, ServiceSetup], index: number) => {
+      const service = await bootService(t, {
+        ...setup,
+        script: `
+          ${setup.script ?? ''}
+          options.onSignal = ({ signal }) => print('told', signal)
+          options.cleanUp = async ({ signal }) => {
+            cleanUp()
+            await pause(50)
+            print('cleaned up after', signal)
+          }`
+      })
+      const signal = index % 2 ? 'SIGINT' : 'SIGTERM'
+      const isServerKnown = what !== 'no monitor'
+      const page = getPage(service.instancePort, isServerKnown ? '/slow500' : '/')
+      await service.hasSaid('asked for')
+      const { status, ms, output } = await service.end(signal)
+      assert.equal((await page).body, 'served', what)
+      assert.equal(status, 0, `${what}: ${output}`)
+      assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
+      const told = isServerKnown
+        ? /^$/
+        : /^ftw-monitor is done, but something .* 1 TCPServerWrap; exits$/
+      assert.match(linesOfShutdown(output).join(), told, what)
+      assert.ok(ms < 10_000, `${what}: ended after ${ms} ms`) // not after 25 s
+    }
+    await Promise.all(Object.entries(setups).map(endOne))
+  })
+
+  test(
+    'what keeps a process alive is named a second after all is done, and does not keep it',
+    SLOW,
+    async (t) => {
+      const setups: [script: string, named: string, status: number][] = [
+        ['setInterval(() => {}, 1_000)', '1 Timeout', 0],
+        [
+          `const other = net.createServer().listen(0, '127.0.0.1', () => {
+          for (let count = 0; count < 2; count++) net.connect(other.address().port, '127.0.0.1')
+        })
+        process.exitCode = 7`,
+          '1 TCPServerWrap, 4 TCPSocketWrap',
+          7
+        ],
+        ['process.stdin.resume()', '\\d PipeWrap', 0]
+      ]
+      const endOne = async ([script, named, expected]: (typeof setups)[number]) => {
+        const logger = "{ ...console, warn: (text) => print('logged', text) }"
+        const start = `monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger: ${logger} })`
+        const service = await bootService(t, { script: `${script}; begin = () => ${start}` })
+        const { status, ms, output } = await service.end()
+        const sentence = 'ftw-monitor is done, but something keeps the process alive'
+        assert.match(output, new RegExp(`\\nlogged ${sentence}: ${named}; exits\\n$`))
+        assert.equal(status, expected)
+        assert.ok(ms > 990 && ms < 4_900, `${ms} ms`) // nobody else has its five seconds
+      }
+      await Promise.all(setups.map(endOne))
+    }
+  )
 
   test(
     'shutdownOnSignal() called again replaces what was said, and without it nothing listens',
@@ -5248,27 +6584,479 @@ describeInProcess('Draining and shutdown', PAIRWISE, () => {
     }
   )
 
-  test(
-    'shutdown() needs no signal: its process ends, and past exitAfterMs it is ended',
-    SLOW,
-    async (t) => {
-      const endOne = async (options: string, script = '') => {
-        const words = `options = { cleanUp() {}, signals: ['SIGUSR1'] }; ${script}`
+  for (const [first, second] of PAIRS) {
+    test(`a ${second} some milliseconds after a ${first} changes nothing`, async (t) => {
+      const service = await bootService(t, { script: TELLS_OF_SIGNAL })
+      const page = getPage(service.instancePort, '/slow600')
+      await service.hasSaid('asked for /slow600')
+      service.kill(first)
+      await service.hasSaid(`told ${first}`) // else the kernel would make one signal of both
+      await pause(3)
+      const { status, output } = await service.end(second)
+      assert.equal((await page).body, 'served')
+      assert.equal(status, 0, output)
+      assert.match(output, /cleaned up/)
+    })
+  }
+
+  for (const afterMs of [10, 2_000]) {
+    const how = afterMs > 1_000 ? SLOW : {}
+    test(
+      `a process that sends itself the signal again after ${afterMs} ms loses nothing`,
+      how,
+      async (t) => {
         const service = await bootService(t, {
-          script: `${words}; process.on('SIGTERM', () => monitor.shutdown(${options}))`
+          script: `
+          options.onSignal = async ({ signal }) => {
+            print('told', signal)
+            await pause(${afterMs})
+            process.kill(process.pid, signal)
+          }`
         })
-        return await service.end()
+        const path = `/slow${afterMs + 600}`
+        const page = getPage(service.instancePort, path)
+        await service.hasSaid(`asked for ${path}`)
+        const { status, output } = await service.end()
+        assert.equal((await page).body, 'served')
+        assert.equal(status, 0, output)
+        assert.equal(output.match(/told SIGTERM/g)?.length, 1)
+        assert.match(output, /cleaned up/)
       }
-      const [done, late] = await Promise.all([
-        endOne('{ cleanUp }'),
-        endOne('{ timeoutMs: 100, exitAfterMs: 400, cleanUp: () => new Promise(() => {}) }')
-      ])
-      assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
-      assert.match(done.output, /cleaned up/)
-      const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
-      assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
+    )
+  }
+
+  test('a signal that is repeated three times is logged once', async (t) => {
+    const service = await bootService(t)
+    const page = getPage(service.instancePort, '/slow800')
+    await service.hasSaid('asked for /slow800')
+    for (let time = 0; time < 3; time++) {
+      service.kill('SIGTERM')
+      await pause(50)
+    }
+    const { status, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.deepEqual([status, linesOfRepeat(output).length], [0, 1], output)
+  })
+
+  test('a signal that comes once is not logged as repeated', async (t) => {
+    const service = await bootService(t)
+    const { output } = await service.end()
+    assert.deepEqual(linesOfRepeat(output), [])
+  })
+
+  for (const first of ['SIGINT', 'SIGTERM'] as const) {
+    test(`a SIGINT more than a second after a ${first} ends the process at once with 130, and says so`, async (t) => {
+      const service = await bootService(t, { script: TELLS_OF_SIGNAL })
+      const refused = assert.rejects(getPage(service.instancePort, '/hang'))
+      await service.hasSaid('asked for /hang')
+      service.kill(first)
+      await service.hasSaid(`told ${first}`)
+      await pause(1_100)
+      const { status, ms, output } = await service.end('SIGINT')
+      assert.equal(status, 130)
+      assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
+      assert.match(output, /^ftw-monitor .*\bSIGINT came again: ends at once/m)
+      assert.doesNotMatch(output, /cleaned up/)
+      await refused
+    })
+  }
+
+  const LATER = [
+    ['SIGTERM', 'SIGTERM'],
+    ['SIGINT', 'SIGTERM'],
+    ['SIGHUP', 'SIGHUP']
+  ] as const
+
+  for (const [first, second] of LATER) {
+    test(`a ${second} more than a second after a ${first} changes nothing`, async (t) => {
+      const service = await bootService(t, {
+        script: `${TELLS_OF_SIGNAL}; options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']`
+      })
+      const page = getPage(service.instancePort, '/slow2500')
+      await service.hasSaid('asked for /slow2500')
+      service.kill(first)
+      await service.hasSaid(`told ${first}`)
+      service.kill('SIGINT')
+      await service.hasSaid('SIGINT came again: is shutting down already')
+      await pause(1_100)
+      const { status, output } = await service.end(second)
+      assert.equal((await page).body, 'served')
+      assert.equal(status, 0, output)
+      assert.deepEqual(linesOfRepeat(output).length, 1, output)
+      assert.match(output, /cleaned up/)
+      assert.doesNotMatch(output, /ends at once/)
+    })
+  }
+
+  test('a signal that comes again when the others have it ends the process with process.exitCode', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        setInterval(() => {}, 1_000)
+        const closeOthers = async (signal) => {
+          print('other', signal)
+          await pause(100)
+          process.exitCode = 7
+          process.off('SIGTERM', closeOthers)
+          process.kill(process.pid, signal) // as Nest's hooks and Apollo Server do
+        }
+        process.on('SIGTERM', closeOthers)`
+    })
+    const page = getPage(service.instancePort, '/slow500')
+    await service.hasSaid('asked for /slow500')
+    const { status, ms, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.equal(status, 7, output)
+    assertOrder(output, 'cleaned up', 'other SIGTERM')
+    assert.ok(ms < 4_000, `ended after ${ms} ms`)
+  })
+
+  test('a SIGINT that comes from no terminal waits for probers', async (t) => {
+    const service = await bootService(t)
+    await probe(t, service.port, 300)
+    const { status, ms, output } = await service.end('SIGINT')
+    assert.equal(status, 0)
+    assert.match(output, /^ftw-monitor drains: waits for 127\.0\.0\.1 /m)
+    assert.ok(ms > 600, `ended after ${ms} ms`)
+  })
+
+  test(
+    'Ctrl-C in a terminal waits for no prober, and requests still finish',
+    needs('script'),
+    async (t) => {
+      const service = await bootService(t, { terminal: true })
+      await probe(t, service.port, 300)
+      const page = getPage(service.instancePort, '/slow800')
+      await service.hasSaid('asked for /slow800')
+      service.watched.child.stdin?.write('\x03')
+      const { output } = await service.awaitEnd()
+      assert.equal((await page).body, 'served')
+      assert.match(output, /cleaned up/)
+      assert.doesNotMatch(output, /waits for 127/)
     }
   )
+
+  test(
+    'Ctrl-C in a terminal says that a second one ends it at once, and so it does',
+    needs('script'),
+    async (t) => {
+      const service = await bootService(t, { terminal: true })
+      const refused = assert.rejects(getPage(service.instancePort, '/hang'))
+      await service.hasSaid('asked for /hang')
+      service.watched.child.stdin?.write('\x03')
+      await service.hasSaid('Ctrl-C again')
+      await pause(1_100)
+      service.watched.child.stdin?.write('\x03')
+      const { status } = await service.awaitEnd()
+      assert.equal(status, 130)
+      await refused
+    }
+  )
+
+  test('whoever listened for the signal hears of it after cleaning, in order, as ever', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        process.on('SIGTERM', ${hear('on')})
+        process.once('SIGTERM', ${hear('once')})`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { status, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.deepEqual(heardIn(output), ['heard on SIGTERM 15 late', 'heard once SIGTERM 15 late'])
+    assert.equal(status, 0)
+  })
+
+  test('so does whoever listens after shutdownOnSignal(), by whatever method', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        const beginBefore = begin
+        begin = async () => {
+          process.on('SIGTERM', ${hear('on')})
+          process.addListener('SIGTERM', ${hear('addListener')})
+          process.once('SIGTERM', ${hear('once')})
+          process.prependListener('SIGTERM', ${hear('prepend')})
+          process.prependOnceListener('SIGTERM', ${hear('prependOnce')})
+          return await beginBefore()
+        }`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { output } = await service.end()
+    assert.equal((await page).body, 'served')
+    const names = ['prependOnce', 'prepend', 'on', 'addListener', 'once']
+    assert.deepEqual(
+      heardIn(output),
+      names.map((name) => `heard ${name} SIGTERM 15 late`)
+    )
+  })
+
+  test('what a program emits for itself is held back from others, too', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        process.on('SIGINT', ${hear('on')})
+        process.on('SIGUSR2', () => process.emit('SIGINT', 'SIGINT', 2))`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { output } = await service.end('SIGUSR2')
+    assert.equal((await page).body, 'served')
+    assert.deepEqual(heardIn(output), ['heard on SIGINT 2 late'])
+  })
+
+  const ENDERS: Record<string, [source: string, status: number]> = {
+    'exits at once': ['process.exit(3)', 3],
+    'closes the server and exits': ['server.close(() => process.exit(4))', 4],
+    'closes all connections': [
+      'server.close(); server.closeAllConnections(); process.exitCode = 5',
+      5
+    ]
+  }
+
+  for (const [what, [source, expected]] of Object.entries(ENDERS)) {
+    test(`a listener that ${what} costs no request`, async (t) => {
+      const service = await bootService(t, { script: `process.on('SIGTERM', () => { ${source} })` })
+      const page = getPage(service.instancePort, '/slow600')
+      await service.hasSaid('asked for /slow600')
+      const { status, output } = await service.end()
+      assert.equal((await page).body, 'served')
+      assert.match(output, /cleaned up/)
+      assert.equal(status, expected)
+    })
+  }
+
+  test('a listener that throws does not keep the others from the signal', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        process.on('uncaughtException', (error) => print('uncaught', error.message))
+        process.on('SIGTERM', () => { throw new Error('broken') })
+        process.on('SIGTERM', ${hear('second')})`
+    })
+    const { output } = await service.end()
+    assert.deepEqual(heardIn(output), ['heard second SIGTERM 15 late'])
+    assert.match(output, /broken/)
+  })
+
+  test('a listener that was taken off meanwhile does not hear of the signal', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        const listener = ${hear('on')}
+        process.on('SIGTERM', listener)
+        options.onSignal = () => process.off('SIGTERM', listener)`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.deepEqual(heardIn(output), [])
+  })
+
+  test('a signal that shutdownOnSignal() does not listen for is heard at once', async (t) => {
+    const service = await bootService(t, { script: `process.on('SIGUSR2', ${hear('on')})` })
+    service.kill('SIGUSR2')
+    await service.hasSaid('heard on SIGUSR2')
+    assert.equal((await getPage(service.instancePort, '/')).body, 'served')
+  })
+
+  test('a hidden listener hears of the signal at once, and finds others that listen', async (t) => {
+    const service = await bootService(t, {
+      script: `${HIDE}
+        hide('SIGTERM', (signal) => {
+          print('heard', 'hidden', signal, isOpen ? 'early' : 'late', process.listenerCount(signal))
+        })
+        process.on('SIGTERM', ${hear('on')})`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { output } = await service.end()
+    assert.equal((await page).body, 'served')
+    const [hidden = '', ...others] = heardIn(output)
+    assert.match(hidden, /^heard hidden SIGTERM early [1-9]$/)
+    assert.deepEqual(others, ['heard on SIGTERM 15 late'])
+  })
+
+  test('so does one that hides after shutdownOnSignal()', async (t) => {
+    const service = await bootService(t, {
+      script: `${HIDE}
+        const beginBefore = begin
+        begin = async () => {
+          hide('SIGTERM', (signal) => print('heard', 'hidden', signal, isOpen ? 'early' : 'late'))
+          return await beginBefore()
+        }`
+    })
+    const page = getPage(service.instancePort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    const { status, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.deepEqual(heardIn(output), ['heard hidden SIGTERM early'])
+    assert.equal(status, 0)
+  })
+
+  test('a listener has time to end the process itself', SLOW, async (t) => {
+    const service = await bootService(t, {
+      script: `
+        setInterval(() => {}, 1_000)
+        process.on('SIGTERM', () => setTimeout(() => process.exit(8), 2_500))`
+    })
+    const { status, output } = await service.end()
+    assert.equal(status, 8, output)
+    assert.match(output, /cleaned up/)
+  })
+
+  test(
+    'a listener that only logs, beside something that keeps the process alive, has five seconds',
+    SLOW,
+    async (t) => {
+      const service = await bootService(t, {
+        script: `
+        setInterval(() => {}, 1_000)
+        process.on('SIGTERM', ${hear('on')})`
+      })
+      const { status, ms, output } = await service.end()
+      assert.deepEqual(heardIn(output), ['heard on SIGTERM 15 late'])
+      assert.equal(status, 0, output)
+      assert.ok(ms > 4_900 && ms < 15_000, `ended after ${ms} ms`)
+      assert.match(output, /1 Timeout; exits/)
+    }
+  )
+
+  test('it has less where exitAfterMs comes first', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        setInterval(() => {}, 1_000)
+        options.timeoutMs = 500
+        options.exitAfterMs = 1_500
+        process.on('SIGTERM', ${hear('on')})`
+    })
+    const { ms, output } = await service.end()
+    assert.deepEqual(heardIn(output), ['heard on SIGTERM 15 late'])
+    assert.ok(ms < 4_900, `ended after ${ms} ms`)
+  })
+
+  test('without other listeners the process ends as soon as it can', async (t) => {
+    const service = await bootService(t)
+    const { status, ms, output } = await service.end()
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    assert.ok(ms < 4_900, `ended after ${ms} ms`) // nobody has five seconds
+  })
+
+  test('stop() gives all listeners back as they were, and each hears at once', async (t) => {
+    const service = startService(
+      t,
+      `
+      process.on('SIGTERM', ${hear('on')})
+      process.once('SIGTERM', ${hear('once')})
+      const [listeners, raw] = [process.listeners('SIGTERM'), process.rawListeners('SIGTERM')]
+      const emitBefore = Object.getOwnPropertyDescriptor(process, 'emit')
+      const countOfOthers = process.listenerCount('SIGINT')
+      monitor.shutdownOnSignal(options)
+      await listen()
+      await begin()
+      await monitor.stop()
+      const isSame = (before, now) => before.length === now.length && before.every((each, index) => each === now[index])
+      print('same', isSame(listeners, process.listeners('SIGTERM')), isSame(raw, process.rawListeners('SIGTERM')))
+      print('none', process.listenerCount('SIGINT') === countOfOthers)
+      print('emit', Object.getOwnPropertyDescriptor(process, 'emit')?.value === emitBefore?.value)
+      print('stopped')`
+    )
+    await service.hasSaid('stopped')
+    service.kill('SIGTERM')
+    await service.hasSaid('heard once')
+    service.kill('SIGTERM')
+    const { output } = service.watched
+    await until(
+      () => service.watched.output.match(/heard on SIGTERM 15 early/g)?.length === 2,
+      output
+    )
+    assert.equal(service.watched.output.match(/heard once/g)?.length, 1)
+    assert.match(output, /^same true true$/m)
+    assert.match(output, /^none true$/m)
+    assert.match(output, /^emit true$/m)
+  })
+
+  test('after stop(), where nobody listened, a signal ends the process as ever', async (t) => {
+    const service = startService(
+      t,
+      `
+      monitor.shutdownOnSignal(options)
+      await listen()
+      await begin()
+      await monitor.stop()
+      print('stopped')`
+    )
+    await service.hasSaid('stopped')
+    service.kill('SIGTERM')
+    await service.awaitEnd()
+    assert.equal(service.watched.child.signalCode, 'SIGTERM')
+  })
+
+  test('a start() that comes after the signal resolves to false, and nothing turns green', async (t) => {
+    const service = startService(
+      t,
+      `${REPORT}
+      options.onSignal = async () => {
+        await listen()
+        await report('during', begin())
+        print('port', server.address().port)
+      }
+      options.cleanUp = () => {
+        cleanUp()
+        setTimeout(() => report('after', begin()), 50)
+        setTimeout(() => {}, 700) // what boots keeps the process alive
+      }
+      monitor.shutdownOnSignal(options)
+      setTimeout(() => print('never'), 20_000)
+      print('booting')`
+    )
+    await service.hasSaid('booting')
+    const { status, output } = await service.end()
+    assert.match(output, /^during false false$/m)
+    assert.match(output, /^after false false$/m)
+    assert.match(output, /cleaned up/)
+    assert.equal(status, 0, output)
+  })
+
+  test('a start() that waited for listen() resolves to false, whenever that comes', async (t) => {
+    const service = startService(
+      t,
+      `${REPORT}
+      options.cleanUp = () => {
+        cleanUp()
+        setTimeout(listen, 50)
+        setTimeout(() => {}, 700)
+      }
+      monitor.shutdownOnSignal(options)
+      setTimeout(() => print('never'), 20_000)
+      void report('waited', begin())
+      print('booting')`
+    )
+    await service.hasSaid('booting')
+    const { status, output } = await service.end()
+    assert.match(output, /^waited false false$/m)
+    assert.equal(status, 0, output)
+  })
+
+  test('a start() without the server that waited resolves to false', async (t) => {
+    const port = await freePort()
+    const service = startService(
+      t,
+      `${REPORT}
+      options.cleanUp = () => {
+        cleanUp()
+        setTimeout(() => listening(server, { host: '127.0.0.1', port: ${port} }), 50)
+        setTimeout(() => {}, 700)
+      }
+      monitor.shutdownOnSignal(options)
+      setTimeout(() => print('never'), 20_000)
+      void report('waited', monitor.start({ listen: LOOPBACK }))
+      print('booting')`,
+      { env: { PORT: String(port), HOST: '127.0.0.1' } }
+    )
+    await service.hasSaid('booting')
+    const { status, output } = await service.end()
+    assert.match(output, /^waited (false|\{.*\}) false$/m) // with PORT it may have resolved before
+    assert.doesNotMatch(output, /up 100%/)
+    assert.equal(status, 0, output)
+  })
 })
 
 // --- The command table ---------------------------------------------------------------------------
@@ -9189,13 +10977,12 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         import { createClient } from 'redis'
         const redis = createClient({ url: 'redis://127.0.0.1:${port}' })
         await redis.connect()
-        server.removeListener('request', handle)
-        server.on('request', async (request, response) => {
+        handle = async (request, response) => {
           if (request.url !== '/ping') return response.end() // the warm-up, which the signal aborts
           print('asked for', request.url)
           await pause(300)
           response.end(await redis.ping())
-        })`
+        }`
       const endOne = async (cleanUp: string, said: string[]) => {
         const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
         const answer = getPage(service.instancePort, '/ping')
@@ -9223,14 +11010,13 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           host: '127.0.0.1', port: ${environment.PGPORT}, user: 'tester', database: 'postgres'
         })
         await Promise.all([pool.query('select 1'), pool.query('select 2')])
-        server.removeListener('request', handle)
-        server.on('request', async (request, response) => {
+        handle = async (request, response) => {
           if (request.url !== '/seven') return response.end() // the warm-up, which the signal aborts
           print('asked for', request.url)
           await pause(300)
           const { rows } = await pool.query('select 7 as seven')
           response.end(String(rows[0].seven))
-        })`
+        }`
       const endOne = async (cleanUp: string, said: RegExp) => {
         const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
         const answer = getPage(service.instancePort, '/seven')
@@ -9304,7 +11090,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         Express: `
           import express from 'express'
           const app = express()
-          app.get('/slow', handle)
+          app.get('/slow500', handle)
           server = app.listen(0, '127.0.0.1')
           const closeAll = promisify(server.close.bind(server))`,
         Koa: `
@@ -9319,7 +11105,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         Fastify: `
           import Fastify from 'fastify'
           const app = Fastify()
-          app.get('/slow', async (request, reply) => {
+          app.get('/slow500', async (request, reply) => {
             reply.hijack()
             await handle(request.raw, reply.raw)
           })
@@ -9355,8 +11141,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         )
         const peer = await upgradeTo(service.instancePort)
         t.after(() => peer.socket.destroy())
-        const answer = getPage(service.instancePort, '/slow')
-        await service.hasSaid('asked for /slow')
+        const answer = getPage(service.instancePort, '/slow500')
+        await service.hasSaid('asked for /slow500')
         const { status, ms, output } = await service.end()
         assert.equal((await answer).body, 'served', name)
         assert.deepEqual([status, linesOfShutdown(output)], [0, []], `${name}: ${output}`)
@@ -9409,6 +11195,112 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       assert.match((await answer).body, /a page/)
       assert.equal(status, 0, output)
       assert.match(output, /\nclosed\n/)
+    }
+  )
+
+  test(
+    'HAProxy by `proto h2` and `http-reuse always` loses nothing when an instance ends',
+    { ...SLOW, ...needs('haproxy') },
+    async (t) => {
+      const script = `
+        const answer = (_, response) => setTimeout(() => response.end('served'), 30)
+        server = http2.createServer(answer)`
+      const services = await Promise.all([1, 2].map(() => bootService(t, { script })))
+      const frontPort = await freePort()
+      const lines = services.map(
+        ({ port, instancePort }, index) =>
+          `server app${index} 127.0.0.1:${instancePort} weight 100 proto h2 check port ${port} ` +
+          `agent-check agent-port ${port} agent-inter 200ms agent-send "agent_check\\n"\n`
+      )
+      const configuration = (socket: string) => `
+        global
+          stats socket ${socket} level admin
+        defaults
+          mode http
+          timeout connect 2s
+          timeout client 10s
+          timeout server 10s
+          option redispatch
+        frontend front
+          bind 127.0.0.1:${frontPort}
+          default_backend all
+        backend all
+          http-reuse always
+          ${lines.join('          ')}`
+      const haproxy = await startHaproxy(t, configuration)
+      const agent = new http.Agent({ keepAlive: true, maxSockets: 40 })
+      t.after(() => agent.destroy())
+      await until(async () => (await getPage(frontPort, '/')).status === 200, 'HAProxy is ready')
+      await pause(1_000) // so that each agent has asked three times
+
+      const failures: string[] = []
+      let served = 0
+      let isOver = false
+      t.after(() => {
+        isOver = true
+      })
+      const askInTurn = async (_: unknown, index: number) => {
+        const request = index % 2 === 0 ? { method: 'POST', body: 'a=1' } : {}
+        while (!isOver) {
+          try {
+            const { status } = await getPage(frontPort, '/', { agent, ...request })
+            if (status === 200) served++
+            else failures.push(String(status))
+          } catch (error) {
+            failures.push(codeOf(error))
+          }
+        }
+      }
+      const clients = Array.from({ length: 40 }, askInTurn)
+      await until(() => served > 500, 'the load runs')
+      const { status } = await services[0]!.end()
+      const servedThen = served
+      await until(() => served > servedThen + 500, 'the load goes on')
+      isOver = true
+      await Promise.all(clients)
+      assert.match(await haproxy.statusOf('app1'), /^UP/)
+      assert.deepEqual([status, failures], [0, []])
+    }
+  )
+
+  test(
+    'Apollo Server, which sends the signal again, loses nothing',
+    needsPackage('@apollo/server'),
+    async (t) => {
+      const service = await bootServiceOf(
+        t,
+        `
+          const { ApolloServer } = await import('@apollo/server')
+          const listener = { serverWillStop: async () => print('Apollo stops') }
+          const apollo = new ApolloServer({
+            typeDefs: 'type Query { hello: String }',
+            resolvers: { Query: { hello: () => 'hello' } },
+            stopOnTerminationSignals: true,
+            plugins: [{ serverWillStart: async () => listener }]
+          })
+          await apollo.start()`
+      )
+      const page = getPage(service.instancePort, '/slow600')
+      await service.hasSaid('asked for /slow600')
+      const { status, output } = await service.end()
+      assert.equal((await page).body, 'served')
+      assertOrder(output, 'cleaned up', 'Apollo stops')
+      assert.equal(status, 0, output)
+    }
+  )
+
+  test(
+    'under tsx a service serves what is in flight, and ends with its own status',
+    needsPackage('tsx'),
+    async (t) => {
+      const tsx = createRequire(`${PACKAGES}/`).resolve('tsx/cli')
+      const service = await bootService(t, { flags: [tsx], script: 'process.exitCode = 6' })
+      const page = getPage(service.instancePort, '/slow600')
+      await service.hasSaid('asked for /slow600')
+      const { status, output } = await service.end()
+      assert.equal((await page).body, 'served')
+      assert.match(output, /cleaned up/)
+      assert.equal(status, 6)
     }
   )
 })
