@@ -995,7 +995,9 @@ class Listener {
   readonly clock: Clock
   readonly #endpoint: net.ListenOptions
   readonly #monitor: Monitor
-  readonly #sessions = new Set<Session>()
+  /** A fixed number of places. In a Set closed sockets lived longer: 8 % of a check over HTTP was
+   *  garbage collection, in place of 3 %. */
+  readonly #sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
   #server: net.Server | undefined
   /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
    *  listens. */
@@ -1042,7 +1044,7 @@ class Listener {
   /** Resolves when the port is free. */
   async close(): Promise<void> {
     this.#isClosed = true
-    for (const session of this.#sessions) session.cutOff()
+    for (const session of this.#sessions) session?.cutOff()
 
     const server = this.#server
     if (server?.listening) await new Promise((resolve) => server.close(resolve))
@@ -1050,17 +1052,16 @@ class Listener {
   }
 
   enforceLimits(): void {
-    for (const session of this.#sessions) session.enforceLimit()
+    for (const session of this.#sessions) session?.enforceLimit()
   }
 
-  /** A connection goes on as another kind of session. */
-  replace(session: Session, next: Session): void {
-    this.#sessions.delete(session)
-    this.#sessions.add(next)
+  /** Puts a session in its place, perhaps in that of another kind on the same connection. */
+  keep(session: Session): void {
+    this.#sessions[session.place] = session
   }
 
-  forget(session: Session): void {
-    this.#sessions.delete(session)
+  forget({ place, socket }: Session): void {
+    if (this.#sessions[place]?.socket === socket) this.#sessions[place] = undefined
   }
 
   #onListening(server: net.Server): void {
@@ -1084,14 +1085,14 @@ class Listener {
   }
 
   #admit(socket: net.Socket): void {
-    if (this.#sessions.size >= CONNECTIONS_MAX) this.#makeRoom()
-    this.#sessions.add(openSession(this, socket))
+    const free = this.#sessions.indexOf(undefined)
+    openSession(this, socket, free >= 0 ? free : this.#makeRoom())
   }
 
   /** Closes a connection of the address that has most of them: the longest idle one, else the
    *  oldest. */
-  #makeRoom(): void {
-    const sessions = [...this.#sessions]
+  #makeRoom(): number {
+    const sessions = this.#sessions.filter((session) => session !== undefined)
     const countByAddress = new Map<string | undefined, number>()
     for (const { remoteAddress } of sessions) {
       countByAddress.set(remoteAddress, (countByAddress.get(remoteAddress) ?? 0) + 1)
@@ -1107,9 +1108,8 @@ class Listener {
     )
     candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
     const leaving = idle[0] ?? candidates[0]
-    if (!leaving) return
-    leaving.cutOff()
-    this.#sessions.delete(leaving)
+    leaving?.cutOff()
+    return leaving?.place ?? 0
   }
 }
 
@@ -4373,15 +4373,15 @@ const PHASE_MS: Record<Phase, number> = {
 const SESSION = Symbol('session')
 type ClientSocket = net.Socket & { [SESSION]?: Session }
 
-function openSession(listener: Listener, socket: ClientSocket): Session {
-  const session = new LineSession(listener, socket)
+function openSession(listener: Listener, socket: ClientSocket, place: number): void {
+  const session = new LineSession(listener, socket, place)
   socket[SESSION] = session
+  listener.keep(session)
   socket.unref()
   socket.on('error', doNothing) // HAProxy resets every check
   socket.on('data', onData)
   socket.on('end', onEnd)
   socket.on('close', onSocketClose)
-  return session
 }
 
 // Shared functions, so that a check does not make four closures.
@@ -4404,13 +4404,16 @@ function onSocketClose(this: ClientSocket): void {
 abstract class Session {
   readonly listener: Listener
   readonly socket: net.Socket
+  /** Among all sessions of the listener. */
+  readonly place: number
   openedAtMs = performance.now()
   phase: Phase = 'awaitingRequest'
   phaseSinceTickMs: number
 
-  constructor(listener: Listener, socket: net.Socket) {
+  constructor(listener: Listener, socket: net.Socket, place: number) {
     this.listener = listener
     this.socket = socket
+    this.place = place
     this.phaseSinceTickMs = listener.clock.nowTickMs
   }
 
@@ -4621,7 +4624,7 @@ function becomeHttp(lines: LineSession): void {
   const socket: ClientSocket = lines.socket
   const session = new HttpSession(lines)
   socket[SESSION] = session
-  listener.replace(lines, session)
+  listener.keep(session)
   // Our own listeners stay, and find that the session is not theirs.
   httpServer.emit('connection', socket)
   socket.emit('data', unread) // by unshift() it would take a detour, which is 4 % of a check
@@ -4638,8 +4641,8 @@ class HttpSession extends Session {
   readonly waiting: Exchange[] = []
   current: Exchange | undefined
 
-  constructor({ listener, socket, openedAtMs, phaseSinceTickMs }: LineSession) {
-    super(listener, socket)
+  constructor({ listener, socket, place, openedAtMs, phaseSinceTickMs }: LineSession) {
+    super(listener, socket, place)
     this.openedAtMs = openedAtMs
     this.phaseSinceTickMs = phaseSinceTickMs // the head has its 60 s from its first byte on
   }
