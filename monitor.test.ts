@@ -5630,15 +5630,20 @@ async function askSlowly(t: TestContext, kind: string, port: number) {
   return readSlowly(response)
 }
 
-async function readWhileItEnds(t: TestContext, kind: string, setup: ServiceSetup) {
+/** Declares `certificate` in the script of a service. */
+function certificateFor(t: TestContext): string {
   const { keyFile, certFile } = certify(t, 'localhost')
+  return `const certificate = {
+    key: fs.readFileSync(${JSON.stringify(keyFile)}),
+    cert: fs.readFileSync(${JSON.stringify(certFile)})
+  }`
+}
+
+async function readWhileItEnds(t: TestContext, kind: string, setup: ServiceSetup) {
   const service = await bootService(t, {
     ...setup,
     script: `
-      const certificate = {
-        key: fs.readFileSync(${JSON.stringify(keyFile)}),
-        cert: fs.readFileSync(${JSON.stringify(certFile)})
-      }
+      ${kind === 'http' ? '' : certificateFor(t)}
       const body = Buffer.alloc(${MEGABYTES} * 2 ** 20, 'x')
       const answer = ({ url }, response) => response.end(url === '/big' ? body : 'hello')
       ${KINDS[kind]}
