@@ -369,11 +369,12 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
 // `currentShutdown` and `signals`, is declared in the section "The module".
 
 /** Starts the monitor: `start(server)`, `start([server, other])` where the instance listens at
- *  several places, `start({ server, … })`, or `start()` where `PORT` is set.
- *  Do not await it before `server.listen()`, since it waits for that. Resolves to the address at
- *  which the monitor listens, or, after one warning, to `false` where the environment does not
- *  allow it (an address in use is tried again). Rejects with a `TypeError` or `RangeError` for what
- *  the caller passed wrongly. */
+ *  several places, `start({ server, … })`, or `start()`, which finds the server when it listens in
+ *  this process: the one at `PORT`, or without `PORT` the first that serves requests. Do not await
+ *  it before `server.listen()`, since it waits for that. Resolves to the address at which the
+ *  monitor listens, or, after one warning, to `false` where the environment does not allow it (an
+ *  address in use is tried again) and after a signal. Rejects with a `TypeError` or `RangeError`
+ *  for what the caller passed wrongly. */
 export async function start(
   instance: net.Server | net.Server[] | StartOptions = {}
 ): Promise<Address> {
@@ -1876,7 +1877,7 @@ async function inspectAndJudge(): Promise<Verdict> {
   const wasDraining = monitor.draining !== undefined
   await inspect()
   const isResumed = wasDraining && !monitor.draining
-  if (isResumed) await inspect() // before, there was nothing to be known
+  if (isResumed) await inspect() // while it drained, nothing was asked
   return judge()
 }
 
@@ -1923,7 +1924,7 @@ class RegisteredDatabase {
     stores: new Counter(),
     connections: new Counter()
   }
-  /** -1 where it cannot tell. */
+  // They give nothing where the database has no such method.
   readonly connections: SharedCall
   readonly figures: SharedCall
   readonly #isConnected: SharedCall
@@ -2597,7 +2598,7 @@ class Prober {
     return others.length / (nowTickMs - oldestAskMs)
   }
 
-  /** When it asked the last time but so many; -Infinity where it never did. */
+  /** When it asked, so many asks ago; 1 is the last one. -Infinity where it never did. */
   #askBefore(count: number): number {
     return this.#askedAtTickMs[(this.asks - count) % PROBER_MEMORY] ?? -Infinity
   }
@@ -3208,6 +3209,9 @@ const SIGNAL_NUMBERS = new Map<string, number>([
 
 type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
+/** Bun and Deno do not tell signals by `process.emit`, so nobody can be kept from hearing them. */
+const ARE_SIGNALS_TOLD_PAST_US = 'bun' in process.versions || 'deno' in process.versions
+
 class Signals {
   /** What was said last, while they are heard. */
   options: CheckedShutdownOptions | undefined
@@ -3247,7 +3251,7 @@ class Signals {
 
   /** Lets whoever else listens have the signal, and some time to end the process. */
   async tellOthers(limitMs: number): Promise<void> {
-    if (!this.#first) return
+    if (!this.#first || ARE_SIGNALS_TOLD_PAST_US) return
     const { signal, number } = this.#first
     this.#areOthersTold = true
     const others = this.#visibleListeners(signal)
@@ -3287,7 +3291,7 @@ class Signals {
   /** Sees these signals before anybody else does. Node.js looks `process.emit` up when a signal
    *  gets its first listener, so the present ones are taken off and added again in their order. */
   #holdBack(names: Set<NodeJS.Signals>): void {
-    if ('bun' in process.versions || 'deno' in process.versions) return
+    if (ARE_SIGNALS_TOLD_PAST_US) return
     const hold = (signal: NodeJS.Signals, number?: number): void => {
       const own = this.#listeners.get(signal)
       // tsx has a listener in its child that process.listeners() does not show, and kills the child
