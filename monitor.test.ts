@@ -3822,7 +3822,246 @@ async function hangingDatabase(t: TestContext) {
   return { clock, questions, check, trouble }
 }
 
-describeInProcess('Databases and counters', TOGETHER, () => {
+describeInProcess('Changes of the verdict', ALONE, () => {
+  test('each change that a check sees is one line in the log, with its reason and how long it was red', async (t) => {
+    const clock = fakeClock(t)
+    const timers = takeTimers(t)
+    let trouble: Error | undefined
+    const isConnected = async () => {
+      if (trouble) throw trouble
+      return true
+    }
+    const { monitor, port, logger } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected } }
+    })
+    const change = async (error: Error | undefined, afterMs: number) => {
+      trouble = error
+      clock.now += afterMs
+      timers.pass(1_000)
+      await askTimes(3, port, 'health_check\n')
+    }
+    const seen = logger.lines.length
+    await change(new Error('connect ECONNREFUSED 10.0.0.7:5432'), 60_000)
+    await change(new Error('connect ECONNREFUSED 10.0.0.8:5432'), 10_000) // no change of its category
+    await change(undefined, 14_100)
+    monitor.registerCheck('disk', () => false)
+    await change(undefined, 1_000)
+    assert.deepEqual(logger.lines.slice(seen), [
+      "warn ftw-monitor is red: Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432",
+      'info ftw-monitor is healthy again after 24.1 s',
+      "warn ftw-monitor is red: Check 'disk' failed."
+    ])
+  })
+
+  test('the first time that it is healthy is told, too, and since when it was not', async (t) => {
+    const { logger } = await bootInstance(t, { performers: WARM })
+    const lines = logger.lines.filter((line) => /healthy|red/.test(line))
+    assert.match(lines.at(-1) ?? '', /^info ftw-monitor is healthy after \d+\.\d s$/)
+  })
+
+  test('at most one line a second tells of changes, and the last one of them', async (t) => {
+    const timers = takeTimers(t)
+    let isConnected = true
+    const { monitor, logger } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => isConnected } }
+    })
+    timers.pass(10_000)
+    const seen = logger.lines.length
+    for (let count = 0; count < 101; count++) {
+      isConnected = !isConnected
+      await monitor.health()
+    }
+    assert.equal(logger.lines.length, seen + 1)
+    timers.pass(10_000)
+    const red = "warn ftw-monitor is red: Database 'main' disconnected."
+    assert.deepEqual(logger.lines.slice(seen), [red, red])
+  })
+
+  test('what will pass by itself is no warning in the log', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    timers.pass(10_000)
+    void monitor.drain({ reason: 'Moving house' })
+    await monitor.health()
+    assert.equal(logger.lines.at(-1), 'info ftw-monitor is red: Moving house')
+  })
+
+  test('the last ten changes are in status(), JSON, text and page, with their times', async (t) => {
+    let isConnected = true
+    const { monitor, port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => isConnected } }
+    })
+    for (let count = 0; count < 25; count++) {
+      isConnected = !isConnected
+      await monitor.health()
+    }
+    const { changes, grade } = await monitor.status()
+    const red = { healthy: false, reason: "Error: Database 'main' disconnected." }
+    const green = { healthy: true, reason: 'OK' }
+    assert.equal(grade, 'fail')
+    assert.deepEqual(
+      changes.map(({ healthy, reason }) => ({ healthy, reason })),
+      Array.from({ length: 10 }, (_, index) => (index % 2 === 0 ? green : red))
+    )
+    for (const { time } of changes)
+      assert.ok(Math.abs(Date.now() - Date.parse(time)) < 60_000, time)
+
+    const latest = `since      ${changes[9]?.time.slice(0, 19).replace('T', ' ')}Z  red: Error: Database`
+    const text = await ask(port, 'status\n')
+    assert.equal(text.split('\nsince ').length - 1, 10)
+    assert.equal(text.slice(text.indexOf('since')).startsWith(latest), true, text)
+    const { checks } = JSON.parse((await getPage(port, '/status')).body)
+    assert.equal(checks['verdict:age'].length, 10)
+    const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
+    assert.equal(page.body.split('<th scope="row">since').length - 1, 10)
+  })
+
+  test('the log tells the phases of a shutdown, each with its time', async (t) => {
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    const seen = logger.lines.length
+    await monitor.shutdown()
+    const phases = logger.lines.slice(seen).filter((line) => line.includes('shut'))
+    const expected = [
+      /^info ftw-monitor shuts down$/,
+      ...['settling', 'closing', 'cleaning', 'others', 'over'].map(
+        (phase) => new RegExp(`^info ftw-monitor shutdown: ${phase} after \\d+\\.\\d s$`)
+      )
+    ]
+    assert.equal(phases.length, expected.length, phases.join('\n'))
+    for (const [index, phase] of phases.entries()) assert.match(phase, expected[index]!)
+  })
+
+  test('a fault of our own is logged once, and the application serves', async (t) => {
+    const { server, instancePort, logger } = await bootInstance(t, { performers: WARM })
+    const emitForged = () => server.emit('request', trapped(['method', 'url', 'socket']), {})
+    server.removeAllListeners('request')
+    server.on('request', (_, response) => response.end?.('served'))
+    emitForged()
+    emitForged()
+    const faults = logger.lines.filter((line) => line.includes('has a fault'))
+    assert.equal(faults.length, 1)
+    assert.match(faults[0] ?? '', /^error ftw-monitor has a fault: trap\n +at /)
+    assert.equal((await getPage(instancePort, '/')).body, 'served')
+  })
+})
+
+describeInProcess('Databases, checks and counters', TOGETHER, () => {
+  test('a check passes unless it gives false, throws or rejects, and is told as databases are', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const passing = [undefined, null, 0, '', true, 'text', Promise.resolve(), Promise.resolve(0)]
+    for (const value of passing) {
+      monitor.registerCheck('disk', () => value)
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    }
+    const full = new Error('/var/spool is full')
+    const failing: [check: () => unknown, reply: string][] = [
+      [() => false, "Check 'disk' failed."],
+      [async () => false, "Check 'disk' failed."],
+      [() => Promise.reject(full), "Check 'disk' failed: /var/spool is full"],
+      [thrower, "Check 'disk' failed: trap"]
+    ]
+    for (const [check, reply] of failing) {
+      monitor.registerCheck('disk', check)
+      assert.equal(await ask(port, 'health_check\n'), `Error: ${reply}\n`)
+    }
+    assert.equal((await getPage(port, '/readyz')).status, 503)
+  })
+
+  test('of a database and a check that are both broken, the database is told', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    monitor.registerCheck('disk', () => false)
+    monitor.registerDatabase('main', { isConnected: () => false })
+    assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
+  })
+
+  test('a check that is optional is a warning, and leaves the instance green', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.registerCheck('mail', () => false, { optional: true })
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.match(await ask(port, 'status\n'), /^check +mail +failed \(optional\)$/m)
+    const { status, body } = await getPage(port, '/status')
+    assert.equal(status, 200)
+    const { status: grade, checks } = JSON.parse(body)
+    const [{ status: ofCheck }] = checks['check:responseTime']
+    assert.deepEqual([grade, ofCheck], ['warn', 'warn'])
+  })
+
+  test('status, JSON, page and metrics have a row for each check', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.registerCheck('disk', () => true)
+    monitor.registerCheck('queue', () => Promise.reject(new Error('no broker')))
+    const text = await ask(port, 'status\n')
+    assert.match(text, /^check {6}disk {3,}passes, answered in \d+ ms$/m)
+    assert.match(text, /^check {6}queue {3,}failed: no broker$/m)
+    const [disk, queue] = JSON.parse((await getPage(port, '/status')).body).checks[
+      'check:responseTime'
+    ]
+    assert.deepEqual(
+      [disk.componentId, disk.componentType, disk.status],
+      ['disk', 'component', 'pass']
+    )
+    assert.deepEqual(
+      [queue.componentId, queue.status, queue.output],
+      ['queue', 'fail', 'failed: no broker']
+    )
+    const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
+    assert.match(page.body, /<tr class="fail"><th scope="row">check<td>queue<td>failed: no broker/)
+    const metrics = await ask(port, 'metrics\n')
+    assert.match(metrics, /^ftw_monitor_check_passing\{check="disk"\} 1$/m)
+    assert.match(metrics, /^ftw_monitor_check_passing\{check="queue"\} 0$/m)
+    const [, status] = (await monitor.status()).checks
+    assert.deepEqual(
+      { ...status, answeredMs: 0 },
+      {
+        name: 'queue',
+        optional: false,
+        passing: false,
+        trouble: 'failed: no broker',
+        answeredMs: 0
+      }
+    )
+  })
+
+  test('many checks at once share one call, and a replaced one is asked no more', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    const gate = latch()
+    let calls = 0
+    monitor.registerCheck('disk', async () => {
+      calls++
+      await gate.opened
+    })
+    const verdicts = Array.from({ length: 100 }, () => monitor.health())
+    gate.open()
+    assert.deepEqual(
+      new Set((await Promise.all(verdicts)).map(({ reason }) => reason)),
+      new Set(['OK'])
+    )
+    assert.equal(calls, 1)
+    monitor.registerCheck('disk', () => false)
+    assert.equal((await monitor.health()).healthy, false)
+    assert.equal(calls, 1)
+  })
+
+  test('a wrong check is a TypeError that says so', async (t) => {
+    const monitor = await importMonitor(t)
+    const { registerCheck } = monitor as unknown as { registerCheck(...args: unknown[]): void }
+    const wrong: [args: unknown[], message: RegExp][] = [
+      [[], /a check has a name/],
+      [['two words', () => true], /a check has a name without white space/],
+      [['disk'], /a check is a function/],
+      [['disk', { check: () => true }], /a check is a function/],
+      [['disk', () => true, { optionally: true }], /the one option of a check is optional/],
+      [['disk', () => true, null], /the one option of a check is optional/],
+      [['disk', () => true, { optional: 1 }], /optional is true or false/]
+    ]
+    for (const [args, message] of wrong) {
+      assert.throws(() => registerCheck(...args), { name: 'TypeError', message })
+    }
+  })
+
   test('a count that is no number, or less than 0, is a RangeError and counts nothing', async (t) => {
     const monitor = await importMonitor(t)
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
@@ -3891,7 +4130,22 @@ describeInProcess('Databases and counters', TOGETHER, () => {
   })
 })
 
-describeInProcess('Databases and counters', ALONE, () => {
+describeInProcess('Databases, checks and counters', ALONE, () => {
+  test('a check that hangs is told so within a second', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'])
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const asked = latch()
+    monitor.registerCheck('disk', () => {
+      asked.open()
+      return hang()
+    })
+    const reply = ask(port, 'health_check\n')
+    await asked.opened
+    await nextTurn()
+    timers.pass(1_000)
+    assert.equal(await reply, "Error: Check 'disk' timed out.\n")
+  })
+
   test('windows of 1, 10, 300 and 3600 s are exact to the second', async (t) => {
     const clock = fakeClock(t)
     const random = seeded(3)
@@ -4574,6 +4828,45 @@ describeInProcess('Warm-up', TOGETHER, () => {
 })
 
 describeInProcess('Warm-up', ALONE, () => {
+  test('a database or check that turns good starts the next try of a failed warm-up at once', async (t) => {
+    for (const kind of ['database', 'check'] as const) {
+      const timers = takeTimers(t)
+      let isThere = false
+      let tries = 0
+      const { monitor, port } = await bootInstance(t, {
+        prepare: (copy) => {
+          if (kind === 'check') copy.registerCheck('disk', () => isThere)
+          else copy.registerDatabase('main', { isConnected: () => isThere })
+        },
+        performers: {
+          '/': () => {
+            tries++
+            if (!isThere) throw new Error('no stock')
+          }
+        },
+        until: 'started'
+      })
+      const site = async () => (await monitor.status()).warmup[0]!
+      await until(async () => (await site()).nextTrySeconds > 0, 'the next try is known')
+      for (const pauseMs of [1_000, 2_000, 4_000]) {
+        const before = tries
+        timers.pass(pauseMs)
+        await until(async () => tries > before && (await site()).nextTrySeconds > 0, 'it was tried')
+      }
+      assert.equal((await site()).nextTrySeconds, 8)
+      assert.match(
+        await ask(port, 'status\n'),
+        /failed after \d+\.\d s; next try in 8 s: no stock$/m
+      )
+
+      isThere = true
+      await untilHealthy(port) // without any time passing
+      assert.equal(tries, 5)
+      assert.equal((await site()).nextTrySeconds, -1)
+      t.mock.restoreAll()
+    }
+  })
+
   test('performers get their site, its url and a signal, in order of registration', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
@@ -7879,6 +8172,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       /^database   cache       disconnected \(optional\)$/,
       /^prober     127\.0\.0\.1   asked \d+\.\d s ago, every \d+\.\d s$/,
       /^draining   no$/,
+      /^since      \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ  red: Warmup in progress$/,
+      /^since      \S+ \S+Z  red: Instance is booting$/,
       /^$/
     ]
     assert.equal(lines.length, expected.length, lines.join('\n'))
@@ -7920,7 +8215,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
         site: '/',
         status: 'failed',
         seconds: 0,
-        failure: 'no stock'
+        failure: 'no stock',
+        nextTrySeconds: site?.nextTrySeconds
       }
     )
     assert.deepEqual(known.databases, [
@@ -9966,7 +10262,7 @@ describeProcesses('The program', PAIRWISE, () => {
     const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
     const green = await runProgram(t, ['status'], { env })
     assert.equal(green.status, 0, green.stderr)
-    assert.match(green.stdout, /^OK\ninstance   http:[^]*\ndraining   no\n$/)
+    assert.match(green.stdout, /^OK\ninstance   http:[^]*\ndraining   no\nsince .*Z  healthy\n/)
     void monitor.drain()
     const red = await runProgram(t, ['status'], { env })
     assert.equal(red.status, 1)

@@ -28,7 +28,8 @@
 //   The application
 //   Sending clients elsewhere
 //   The verdict
-//   Databases
+//   Changes of the verdict
+//   Databases and checks
 //   Shared calls and counters
 //   Warm-up
 //   The view
@@ -135,6 +136,18 @@ export interface Database {
   figures?(): Figures | Promise<Figures>
 }
 
+/** Whatever else the instance cannot serve without: it passes if it gives, or resolves to, anything
+ *  but `false`, within 900 ms, and does not throw. A check of the instance shares a call that is
+ *  out. */
+export type Check = () => unknown
+
+/** What `registerCheck` may be told. */
+export interface CheckOptions {
+  /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
+   *  warning in `status`. */
+  optional?: boolean
+}
+
 /** Counts `count` (1) more of what the service does; a `RangeError` for what is no number from
  *  0. */
 export type Count = (count?: number) => void
@@ -153,8 +166,14 @@ export interface Activity {
 export interface Status {
   /** Whether it may be sent requests. */
   healthy: boolean
+  /** `warn` where it is not healthy, but for a reason that will pass by itself: it boots, warms up,
+   *  drains, or shuts down. */
+  grade: 'pass' | 'warn' | 'fail'
   /** `OK`, or why not. */
   reason: string
+  /** The last ten changes of the verdict that a check has seen, the oldest first; the last one is
+   *  what holds now. */
+  changes: VerdictChange[]
   /** Where the instance is reached; '' before that is known. */
   url: string
   /** How long the process has run. */
@@ -167,9 +186,18 @@ export interface Status {
   residentMemoryBytes: number
   warmup: SiteStatus[]
   databases: DatabaseStatus[]
+  checks: CheckStatus[]
   probers: ProberStatus[]
   /** `undefined` where it does not drain. */
   draining: DrainingStatus | undefined
+}
+
+/** A verdict, and since when it held. */
+export interface VerdictChange {
+  /** In ISO 8601, such as `2026-11-28T09:30:00.000Z`. */
+  time: string
+  healthy: boolean
+  reason: string
 }
 
 /** How the warm-up of a site stands. */
@@ -180,6 +208,8 @@ export interface SiteStatus {
   seconds: number
   /** Why it failed, '' if it did not. */
   failure: string
+  /** How long until it is tried again, -1 where it did not fail. */
+  nextTrySeconds: number
 }
 
 /** How a database is. */
@@ -188,6 +218,17 @@ export interface DatabaseStatus {
   optional: boolean
   connected: boolean
   /** What is wrong with it, '' if nothing: `disconnected`, `timed out`, or `failed: REASON`. */
+  trouble: string
+  /** How long the last answer took. */
+  answeredMs: number
+}
+
+/** How a check is. */
+export interface CheckStatus {
+  name: string
+  optional: boolean
+  passing: boolean
+  /** What is wrong, '' if nothing: `failed`, `timed out`, or `failed: REASON`. */
   trouble: string
   /** How long the last answer took. */
   answeredMs: number
@@ -306,9 +347,11 @@ const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
-const DATABASE_MS = 900 // to answer; Kubernetes waits for one second
-const QUESTION_MS = 30_000 // until a database is asked anew: a cut connection never answers
+const ANSWER_MS = 900 // for a database or a check; Kubernetes waits for one second
+const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never answers
 const REASON_MAX = 500 // characters; balancers show less
+const CHANGES_MAX = 10 // of the verdict, that the status shows
+const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
 
 // Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
@@ -423,6 +466,7 @@ class Monitor {
   readonly bystanders = new Application([])
   readonly clock = new Clock()
   readonly probers = new Probers(this)
+  readonly history = new VerdictHistory(this.clock)
   load = new Load()
   warmup = new WarmupRunner(this)
   /** Known from `booting` on. */
@@ -1178,7 +1222,7 @@ function wrapListen(prototype: net.Server): ListenWrap {
     // `unref()` comes after `listen()`, and tells that it is not the instance.
     setImmediate(() => {
       if (!server.listening) return
-      for (const observer of observers) attempt(() => observer(server))
+      for (const observer of observers) attemptOwn(() => observer(server))
     })
   }
   const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
@@ -1658,7 +1702,7 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
 
   function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
     if (!isOff) {
-      const outcome = attempt(() => application.onEvent(server, event, args))
+      const outcome = attemptOwn(() => application.onEvent(server, event, args))
       if (outcome === 'taken') return true
     }
     return Reflect.apply(innerEmit, this, [event, ...args])
@@ -1821,14 +1865,33 @@ function withoutKeepAliveToken(value: unknown): unknown {
 /** Whether this instance may be sent requests, and if not, why. */
 interface Verdict {
   healthy: boolean
+  /** `warn` for what will pass by itself, `fail` for what is broken. */
+  grade: Grade
   /** `OK`, or what anybody may know of why not. */
   reason: string
   /** The same for this machine: what a database or a performer threw, too. */
   explanation: string
+  /** The explanation for the log, where nobody has to know an error by its first word. */
+  cause: string
 }
 
-const WARMING_UP = 'Warmup in progress'
-const HEALTHY: Verdict = { healthy: true, reason: 'OK', explanation: 'OK' }
+type Grade = 'pass' | 'warn' | 'fail'
+
+const HEALTHY: Verdict = {
+  healthy: true,
+  grade: 'pass',
+  reason: 'OK',
+  explanation: 'OK',
+  cause: 'OK'
+}
+const BOOTING = transient('Instance is booting')
+const WARMING_UP = transient('Warmup in progress')
+const SHUTTING_DOWN = transient('Instance is shutting down')
+
+/** A verdict that will be another one by itself. */
+function transient(reason: string): Verdict {
+  return { healthy: false, grade: 'warn', reason, explanation: reason, cause: reason }
+}
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
@@ -1840,23 +1903,28 @@ export async function health(): Promise<{ healthy: boolean; reason: string }> {
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing, warmup } = monitor
-  if (draining) return unhealthy(draining.reason)
-  if (currentShutdown || isInstanceClosing || state === 'closed') {
-    return unhealthy('Instance is shutting down')
-  }
+  if (draining) return transient(toRedLine(draining.reason))
+  if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
 
   const broken = firstBroken()
-  if (broken) return unhealthy(`Error: ${broken.troubleForAll}`, `Error: ${broken.trouble}`)
+  if (broken) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
 
   const { stage } = warmup
-  if (state !== 'accepting' || stage === 'cold') return unhealthy('Instance is booting')
-  if (stage === 'running') return unhealthy(WARMING_UP)
-  if (stage === 'failed') return unhealthy('Warmup failed', `Warmup failed: ${warmup.failure}`)
+  if (state !== 'accepting' || stage === 'cold') return BOOTING
+  if (stage === 'running') return WARMING_UP
+  if (stage === 'failed') return fault('Warmup failed', `Warmup failed: ${warmup.failure}`)
   return HEALTHY
 }
 
-function unhealthy(reason: string, explanation = reason): Verdict {
-  return { healthy: false, reason: toRedLine(reason), explanation: toRedLine(explanation) }
+/** A verdict that somebody has to look after. */
+function fault(category: string, cause: string, prefix = ''): Verdict {
+  return {
+    healthy: false,
+    grade: 'fail',
+    reason: toRedLine(prefix + category),
+    explanation: toRedLine(prefix + cause),
+    cause: toRedLine(cause)
+  }
 }
 
 /** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
@@ -1869,8 +1937,15 @@ function toRedLine(text: string): string {
 function inspect(): Promise<unknown> | undefined {
   if (monitor.draining) return undefined
   if (monitor.application.server && monitor.isInstanceClosing) return undefined // it is known
-  if (databases.size === 0 && !monitor.isLookDue) return undefined
+  if (databases.size === 0 && registeredChecks.size === 0 && !monitor.isLookDue) return undefined
   return inspectAll()
+}
+
+/** What a check sees: each change of it is remembered, and told in the log. */
+function seeVerdict(): Verdict {
+  const verdict = judge()
+  monitor.history.note(verdict)
+  return verdict
 }
 
 async function inspectAndJudge(): Promise<Verdict> {
@@ -1878,22 +1953,82 @@ async function inspectAndJudge(): Promise<Verdict> {
   await inspect()
   const isResumed = wasDraining && !monitor.draining
   if (isResumed) await inspect() // while it drained, nothing was asked
-  return judge()
+  return seeVerdict()
 }
 
 /** Also where the verdict does not depend on it, as while it drains. */
-function inspectAll(): Promise<unknown> {
-  const inspections: Promise<void>[] = Array.from(databases.values(), (each) => each.ask())
+async function inspectAll(): Promise<void> {
+  const dependencies = allDependencies()
+  const missing = dependencies.filter(({ isPassing }) => !isPassing)
+  const inspections = dependencies.map((each) => each.ask())
   if (monitor.isLookDue) inspections.push(monitor.look())
-  return Promise.all(inspections)
+  await Promise.all(inspections)
+  // What failed to warm up may have failed for want of it.
+  if (missing.some(({ isPassing }) => isPassing)) monitor.warmup.retryAtOnce()
 }
 
-// --- Databases -----------------------------------------------------------------------------------
+// --- Changes of the verdict ----------------------------------------------------------------------
 
-// What the instance cannot serve without, and what the service counts that it does with it. They
-// stay registered when the monitor stops.
+// When the instance was red, and why: a line in the log for each change that somebody's check sees,
+// and the last few of them for the status.
+
+class VerdictHistory {
+  /** The last ones, the oldest first, each with the time from which on it held. */
+  readonly changes: { verdict: Verdict; time: string }[] = []
+  readonly #clock: Clock
+  #redSinceMs = performance.now()
+  #hasBeenHealthy = false
+  #dueLine: { level: 'info' | 'warn'; text: string } | undefined
+  #loggedAtTickMs = -Infinity
+
+  constructor(clock: Clock) {
+    this.#clock = clock
+    this.#add(BOOTING)
+  }
+
+  /** Compares what anybody may know: details may differ each time. */
+  note(verdict: Verdict): void {
+    const before = this.changes.at(-1)?.verdict
+    if (before === verdict || before?.reason === verdict.reason) return
+    this.#add(verdict)
+    if (!verdict.healthy) {
+      if (before?.healthy) this.#redSinceMs = performance.now()
+      this.#logSoon(verdict.grade === 'fail' ? 'warn' : 'info', `is red: ${verdict.cause}`)
+      return
+    }
+    const seconds = ((performance.now() - this.#redSinceMs) / 1_000).toFixed(1)
+    this.#logSoon('info', `is healthy${this.#hasBeenHealthy ? ' again' : ''} after ${seconds} s`)
+    this.#hasBeenHealthy = true
+  }
+
+  #add(verdict: Verdict): void {
+    if (this.changes.length === CHANGES_MAX) this.changes.shift()
+    this.changes.push({ verdict, time: new Date().toISOString() })
+  }
+
+  /** Of several changes within a second the last one is told. */
+  #logSoon(level: 'info' | 'warn', text: string): void {
+    this.#dueLine = { level, text }
+    const waitMs = this.#loggedAtTickMs + CHANGE_LINE_MS - this.#clock.nowTickMs
+    if (waitMs > 0) this.#clock.schedule(waitMs, this.#logDueLine)
+    else this.#logDueLine()
+  }
+
+  readonly #logDueLine = (): void => {
+    if (!this.#dueLine) return
+    log(this.#dueLine.level, this.#dueLine.text)
+    this.#dueLine = undefined
+    this.#loggedAtTickMs = this.#clock.nowTickMs
+  }
+}
+
+// --- Databases and checks ------------------------------------------------------------------------
+
+// What the instance cannot serve without, and what the service counts that it does with a database.
+// They stay registered when the monitor stops.
 
 const databases = new Map<string, RegisteredDatabase>()
+const registeredChecks = new Map<string, Dependency>()
 
 /** Registers a database, or replaces it. Gives the counters on which the service tells what it does
  *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
@@ -1916,9 +2051,90 @@ export function registerDatabase(name: string, database: Database): Activity {
   }
 }
 
-class RegisteredDatabase {
+/** Registers a check of what is no database, such as free space on a disk, or replaces it. Throws a
+ *  `TypeError` for a name with white space, for what is no function, and for wrong options. */
+export function registerCheck(name: string, check: Check, options: CheckOptions = {}): void {
+  must(isWord(name), 'a check has a name without white space')
+  must(typeof check === 'function', 'a check is a function')
+  must(hasOnly(options, ['optional']), 'the one option of a check is optional')
+  const { optional = false }: CheckOptions = options
+  must(typeof optional === 'boolean', 'optional is true or false')
+  const passes = async (): Promise<boolean> => (await check()) !== false
+  registeredChecks.set(name, new Dependency(`Check '${name}'`, name, optional, passes, 'failed'))
+}
+
+/** A database or a check, and what its last answer was. */
+class Dependency {
   readonly name: string
   readonly isOptional: boolean
+  /** What its trouble is told with: `Database 'main'`. */
+  readonly #title: string
+  readonly #passes: SharedCall
+  /** What it is where it answers in time, and not with yes. */
+  readonly #no: 'disconnected' | 'failed'
+  /** Until it was asked, an answer may be under way. */
+  #outcome: 'passes' | 'disconnected' | 'timed out' | 'failed'
+  /** What it threw, '' if nothing: for this machine. */
+  #detail = ''
+
+  constructor(
+    title: string,
+    name: string,
+    isOptional: boolean,
+    passes: () => unknown,
+    no: 'disconnected' | 'failed'
+  ) {
+    this.#title = title
+    this.name = name
+    this.isOptional = isOptional
+    this.#passes = new SharedCall(passes, ANSWER_MS)
+    this.#no = no
+    this.#outcome = no
+  }
+
+  /** Asks it, and keeps the outcome. */
+  async ask(): Promise<void> {
+    try {
+      const answer = await this.#passes.ask()
+      this.#outcome = answer === true ? 'passes' : this.#no
+      this.#detail = ''
+    } catch (error) {
+      const isLate = error === TIMED_OUT
+      this.#outcome = isLate ? 'timed out' : 'failed'
+      this.#detail = isLate ? '' : errorText(error)
+    }
+  }
+
+  get isPassing(): boolean {
+    return this.#outcome === 'passes'
+  }
+
+  get answeredMs(): number {
+    return this.#passes.answeredMs
+  }
+
+  /** What is wrong with it, '' if nothing: its category alone. */
+  get trouble(): string {
+    return this.#outcome === 'passes' ? '' : this.#outcome
+  }
+
+  /** The same with what it threw, for this machine. */
+  get detailedTrouble(): string {
+    return this.#detail === '' ? this.trouble : `${this.trouble}: ${this.#detail}`
+  }
+
+  /** `Database 'main' disconnected.`, in ftw.monitor's words. */
+  get sentence(): string {
+    return `${this.#title} ${this.trouble}.`
+  }
+
+  /** `Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432`, for this machine. */
+  get detailedSentence(): string {
+    return this.#detail === '' ? this.sentence : `${this.#title} ${this.detailedTrouble}`
+  }
+}
+
+class RegisteredDatabase extends Dependency {
   readonly counters = {
     loads: new Counter(),
     stores: new Counter(),
@@ -1927,63 +2143,23 @@ class RegisteredDatabase {
   // They give nothing where the database has no such method.
   readonly connections: SharedCall
   readonly figures: SharedCall
-  readonly #isConnected: SharedCall
-  /** What was wrong with it when it was last asked; until then a check may be under way. */
-  #outcome: 'connected' | 'disconnected' | 'timed out' | 'failed' = 'disconnected'
-  /** What it threw, '' if nothing. */
-  #failure = ''
 
   constructor(name: string, database: Database) {
-    this.name = name
-    this.isOptional = database.optional === true
-    this.connections = new SharedCall(() => database.connections?.(), DATABASE_MS)
-    this.figures = new SharedCall(() => database.figures?.(), DATABASE_MS)
-    this.#isConnected = new SharedCall(() => database.isConnected(), DATABASE_MS)
-  }
-
-  /** Asks it whether it is connected, and keeps the outcome. */
-  async ask(): Promise<void> {
-    try {
-      const answer = await this.#isConnected.ask()
-      this.#outcome = answer === true ? 'connected' : 'disconnected'
-    } catch (error) {
-      this.#outcome = error === TIMED_OUT ? 'timed out' : 'failed'
-      this.#failure = errorText(error)
-    }
-  }
-
-  get isConnected(): boolean {
-    return this.#outcome === 'connected'
-  }
-
-  get answeredMs(): number {
-    return this.#isConnected.answeredMs
-  }
-
-  /** In ftw.monitor's words, with what it threw. */
-  get trouble(): string {
-    return this.#outcome === 'failed'
-      ? `Database '${this.name}' failed: ${this.#failure}`
-      : this.troubleForAll
-  }
-
-  get troubleForAll(): string {
-    return `Database '${this.name}' ${this.#outcome}.`
-  }
-
-  /** What is wrong with it, '' if nothing; with what it threw, for this machine. */
-  describe(isLocal: boolean): string {
-    if (this.#outcome === 'connected') return ''
-    return this.#outcome === 'failed' && isLocal ? `failed: ${this.#failure}` : this.#outcome
+    const isConnected = (): unknown => database.isConnected()
+    super(`Database '${name}'`, name, database.optional === true, isConnected, 'disconnected')
+    this.connections = new SharedCall(() => database.connections?.(), ANSWER_MS)
+    this.figures = new SharedCall(() => database.figures?.(), ANSWER_MS)
   }
 }
 
-/** The first database that the instance cannot do without, and that is not connected. */
-function firstBroken(): RegisteredDatabase | undefined {
-  for (const registered of databases.values()) {
-    if (!registered.isConnected && !registered.isOptional) return registered
-  }
-  return undefined
+function allDependencies(): Dependency[] {
+  return [...databases.values(), ...registeredChecks.values()]
+}
+
+/** The first one that the instance cannot do without, and that does not pass. */
+function firstBroken(): Dependency | undefined {
+  if (databases.size === 0 && registeredChecks.size === 0) return undefined
+  return allDependencies().find(({ isPassing, isOptional }) => !isPassing && !isOptional)
 }
 
 // --- Shared calls and counters -------------------------------------------------------------------
@@ -2174,7 +2350,8 @@ class WarmupRunner {
   readonly #viewController = new AbortController()
   #life: 'awaited' | 'begun' | 'over' = 'awaited'
   #isViewSeen = false
-  #isRetryDue = false
+  /** When what has failed is tried again. */
+  #retryAtTickMs: number | undefined
   #retryPauseMs = WARMUP_RETRY_MS
 
   constructor(owner: Monitor) {
@@ -2303,23 +2480,37 @@ class WarmupRunner {
     }
     const { failure } = this
     if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
-    else if (!this.#isRetryDue) this.#retryLater(failure)
+    else if (this.#retryAtTickMs === undefined) this.#retryLater(failure)
   }
 
   #retryLater(failure: string): void {
     const pauseMs = this.#retryPauseMs
     log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
-    this.#isRetryDue = true
+    const { clock } = this.#monitor
+    this.#retryAtTickMs = clock.nowTickMs + pauseMs
     this.#retryPauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
-    this.#monitor.clock.schedule(pauseMs, () => this.#retry())
+    clock.schedule(pauseMs, this.#retry)
   }
 
-  #retry(): void {
-    this.#isRetryDue = false
+  readonly #retry = (): void => {
+    this.#retryAtTickMs = undefined
     for (const site of this.sites) {
       if (site.stage === 'failed') site.stage = 'waiting'
     }
     this.#warmWhatRemains()
+  }
+
+  /** What it may have failed for is there again. */
+  retryAtOnce(): void {
+    if (this.#retryAtTickMs === undefined) return
+    this.#monitor.clock.cancel(this.#retry)
+    this.#retry()
+  }
+
+  /** How long until what has failed is tried again, -1 where nothing has. */
+  get nextTrySeconds(): number {
+    if (this.#retryAtTickMs === undefined) return -1
+    return (this.#retryAtTickMs - this.#monitor.clock.nowTickMs) / 1_000
   }
 
   async #perform(run: Run, runBefore: Promise<string> | undefined): Promise<string> {
@@ -3011,17 +3202,18 @@ class Shutdown {
     // The one timer that keeps the process alive: else that might end before cleanUp was called.
     const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
 
+    log('info', `shuts down${this.#signal ? ` after ${this.#signal}` : ''}`)
     const told = this.#do('onSignal', () => this.#callBack(() => given.onSignal?.(event)))
     this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     await this.#do('draining', () => this.#drain())
-    this.phase = 'closing'
+    this.#enter('closing')
     await this.#do('the requests in flight', () => this.#close())
-    this.phase = 'cleaning'
+    this.#enter('cleaning')
     const cleaned = this.#do('cleanUp', () => this.#callBack(() => given.cleanUp?.(event)))
     await this.#do('upgraded connections', () => this.#endUpgraded())
     await Promise.all([told, cleaned])
 
-    this.phase = 'others'
+    this.#enter('others')
     clearTimeout(deadline) // all is done: what the others have ended may end the process
     await signals.tellOthers(exitAfterMs - this.#elapsedMs())
 
@@ -3029,8 +3221,14 @@ class Shutdown {
     await this.#monitor.end()
     this.#monitor.unhookServers()
     clearTimeout(keepAlive)
-    this.phase = 'over'
+    this.#enter('over')
     this.#resolveDone()
+  }
+
+  /** Whoever is killed in the middle can see in the log how far it was. */
+  #enter(phase: ShutdownPhase): void {
+    this.phase = phase
+    log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
   }
 
   /** Whether nothing of ours is still to be done. */
@@ -3062,7 +3260,7 @@ class Shutdown {
     const isInTime = await pollUntil(isTold, tellingMs)
     if (!isInTime && draining) log('warn', describeLate(draining, tellingMs))
 
-    this.phase = 'settling'
+    this.#enter('settling')
     this.#application.sendSessionsElsewhere()
     if (!this.#application.server) return
     const isSomebodyTold = draining?.hasSomebodyToTell === true
@@ -3601,7 +3799,7 @@ function checkHealth(asker: Asker): void | Promise<void> {
 }
 
 function tellVerdict(asker: Asker): void {
-  const verdict = judge()
+  const verdict = seeVerdict()
   if (verdict.healthy) asker.write('OK\n')
   else asker.reply(`${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
 }
@@ -3737,7 +3935,7 @@ addCommand(
 addCommand('zeostatus', 'Get ZEO client status information', async (_, name) => {
   const registered = databaseNamed(name)
   await registered.ask()
-  return registered.isConnected ? 'True' : 'False'
+  return registered.isPassing ? 'True' : 'False'
 })
 
 addCommand(
@@ -3804,8 +4002,8 @@ addCommand(
     const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
     await registered?.ask()
-    if (registered?.isConnected === false) {
-      const trouble = asker.local ? registered.trouble : registered.troubleForAll
+    if (registered?.isPassing === false) {
+      const trouble = asker.local ? registered.detailedSentence : registered.sentence
       return JSON.stringify({ error: toRedLine(trouble) })
     }
 
@@ -3887,7 +4085,12 @@ addCommand(
   async () => {
     await inspectAll()
     const collected = await collectAll()
-    const families = [...processFamilies(), ...instanceFamilies(), ...databaseFamilies()]
+    const families = [
+      ...processFamilies(),
+      ...instanceFamilies(),
+      ...databaseFamilies(),
+      checkFamily()
+    ]
     const ours = families.filter(({ name }) => !collected.has(name))
     return [...ours.flatMap(linesOfFamily), ...[...collected.values()].flat()].join('\n')
   },
@@ -4009,7 +4212,7 @@ const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
   const { application, warmup, load } = monitor
-  const isHealthy = Number(judge().healthy)
+  const isHealthy = Number(seeVerdict().healthy)
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = application.server ? application.upgradedConnections : -1
@@ -4029,22 +4232,35 @@ function databaseFamilies(): Family[] {
     name: string,
     help: string,
     value: (of: RegisteredDatabase) => number
-  ): Family => {
-    const all = Array.from(databases.values(), (each): [string, number] => [
-      `{database=${JSON.stringify(each.name)}}`,
-      value(each)
-    ])
-    return { name: `ftw_monitor_database_${name}`, help, values: new Map(all) }
-  }
+  ): Family => ({
+    name: `ftw_monitor_database_${name}`,
+    help,
+    values: valuesByLabel('database', databases, value)
+  })
   const counted = (kind: keyof Activity): Family =>
     ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
 
   return [
-    ofEach('connected', 'Whether it is connected.', ({ isConnected }) => Number(isConnected)),
+    ofEach('connected', 'Whether it is connected.', ({ isPassing }) => Number(isPassing)),
     counted('loads'),
     counted('stores'),
     counted('connections')
   ]
+}
+
+function checkFamily(): Family {
+  const values = valuesByLabel('check', registeredChecks, ({ isPassing }) => Number(isPassing))
+  return { name: 'ftw_monitor_check_passing', help: 'Whether it passes.', values }
+}
+
+function valuesByLabel<T>(
+  label: string,
+  all: Map<string, T>,
+  value: (of: T) => number
+): Map<string, number> {
+  return new Map(
+    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(name)}}`, value(each)])
+  )
 }
 
 // --- Status --------------------------------------------------------------------------------------
@@ -4060,19 +4276,36 @@ export async function status(): Promise<Status> {
  *  only. */
 async function statusFor(isLocal: boolean): Promise<Status> {
   await inspectAll()
-  const { application, load, instance, warmup, probers, draining } = monitor
-  const { healthy, reason, explanation } = judge()
+  const { healthy, grade, reason, explanation } = seeVerdict()
+  const { application, load, instance, warmup, probers, draining, history } = monitor
   return {
     healthy,
+    grade,
     reason: isLocal ? explanation : reason,
+    changes: history.changes.map(({ verdict, time }) => ({
+      time,
+      healthy: verdict.healthy,
+      reason: isLocal ? verdict.explanation : verdict.reason
+    })),
     url: instance?.url ?? '',
     uptimeSeconds: process.uptime(),
     requestsInFlight: application.server ? application.requestsInFlight : -1,
     upgradedConnections: application.server ? application.upgradedConnections : -1,
     eventLoopUtilization: load.utilization,
     residentMemoryBytes: readResidentMemory(),
-    warmup: warmup.sites.map((site) => siteStatus(site, isLocal)),
-    databases: Array.from(databases.values(), (each) => databaseStatus(each, isLocal)),
+    warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
+      site: name,
+      status: stage,
+      seconds,
+      failure: isLocal ? failure : '',
+      nextTrySeconds: stage === 'failed' ? warmup.nextTrySeconds : -1
+    })),
+    databases: Array.from(databases.values(), (each) => {
+      return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
+    }),
+    checks: Array.from(registeredChecks.values(), (each) => {
+      return { ...dependencyStatus(each, isLocal), passing: each.isPassing }
+    }),
     probers: probers.statuses().map((prober) => {
       return isLocal ? prober : { ...prober, address: 'a prober' }
     }),
@@ -4080,14 +4313,10 @@ async function statusFor(isLocal: boolean): Promise<Status> {
   }
 }
 
-function siteStatus({ name, stage, seconds, failure }: Site, isLocal: boolean): SiteStatus {
-  return { site: name, status: stage, seconds, failure: isLocal ? failure : '' }
-}
-
-function databaseStatus(registered: RegisteredDatabase, isLocal: boolean): DatabaseStatus {
-  const { name, isOptional, isConnected, answeredMs } = registered
-  const trouble = registered.describe(isLocal)
-  return { name, optional: isOptional, connected: isConnected, trouble, answeredMs }
+/** What a database and a check have in common. */
+function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
+  const { name, isOptional, trouble, detailedTrouble, answeredMs } = dependency
+  return { name, optional: isOptional, trouble: isLocal ? detailedTrouble : trouble, answeredMs }
 }
 
 addCommand(
@@ -4109,12 +4338,10 @@ function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
   return healthy ? text : text.replaceAll('OK', 'O K')
 }
 
-type Grade = 'pass' | 'warn' | 'fail'
-
 /** One thing that the status tells of: a line for people, a check of the JSON, a row of the
  *  page. */
 interface Row {
-  kind: 'instance' | 'warm-up' | 'database' | 'prober' | 'draining'
+  kind: 'instance' | 'warm-up' | 'database' | 'check' | 'prober' | 'draining' | 'since'
   name: string
   text: string
   grade: Grade
@@ -4133,8 +4360,10 @@ function rowsOf(known: Status): Row[] {
     instanceRow(known),
     ...known.warmup.map(siteRow),
     ...known.databases.map(databaseRow),
+    ...known.checks.map(checkRow),
     ...known.probers.map(proberRow),
-    drainingRow(known)
+    drainingRow(known),
+    ...known.changes.map(changeRow).reverse()
   ]
 }
 
@@ -4155,7 +4384,7 @@ function measured(measure: string, value: number, unit: string): Row {
   return { kind: 'instance', name: '', text: '', grade: 'pass', measure, value, unit }
 }
 
-function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
+function siteRow({ site, status: stage, seconds, failure, nextTrySeconds }: SiteStatus): Row {
   const time = `${seconds.toFixed(1)} s`
   const grade: Grade = stage === 'warm' || stage === 'off' ? 'pass' : 'fail'
   const measure = { measure: 'warmup:duration', value: seconds, unit: 's', grade }
@@ -4165,8 +4394,11 @@ function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
       return { ...row, text: `warm after ${time}`, progress: 1 }
     case 'running':
       return { ...row, text: `running for ${time}`, progress: -1 }
-    case 'failed':
-      return { ...row, text: `failed after ${time}${failure && `: ${failure}`}`, progress: 0 }
+    case 'failed': {
+      const why = failure === '' ? '' : `: ${failure}`
+      const next = nextTrySeconds < 0 ? '' : `; next try in ${Math.ceil(nextTrySeconds)} s`
+      return { ...row, text: `failed after ${time}${next}${why}`, progress: 0 }
+    }
     case 'waiting':
       return { ...row, text: 'waiting', progress: 0 }
     case 'off':
@@ -4174,13 +4406,27 @@ function siteRow({ site, status: stage, seconds, failure }: SiteStatus): Row {
   }
 }
 
-function databaseRow({ name, optional, connected, trouble, answeredMs }: DatabaseStatus): Row {
-  const answered = `connected, answered in ${Math.round(answeredMs)} ms`
-  const stateText = connected ? answered : trouble
+function databaseRow(database: DatabaseStatus): Row {
+  const measure = 'database:responseTime'
+  return dependencyRow('database', database, database.connected ? 'connected' : '', measure)
+}
+
+function checkRow(check: CheckStatus): Row {
+  return dependencyRow('check', check, check.passing ? 'passes' : '', 'check:responseTime')
+}
+
+/** `passing` tells in a word that it does, '' if it does not. */
+function dependencyRow(
+  kind: 'database' | 'check',
+  { name, optional, trouble, answeredMs }: Omit<CheckStatus, 'passing'>,
+  passing: string,
+  measure: string
+): Row {
+  const stateText = passing ? `${passing}, answered in ${Math.round(answeredMs)} ms` : trouble
   const text = optional ? `${stateText} (optional)` : stateText
   const broken: Grade = optional ? 'warn' : 'fail'
-  const measure = { measure: 'database:responseTime', value: answeredMs, unit: 'ms' }
-  return { kind: 'database', name, text, grade: connected ? 'pass' : broken, ...measure }
+  const grade = passing ? 'pass' : broken
+  return { kind, name, text, grade, measure, value: answeredMs, unit: 'ms' }
 }
 
 function proberRow({ address, askedSecondsAgo, intervalSeconds }: ProberStatus): Row {
@@ -4202,6 +4448,16 @@ function drainingRow({ draining, requestsInFlight }: Status): Row {
   const progress = probers > 0 ? probersInformed / probers : 1
   return { ...row, text, grade: 'fail', value: seconds, progress }
 }
+
+/** The latest one tells since when the verdict holds. */
+function changeRow({ time, healthy, reason }: VerdictChange): Row {
+  const seconds = (Date.now() - Date.parse(time)) / 1_000
+  const second = time.replace(MILLISECONDS, '').replace('T', ' ')
+  const text = `${second}  ${healthy ? 'healthy' : `red: ${reason}`}`
+  return { ...measured('verdict:age', seconds, 's'), kind: 'since', text }
+}
+
+const MILLISECONDS = /\.\d+(?=Z)/ // 2026-11-28T09:30:00.000Z
 
 /** In the unit of which there are at least two. */
 function duration(seconds: number): string {
@@ -4846,6 +5102,19 @@ function attempt<T>(look: () => T): T | undefined {
   }
 }
 
+/** The same for what is ours, and is not to fail: the first failure is logged. */
+function attemptOwn<T>(act: () => T): T | undefined {
+  try {
+    return act()
+  } catch (error) {
+    if (!isFaultLogged) log('error', `has a fault: ${errorText(error)}`, ...framesOf(error))
+    isFaultLogged = true
+    return undefined
+  }
+}
+
+let isFaultLogged = false
+
 // Who is on this machine
 
 function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
@@ -5160,7 +5429,7 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
     const { reason, checks } = await askFigures(to)
     const sites = checks['warmup:duration'] ?? []
     const running = sites.findIndex(({ stage }) => stage === 'running')
-    if (reason !== WARMING_UP || running < 0) return reason
+    if (reason !== WARMING_UP.reason || running < 0) return reason
     return `${reason}: ${sites[running]?.componentId}, ${running + 1} of ${sites.length}`
   } catch (error) {
     return clean(errorText(error))
