@@ -10600,13 +10600,20 @@ async function startHaproxy(t: TestContext, configuration: (socket: string) => s
   return { command, stateOf, statusOf, untilState }
 }
 
-/** The README's first configuration with one server that is there, short intervals and a socket. */
-function configure(front: number, instance: number, nowhere: number, socket: string): string {
+/** The README's configuration of HAProxy, and that with its lines for a tcp-check. */
+function haproxyOfReadme(): { byAgent: string; byTcpCheck: string } {
   const blocks = [...README_TEXT.matchAll(/^```haproxy\n([^]*?)^```$/gm)]
-  const texts = blocks.map(([, text = '']) => text)
-  const configuration = texts.find((text) => text.includes('tcp-check expect string OK')) ?? ''
-  assert.match(configuration, /^ *server app1 \S+.* check port \d+.* inter \d+s downinter \d+s/m)
-  const adapted = configuration
+  const [byAgent = '', lines = ''] = blocks.map(([, text]) => text)
+  const byTcpCheck = byAgent.replace(/^ *default-server [^]*/m, lines)
+  assert.match(byAgent, /^ *default-server check agent-check .*agent-send "agent_check\\n"/m)
+  assert.match(byTcpCheck, /^ *tcp-check expect string OK\n *default-server check inter /m)
+  return { byAgent, byTcpCheck }
+}
+
+/** The README's tcp-check with one server that is there, short intervals and a socket. */
+function configure(front: number, instance: number, nowhere: number, socket: string): string {
+  const { byTcpCheck } = haproxyOfReadme()
+  const adapted = byTcpCheck
     .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
     .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
     .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
@@ -10826,6 +10833,36 @@ const TRANSCRIPT = [...CONSOLES]
   .filter(({ command }) => /health_check|warmup_state/.test(command))
 
 describeProcesses('Real programs', SIDE_BY_SIDE, () => {
+  test('the first service of the README logs what is printed there', async (t) => {
+    const [, service = ''] = /^```js\n([^]*?)^```$/m.exec(README_TEXT) ?? []
+    const [, log = ''] = /^```\n(ftw-monitor listening [^]*?)^```$/m.exec(README_TEXT) ?? []
+    const port = await freePort()
+    const file = join(scratchFolder(t), 'server.mjs')
+    fs.writeFileSync(file, service.replace("'ftw-monitor'", JSON.stringify(MODULE.href)))
+    const words = ['--no-warnings', file]
+    const booted = watch(t, process.execPath, words, { env: { PORT: String(port) } })
+    await untilHealthy(port + 80)
+    assert.equal((await getPage(port, '/')).body, 'Hello\n')
+
+    // Its times differ, and without IPv6 its address does.
+    const comparable = (text: string) =>
+      text.replace(/on \S+:/, 'on ADDRESS:').replace(/[\d.]+ s/, '')
+    await until(() => booted.output.includes('is warm'), 'it has logged that it is warm')
+    assert.equal(comparable(booted.output), comparable(log.replace('8160', String(port + 80))))
+    booted.child.kill('SIGTERM')
+    assert.equal(await booted.exit, 0)
+  })
+
+  test('HAProxy accepts the configurations of the README', needs('haproxy'), async (t) => {
+    for (const [check, configuration] of Object.entries(haproxyOfReadme())) {
+      const file = join(scratchFolder(t), 'haproxy.cfg')
+      fs.writeFileSync(file, configuration)
+      const { status, stdout, stderr } = await runToEnd(t, 'haproxy', ['-c', '-f', file])
+      assert.equal(status, 0, `${check}: ${stdout}${stderr}`)
+      assert.doesNotMatch(stdout + stderr, /ALERT|WARNING/, check)
+    }
+  })
+
   test(
     'three instances behind HAProxy are restarted in turn without one failed request',
     needs('haproxy'),
