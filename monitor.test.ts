@@ -13,7 +13,7 @@
 
 import assert from 'node:assert/strict'
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
-import { once } from 'node:events'
+import { getEventListeners, once } from 'node:events'
 import * as fs from 'node:fs'
 import * as http from 'node:http'
 import * as http2 from 'node:http2'
@@ -3531,6 +3531,84 @@ describeInProcess('The verdict', TOGETHER, () => {
     assert.match((await monitor.health()).reason, /failed: a b {2}c \[0md$/)
   })
 
+  test('untilHealthy() waits for start() and the warm-up, and makes no prober', async (t) => {
+    const gate = latch()
+    const monitor = await importMonitor(t)
+    const healthy = monitor.untilHealthy()
+    assert.ok(await isPendingFor(300, healthy), 'it waits for start()')
+    const performers = { '/': () => gate.opened }
+    const { port } = await bootInstance(t, { monitor, performers, until: 'started' })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '0 1\n', 'it warms up')
+    assert.ok(await isPendingFor(300, healthy), 'it waits for the warm-up')
+    gate.open()
+    await inTime(healthy, 'it is healthy')
+    assert.equal((await monitor.health()).reason, 'OK')
+    assert.deepEqual((await monitor.status()).probers, [])
+  })
+
+  test('untilHealthy() rejects with the reason of its signal at once, and leaves no listener', async (t) => {
+    const monitor = await importMonitor(t)
+    monitor.registerDatabase('main', { isConnected: () => hang() })
+    await bootInstance(t, { monitor, until: 'started' })
+    const reason = new Error('enough')
+    await assert.rejects(monitor.untilHealthy({ signal: AbortSignal.abort(reason) }), reason)
+    const late = new AbortController()
+    const healthy = monitor.untilHealthy({ signal: late.signal })
+    await nextTurn()
+    late.abort(reason)
+    await assert.rejects(healthy, reason)
+    assert.equal(getEventListeners(late.signal, 'abort').length, 0)
+
+    monitor.registerDatabase('main', { isConnected: () => true })
+    const unused = new AbortController()
+    await inTime(monitor.untilHealthy({ signal: unused.signal }), 'it is healthy')
+    assert.equal(getEventListeners(unused.signal, 'abort').length, 0)
+  })
+
+  test('untilHealthy() resolves where the monitor was stopped, before or meanwhile', async (t) => {
+    const main = { isConnected: () => false }
+    const { monitor } = await bootInstance(t, { databases: { main }, until: 'started' })
+    const healthy = monitor.untilHealthy()
+    assert.ok(await isPendingFor(50, healthy))
+    await monitor.stop()
+    await inTime(healthy, 'nothing is to be waited for')
+    await inTime(monitor.untilHealthy(), 'there is nothing to wait for')
+  })
+
+  test('untilHealthy() rejects during a shutdown, but not before that is over', async (t) => {
+    const gate = latch()
+    const cleaning = latch()
+    const main = { isConnected: () => false }
+    const { monitor } = await bootInstance(t, { databases: { main }, until: 'started' })
+    let end = 'pending'
+    const healthy = monitor.untilHealthy().catch((error: Error) => {
+      end = error.message
+    })
+    const cleanUp = () => {
+      cleaning.open()
+      return gate.opened
+    }
+    const ended = monitor.shutdown({ cleanUp })
+    await cleaning.opened
+    await pause(300)
+    assert.equal(end, 'pending')
+    gate.open()
+    await Promise.all([ended, inTime(healthy, 'it has ended')])
+    const message = 'ftw-monitor: the instance has shut down'
+    assert.equal(end, message)
+    await assert.rejects(monitor.untilHealthy(), { message })
+  })
+
+  test('untilHealthy() rejects wrong options with a sentence', async (t) => {
+    const monitor = await importMonitor(t)
+    for (const wrong of [null, 7, { timeoutMs: 5 }, { signal: 5 }, { signal: {} }]) {
+      await assert.rejects(monitor.untilHealthy(wrong as object), {
+        name: 'TypeError',
+        message: /^ftw-monitor: (untilHealthy takes|signal must be) an /
+      })
+    }
+  })
+
   test('a database that is registered during a check is not taken for connected', async (t) => {
     const { opened, open } = latch()
     const main = { isConnected: () => opened.then(() => true) }
@@ -3556,6 +3634,21 @@ describeInProcess('The verdict', ALONE, () => {
     await serve(t, hello, { host: '127.0.0.1', port })
     await untilHealthy(port + 80)
     assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
+  })
+
+  test('untilHealthy() resolves where there is no monitor: switched off, or given up', async (t) => {
+    const given = await importMonitor(t)
+    const server = await serve(t)
+    setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
+    const healthy = given.untilHealthy()
+    assert.equal(await given.start({ server, logger: recorder() }), false)
+    await inTime(healthy, 'it does not wait for what has given up')
+
+    setEnvironment(t, { FTW_MONITOR: '0' })
+    const off = await importMonitor(t)
+    await inTime(off.untilHealthy(), 'it does not wait for start()')
+    assert.equal(await off.start({ server, logger: recorder() }), false)
+    await inTime(off.untilHealthy(), 'it does not wait after start()')
   })
 
   test('only true means connected, and failures are told', async (t) => {
@@ -3746,6 +3839,13 @@ describeInProcess('The verdict', ALONE, () => {
       assert.equal((await monitor.health()).reason, 'Instance is shutting down')
     }
   )
+})
+
+describeProcesses('The verdict', SIDE_BY_SIDE, () => {
+  test('untilHealthy() keeps no process alive', async (t) => {
+    const waits = runScript(t, { script: 'void monitor.untilHealthy()' })
+    assert.equal(await inTime(waits.exit, 'the process ends by itself'), 0)
+  })
 })
 
 // --- Databases and counters ----------------------------------------------------------------------

@@ -352,6 +352,7 @@ const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never an
 const REASON_MAX = 500 // characters; balancers show less
 const CHANGES_MAX = 10 // of the verdict, that the status shows
 const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
+const HEALTHY_POLL_MS = 250 // untilHealthy asks so often, which databases bear for a whole boot
 
 // Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
@@ -452,13 +453,13 @@ export async function stop(): Promise<void> {
   await stopping.end()
 }
 
-/** `stopped`: not begun, given up, or over. `waiting`: for the server to listen. `booting`: the
- *  instance is known, and does not accept connections yet. `accepting`: it does. `closed`: its
- *  server is, and may listen again. */
-type MonitorState = 'stopped' | 'waiting' | 'booting' | 'accepting' | 'closed'
+/** `new`: nobody has called `start`. `stopped`: switched off, given up, or over. `waiting`: for the
+ *  server to listen. `booting`: the instance is known, and does not accept connections yet.
+ *  `accepting`: it does. `closed`: its server is, and may listen again. */
+type MonitorState = 'new' | 'stopped' | 'waiting' | 'booting' | 'accepting' | 'closed'
 
 class Monitor {
-  state: MonitorState = 'stopped'
+  state: MonitorState
   readonly logger: Logger
   readonly application: Application
   /** Servers that `start` was not given, and that are not the instance: at a signal they are
@@ -477,14 +478,20 @@ class Monitor {
   #resolveStart: (address: Address) => void = doNothing
   #endSearch: () => void = doNothing
 
-  constructor(options: CheckedStartOptions) {
+  constructor(options: CheckedStartOptions, state: MonitorState = 'stopped') {
+    this.state = state
     this.#options = options
     this.logger = options.logger ?? console
     this.application = new Application(options.servers, this)
   }
 
+  /** There is nothing to ask, nor to wait for, unless `start` is called. */
+  get isOff(): boolean {
+    return this.state === 'new' || this.state === 'stopped'
+  }
+
   get isStarted(): boolean {
-    return this.state !== 'stopped' && this.state !== 'closed'
+    return !this.isOff && this.state !== 'closed'
   }
 
   /** Derived, since the server's `close` event comes only when its last request is gone. */
@@ -547,7 +554,7 @@ class Monitor {
 
   /** The instance's server listens. */
   onServerListening(): void {
-    if (this.state === 'stopped') return
+    if (this.isOff) return
     // A server may close, and listen elsewhere before its `close` event.
     const { server } = this.application
     if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
@@ -1900,6 +1907,46 @@ export async function health(): Promise<{ healthy: boolean; reason: string }> {
   return { healthy, reason: explanation }
 }
 
+/** Resolves at the first `OK`, for PM2's `process.send('ready')` and for tests; at once where there
+ *  is no monitor: with `FTW_MONITOR=0`, after `stop()`, and where `start` gave up. Called before
+ *  `start` it waits, for ever if `start` is never called, but keeps no process alive. Rejects with
+ *  the reason of `signal` when that aborts, with a `TypeError` for wrong options, and with an
+ *  `Error` once a shutdown is over: not before, since a rejection that nobody catches would end the
+ *  process in the middle of it. */
+export async function untilHealthy(options: { signal?: AbortSignal } = {}): Promise<void> {
+  must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
+  const { signal } = options
+  must(
+    signal === undefined || hasMethods(signal, 'addEventListener', 'throwIfAborted'),
+    'signal must be an AbortSignal'
+  )
+  signal?.throwIfAborted()
+
+  let onAbort = doNothing
+  const aborted = new Promise<never>((_, reject) => {
+    onAbort = () => reject(signal?.reason)
+  })
+  signal?.addEventListener('abort', onAbort)
+  try {
+    await Promise.race([pollUntilHealthy(signal), aborted])
+  } finally {
+    signal?.removeEventListener('abort', onAbort)
+  }
+}
+
+async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> {
+  while (!signal?.aborted) {
+    if (currentShutdown) {
+      await currentShutdown.done
+      throw new Error('ftw-monitor: the instance has shut down')
+    }
+    if (monitor.state === 'stopped' || isSwitchedOff('FTW_MONITOR')) return
+    const isHealthy = monitor.isStarted && (await inspectAndJudge()).healthy
+    if (isHealthy) return
+    await unreffedPause(HEALTHY_POLL_MS)
+  }
+}
+
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing, warmup } = monitor
@@ -2696,7 +2743,7 @@ function answerView(response: http.ServerResponse, code: number, text: string): 
 
 /** Whether a request of the application's is answered by us. */
 function isForView(url: string): boolean {
-  return monitor.state !== 'stopped' && warmupSite(url) !== undefined
+  return !monitor.isOff && warmupSite(url) !== undefined
 }
 
 /** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
@@ -5248,7 +5295,7 @@ const signals = new Signals()
 let currentShutdown: Shutdown | undefined
 
 /** One that was not begun stands for none. */
-let monitor = new Monitor({ servers: [] })
+let monitor = new Monitor({ servers: [] }, 'new')
 
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
 
