@@ -5458,7 +5458,7 @@ describeInProcess('Probers', ALONE, () => {
     await inTime(drained, 'it is drained', 10_000) // not after 25 s
   })
 
-  test('one line says whom a shutdown waits for, and for how long at most', async (t) => {
+  test('one line says whom a drain or a shutdown waits for, and for how long at most', async (t) => {
     const timers = takeTimers(t)
     const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
     await untilVerdict(monitor)
@@ -5466,10 +5466,13 @@ describeInProcess('Probers', ALONE, () => {
       timers.pass(500)
       for (const from of ['127.0.0.2', '127.0.0.3']) await ask(port, 'health_check\n', { from })
     }
-    const ended = monitor.shutdown()
-    const lines = logger.lines.filter((line) => line.includes('drains: waits for'))
     const each = ['127.0.0.2', '127.0.0.3'].map((address) => `${address} (asks every 0.5 s)`)
-    assert.deepEqual(lines, [`info ftw-monitor drains: waits for ${each.join(', ')}, at most 20 s`])
+    const line = `info ftw-monitor drains: waits for ${each.join(', ')}, at most`
+    const lines = () => logger.lines.filter((text) => text.includes('drains: waits for'))
+    void monitor.drain()
+    assert.deepEqual(lines(), [`${line} 25 s`])
+    const ended = monitor.shutdown()
+    assert.deepEqual(lines(), [`${line} 25 s`, `${line} 20 s`])
     timers.pass(5_000)
     await ended
   })

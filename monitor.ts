@@ -344,6 +344,7 @@ const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
+const SHORT_TURN_MS = 0.2 // of the event loop: with nothing to do it takes a tenth of that
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
@@ -1611,28 +1612,35 @@ class Application {
 
   /** Refuses new connections, where the runtime can; what has come is served. */
   async stopListening(): Promise<void> {
+    // Bun's are not among them: they would be cut.
+    const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
+    for (const server of servers) {
+      letOthersClose(server, this.#sockets.size > 0)
+      acceptNoMore(server)
+    }
     await this.#untilNoneConnects()
     this.#closingSinceMs = performance.now()
-    for (const server of this.#unhooks.keys()) {
-      if (!(server instanceof net.Server)) continue // Bun's, which would be cut
-      letOthersClose(server, this.#sockets.size > 0)
+    // The server's own close() would cut connections whose answer is not taken yet.
+    const close = methodOf(net.Server.prototype, 'close')
+    for (const server of servers) {
       if (!server.listening) continue // else it would emit `close` once more
-      // The server's own close() would cut connections whose answer is not taken yet.
-      const close = methodOf(net.Server.prototype, 'close')
       attempt(() => Reflect.apply(close, server, []))
     }
   }
 
   /** The kernel resets what it has accepted and the event loop has not: of 60 requests that came
-   *  while the event loop was busy 54 to 59 were lost. */
+   *  while the event loop was busy 54 to 59 were lost. A turn looks for connections at its
+   *  beginning, so one that is short has left little time for another one. */
   async #untilNoneConnects(): Promise<void> {
-    for (const server of this.#unhooks.keys()) acceptNoMore(server)
     const startedAtMs = performance.now()
     let quietTurns = 0
     while (quietTurns < 2 && performance.now() - startedAtMs < SETTLE_MS) {
       const connectionsBefore = this.#connections
+      const turnBeganAtMs = performance.now()
       await new Promise((resolve) => setImmediate(resolve))
-      quietTurns = this.#connections === connectionsBefore ? quietTurns + 1 : 0
+      const isShort = performance.now() - turnBeganAtMs < SHORT_TURN_MS
+      const isQuiet = this.#connections === connectionsBefore && isShort
+      quietTurns = isQuiet ? quietTurns + 1 : 0
     }
   }
 
@@ -3040,6 +3048,7 @@ async function untilDrained(
 ): Promise<DrainOutcome> {
   if (!monitor.isStarted) return { drained: true }
   const draining = beginDraining(options)
+  if (draining.hasSomebodyToTell) log('info', describeWait(draining, options.timeoutMs))
   const { application } = monitor
   const quiet = new QuietWatch(application)
   const earliestMs = performance.now() + options.minimumMs
