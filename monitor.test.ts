@@ -1312,6 +1312,17 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.ok(head.includes(`Version ${version}. Copyright (c) `) && head.includes('License'), head)
   })
 
+  test(
+    'the build for CommonJS has the same version and the same names',
+    EXTENSION === '.js' ? {} : { skip: 'there is none of the source as it stands' },
+    async (t) => {
+      const monitor = await importMonitor(t)
+      const required = createRequire(import.meta.url)('./monitor.cjs') as Monitor
+      assert.equal(required.VERSION, monitor.VERSION)
+      assert.deepEqual(Object.keys(required).toSorted(), Object.keys(monitor).toSorted())
+    }
+  )
+
   test('start(server) logs to the console where it listens', async (t) => {
     const port = await freePort()
     const instance = runScript(t, {
