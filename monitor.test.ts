@@ -6419,6 +6419,24 @@ describeInProcess('Shutdown', ALONE, () => {
     assert.match(last!.transcript, /late/)
   })
 
+  test('a connection that came just before the end has a second for its first request', async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, { performers: WARM })
+    const clock = fakeClock(t)
+    const cameAt = clock.now
+    const peer = await converse(t, instancePort)
+    const ended = monitor.shutdown()
+    await until(() => {
+      clock.now = Math.min(clock.now + 10, cameAt + 500)
+      return isRefused(instancePort)
+    }, 'no connection is accepted any more')
+    clock.now = cameAt + 900
+    await pause(100) // by then idle connections are closed
+    peer.say(headOf('/'))
+    await until(() => peer.transcript.endsWith('hello'), 'it is served')
+    clock.now += 10_000
+    await ended
+  })
+
   test('at exitAfterMs those parts of a shutdown are named that are not done, and no others', async (t) => {
     const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
     const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)

@@ -345,6 +345,7 @@ const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const SHORT_TURN_MS = 0.2 // of the event loop: with nothing to do it takes a tenth of that
+const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
@@ -1358,7 +1359,8 @@ class Client {
 
   /** Not so soon after a request or after it connected, since a request may be on its way. */
   get isIdle(): boolean {
-    return !this.isBusy && performance.now() - this.#quietSinceMs >= QUIET_MS
+    const graceMs = this.#newestResponse ? QUIET_MS : FIRST_REQUEST_MS
+    return !this.isBusy && performance.now() - this.#quietSinceMs >= graceMs
   }
 
   /** Half a head has come, or half a body that nobody waited for, and its last byte lately. */
