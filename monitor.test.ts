@@ -2059,6 +2059,43 @@ describeInProcess('Listening', TOGETHER, () => {
 })
 
 describeInProcess('Listening', ALONE, () => {
+  test('a name that cannot be resolved yet is tried again, as an address that comes late', async (t) => {
+    for (const code of ['EAI_AGAIN', 'ENOTFOUND']) {
+      const timers = takeTimers(t)
+      setEnvironment(t, { FTW_MONITOR_LISTEN: 'not.known.yet.invalid:0' })
+      const listenForReal = net.Server.prototype.listen
+      let failures = 2
+      t.mock.method(net.Server.prototype, 'listen', function (this: net.Server, where: object) {
+        if (failures === 0) return listenForReal.call(this, { ...where, host: '127.0.0.1' })
+        failures--
+        const error = Object.assign(new Error(`getaddrinfo ${code} not.known.yet.invalid`), {
+          code
+        })
+        process.nextTick(() => this.emit('error', error))
+        return this
+      })
+      const server = http.createServer(hello)
+      closeLater(t, server)
+      listenForReal.call(server, LOOPBACK)
+      await once(server, 'listening')
+      const logger = recorder()
+      const monitor = await importMonitor(t)
+      assert.equal(await monitor.start({ server, logger }), false)
+      const isListening = () => logger.lines.some((line) => line.includes('listening on'))
+      for (let second = 0; second < 2; second++) {
+        assert.equal(isListening(), false)
+        timers.pass(1_000)
+        await nextTurn()
+      }
+      await until(isListening, 'it listens at last')
+      const warnings = warningsOf(logger).filter((line) => line.includes('listen'))
+      assert.equal(warnings.length, 1)
+      assert.match(warnings[0] ?? '', new RegExp(`cannot listen: .*${code}.*; tries every second`))
+      t.mock.restoreAll()
+      await monitor.stop()
+    }
+  })
+
   test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
     quicken(t, 5)
     const port = await freePort()
@@ -2502,6 +2539,19 @@ async function askUpgraded(port: number): Promise<number | undefined> {
 }
 
 describeInProcess('The application', TOGETHER, () => {
+  test('a server whose emit cannot be wrapped costs one warning, and the monitor goes on', async (t) => {
+    const server = await serve(t)
+    Object.defineProperty(server, 'emit', { value: server.emit.bind(server), configurable: false })
+    const options = { port: portOf(server) } // it goes on as without the server
+    const setup = { server, options, performers: WARM }
+    const { logger, instancePort, port } = await bootInstance(t, setup)
+    const warnings = warningsOf(logger).filter((line) => line.includes('emit'))
+    assert.equal(warnings.length, 1)
+    assert.match(warnings[0] ?? '', /cannot see the requests of a server whose emit is not/)
+    assert.equal((await getPage(instancePort, '/')).status, 200)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
   test('watching requests changes nothing that the application or its clients see', async (t) => {
     const transcripts = async (start: boolean) => {
       const server = await serve(t, (request, response) => {
@@ -3636,6 +3686,26 @@ describeInProcess('The verdict', TOGETHER, () => {
 })
 
 describeInProcess('The verdict', ALONE, () => {
+  test("after the server's close event it is shutting down, until it listens again", async (t) => {
+    const { monitor, server } = await bootInstance(t, { performers: WARM })
+    await close(server)
+    await nextTurn()
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+    server.listen(LOOPBACK)
+    await untilVerdict(monitor)
+    await monitor.shutdown()
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  })
+
+  test('a check that began while it drained asks the database after resume()', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    monitor.registerDatabase('main', { isConnected: () => false })
+    void monitor.drain()
+    const verdict = monitor.health()
+    monitor.resume()
+    assert.equal((await verdict).reason, "Error: Database 'main' disconnected.")
+  })
+
   test('with PORT alone an instance is booting until it accepts connections', async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
@@ -4844,6 +4914,44 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.deepEqual(seen, ['/', '/late'])
   })
 
+  test('a site that is registered later is warmed in the background, and red only if it fails', async (t) => {
+    const gate = latch()
+    let isBroken = true
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.registerWarmup('/late', async () => {
+      await gate.opened
+      if (isBroken) throw new Error('no stock')
+    })
+    const stageOf = async (name: string) =>
+      (await monitor.status()).warmup.find(({ site }) => site === name)?.status
+    await until(async () => (await stageOf('/late')) === 'running', 'it is being warmed')
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
+    gate.open()
+    await untilVerdict(monitor, 'Warmup failed: /late: no stock')
+    isBroken = false
+    await untilVerdict(monitor)
+    assert.equal(await stageOf('/late'), 'warm')
+  })
+
+  test('a request for a site during a run that is past it is a new run', async (t) => {
+    const gates = [latch(), latch(), latch()]
+    let calls = 0
+    const { instancePort } = await bootInstance(t, {
+      performers: { '/a': () => void calls++, '/b': () => gates[calls - 1]?.opened },
+      until: 'started'
+    })
+    await until(() => calls === 1, '/a is warm, and /b runs')
+    const again = getPage(instancePort, '/a/@@warmup')
+    const both = getPage(instancePort, '/@@warmup')
+    await getPage(instancePort, '/') // by then the requests are seen
+    gates[0]?.open()
+    assert.equal((await again).status, 200)
+    assert.ok(calls >= 2, `${calls} calls of /a`)
+    for (const gate of gates) gate.open()
+    assert.equal((await both).status, 200)
+  })
+
   test(
     'https on a port that fetch refuses says what to do, and a performer does it',
     needs('openssl'),
@@ -4939,6 +5047,33 @@ describeInProcess('Warm-up', TOGETHER, () => {
 })
 
 describeInProcess('Warm-up', ALONE, () => {
+  test('with automatic warm-up off a site is off until somebody asks, and then red if it fails', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: '0' })
+    let isBroken = true
+    const failing = () => {
+      if (isBroken) throw new Error('no stock')
+    }
+    const setup = { performers: { '/': () => {}, '/shop': failing }, until: 'started' } as const
+    const { monitor, instancePort } = await bootInstance(t, setup)
+    const stages = async () => (await monitor.status()).warmup.map(({ status }) => status)
+    await untilVerdict(monitor)
+    assert.deepEqual(await stages(), ['off', 'off'])
+    assert.equal((await getPage(instancePort, '/shop/@@warmup')).status, 500)
+    assert.deepEqual(await stages(), ['off', 'failed'])
+    assert.equal((await monitor.health()).reason, 'Warmup failed: /shop: no stock')
+    isBroken = false
+    await untilVerdict(monitor) // tried again like any other
+    assert.deepEqual(await stages(), ['off', 'warm'])
+  })
+
+  test('a url ends without a slash, so that a path can follow it', async (t) => {
+    const urls: string[] = []
+    const keep: WarmupPerformer = ({ url }) => void urls.push(`${url}/catalogue`)
+    const { instancePort } = await bootInstance(t, { performers: { '/': keep, '/shop/': keep } })
+    const origin = `http://127.0.0.1:${instancePort}`
+    assert.deepEqual(urls, [`${origin}/catalogue`, `${origin}/shop/catalogue`])
+  })
+
   test('a database or check that turns good starts the next try of a failed warm-up at once', async (t) => {
     for (const kind of ['database', 'check'] as const) {
       const timers = takeTimers(t)
@@ -12501,6 +12636,41 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     assert.deepEqual(new Set(replies), new Set(['OK\n']))
     assert.equal(flood.child.exitCode, null)
   })
+
+  test(
+    'without a free descriptor status(), metrics and monitor tell what they can',
+    NEEDS_DESCRIPTORS,
+    async (t) => {
+      const child = runScript(t, {
+        descriptors: 200,
+        script: `
+        import * as fs from 'node:fs'
+        const server = http.createServer((_, response) => response.end()).listen(0, '127.0.0.1')
+        const listen = { host: '127.0.0.1', port: 0 }
+        const { port } = await monitor.start({ server, listen, logger: { ...console, info() {} } })
+        await monitor.untilHealthy()
+        const socket = net.connect(port, '127.0.0.1')
+        let text = ''
+        socket.on('data', (part) => { text += part })
+        socket.write('interactive\\n')
+        while (!text.endsWith('exit.\\n')) await pause(10)
+        try {
+          for (;;) fs.openSync('/dev/null')
+        } catch {}
+        const known = await monitor.status().catch((error) => error)
+        socket.write('monitor\\nmetrics\\nquit\\n')
+        await new Promise((resolve) => socket.on('close', resolve))
+        print(JSON.stringify({ memory: known.residentMemoryBytes, healthy: known.healthy, text }))
+        process.exit()`
+      })
+      await until(() => child.output.includes('}\n'), 'it has told')
+      const { memory, healthy, text } = JSON.parse(child.output)
+      assert.deepEqual([memory, healthy], [-1, true])
+      assert.match(text, /\n0\nVmRSS:\t/)
+      assert.match(text, /\nftw_monitor_healthy 1\n/)
+      assert.doesNotMatch(text, /Error/)
+    }
+  )
 
   test(
     '5,000 idle connections do not use up 1,024 descriptors: both ports keep answering',

@@ -463,10 +463,10 @@ type MonitorState = 'new' | 'stopped' | 'waiting' | 'booting' | 'accepting' | 'c
 class Monitor {
   state: MonitorState
   readonly logger: Logger
-  readonly application: Application
+  readonly application = new Application(this)
   /** Servers that `start` was not given, and that are not the instance: at a signal they are
    *  closed, and waited for, but they are never judged, counted or told of. */
-  readonly bystanders = new Application([])
+  readonly bystanders = new Application()
   readonly clock = new Clock()
   readonly probers = new Probers(this)
   readonly history = new VerdictHistory(this.clock)
@@ -484,7 +484,6 @@ class Monitor {
     this.state = state
     this.#options = options
     this.logger = options.logger ?? console
-    this.application = new Application(options.servers, this)
   }
 
   /** There is nothing to ask, nor to wait for, unless `start` is called. */
@@ -525,8 +524,10 @@ class Monitor {
     void this.end()
   }
 
-  /** Sees each server that listens in this process from now on, or does already. */
+  /** Hooks into the servers that `start` was given, and sees each one that listens in this process
+   *  from now on, or does already. */
   findServers(): void {
+    for (const server of this.#options.servers) this.application.add(server)
     this.#endSearch = observeListening((server) => this.#onServerFound(server))
     this.findListeningServers()
   }
@@ -1413,9 +1414,8 @@ class Application {
   /** One listener for all responses: a closure for each would cost more than all else here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
-  constructor(servers: readonly net.Server[], observer?: ServerObserver) {
+  constructor(observer?: ServerObserver) {
     this.#observer = observer
-    for (const server of servers) this.add(server)
     const requestEnded = (response: http.ServerResponse): void => {
       this.#requestEnded(response, response.statusCode, response.req)
     }
@@ -2405,8 +2405,8 @@ class WarmupRunner {
   /** Our own request for the view bears this token. */
   readonly #token: string = crypto.randomUUID()
   readonly #viewController = new AbortController()
+  /** `awaited` until the view has seen our own request, or nobody has answered it. */
   #life: 'awaited' | 'begun' | 'over' = 'awaited'
-  #isViewSeen = false
   /** When what has failed is tried again. */
   #retryAtTickMs: number | undefined
   #retryPauseMs = WARMUP_RETRY_MS
@@ -2463,7 +2463,7 @@ class WarmupRunner {
 
   /** The view has seen our own request. */
   onView(): void {
-    this.#isViewSeen = true
+    if (this.#life === 'awaited') this.#life = 'begun'
   }
 
   /** What is registered when the instance is green does not take it out, unless it fails. */
@@ -2507,7 +2507,7 @@ class WarmupRunner {
     if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
 
     clock.schedule(VIEW_MS, () => {
-      if (!this.#isViewSeen) this.#viewController.abort()
+      if (this.#life === 'awaited') this.#viewController.abort()
     })
     try {
       const answer = await fetch(`${instance.url}/@@warmup`, {
