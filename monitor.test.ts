@@ -12,7 +12,7 @@
 // `node --test --test-name-pattern='The verdict' monitor.test.ts` runs one subject.
 
 import assert from 'node:assert/strict'
-import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
+import { spawn, spawnSync, type ChildProcess, type StdioOptions } from 'node:child_process'
 import { getEventListeners, once } from 'node:events'
 import * as fs from 'node:fs'
 import * as http from 'node:http'
@@ -790,6 +790,7 @@ function askStream(session: http2.ClientHttp2Session | undefined): Promise<strin
 interface ProcessOptions {
   cwd?: string
   env?: Record<string, string>
+  stdio?: StdioOptions
 }
 
 /** Runs a program, keeps what it says, and ends it after the test. */
@@ -7092,6 +7093,14 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       assert.ok(ms < 10_000, `${what}: ended after ${ms} ms`) // not after 25 s
     }
     await Promise.all(Object.entries(setups).map(endOne))
+  })
+
+  test('a channel to the process that started it, as under PM2, is nothing to tell of', async (t) => {
+    const script = "process.on('message', () => {})"
+    const service = await bootService(t, { script, stdio: ['pipe', 'pipe', 'pipe', 'ipc'] })
+    const { status, output } = await service.end()
+    assert.equal(status, 0)
+    assert.doesNotMatch(output, /keeps the process alive/)
   })
 
   test(
