@@ -216,7 +216,10 @@ const VARIABLES = [
   'FTW_MONITOR_URL',
   'FTW_MONITOR_AUTOWARMUP',
   'FTW_MONITOR_TIMEOUT_MS',
-  'FTW_MONITOR_MINIMUM_MS'
+  'FTW_MONITOR_MINIMUM_MS',
+  'HOSTNAME',
+  'npm_package_name',
+  'npm_package_version'
 ]
 
 /**
@@ -8292,7 +8295,8 @@ function openPage(port: number, options: PageOptions & { path?: string } = {}) {
   return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
 }
 
-/** The cells of each row of the page, without their markup; `▢` stands for a bar. */
+/** The cells of each row of the page, without their markup; `▢` stands for a bar, and a blank for one
+ *  that does not break. */
 function rowsOfPage(body: string): string[] {
   const rows = body.match(/^<tr.*$/gm) ?? []
   return rows.map((row) =>
@@ -8300,6 +8304,7 @@ function rowsOfPage(body: string): string[] {
       .replace(/^<tr[^>]*><th scope="row">/, '')
       .replace(/<progress[^>]*><\/progress>/g, '▢')
       .replaceAll(/<td[^>]*>/g, '|')
+      .replaceAll('\u00a0', ' ')
   )
 }
 
@@ -8520,10 +8525,15 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     await ask(port, 'health_check\n')
     assert.match(await ask(port, 'status\n'), /, 1 of 1 probers know, 1 request in flight$/m)
     const { draining } = await monitor.status()
-    assert.deepEqual({ ...draining, seconds: 0 }, { seconds: 0, probers: 1, probersInformed: 1 })
-    assert.match((await openPage(port)).body, /aria-label="draining " value="1"/)
+    const told = { seconds: 0, probers: 1, probersInformed: 1 }
+    assert.deepEqual({ ...draining, seconds: 0 }, { ...told, finished: false })
     letGo()
     await Promise.all([request, drained])
+    const { draining: over } = await monitor.status()
+    assert.deepEqual({ ...over, seconds: 0 }, { ...told, finished: true })
+    assert.match(await ask(port, 'status\n'), /^draining   finished, for \d+\.\d s, 1 of 1 /m)
+    void monitor.drain({ fall: 2 })
+    assert.equal((await monitor.status()).draining?.finished, false)
   })
 
   test('/status is in the health check response format: pass, warn or fail', async (t) => {
@@ -8623,24 +8633,85 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   })
 
   test('a browser gets a page that tells the verdict, the instance and its rows', async (t) => {
-    const { port, instancePort } = await bootInstance(t, { performers: WARM })
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM })
     const { status, headers, body } = await openPage(port)
     assert.equal(status, 200)
     assert.equal(headers['content-type'], 'text/html; charset=utf-8')
     assert.match(body, /<h1 class="pass">OK<\/h1>/)
-    assert.ok(body.includes(`<title>OK - http://127.0.0.1:${instancePort}</title>`))
-    assert.match(rowsOfPage(body)[1] ?? '', /^warm-up\|\/\|▢ warm after \d+\.\d s$/)
+    assert.ok(body.includes(`<title>✓ 127.0.0.1, process ${process.pid} - OK</title>`))
+    const instance = `instance|http://127.0.0.1:${instancePort}, up `
+    assert.ok(rowsOfPage(body)[0]?.startsWith(instance), body)
+    assert.match(rowsOfPage(body)[1] ?? '', /^warm-up\|\/\|✓ warm after \d+\.\d s$/)
+    const { changes } = await monitor.status()
+    const since = changes.at(-1)?.time.slice(0, 19).replace('T', ' ')
+    assert.match(body, new RegExp(`<p>For \\d+.s, since ${since}Z<br>`))
     const head = await openPage(port, { method: 'HEAD' })
     assert.deepEqual([head.status, head.body], [200, ''])
   })
 
-  test('the page of a drained instance is red, and there all the same', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
+  test('the page of what will pass by itself is amber, of what is broken red', async (t) => {
+    const gate = latch()
+    let isConnected = true
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => isConnected } },
+      performers: sitesBehind(gate),
+      until: 'started'
+    })
+    await untilVerdict(monitor, 'Warmup in progress')
+    await until(async () => (await openPage(port)).body.includes('running for'), '/shop runs')
+    const warming = (await openPage(port)).body
+    assert.match(warming, /<title>… [^]*<h1 class="warn">Warmup in progress<\/h1>/)
+    assert.match(
+      warming,
+      /<tr class="warn"><th scope="row">warm-up<td>\/shop<td><progress [^>]*"><\//
+    )
+    assert.deepEqual(
+      rowsOfPage(warming)
+        .filter((row) => row.startsWith('warm-up'))
+        .map((row) => row.replace(/ [\d.]+ s$/, '')),
+      ['warm-up|/|✓ warm after', 'warm-up|/shop|▢ running for', 'warm-up|/search|waiting']
+    )
+    gate.open()
+    await untilVerdict(monitor)
+    isConnected = false
+    const { body } = await openPage(port)
+    assert.match(body, /<title>✗ [^]*<h1 class="fail">Error: Database /)
+  })
+
+  test('the page tells a drain that goes on from one that is finished, in its own words', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port } = await bootInstance(t, { server, performers: WARM })
+    const request = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'the request has come')
     void monitor.drain({ reason: 'until noon' })
-    const { status, body } = await openPage(port)
-    assert.equal(status, 200)
-    assert.match(body, /<h1 class="fail">until noon<\/h1>/)
-    assert.match(body, /<tr class="fail"><th scope="row">draining/)
+    const told = async () => {
+      const { status, body } = await openPage(port)
+      assert.equal(status, 200)
+      const [, heading] = /<h1 class="warn">(.*)<\/h1>/.exec(body) ?? []
+      const row = rowsOfPage(body).find((each) => each.startsWith('draining')) ?? ''
+      return `${heading} ${row.replace(/for [\d.]+ s, /, '')}`
+    }
+    const known = '0 of 0 probers know'
+    assert.equal(await told(), `Draining: until noon draining|▢ ${known}, 1 request in flight`)
+    letGo()
+    await request
+    const finished = `draining|✓ finished, ${known}, 0 requests in flight`
+    assert.equal(await told(), `Drained: until noon ${finished}`)
+    void monitor.drain()
+    assert.equal(await told(), `Drained ${finished}`)
+    void monitor.drain({ minimumMs: 60_000 })
+    assert.equal(await told(), `Draining draining|▢ ${known}, 0 requests in flight`)
+    monitor.resume()
+  })
+
+  test('on the page a number does not break apart from its unit', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    await ask(port, 'health_check\n')
+    const { body } = await openPage(port)
+    const [main = ''] = /<h1[^]*<figcaption>[^]*<\/figcaption>/.exec(body) ?? []
+    assert.doesNotMatch(main.replace(/<[^>]*>/g, ''), /\d [a-z%]/i)
+    assert.match(main, /\d\u00a0s, 0\u00a0requests in flight, .*\d\u00a0MiB\n/)
+    assert.match(main, /loop \d+\u00a0% busy/)
   })
 
   test('whoever is no browser gets help in place of the page', async (t) => {
@@ -8715,8 +8786,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const { body } = await openPage(port)
     const tags = new Set(Array.from(body.matchAll(/<\/?([^\s>]*)/g), ([, name]) => name))
     const known =
-      '!DOCTYPE html head meta title style body main h1 p a table tr th td progress figure svg ' +
-      'polyline figcaption span'
+      '!DOCTYPE html head meta title style body main h1 p br a table tr th td progress figure div ' +
+      'svg polyline figcaption span'
     for (const tag of tags) assert.ok(known.split(' ').includes(tag!), `<${tag}>`)
     assert.doesNotMatch(body, /&(?!#\d+;)/)
     assert.doesNotMatch(body.replaceAll('\n', ''), UNSAFE)
@@ -9253,6 +9324,25 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.equal(await lag(), 0)
   })
 
+  test('the page is told apart by the host, the process and the package of its instance', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const title = async (host: string) => {
+      const { body } = await openPage(port, { headers: { Host: host } })
+      const [, text] = /<title>✓ (.*) - OK<\/title>/.exec(body) ?? []
+      assert.ok(body.includes(`<br>${text}<p>`), body)
+      return text
+    }
+    setEnvironment(t, {})
+    const pidText = `process ${process.pid}`
+    assert.equal(await title('web1.example:8160'), `web1.example, ${pidText}`)
+    assert.equal(await title('[::1]:8160'), `::1, ${pidText}`)
+    assert.equal(await title('<b>'), `&#60;b&#62;, ${pidText}`)
+    setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop' })
+    assert.equal(await title('localhost:8160'), `web2, ${pidText}, shop`)
+    setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop', npm_package_version: '2.3.1' })
+    assert.equal(await title('localhost:8160'), `web2, ${pidText}, shop 2.3.1`)
+  })
+
   test('the page shows the last two minutes as a chart', async (t) => {
     const timers = takeTimers(t)
     const server = await serve(t)
@@ -9260,20 +9350,18 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     const chart = async () => {
       const { body } = await openPage(port)
       const lines = Array.from(body.matchAll(/<polyline class="(\w+)" points="([^"]*)"/g))
-      const caption = /<figcaption>([^]*?)<\/figcaption>/.exec(body)?.[1]?.replace(/<[^>]*>/g, '')
+      const [figure = ''] = /<figure>[^]*<\/figure>/.exec(body) ?? []
       return {
         lines: lines.map(([, name, points]) => ({ name, points: points!.split(' ') })),
-        caption
+        text: figure.replace(/<[^>]*>/g, '').replace(/\s+/g, ' ')
       }
     }
     timers.pass(1_000)
     for (let request = 0; request < 8; request++) await getPage(portOf(server), '/')
     timers.pass(1_000)
-    const { lines, caption } = await chart()
-    assert.match(
-      caption!,
-      /^The last two minutes: loop \d+ % busy,\s8 requests a second \(at most 8\)$/
-    )
+    const { lines, text } = await chart()
+    const now = 'two minutes ago now Now: loop \\d+ % busy, '
+    assert.match(text, new RegExp(`^100 % busy 8 requests a second ${now}8 requests a second$`))
     assert.deepEqual(
       lines.map(({ name }) => name),
       ['load', 'requests']
@@ -9281,7 +9369,10 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.deepEqual(lines[1]!.points, ['118,99.0', '119,1.0'])
     timers.pass(200_000)
     const later = await chart()
-    assert.match(later.caption!, /0 requests a second \(at most 0\)$/)
+    assert.match(
+      later.text,
+      new RegExp(`^100 % busy 1 request a second ${now}0 requests a second$`)
+    )
     for (const { points } of later.lines) {
       assert.equal(points.length, 120)
       assert.ok(points[0]!.startsWith('0,') && points[119]!.startsWith('119,'))
@@ -11502,7 +11593,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.ok(stdout.includes(`<h1 class="fail">${reason}</h1>`), stdout + stderr)
     assert.match(stdout, /<td>main<\/td><td>failed: &lt;b&gt;no/)
     assert.match(stdout, /<td>127\.0\.0\.1<\/td><td>asked /)
-    assert.match(stdout, /<progress aria-label="warm-up \/" value="1"><\/progress>/)
+    assert.match(stdout, /<td>\/<\/td><td>✓ warm after /)
     assert.doesNotMatch(stdout, /OK|<b>| style=/)
     assert.doesNotMatch(stderr, /Content Security Policy|Refused/)
   })

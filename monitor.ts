@@ -249,6 +249,8 @@ export interface DrainingStatus {
   probers: number
   /** How many of them know. */
   probersInformed: number
+  /** Whether each of them knows, `minimumMs` is over, and no request is in flight. */
+  finished: boolean
 }
 
 /** What a warm-up performer is told. */
@@ -3000,18 +3002,22 @@ class Draining {
   readonly #sinceMs = performance.now()
   /** How many drained answers a prober needs. */
   #fall: number
+  /** It is not finished before that. */
+  #earliestMs: number
 
-  constructor(probers: Probers, reason: string, fall: number) {
+  constructor(probers: Probers, { reason, fall, minimumMs }: Required<DrainOptions>) {
     this.#probers = probers
     this.waitFor = probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
+    this.#earliestMs = this.#sinceMs + minimumMs
   }
 
   /** A second drain waits for the same probers as the first. */
-  change(reason: string, fall: number): void {
+  change({ reason, fall, minimumMs }: Required<DrainOptions>): void {
     this.reason = reason
     this.#fall = fall
+    this.#earliestMs = Math.max(this.#earliestMs, performance.now() + minimumMs)
   }
 
   get isEverybodyTold(): boolean {
@@ -3022,20 +3028,26 @@ class Draining {
     return this.waitFor.length > 0
   }
 
+  get isFinished(): boolean {
+    if (performance.now() < this.#earliestMs) return false
+    return this.isEverybodyTold && monitor.application.requestsInFlight === 0
+  }
+
   get status(): DrainingStatus {
     const informed = this.waitFor.filter(({ drainedAnswers }) => drainedAnswers >= this.#fall)
     const missing = this.waitFor.filter((prober) => this.#probers.isMissing(prober, this.#fall))
     return {
       seconds: (performance.now() - this.#sinceMs) / 1_000,
       probers: informed.length + missing.length,
-      probersInformed: informed.length
+      probersInformed: informed.length,
+      finished: this.isFinished
     }
   }
 }
 
-function beginDraining({ reason, fall }: Required<DrainOptions>): Draining {
-  monitor.draining?.change(reason, fall)
-  monitor.draining ??= new Draining(monitor.probers, reason, fall)
+function beginDraining(options: Required<DrainOptions>): Draining {
+  monitor.draining?.change(options)
+  monitor.draining ??= new Draining(monitor.probers, options)
   monitor.application.sendClientsElsewhere()
   return monitor.draining
 }
@@ -4409,7 +4421,7 @@ interface Row {
   unit: string
   /** Of a warm-up. */
   stage?: SiteStatus['status']
-  /** For a bar, from 0 to 1; -1 for one that moves without an end in sight. */
+  /** Of what runs, from 0 to 1, which is done; -1 where no end is in sight. */
   progress?: number
 }
 
@@ -4444,9 +4456,14 @@ function measured(measure: string, value: number, unit: string): Row {
 
 function siteRow({ site, status: stage, seconds, failure, nextTrySeconds }: SiteStatus): Row {
   const time = `${seconds.toFixed(1)} s`
-  const grade: Grade = stage === 'warm' || stage === 'off' ? 'pass' : 'fail'
-  const measure = { measure: 'warmup:duration', value: seconds, unit: 's', grade }
-  const row = { kind: 'warm-up', name: site, ...measure, stage } as const
+  const measure = { measure: 'warmup:duration', value: seconds, unit: 's' }
+  const row = {
+    kind: 'warm-up',
+    name: site,
+    ...measure,
+    stage,
+    grade: STAGE_GRADES[stage]
+  } as const
   switch (stage) {
     case 'warm':
       return { ...row, text: `warm after ${time}`, progress: 1 }
@@ -4455,14 +4472,21 @@ function siteRow({ site, status: stage, seconds, failure, nextTrySeconds }: Site
     case 'failed': {
       const why = failure === '' ? '' : `: ${failure}`
       const next = nextTrySeconds < 0 ? '' : `; next try in ${Math.ceil(nextTrySeconds)} s`
-      return { ...row, text: `failed after ${time}${next}${why}`, progress: 0 }
+      return { ...row, text: `failed after ${time}${next}${why}` }
     }
     case 'waiting':
-      return { ...row, text: 'waiting', progress: 0 }
     case 'off':
-      return { ...row, text: 'off' }
+      return { ...row, text: stage }
   }
 }
+
+const STAGE_GRADES = {
+  off: 'pass',
+  waiting: 'warn',
+  running: 'warn',
+  warm: 'pass',
+  failed: 'fail'
+} as const
 
 function databaseRow(database: DatabaseStatus): Row {
   const measure = 'database:responseTime'
@@ -4498,24 +4522,31 @@ function drainingRow({ draining, requestsInFlight }: Status): Row {
   const row = { kind: 'draining', name: '', measure: 'draining:duration', unit: 's' } as const
   if (!draining) return { ...row, text: 'no', grade: 'pass', value: 0 }
 
-  const { seconds, probers, probersInformed } = draining
+  const { seconds, probers, probersInformed, finished } = draining
   const requests = plural(requestsInFlight, 'request in flight', 'requests in flight')
   const inFlight = requestsInFlight >= 0 ? `, ${requests}` : ''
   const known = `${probersInformed} of ${probers} probers know`
-  const text = `for ${seconds.toFixed(1)} s, ${known}${inFlight}`
-  const progress = probers > 0 ? probersInformed / probers : 1
-  return { ...row, text, grade: 'fail', value: seconds, progress }
+  const text = `${finished ? 'finished, ' : ''}for ${seconds.toFixed(1)} s, ${known}${inFlight}`
+  return { ...row, text, grade: 'warn', value: seconds, progress: drainingProgress(draining) }
+}
+
+function drainingProgress({ probers, probersInformed, finished }: DrainingStatus): number {
+  if (finished) return 1
+  // Once each of them knows, it goes on for as long as requests do.
+  return probersInformed < probers ? probersInformed / probers : -1
 }
 
 /** The latest one tells since when the verdict holds. */
 function changeRow({ time, healthy, reason }: VerdictChange): Row {
   const seconds = (Date.now() - Date.parse(time)) / 1_000
-  const second = time.replace(MILLISECONDS, '').replace('T', ' ')
-  const text = `${second}  ${healthy ? 'healthy' : `red: ${reason}`}`
+  const text = `${toSecond(time)}  ${healthy ? 'healthy' : `red: ${reason}`}`
   return { ...measured('verdict:age', seconds, 's'), kind: 'since', text }
 }
 
-const MILLISECONDS = /\.\d+(?=Z)/ // 2026-11-28T09:30:00.000Z
+/** `2026-11-28 09:30:00Z` of `2026-11-28T09:30:00.000Z`. */
+function toSecond(time: string): string {
+  return `${time.slice(0, 19).replace('T', ' ')}Z`
+}
 
 /** In the unit of which there are at least two. */
 function duration(seconds: number): string {
@@ -4593,7 +4624,8 @@ function checksOf(rows: Row[]): Record<string, object[]> {
 
 async function showPage(exchange: Exchange): Promise<void> {
   const nonce = crypto.randomUUID()
-  const page = renderPage(await statusFor(exchange.local), nonce, exchange.query === 'pause')
+  const known = await statusFor(exchange.local)
+  const page = withoutOkUnlessHealthy(renderPage(known, exchange, nonce), known)
   const policy =
     `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
     `frame-ancestors 'none'`
@@ -4601,51 +4633,89 @@ async function showPage(exchange: Exchange): Promise<void> {
 }
 
 const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, td { overflow-wrap: anywhere }
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, p, td { overflow-wrap: anywhere }
 h1 { border-radius: .3rem; color: #fff; font-size: clamp(1.2rem, 6vw, 2rem); padding: .5rem 1rem }
 h1.pass { background: #17692d } h1.fail { background: #a8201a }
+h1.warn { background: #ffb81c; color: #000 }
 tr.fail { color: light-dark(#a8201a, #ff9a92) } tr.warn { color: light-dark(#855000, #ffb454) }
 th, td { padding: .1rem .8rem .1rem 0; text-align: start; vertical-align: top }
-th { white-space: nowrap } td + td { width: 75% } progress { width: 6rem }
+th { white-space: nowrap } td + td { width: 65% } progress { accent-color: #c77700; width: 6rem }
 @media (max-width: 30rem) { td { display: block } td + td { width: auto } }
 figure { margin: 1rem 0 } polyline { vector-effect: non-scaling-stroke }
+figure div { display: flex; justify-content: space-between; margin: .3rem 0 }
 svg { border: solid; border-width: 1px 0; fill: none; height: 6rem; stroke-width: 2; width: 100% }
 .load { border-bottom: 3px solid #c77700; stroke: #c77700 }
 .requests { border-bottom: 3px dashed #2f6fd0; stroke: #2f6fd0; stroke-dasharray: 6 3 }`
 
 /** Refreshes itself without a script; `?pause` stops that. */
-function renderPage(known: Status, nonce: string, isPaused: boolean): string {
+function renderPage(known: Status, exchange: Exchange, nonce: string): string {
   const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
+  const isPaused = exchange.query === 'pause'
   const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
   const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
-  const page = `<!DOCTYPE html>
+  const heading = headingOf(known)
+  const identity = describeProcess(exchange.response.req)
+  return `<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">${refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${escapeHtml(`${known.reason} - ${known.url}`)}</title>
+<title>${escapeHtml(`${GRADE_MARKS[known.grade]} ${identity} - ${heading}`)}</title>
 <style nonce="${nonce}">${PAGE_STYLE}</style></head><body><main>
-<h1 class="${known.healthy ? 'pass' : 'fail'}">${escapeHtml(known.reason)}</h1>
-<p>${toggle}
+<h1 class="${known.grade}">${escapeHtml(heading)}</h1>
+<p>${pageText(sinceWhen(known))}<br>${pageText(identity)}<p>${toggle}
 <table>
 ${rowsOf(known).map(pageRow).join('\n')}
 </table>
 ${renderChart(known, monitor.load.seconds)}
-<p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}</main></body></html>
+<p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
+<p>ftw-monitor ${VERSION}</main></body></html>
 `
-  return withoutOkUnlessHealthy(page, known)
+}
+
+/** All of a title that narrow tabs show is its beginning. */
+const GRADE_MARKS = { pass: '✓', warn: '…', fail: '✗' } as const
+
+/** A drain's own words may be anybody's: `Draining: until noon`. */
+function headingOf({ reason, draining }: Status): string {
+  if (!draining) return reason
+  const stage = draining.finished ? 'Drained' : 'Draining'
+  return reason === 'Draining' ? stage : `${stage}: ${reason}`
+}
+
+function sinceWhen({ changes }: Status): string {
+  const { time } = changes.at(-1)!
+  return `For ${duration((Date.now() - Date.parse(time)) / 1_000)}, since ${toSecond(time)}`
+}
+
+/** By this, several tabs differ: `web1, process 4711, shop 2.3.1`. */
+function describeProcess({ headers }: http.IncomingMessage): string {
+  const host = readEnv('HOSTNAME') ?? nameInHost(headers.host ?? '')
+  const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
+  const version = readEnv('npm_package_version') ?? ''
+  const parts = [host || 'localhost', `process ${process.pid}`]
+  if (name !== undefined) parts.push(`${name} ${version}`.trim())
+  return parts.join(', ')
 }
 
 function pageRow({ kind, name, text, grade, progress }: Row): string {
   const head = `<tr class="${grade}"><th scope="row">${kind}`
   const title = name === '' ? '<td colspan="2">' : `<td>${escapeHtml(name)}<td>`
-  const bar = progress === undefined ? '' : progressBar(`${kind} ${name}`, progress)
-  return `${head}${title}${bar}${escapeHtml(text)}`
+  const sign = progress === undefined ? '' : progressSign(`${kind} ${name}`, progress)
+  return `${head}${title}${sign}${pageText(text)}`
 }
 
-/** Without a value, a bar moves to and fro. */
-function progressBar(label: string, progress: number): string {
+/** A tick, or a bar, which moves to and fro without a value. */
+function progressSign(label: string, progress: number): string {
+  if (progress === 1) return '✓ '
   const value = progress < 0 ? '' : ` value="${progress}"`
   return `<progress aria-label="${escapeHtml(label)}"${value}></progress> `
 }
+
+/** A number stays on one line with its unit. */
+function pageText(text: string): string {
+  return escapeHtml(text).replace(BLANK_BEFORE_UNIT, '\u00a0')
+}
+
+const BLANK_BEFORE_UNIT = /(?<=\d) (?=[a-z%])/gi // 3 ms, 17 %, 71 MiB, 2 requests
 
 function pageLink(name: string): string {
   return `<a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
@@ -4655,15 +4725,25 @@ function pageLink(name: string): string {
 function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): string {
   const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
   const requests = seconds.map(({ requests: count }) => count)
-  const most = Math.max(0, ...requests)
+  const most = Math.max(1, ...requests)
   const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
-  const rate = `${requests.at(-1) ?? 0} requests a second (at most ${most})`
   const box = `viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none"`
-  return `<figure><svg ${box} aria-hidden="true">
+  return `<figure><div>${chartLabel('load', '100 % busy')}
+${chartLabel('requests', describeRate(most))}</div>
+<svg ${box} aria-hidden="true">
 ${polyline('load', loads, 1)}
-${polyline('requests', requests, most || 1)}
-</svg><figcaption>The last two minutes: <span class="load">${load}</span>,
-<span class="requests">${rate}</span></figcaption></figure>`
+${polyline('requests', requests, most)}
+</svg><div><span>two minutes ago</span> <span>now</span></div>
+<figcaption>Now: ${chartLabel('load', load)},
+${chartLabel('requests', describeRate(requests.at(-1) ?? 0))}</figcaption></figure>`
+}
+
+function chartLabel(name: string, text: string): string {
+  return `<span class="${name}">${pageText(text)}</span>`
+}
+
+function describeRate(requests: number): string {
+  return `${plural(requests, 'request', 'requests')} a second`
 }
 
 function polyline(name: string, values: number[], most: number): string {
