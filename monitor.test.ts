@@ -1064,6 +1064,51 @@ async function upgradeTo(port: number) {
   return peer
 }
 
+/**
+ * Ends an instance under keep-alive load, which goes on until it is refused, with a prober by agent
+ * check. Gives how many requests were served, none of which may fail.
+ */
+async function endUnderLoad(
+  t: TestContext,
+  watched: ReturnType<typeof watch>,
+  load: { port: number; path: string; monitorPort?: number; headers?: Record<string, string> }
+) {
+  const { port, path, monitorPort = port + 80, headers = {} } = load
+  const answers: string[] = []
+  const askAgent = async () => {
+    answers.push(await ask(monitorPort, 'agent_check\n'))
+  }
+  askUntilOver(t, 100, askAgent)
+  const agent = new http.Agent({ keepAlive: true })
+  t.after(() => agent.destroy())
+  const failed: string[] = []
+  let served = 0
+  const askOn = async () => {
+    for (;;) {
+      try {
+        const { status } = await getPage(port, path, { agent, headers })
+        if (status >= 400) failed.push(String(status))
+        else served++
+      } catch (error) {
+        if ((error as NodeJS.ErrnoException).syscall === 'connect') return
+        failed.push(codeOf(error))
+      }
+      await pause(20) // else the kernel might reset what it has accepted and the server has not
+    }
+  }
+  const askers = Array.from({ length: 4 }, askOn)
+  await until(() => answers.length >= 4 && served > 8, 'it is probed, and serves')
+  const startedAt = performance.now()
+  watched.child.kill('SIGTERM')
+  await inTime(Promise.all(askers), `it refuses requests: ${watched.output}`, 40_000)
+  await inTime(watched.exit, `it ends: ${watched.output}`)
+  const seconds = (performance.now() - startedAt) / 1_000
+  const told = answers.filter((answer) => answer.startsWith('stopped'))
+  assert.ok(told.length > 0, 'its prober is told')
+  assert.deepEqual(failed, [])
+  return { served, seconds }
+}
+
 // Helpers: what commands reply, read as their users do
 
 /** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
@@ -10263,6 +10308,359 @@ describeInProcess('The wire: HTTP', ALONE, () => {
     timers.pass(2_000)
     await until(() => half.isClosed && line.isClosed, 'they are cut off')
     assert.equal(half.transcript + line.transcript, '')
+  })
+})
+
+// --- The module ----------------------------------------------------------------------------------
+
+/** A program that knows nothing of the monitor, which begins by itself in there. */
+function runUnmodified(
+  t: TestContext,
+  source: string,
+  setup: ProcessOptions & { flags?: string[]; file?: string } = {}
+) {
+  const { flags = [], file = MODULE.href, ...options } = setup
+  const env = {
+    FTW_MONITOR: 'auto',
+    NODE_OPTIONS: ['--no-warnings', `--import=${file}`, ...flags].join(' '),
+    ...options.env
+  }
+  return watch(t, process.execPath, ['-e', `${PRINT}\n${source}`], { ...options, env })
+}
+
+async function runUnmodifiedToEnd(
+  t: TestContext,
+  source: string,
+  env: Record<string, string> = {}
+) {
+  const watched = runUnmodified(t, source, { env })
+  const status = await inTime(watched.exit, 'the program ends')
+  const { stdout, stderr } = watched
+  return { status, stdout, stderr }
+}
+
+/** An instance that is such a program, when it is in service. */
+async function bootUnmodified(t: TestContext, source: string, env: Record<string, string> = {}) {
+  const port = await freePort()
+  const watched = runUnmodified(t, source, { env: { PORT: String(port), ...env } })
+  await untilHealthy(port + 80)
+  return { watched, port, monitorPort: port + 80 }
+}
+
+const PLAIN_SERVER = `
+  const http = require('node:http')
+  const server = http.createServer(({ url }, response) => {
+    const [, ms = 0] = /^\\/slow(\\d+)$/.exec(url) ?? []
+    setTimeout(() => response.end('served'), ms)
+  })
+  server.on('listening', () => print('listens', server.address().port))
+  server.listen(process.env.PORT ?? 0, '127.0.0.1')`
+
+/** Tells who listens for signals, and how many sockets and servers are open. */
+const TELL_OF_TRACES = `
+  const traces = () => {
+    const listeners = ['SIGTERM', 'SIGINT'].map((name) => process.listenerCount(name))
+    const open = process.getActiveResourcesInfo().filter((kind) => /TCP|Pipe.*Server/.test(kind))
+    return JSON.stringify({ listeners, open, isEmitOwn: Object.hasOwn(process, 'emit') })
+  }`
+const NO_TRACES = JSON.stringify({ listeners: [0, 0], open: [], isEmitOwn: false })
+
+/** For a process whose timeouts of ten seconds are over after a tenth of one. */
+const HURRIED = `--import=data:text/javascript,${encodeURIComponent(`
+  const timeout = setTimeout
+  globalThis.setTimeout = (act, ms, ...rest) => timeout(act, ms === 10_000 ? 100 : ms, ...rest)`)}`
+
+describeProcesses('The module', SIDE_BY_SIDE, () => {
+  const copyOf = (name: string) => `${MODULE.href}?copy=${name}`
+
+  test('with FTW_MONITOR=auto a program with signal listeners of its own loses nothing, and ends in its way', async (t) => {
+    const { watched, port } = await bootUnmodified(
+      t,
+      `${PLAIN_SERVER}
+      process.on('SIGTERM', () => {
+        print('own listener')
+        server.close(() => process.exit(7))
+      })`,
+      { FTW_MONITOR_TIMEOUT_MS: '2500' }
+    )
+    const { served } = await endUnderLoad(t, watched, { port, path: '/slow10' })
+    assert.ok(served > 20, `${served} served`)
+    assert.equal(await watched.exit, 7, watched.output)
+    assert.match(watched.output, /^own listener$/m)
+  })
+
+  test('with FTW_MONITOR=auto a program without signal listeners closes its server, and ends with 0', async (t) => {
+    const env = { FTW_MONITOR_TIMEOUT_MS: '2500' }
+    const { watched, port } = await bootUnmodified(t, PLAIN_SERVER, env)
+    const page = getPage(port, '/slow1000')
+    await endUnderLoad(t, watched, { port, path: '/slow10' })
+    assert.equal((await page).body, 'served')
+    assert.equal(await watched.exit, 0, watched.output)
+    assert.deepEqual(linesOfShutdown(watched.output), [])
+  })
+
+  test('with FTW_MONITOR=auto the first server is the instance where there is no PORT', async (t) => {
+    const watched = runUnmodified(
+      t,
+      `const net = require('node:net')
+      net.createServer().listen(0, '127.0.0.1', () => {
+        ${PLAIN_SERVER}
+      })`,
+      { env: { FTW_MONITOR_LISTEN: '127.0.0.1:0' } }
+    )
+    const monitorLine = /listening on 127\.0\.0\.1:(\d+)/
+    await until(() => monitorLine.test(watched.output), 'the monitor listens')
+    await untilHealthy(Number(monitorLine.exec(watched.output)?.[1]))
+  })
+
+  test('with FTW_MONITOR=auto an instance on a Unix socket is found', async (t) => {
+    const folder = scratchFolder(t)
+    const instance = join(folder, 'web')
+    const monitor = join(folder, 'monitor')
+    runUnmodified(t, PLAIN_SERVER, { env: { PORT: instance, FTW_MONITOR_LISTEN: monitor } })
+    await until(() => fs.existsSync(monitor), 'the monitor listens')
+    const isHealthy = async () => (await ask(monitor, 'health_check\n')) === 'OK\n'
+    await until(isHealthy, 'the verdict is OK')
+  })
+
+  const WITHOUT_SERVER: Record<string, string> = {
+    'never listens': '',
+    'serves no HTTP': `
+      const net = require('node:net')
+      const server = net.createServer().listen(0, '127.0.0.1')
+      await require('node:events').once(server, 'listening')
+      await new Promise((resolve) => server.close(resolve))`
+  }
+
+  for (const [what, source] of Object.entries(WITHOUT_SERVER)) {
+    test(`with FTW_MONITOR=auto nothing is done in a program that ${what}`, async (t) => {
+      const { status, stdout, stderr } = await runUnmodifiedToEnd(
+        t,
+        `${TELL_OF_TRACES}
+        const main = async () => {
+          ${source}
+          await new Promise((resolve) => setTimeout(resolve, 300))
+          print(traces())
+        }
+        main()`
+      )
+      assert.deepEqual(
+        { status, stdout, stderr },
+        { status: 0, stdout: `${NO_TRACES}\n`, stderr: '' }
+      )
+    })
+  }
+
+  test('with FTW_MONITOR=auto no signal is touched before the server listens', async (t) => {
+    const { watched } = await bootUnmodified(
+      t,
+      `${TELL_OF_TRACES}
+      setTimeout(() => {
+        print('before', traces())
+        ${PLAIN_SERVER}
+      }, 300)`
+    )
+    assert.ok(watched.output.includes(`before ${NO_TRACES}`), watched.output)
+    watched.child.kill('SIGTERM')
+    assert.equal(await watched.exit, 0)
+  })
+
+  test('with FTW_MONITOR=auto nothing is done in a worker thread and in child processes', async (t) => {
+    const port = await freePort()
+    const file = join(scratchFolder(t), 'worker.cjs')
+    const end = "server.on('listening', () => setTimeout(() => process.exit(), 500))"
+    fs.writeFileSync(file, `${PRINT}\n${PLAIN_SERVER}\n${end}`)
+    const { status, stdout, stderr } = await runUnmodifiedToEnd(
+      t,
+      `const { Worker } = require('node:worker_threads')
+      const { spawnSync } = require('node:child_process')
+      const child = spawnSync(process.execPath, ['-e', 'console.log("child")'])
+      print(String(child.stdout) + String(child.stderr) + 'of a child')
+      new Worker(${JSON.stringify(file)}).on('exit', () => print('worker is over'))`,
+      { PORT: String(port) }
+    )
+    const expected = `child\nof a child\nlistens ${port}\nworker is over\n`
+    assert.deepEqual({ status, stdout, stderr }, { status: 0, stdout: expected, stderr: '' })
+  })
+
+  test('with FTW_MONITOR=auto a server that listens elsewhere than PORT is told of once', async (t) => {
+    const port = await freePort()
+    const watched = runUnmodified(
+      t,
+      `const http = require('node:http')
+      for (let count = 0; count < 2; count++) {
+        const server = http.createServer(() => {})
+        server.listen(0, '127.0.0.1', () => print('listens', server.address().port))
+      }
+      setTimeout(() => {
+        ${PLAIN_SERVER}
+      }, 1_000)`,
+      { env: { PORT: String(port) }, flags: [HURRIED] }
+    )
+    await untilHealthy(port + 80)
+    const [, elsewhere] = /^listens (\d+)$/m.exec(watched.output) ?? []
+    const warning = `finds no server at PORT=${port}, but one at 127.0.0.1:${elsewhere}`
+    assert.deepEqual(watched.output.match(/finds no server.*?:\d+/g), [warning])
+  })
+
+  test('with FTW_MONITOR=auto nobody is told of a server elsewhere where one listens at PORT', async (t) => {
+    const port = await freePort()
+    const watched = runUnmodified(
+      t,
+      `${PLAIN_SERVER}
+      const exporter = http.createServer(() => {})
+      exporter.listen(0, '127.0.0.1')`,
+      { env: { PORT: String(port) }, flags: [HURRIED] }
+    )
+    await untilHealthy(port + 80)
+    await pause(300)
+    assert.doesNotMatch(watched.output, /finds no server/)
+  })
+
+  test('a word that FTW_MONITOR does not know costs a warning', async (t) => {
+    const run = async (word: string) => {
+      return await runUnmodifiedToEnd(t, "print('ran')", { FTW_MONITOR: word })
+    }
+    const [typo, ...known] = await Promise.all(['autp', 'AUTO', '1', 'off', ' '].map(run))
+    assert.equal(typo?.stdout, 'ran\n')
+    assert.match(typo.stderr, /^ftw-monitor cannot use FTW_MONITOR=autp.*\n$/)
+    for (const { stdout, stderr } of known) {
+      assert.deepEqual({ stdout, stderr }, { stdout: 'ran\n', stderr: '' })
+    }
+  })
+
+  /** Has a program import two copies of its own, and say what becomes of it. */
+  const withCopies = (script: string) => `
+    const main = async () => {
+      const { setTimeout: pause } = require('node:timers/promises')
+      const [one, other] = [await import('${copyOf('one')}'), await import('${copyOf('other')}')]
+      ${script}
+    }
+    main()`
+
+  test('a program that starts its server itself gets the monitor that runs by itself, and what it registers counts', async (t) => {
+    const { watched, monitorPort } = await bootUnmodified(
+      t,
+      `${PLAIN_SERVER}
+      ${withCopies(`
+        while (!(await one.health()).healthy) await pause(20)
+        one.registerDatabase('main', { isConnected: () => true }).loads(3)
+        one.registerWarmup('/shop', () => {})
+        other.register('echo', '', (peer, word) => peer.write(word), { http: true })
+        other.registerMetrics(() => 'own_metric 1')
+        const address = await one.start(server)
+        const again = await other.start({ server: [server] })
+        other.shutdownOnSignal({ cleanUp: () => print('cleaned up') })
+        print('address', address.port, again.port)`)}`
+    )
+    await until(() => watched.output.includes('address'), 'start() has an address')
+    assert.match(watched.output, new RegExp(`^address ${monitorPort} ${monitorPort}$`, 'm'))
+    assert.equal(await ask(monitorPort, 'echo hello\n'), 'hello')
+    const { body } = await getPage(monitorPort, '/metrics')
+    assert.match(body, /own_metric 1/)
+    assert.match(body, /database="main"/)
+    const known = await ask(monitorPort, 'status\n')
+    assert.match(known, /\/shop +warm/)
+    assert.doesNotMatch(watched.output, /already|EADDRINUSE/)
+    assert.equal(watched.output.match(/listening on/g)?.length, 1)
+    watched.child.kill('SIGTERM')
+    assert.equal(await watched.exit, 0)
+    assert.match(watched.output, /^cleaned up$/m)
+  })
+
+  test('a program that starts its server before it listens gets its own options', async (t) => {
+    const listen = await freePort()
+    const port = await freePort()
+    const watched = runUnmodified(
+      t,
+      withCopies(`
+        const server = require('node:http').createServer((_, response) => response.end('served'))
+        const listen = { host: '127.0.0.1', port: ${listen} }
+        const started = one.start({ server, listen })
+        server.listen(${port}, '127.0.0.1')
+        print('address', (await started).port)`),
+      { env: { PORT: String(port) } }
+    )
+    await untilHealthy(listen)
+    assert.ok(await isRefused(port + 80))
+    assert.doesNotMatch(watched.output, /already/)
+    watched.child.kill('SIGTERM')
+    assert.equal(await watched.exit, 0, 'FTW_MONITOR=auto listens for the signal')
+  })
+
+  test('a program that starts another server, or with options, replaces what runs by itself', async (t) => {
+    const listen = await freePort()
+    const { watched, monitorPort } = await bootUnmodified(
+      t,
+      `${PLAIN_SERVER}
+      ${withCopies(`
+        while (!(await one.health()).healthy) await pause(20)
+        await pause(500)
+        const listen = { host: '127.0.0.1', port: ${listen} }
+        print('address', (await one.start({ server, listen })).port)`)}`
+    )
+    await untilHealthy(listen)
+    assert.ok(await isRefused(monitorPort))
+    assert.doesNotMatch(watched.output, /already/)
+  })
+
+  test('stop() of any copy ends what runs by itself', async (t) => {
+    const { watched, monitorPort } = await bootUnmodified(
+      t,
+      `${PLAIN_SERVER}
+      ${TELL_OF_TRACES}
+      ${withCopies(`
+        while (!(await one.health()).healthy) await pause(20)
+        await pause(500)
+        await other.stop()
+        server.close()
+        print(traces())`)}`
+    )
+    await until(() => isRefused(monitorPort), 'the monitor has stopped')
+    assert.equal(await watched.exit, 0)
+    assert.ok(watched.output.includes('"listeners":[0,0]'), watched.output)
+    assert.ok(watched.output.includes('"isEmitOwn":false'), watched.output)
+  })
+
+  test('another copy calls the preloaded one by each function that is exported', async (t) => {
+    const { stdout } = await runUnmodifiedToEnd(
+      t,
+      withCopies(`
+        const left = require('node:net').Server[Symbol.for('ftw-monitor.functions.1')]
+        const isFunction = (name) => typeof one[name] === 'function'
+        print(Object.keys(left).sort(), '=', Object.keys(one).filter(isFunction).sort())`)
+    )
+    const [left, exported] = stdout.trim().split(' = ')
+    assert.equal(left, exported)
+  })
+
+  test('copies stay apart without FTW_MONITOR=auto', async (t) => {
+    const { stdout } = await runUnmodifiedToEnd(
+      t,
+      withCopies(`
+        one.registerDatabase('main', { isConnected: () => true })
+        print((await one.status()).databases.length, (await other.status()).databases.length)`),
+      { FTW_MONITOR: '' }
+    )
+    assert.equal(stdout, '1 0\n')
+  })
+
+  test('a copy called ftw-monitor.mjs can be preloaded anywhere, and is the program, too', async (t) => {
+    if (EXTENSION !== '.js') return t.skip('it is compiled')
+    const folder = scratchFolder(t)
+    const file = join(folder, 'ftw-monitor.mjs')
+    fs.copyFileSync(PROGRAM, file)
+    fs.writeFileSync(join(folder, 'package.json'), '{ "type": "commonjs" }')
+    const port = await freePort()
+    runUnmodified(t, PLAIN_SERVER, { file, env: { PORT: String(port) } })
+    await untilHealthy(port + 80)
+    const words = ['health_check', '--port', String(port)]
+    const env = { FTW_MONITOR: 'auto', NODE_OPTIONS: `--import=${file}` }
+    assert.deepEqual(await runProgram(t, words, { env, file }), {
+      status: 0,
+      stdout: 'OK\n',
+      stderr: ''
+    })
   })
 })
 

@@ -421,23 +421,26 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
  *  this process: the one at `PORT`, or without `PORT` the first that serves requests. Do not await
  *  it before `server.listen()`, since it waits for that. Resolves to the address at which the
  *  monitor listens, or, after one warning, to `false` where the environment does not allow it (an
- *  address in use is tried again) and after a signal. Rejects with a `TypeError` or `RangeError`
- *  for what the caller passed wrongly. */
+ *  address in use is tried again) and after a signal. Where `FTW_MONITOR=auto` has started the
+ *  monitor already, it goes on as it is, unless something else is wanted here. Rejects with a
+ *  `TypeError` or `RangeError` for what the caller passed wrongly. */
 export async function start(
   instance: net.Server | net.Server[] | StartOptions = {}
 ): Promise<Address> {
+  if (preloaded) return preloaded.start(instance)
   const options = toStartOptions(instance)
-  if (monitor.isStarted) {
+  if (monitor.isStarted && !monitor.isByItself) {
     log('warn', 'is started already; stop() it first')
-    return monitor.listener?.address ?? false
+    return monitor.address
   }
   if (currentShutdown?.isRunning || signals.hasCome) {
     log('warn', 'does not start: the instance is shutting down')
     return false
   }
+  if (monitor.isAsWanted(options)) return monitor.started
   currentShutdown = undefined
 
-  monitor.unhookServers()
+  monitor.makeWay()
   monitor = new Monitor(options)
   monitor.findServers()
   if (isSwitchedOff('FTW_MONITOR')) return false
@@ -448,6 +451,7 @@ export async function start(
  *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
 export async function stop(): Promise<void> {
+  if (preloaded) return preloaded.stop()
   const stopping = monitor
   if (!currentShutdown?.isRunning) {
     signals.release()
@@ -457,10 +461,11 @@ export async function stop(): Promise<void> {
   await stopping.end()
 }
 
-/** `new`: nobody has called `start`. `stopped`: switched off, given up, or over. `waiting`: for the
- *  server to listen. `booting`: the instance is known, and does not accept connections yet.
- *  `accepting`: it does. `closed`: its server is, and may listen again. */
-type MonitorState = 'new' | 'stopped' | 'waiting' | 'booting' | 'accepting' | 'closed'
+/** `new`: nobody has called `start`. `stopped`: switched off, given up, or over. `searching`: by
+ *  itself, for the server with which it begins; there may never be one. `waiting`: for the server
+ *  to listen. `booting`: the instance is known, and does not accept connections yet. `accepting`:
+ *  it does. `closed`: its server is, and may listen again. */
+type MonitorState = 'new' | 'stopped' | 'searching' | 'waiting' | 'booting' | 'accepting' | 'closed'
 
 class Monitor {
   state: MonitorState
@@ -478,14 +483,20 @@ class Monitor {
   instance: Instance | undefined
   listener: Listener | undefined
   draining: Draining | undefined
+  /** Resolves to where it listens, or to `false` where it cannot, or not yet. */
+  readonly started: Promise<Address>
   readonly #options: CheckedStartOptions
   #resolveStart: (address: Address) => void = doNothing
   #endSearch: () => void = doNothing
+  #isPortWarned = false
 
   constructor(options: CheckedStartOptions, state: MonitorState = 'stopped') {
     this.state = state
     this.#options = options
     this.logger = options.logger ?? console
+    this.started = new Promise((resolve) => {
+      this.#resolveStart = resolve
+    })
   }
 
   /** There is nothing to ask, nor to wait for, unless `start` is called. */
@@ -494,7 +505,24 @@ class Monitor {
   }
 
   get isStarted(): boolean {
-    return !this.isOff && this.state !== 'closed'
+    return !UNSTARTED.has(this.state)
+  }
+
+  /** Where it listens. */
+  get address(): Address {
+    return this.listener?.address ?? false
+  }
+
+  /** Whether `FTW_MONITOR=auto` has begun it, and no call of start(). */
+  get isByItself(): boolean {
+    return this.#options.isByItself === true
+  }
+
+  /** Whether it runs by itself just as a call of start() would have it. */
+  isAsWanted({ servers, ...others }: CheckedStartOptions): boolean {
+    const isMoreWanted = Object.values(others).some((option) => option !== undefined)
+    if (!this.isStarted || !this.isByItself || isMoreWanted) return false
+    return servers.every((server) => server === this.application.server)
   }
 
   /** Derived, since the server's `close` event comes only when its last request is gone. */
@@ -504,12 +532,16 @@ class Monitor {
     return server ? !server.listening : this.instance?.isRefused === true
   }
 
-  /** Begins this life. Resolves to where it listens, or to `false` where it cannot, or not yet. */
+  /** Begins this life. */
   begin(): Promise<Address> {
-    return new Promise((resolve) => {
-      this.#resolveStart = resolve
-      this.#wait()
-    })
+    this.#wait()
+    return this.started
+  }
+
+  /** Begins this life when there is a server that is the instance. */
+  search(): void {
+    this.state = 'searching'
+    this.findServers()
   }
 
   /** Ends this life; resolves when the port is free. The servers stay hooked. */
@@ -518,6 +550,12 @@ class Monitor {
     const closed = this.#close('stopped')
     this.#resolveStart(false)
     return closed
+  }
+
+  /** For one that is started by a call. */
+  makeWay(): void {
+    this.unhookServers()
+    if (this.isByItself) void this.end()
   }
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
@@ -565,7 +603,7 @@ class Monitor {
     if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
       void this.#close('closed')
     }
-    if (this.state === 'closed') this.#wait()
+    if (this.state === 'closed' || this.state === 'searching') this.#wait()
     else this.#boot()
   }
 
@@ -591,9 +629,24 @@ class Monitor {
     if (this.#isInstance(server)) {
       this.application.replace(server)
       this.onServerListening()
-    } else if (signals.areHeard) {
-      this.bystanders.add(server)
+      return
     }
+    if (signals.areHeard) this.bystanders.add(server)
+    if (this.state === 'searching' && keepsProcessAlive(server)) this.#warnOfPortLater(server)
+  }
+
+  /** The program may not heed PORT; or it listens there, too, but later. */
+  #warnOfPortLater(server: net.Server): void {
+    const warn = (): void => {
+      if (this.state !== 'searching' || this.#isPortWarned || !server.listening) return
+      this.#isPortWarned = true
+      const place = describeAddress(server.address() ?? '')
+      log(
+        'warn',
+        `finds no server at PORT=${readEnv('PORT')}, but one at ${place}: set PORT to that`
+      )
+    }
+    setTimeout(warn, LISTEN_WARNING_MS).unref()
   }
 
   /** Where `start` was given no server, it is the one at the port that is known, or the first. */
@@ -623,6 +676,7 @@ class Monitor {
   #boot(): void {
     const { server } = this.application
     const isKnown = server ? server.listening : this.#isPortKnown
+    if (isAuto && server?.listening && !signals.areHeard) shutdownOnSignal()
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
@@ -683,12 +737,16 @@ class Monitor {
   }
 }
 
+const UNSTARTED = new Set<MonitorState>(['new', 'stopped', 'searching', 'closed'])
+
 const START_OPTIONS = ['server', 'port', 'url', 'listen', 'logger']
 const URL_SENTENCE = 'url must be an http or https URL, without query'
 
 /** What `start` was told; the first server is the instance. */
 interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
   servers: net.Server[]
+  /** Whether nobody has called start(). */
+  isByItself?: boolean
 }
 
 function toStartOptions(instance: unknown): CheckedStartOptions {
@@ -700,14 +758,15 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
       START_OPTIONS.join(', ')
   )
 
-  const { server = [], port, url, listen, logger = console } = options
+  const { server = [], ...others } = options
+  const { port, url, listen, logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), URL_SENTENCE)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
-  return { ...options, servers }
+  return { ...others, servers }
 }
 
 function checkPort(port: unknown, listen: unknown): void {
@@ -1915,6 +1974,7 @@ function transient(reason: string): Verdict {
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
 export async function health(): Promise<{ healthy: boolean; reason: string }> {
+  if (preloaded) return preloaded.health()
   const { healthy, explanation } = await inspectAndJudge()
   return { healthy, reason: explanation }
 }
@@ -1926,6 +1986,7 @@ export async function health(): Promise<{ healthy: boolean; reason: string }> {
  *  `Error` once a shutdown is over: not before, since a rejection that nobody catches would end the
  *  process in the middle of it. */
 export async function untilHealthy(options: { signal?: AbortSignal } = {}): Promise<void> {
+  if (preloaded) return preloaded.untilHealthy(options)
   must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
   const { signal } = options
   must(
@@ -2092,6 +2153,7 @@ const registeredChecks = new Map<string, Dependency>()
 /** Registers a database, or replaces it. Gives the counters on which the service tells what it does
  *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
 export function registerDatabase(name: string, database: Database): Activity {
+  if (preloaded) return preloaded.registerDatabase(name, database)
   must(isWord(name), 'a database has a name without white space')
   must(
     hasMethods(database, 'isConnected') &&
@@ -2113,6 +2175,7 @@ export function registerDatabase(name: string, database: Database): Activity {
 /** Registers a check of what is no database, such as free space on a disk, or replaces it. Throws a
  *  `TypeError` for a name with white space, for what is no function, and for wrong options. */
 export function registerCheck(name: string, check: Check, options: CheckOptions = {}): void {
+  if (preloaded) return preloaded.registerCheck(name, check, options)
   must(isWord(name), 'a check has a name without white space')
   must(typeof check === 'function', 'a check is a function')
   must(hasOnly(options, ['optional']), 'the one option of a check is optional')
@@ -2330,6 +2393,7 @@ const performers = new Map<string, WarmupPerformer>()
  *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
  *  `TypeError` for what is no path or no function. */
 export function registerWarmup(site: string, performer: WarmupPerformer): void {
+  if (preloaded) return preloaded.registerWarmup(site, performer)
   must(typeof site === 'string' && SITE.test(site), 'a site is / or /a/path')
   must(typeof performer === 'function', 'a warm-up performer is a function')
   const name = withoutSlashes(new URL(site, 'http://localhost').pathname) || '/'
@@ -2405,7 +2469,7 @@ class WarmupRunner {
   /** The first one is running, the others wait. */
   readonly #runs: Run[] = []
   /** Our own request for the view bears this token. */
-  readonly #token: string = crypto.randomUUID()
+  #token: string | undefined
   readonly #viewController = new AbortController()
   /** `awaited` until the view has seen our own request, or nobody has answered it. */
   #life: 'awaited' | 'begun' | 'over' = 'awaited'
@@ -2439,7 +2503,7 @@ class WarmupRunner {
   }
 
   isOurRequest(request: http.IncomingMessage): boolean {
-    return request.headers[TOKEN_HEADER] === this.#token
+    return this.#token !== undefined && request.headers[TOKEN_HEADER] === this.#token
   }
 
   /** Warms up after boot, until all is warm: one passing error must not keep an instance out for
@@ -2508,6 +2572,7 @@ class WarmupRunner {
     const { instance, clock } = this.#monitor
     if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
 
+    this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
     clock.schedule(VIEW_MS, () => {
       if (this.#life === 'awaited') this.#viewController.abort()
     })
@@ -2700,6 +2765,7 @@ export function warmupView(
   response: http.ServerResponse,
   next?: () => void
 ): void {
+  if (preloaded) return preloaded.warmupView(request, response, next)
   const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
   const site = warmupSite(originalUrl) // Express cuts url
   if (site === undefined) {
@@ -2960,6 +3026,7 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
  *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
  *  wrong options. */
 export async function drain(options: DrainOptions = {}): Promise<void> {
+  if (preloaded) return preloaded.drain(options)
   must(
     hasOnly(options, DRAIN_OPTIONS),
     `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
@@ -2969,6 +3036,7 @@ export async function drain(options: DrainOptions = {}): Promise<void> {
 
 /** Takes the instance in again; not while it shuts down. */
 export function resume(): void {
+  if (preloaded) return preloaded.resume()
   if (currentShutdown) {
     log('warn', 'does not resume: the instance is shutting down')
     return
@@ -3166,6 +3234,7 @@ function unreffedPause(ms: number): Promise<void> {
  *  Called twice it is one shutdown. Rejects with a `TypeError` or `RangeError` for options that
  *  are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
+  if (preloaded) return preloaded.shutdown(options)
   const checked = toShutdownOptions(options)
   if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
   if (currentShutdown?.isCallingBack) {
@@ -3453,6 +3522,7 @@ function isServerClosed(error: unknown): boolean {
  *  options. May come before or after `start`, and works without a monitor. `stop()` takes the
  *  listeners off. Throws a `TypeError` or `RangeError` for wrong options. */
 export function shutdownOnSignal(options: ShutdownOptions = {}): void {
+  if (preloaded) return preloaded.shutdownOnSignal(options)
   const checked = toShutdownOptions(options)
   const { signals: names = ['SIGTERM', 'SIGINT'] } = options
   must(
@@ -3686,6 +3756,7 @@ export function register(
   command: Command,
   options: CommandOptions = {}
 ): void {
+  if (preloaded) return preloaded.register(name, doc, command, options)
   const isKnown: boolean = hasOnly(options, ['http', 'local'])
   must(isKnown, 'the options of a command are http and local')
   const { http: overHttp = false, local = false } = options
@@ -4181,6 +4252,7 @@ interface Collector {
  *  a promise of it, within 5 s. A family that it gives replaces ours of that name. What fails
  *  costs its own part, and one line in the log. Throws a `TypeError` for what is no function. */
 export function registerMetrics(collect: () => string | Promise<string>): void {
+  if (preloaded) return preloaded.registerMetrics(collect)
   must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
   collectors.push({ call: new SharedCall(collect, COLLECTOR_MS), isFailing: false })
 }
@@ -4339,6 +4411,7 @@ function valuesByLabel<T>(
 
 /** Tells how the instance is, at one look. Answers within a second, and never rejects. */
 export async function status(): Promise<Status> {
+  if (preloaded) return preloaded.status()
   return statusFor(true)
 }
 
@@ -5380,6 +5453,11 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 
 // What is current. Commands and databases, performers and collectors stand in their sections.
 
+// With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
+// start() and shutdownOnSignal() do, when the program's server listens; before that, and where none
+// ever does, as in npm and in child processes, it touches nothing but listen(). A program that
+// imports a copy of its own speaks to the one that was preloaded.
+
 const signals = new Signals()
 
 /** The shutdown that has begun, also when it is over; `start` forgets it. */
@@ -5387,6 +5465,50 @@ let currentShutdown: Shutdown | undefined
 
 /** One that was not begun stands for none. */
 let monitor = new Monitor({ servers: [] }, 'new')
+
+/** What another copy of this file calls in place of its own functions: all that are exported. */
+const functions = {
+  start,
+  stop,
+  health,
+  untilHealthy,
+  status,
+  register,
+  registerDatabase,
+  registerCheck,
+  registerWarmup,
+  registerMetrics,
+  warmupView,
+  drain,
+  resume,
+  shutdown,
+  shutdownOnSignal
+}
+
+/** Where the copy that was preloaded leaves them; the number is that of the list above. */
+const FUNCTIONS: unique symbol = Symbol.for('ftw-monitor.functions.1')
+
+/** Those of the copy that was preloaded, if this is another one. */
+const preloaded = (net.Server as { [FUNCTIONS]?: typeof functions })[FUNCTIONS]
+
+const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
+
+/** Whether this is a copy that begins by itself. */
+const isAuto = !preloaded && isAutoWanted()
+
+if (isAuto) {
+  Reflect.defineProperty(net.Server, FUNCTIONS, { value: functions })
+  monitor = new Monitor({ servers: [], isByItself: true })
+  monitor.search()
+}
+
+function isAutoWanted(): boolean {
+  const { disabled: isWorkerThread } = methodOf(process, 'abort') as { disabled?: boolean }
+  const word = readEnv('FTW_MONITOR')
+  if (isWorkerThread || word === undefined) return false // threads inherit the environment
+  if (!KNOWN_SWITCH.test(word)) log('warn', `cannot use FTW_MONITOR=${word}: it is auto, or 0`)
+  return /^auto$/i.test(word)
+}
 
 // --- The program; all from here on may be deleted, and nothing above refers to it ----------------
 
@@ -5769,10 +5891,11 @@ async function runDemo(): Promise<number> {
 /** Whether this file was called, and not imported. It may also be part of somebody's bundle. */
 function isProgram(): boolean {
   const meta: ImportMeta & { main?: boolean } = import.meta
-  if (!/\/monitor\.[jt]s$/.test(meta.url)) return false
-  if (meta.main !== undefined) return meta.main
+  if (!/\/(ftw-)?monitor\.m?[jt]s$/.test(meta.url)) return false
+  if (meta.main) return true
 
-  // Node.js 20 has no import.meta.main; there an installed program is called by a link to it.
+  // Node.js 20 has no import.meta.main, and later ones deny it to what was preloaded as well. An
+  // installed program is called by a link to it.
   const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
   return meta.resolve(`file:${path}`) === meta.url
 }
