@@ -215,6 +215,7 @@ const VARIABLES = [
   'FTW_MONITOR_LISTEN',
   'FTW_MONITOR_URL',
   'FTW_MONITOR_AUTOWARMUP',
+  'FTW_MONITOR_HEALTH_PATH',
   'FTW_MONITOR_TIMEOUT_MS',
   'FTW_MONITOR_MINIMUM_MS',
   'HOSTNAME',
@@ -1467,6 +1468,10 @@ describeInProcess('Start and stop', TOGETHER, () => {
       [{ port: 8080, listen: { host: 1 }, logger }, undefined],
       [{ port: 8080, listen: { path: 1 }, logger }, undefined],
       [{ port: 8080, listen: () => {}, logger }, TypeError],
+      [{ healthPath: 'ready', logger }, TypeError],
+      [{ healthPath: '//ready', logger }, TypeError],
+      [{ healthPath: '/ready?a', logger }, TypeError],
+      [{ healthPath: 7, logger }, TypeError],
       [{ port: 8080, logger: 'console' }, TypeError],
       [{ port: 8080, logger: {} }, TypeError]
     ]
@@ -5572,6 +5577,173 @@ describeInProcess('Warm-up', PAIRWISE, () => {
       assert.equal(await inTime(watched.exit, 'the process ends'), 0, watched.output)
     })
   }
+})
+
+// --- The health path -----------------------------------------------------------------------------
+
+const READY = { options: { listen: LOOPBACK, healthPath: '/ready' } }
+
+/** How many requests the instance has begun to serve. */
+async function askRequests(port: number): Promise<number> {
+  const { body } = await getPage(port, '/metrics')
+  return readSamples(body)['ftw_monitor_http_requests_total'] ?? NaN
+}
+
+describeInProcess('The health path', TOGETHER, () => {
+  test('the own port of the service answers GET and HEAD there, before the service sees it', async (t) => {
+    const seen: string[] = []
+    const handler: http.RequestListener = ({ method, url }, response) => {
+      seen.push(`${method} ${url}`)
+      response.end('own')
+    }
+    const { port, instancePort } = await bootInstance(t, { ...READY, handler, performers: WARM })
+    const before = await askRequests(port)
+    for (const path of ['/ready', '/ready?', '/ready?verbose=1&a=/', 'http://a/ready']) {
+      const { status, headers, body } = await getPage(instancePort, path)
+      assert.deepEqual([status, body], [200, 'OK\n'], path)
+      assert.equal(headers['cache-control'], 'no-store')
+      assert.equal(headers['content-length'], '3')
+    }
+    const head = await getPage(instancePort, '/ready', { method: 'HEAD' })
+    assert.deepEqual([head.status, head.body, head.headers['content-length']], [200, '', '3'])
+    assert.deepEqual([seen, (await askRequests(port)) - before], [[], 0])
+    for (const path of ['/ready/', '/readyz', '/', '/a?/ready']) {
+      assert.equal((await getPage(instancePort, path)).body, 'own', path)
+    }
+    assert.equal((await getPage(instancePort, '/ready', { method: 'POST' })).body, 'own')
+    assert.deepEqual([seen.length, (await askRequests(port)) - before], [5, 5])
+  })
+
+  test('it is answered over https', needs('openssl'), async (t) => {
+    const server = await startListening(t, https.createServer(certify(t, 'localhost'), hello))
+    await bootInstance(t, { ...READY, server, performers: WARM })
+    const body = await new Promise((resolve, reject) => {
+      const to = { port: portOf(server), path: '/ready', rejectUnauthorized: false, agent: false }
+      https.get(to, (answer) => void readAll(answer).then(resolve, reject)).on('error', reject)
+    })
+    assert.equal(body, 'OK\n')
+  })
+
+  for (const event of ['request', 'stream'] as const) {
+    test(`it is answered over HTTP/2 where the service listens for ${event}`, async (t) => {
+      let seen = 0
+      const count = () => {
+        seen++
+      }
+      const server = await startListening(t, http2.createServer().on(event, count))
+      const { port } = await bootInstance(t, { ...READY, server, performers: WARM })
+      const before = await askRequests(port)
+      const session = await connectSession(t, portOf(server))
+      const askOnce = async (method: string) => {
+        const stream = session!.request({ ':path': '/ready?a', ':method': method })
+        const [headers] = await once(stream, 'response')
+        return `${headers[':status']} ${headers['cache-control']} ${await readAll(stream)}`
+      }
+      assert.equal(await askOnce('GET'), '200 no-store OK\n')
+      assert.equal(await askOnce('HEAD'), '200 no-store ')
+      assert.deepEqual([seen, (await askRequests(port)) - before], [0, 0])
+    })
+  }
+
+  test('who asks there is a stranger, and is told the category alone', async (t) => {
+    const { instancePort } = await bootInstance(t, {
+      ...READY,
+      databases: { main: { isConnected: () => Promise.reject(new Error('secret')) } },
+      until: 'started'
+    })
+    const { status, body } = await getPage(instancePort, '/ready')
+    assert.deepEqual([status, body], [503, "Error: Database 'main' failed.\n"])
+  })
+
+  test('a prober there is an address together with its User-Agent', async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+    const agents = [
+      'one/1.0',
+      'other',
+      undefined,
+      `evil${EVIL.replaceAll(/[^ -~]/g, '')}${'x'.repeat(200)}`
+    ]
+    for (const agent of [...agents, ...agents]) {
+      await getPage(
+        instancePort,
+        '/ready',
+        agent === undefined ? {} : { headers: { 'User-Agent': agent } }
+      )
+    }
+    const { probers } = await monitor.status()
+    const addresses = probers.map(({ address }) => address)
+    assert.equal(addresses.length, 4)
+    for (const address of [
+      '127.0.0.1 (one/1.0)',
+      '127.0.0.1 (other)',
+      '127.0.0.1 (no User-Agent)'
+    ]) {
+      assert.ok(addresses.includes(address), addresses.join())
+    }
+    assert.ok(
+      addresses.every((address) => address.length < 110),
+      addresses.join()
+    )
+  })
+
+  for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
+    test(`who comes with ${name} is answered, but is no prober`, async (t) => {
+      const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+      for (let time = 0; time < 4; time++) {
+        const { body } = await getPage(instancePort, '/ready', { headers: { [name]: '10.1.1.1' } })
+        assert.equal(body, 'OK\n')
+      }
+      assert.deepEqual((await monitor.status()).probers, [])
+    })
+  }
+
+  test('drain() waits until a prober there knows, whose keep-alive connection it closes', async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const askOnce = () => getPage(instancePort, '/ready', { agent })
+    for (let time = 0; time < 3; time++) await askOnce()
+    const drained = monitor.drain({ fall: 2 })
+    const first = await askOnce()
+    assert.deepEqual([first.status, first.body], [503, 'Draining\n'])
+    assert.equal(first.headers.connection, 'close')
+    assert.ok(await isPendingFor(300, drained))
+    await askOnce()
+    await inTime(drained, 'it has drained')
+  })
+
+  test('the idle connection of a prober there does not delay the end', async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+    const peer = await converse(t, instancePort)
+    peer.say(headOf('/ready'))
+    await until(() => peer.transcript.endsWith('OK\n'), 'it is answered')
+    const ms = await timeOf(monitor.shutdown({ timeoutMs: 60_000, exitAfterMs: 120_000 }))
+    assert.ok(ms < 4_500, `${ms} ms`) // five seconds after its last byte, half a head is given up
+    assert.ok(peer.isClosed)
+  })
+})
+
+describeInProcess('The health path', ALONE, () => {
+  test('FTW_MONITOR_HEALTH_PATH names it, and the option beats that', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready' })
+    const { instancePort } = await bootInstance(t, { performers: WARM })
+    assert.equal((await getPage(instancePort, '/ready')).body, 'OK\n')
+    const options = { listen: LOOPBACK, healthPath: '/live' }
+    const other = await bootInstance(t, { performers: WARM, options })
+    assert.equal((await getPage(other.instancePort, '/live')).body, 'OK\n')
+    assert.equal((await getPage(other.instancePort, '/ready')).body, 'hello')
+  })
+
+  test('a wrong FTW_MONITOR_HEALTH_PATH is one warning, and without a monitor nothing is answered', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: 'ready' })
+    const { logger } = await bootInstance(t, { performers: WARM })
+    assert.match(warningsOf(logger).join(), /^[^,]*FTW_MONITOR_HEALTH_PATH[^,]*$/)
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready', FTW_MONITOR: '0' })
+    const server = await serve(t)
+    const monitor = await importMonitor(t)
+    assert.equal(await monitor.start(server), false)
+    assert.equal((await getPage(portOf(server), '/ready')).body, 'hello')
+  })
 })
 
 // --- Probers -------------------------------------------------------------------------------------

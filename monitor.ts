@@ -33,6 +33,7 @@
 //   Shared calls and counters
 //   Warm-up
 //   The view
+//   The health path
 //   Probers
 //   Draining
 //   Shutdown
@@ -236,6 +237,7 @@ export interface CheckStatus {
 
 /** An address that asks for the verdict. */
 export interface ProberStatus {
+  /** With its `User-Agent` where it asks at the health path. */
   address: string
   askedSecondsAgo: number
   /** The mean of its last pauses. */
@@ -293,6 +295,9 @@ export interface StartOptions {
   /** Where the monitor listens. Default: `FTW_MONITOR_LISTEN`, else port + 80 on the instance's
    *  host. */
   listen?: Endpoint
+  /** A path at which the service's own port answers the verdict, before the service sees the
+   *  request: for platforms that give a container one port. Default: `FTW_MONITOR_HEALTH_PATH`. */
+  healthPath?: string
   /** Default: `console`. */
   logger?: Logger
 }
@@ -370,6 +375,7 @@ const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a
 const PROBER_MS = 60_000
 const PROBER_MEMORY = 16 // asks: several checks may come at once, and then none for a while
 const PROBERS_MAX = 64 // more than anybody has balancers
+const USER_AGENT_MAX = 80 // characters: of a prober's, to tell it by
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
 const PAUSES_MISSED = 3 // of a prober's own longest pauses, and a margin: then it asks no more
 const PAUSE_MARGIN_MS = 1_000
@@ -481,6 +487,8 @@ class Monitor {
   warmup = new WarmupRunner(this)
   /** Known from `booting` on. */
   instance: Instance | undefined
+  /** Where the service's own port answers the verdict, if it does. */
+  healthPath: string | undefined
   listener: Listener | undefined
   draining: Draining | undefined
   /** Resolves to where it listens, or to `false` where it cannot, or not yet. */
@@ -534,6 +542,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
+    this.healthPath = this.#options.healthPath ?? readHealthPath()
     this.#wait()
     return this.started
   }
@@ -603,7 +612,8 @@ class Monitor {
     if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
       void this.#close('closed')
     }
-    if (this.state === 'closed' || this.state === 'searching') this.#wait()
+    if (this.state === 'searching') void this.begin()
+    else if (this.state === 'closed') this.#wait()
     else this.#boot()
   }
 
@@ -739,7 +749,7 @@ class Monitor {
 
 const UNSTARTED = new Set<MonitorState>(['new', 'stopped', 'searching', 'closed'])
 
-const START_OPTIONS = ['server', 'port', 'url', 'listen', 'logger']
+const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'logger']
 const URL_SENTENCE = 'url must be an http or https URL, without query'
 
 /** What `start` was told; the first server is the instance. */
@@ -759,11 +769,12 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   )
 
   const { server = [], ...others } = options
-  const { port, url, listen, logger = console } = others
+  const { port, url, listen, healthPath, logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), URL_SENTENCE)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
+  must(healthPath === undefined || isPagePath(healthPath), 'healthPath must be a path, as /ready')
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
   return { ...others, servers }
@@ -1351,6 +1362,7 @@ interface Http2Session extends NodeJS.EventEmitter {
   goaway(code: number, lastStreamId: number): void
   close(): void
   destroy(): void
+  readonly socket?: { readonly remoteAddress?: string }
   /** Also once it has closed and no stream is left, while its client may still keep the
    *  connection. */
   readonly destroyed: boolean
@@ -1360,6 +1372,8 @@ interface Http2Session extends NodeJS.EventEmitter {
 interface Http2Stream extends NodeJS.EventEmitter {
   readonly session?: Http2Session
   readonly sentHeaders?: Record<string, unknown>
+  respond(headers: Record<string, unknown>): void
+  end(body: string): void
   destroy(): void
 }
 
@@ -1495,6 +1509,11 @@ class Application {
     return this.#unhooks.has(server)
   }
 
+  /** Whether the verdict is of these servers. */
+  get #isJudged(): boolean {
+    return this.#observer !== undefined
+  }
+
   /** A server whose events cannot be seen is left out, with a warning. */
   add(server: net.Server): void {
     if (this.has(server)) return
@@ -1548,7 +1567,7 @@ class Application {
       case 'checkExpectation':
         return this.#onRequest(args[0] as http.IncomingMessage, args[1] as http.ServerResponse)
       case 'stream':
-        return this.#onStream(args[0] as Http2Stream, args[1] as Record<string, unknown>)
+        return this.#onStream(args[0] as Http2Stream, args[1] as http.IncomingHttpHeaders)
       case 'upgrade':
       case 'connect':
         return this.#onUpgrade(args[1] as net.Socket)
@@ -1606,6 +1625,10 @@ class Application {
       warmupView(request, response)
       return 'taken'
     }
+    if (this.#isJudged && isForHealth(method, url)) {
+      this.#onHealthRequest(request, response)
+      return 'taken'
+    }
     const { stream } = response as { stream?: Http2Stream }
     if (this.#inFlight.has(response) || (stream && this.#inFlight.has(stream))) return
 
@@ -1615,18 +1638,48 @@ class Application {
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
   }
 
+  /** It is not counted, but its connection is busy until it is answered. */
+  #onHealthRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
+    const { headers, socket } = request
+    const client = this.#clients.get(socket) ?? this.#addClient(socket)
+    client.requestBegins(response)
+    response.once('close', () => client.requestEnded(request))
+    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
+    void answerHealth(headers, socket.remoteAddress, (code, head, body) => {
+      response.writeHead(code, head).end(body)
+    })
+  }
+
   /** A request of HTTP/2, of which `request` need not tell. */
-  #onStream(stream: Http2Stream, headers: Record<string, unknown>): void {
+  #onStream(stream: Http2Stream, headers: http.IncomingHttpHeaders): 'taken' | void {
     const { session } = stream
     const path = String(headers[':path'])
     if (!session || isForView(path)) return
 
-    stream.once('close', () => {
-      this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
-    })
+    const method = String(headers[':method'])
     const client = this.#clients.get(session) ?? this.#addClient(session)
-    this.#requestBegins(stream, `${String(headers[':method'])} ${path}`, client)
+    const isHealth = this.#isJudged && isForHealth(method, path)
+    if (isHealth) {
+      this.#onHealthStream(stream, headers, client)
+    } else {
+      stream.once('close', () => {
+        this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
+      })
+      this.#requestBegins(stream, `${method} ${path}`, client)
+    }
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
+    if (isHealth) return 'taken'
+  }
+
+  #onHealthStream(stream: Http2Stream, headers: http.IncomingHttpHeaders, client: Client): void {
+    client.requestBegins(stream)
+    stream.once('close', () => client.requestEnded())
+    stream.on('error', doNothing) // its prober may have reset it
+    const address = attempt(() => stream.session?.socket?.remoteAddress) // throws when it has ended
+    void answerHealth(headers, address, (code, head, body) => {
+      stream.respond({ ':status': code, ...head })
+      stream.end(headers[':method'] === 'HEAD' ? '' : body)
+    })
   }
 
   /** From now on it is no client that sends requests. */
@@ -2394,7 +2447,7 @@ const performers = new Map<string, WarmupPerformer>()
  *  `TypeError` for what is no path or no function. */
 export function registerWarmup(site: string, performer: WarmupPerformer): void {
   if (preloaded) return preloaded.registerWarmup(site, performer)
-  must(typeof site === 'string' && SITE.test(site), 'a site is / or /a/path')
+  must(isPagePath(site), 'a site is / or /a/path')
   must(typeof performer === 'function', 'a warm-up performer is a function')
   const name = withoutSlashes(new URL(site, 'http://localhost').pathname) || '/'
   const wasGreen = monitor.warmup.stage === 'done'
@@ -2854,10 +2907,59 @@ function nameInHost(host: string): string {
 
 const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
 
+// --- The health path -----------------------------------------------------------------------------
+
+// A path at which the service's own port answers the verdict before the service sees the request,
+// for platforms that give a container one port, and balancers with one health port for a pool.
+
+/** Sends an answer; it may find that its asker has gone. */
+type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string) => void
+
+/** Other methods are the service's own. */
+function isForHealth(method: string | undefined, target: string): boolean {
+  const { healthPath, isOff } = monitor
+  if (healthPath === undefined || isOff || (method !== 'GET' && method !== 'HEAD')) return false
+  const [path] = target.replace(ORIGIN, '').split('?')
+  return path === healthPath
+}
+
+/** Tells what anybody may know. Visitors share an address with the balancer that they come by: so
+ *  a prober is told by its User-Agent, too, and bears no forwarding header. */
+async function answerHealth(
+  headers: http.IncomingHttpHeaders,
+  remoteAddress: string | undefined,
+  send: SendHealth
+): Promise<void> {
+  const { probers, instance } = monitor
+  const address = remoteAddress ?? instance?.path
+  if (address !== undefined && !isForwarded({ headers }, ['none'])) {
+    const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
+    const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
+    probers.note({ isPerson: false, remoteAddress: name }, 1)
+  }
+  const { healthy, reason } = await inspectAndJudge()
+  const body = `${reason}\n`
+  const head = {
+    'Content-Type': PLAIN_TEXT,
+    'Content-Length': Buffer.byteLength(body),
+    'Cache-Control': 'no-store',
+    'X-Content-Type-Options': 'nosniff'
+  }
+  attempt(() => send(healthy ? 200 : 503, head, body))
+}
+
+function readHealthPath(): string | undefined {
+  const [path] = readPages('FTW_MONITOR_HEALTH_PATH')
+  return path
+}
+
 // --- Probers -------------------------------------------------------------------------------------
 
 // Who asks for the verdict, and at which pace: a drain waits until each of them knows. All times
 // are by the monitor's clock.
+
+/** What tells whether somebody may be a prober, and which one. */
+type ProberAsker = Pick<Asker, 'isPerson' | 'remoteAddress'>
 
 /** An address that asks for the verdict. */
 class Prober {
@@ -2944,7 +3046,7 @@ class Probers {
   }
 
   /** Remembers who asks, and how many drained answers the reply counts for. */
-  note(asker: Asker, drainedAnswers: number): void {
+  note(asker: ProberAsker, drainedAnswers: number): void {
     if (asker.isPerson) return
     const address = this.#addressOf(asker)
     if (address === undefined) return
@@ -3007,7 +3109,7 @@ class Probers {
   }
 
   /** An address costs a system call. In a flood we do not ask for it, and count all as one. */
-  #addressOf(asker: Asker): string | undefined {
+  #addressOf(asker: ProberAsker): string | undefined {
     this.#lookupsInTick++
     if (!this.#monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
     return asker.remoteAddress ?? this.#monitor.listener?.unixSocket
@@ -5337,7 +5439,10 @@ const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, 
 
 /** Behind a proxy on this machine every visitor looks local, and so does a page in its browser,
  *  unless it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
-function isForwarded({ headers }: http.IncomingMessage, ownSites: string[]): boolean {
+function isForwarded(
+  { headers }: Pick<http.IncomingMessage, 'headers'>,
+  ownSites: string[]
+): boolean {
   const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
   if (!ownSites.includes(fetchSite)) return true
   return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
@@ -5371,6 +5476,18 @@ function readMilliseconds(name: string): number | undefined {
   if (milliseconds >= 0 && milliseconds < TIMER_MAX_MS) return milliseconds
   log('warn', `cannot use ${name}=${text}: it must be a number of milliseconds`)
   return undefined
+}
+
+/** Paths, with blanks between them; a wrong one costs a warning, and is left out. */
+function readPages(name: string): string[] {
+  const words = readEnv(name)?.split(/\s+/) ?? []
+  const wrong = words.filter((word) => !isPagePath(word))
+  if (wrong.length > 0) log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page is /a/path`)
+  return words.filter(isPagePath)
+}
+
+function isPagePath(path: unknown): boolean {
+  return typeof path === 'string' && SITE.test(path)
 }
 
 function isSwitchedOff(name: string): boolean {
