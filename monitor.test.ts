@@ -215,6 +215,7 @@ const VARIABLES = [
   'FTW_MONITOR_LISTEN',
   'FTW_MONITOR_URL',
   'FTW_MONITOR_AUTOWARMUP',
+  'FTW_MONITOR_WARMUP',
   'FTW_MONITOR_HEALTH_PATH',
   'FTW_MONITOR_TIMEOUT_MS',
   'FTW_MONITOR_MINIMUM_MS',
@@ -5126,6 +5127,26 @@ describeInProcess('Warm-up', ALONE, () => {
     const { instancePort } = await bootInstance(t, { performers: { '/': keep, '/shop/': keep } })
     const origin = `http://127.0.0.1:${instancePort}`
     assert.deepEqual(urls, [`${origin}/catalogue`, `${origin}/shop/catalogue`])
+  })
+
+  test('FTW_MONITOR_WARMUP names pages that are loaded in their order; what code registers comes first', async (t) => {
+    const variable = 'FTW_MONITOR_WARMUP'
+    setEnvironment(t, { [variable]: ' /shop  / shop /a?b /search /own ' })
+    const seen: string[] = []
+    const { monitor, logger } = await bootInstance(t, {
+      performers: { '/own': () => void seen.push('own performer') },
+      handler: ({ url = '' }, response) => {
+        seen.push(url)
+        response.end()
+      }
+    })
+    assert.deepEqual(seen, ['own performer', '/shop', '/', '/search'])
+    const { warmup } = await monitor.status()
+    const sites = warmup.map(({ site, status }) => `${site} ${status}`)
+    assert.deepEqual(sites, ['/own warm', '/shop warm', '/ warm', '/search warm'])
+    const warnings = warningsOf(logger)
+    assert.equal(warnings.length, 1)
+    assert.match(warnings.join(), /shop \/a\?b of FTW_MONITOR_WARMUP/)
   })
 
   test('a database or check that turns good starts the next try of a failed warm-up at once', async (t) => {

@@ -543,6 +543,7 @@ class Monitor {
   /** Begins this life. */
   begin(): Promise<Address> {
     this.healthPath = this.#options.healthPath ?? readHealthPath()
+    registerPages()
     this.#wait()
     return this.started
   }
@@ -2453,6 +2454,13 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
   const wasGreen = monitor.warmup.stage === 'done'
   performers.set(name, performer)
   monitor.warmup.onRegistered(name, wasGreen)
+}
+
+/** Has each page that the environment names loaded as a site of its own, in its order. */
+function registerPages(): void {
+  for (const page of readPages('FTW_MONITOR_WARMUP')) {
+    if (!performers.has(page)) registerWarmup(page, loadPage) // what code says comes first
+  }
 }
 
 const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
