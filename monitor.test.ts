@@ -216,6 +216,7 @@ const VARIABLES = [
   'FTW_MONITOR_URL',
   'FTW_MONITOR_AUTOWARMUP',
   'FTW_MONITOR_WARMUP',
+  'FTW_MONITOR_CHECK',
   'FTW_MONITOR_HEALTH_PATH',
   'FTW_MONITOR_TIMEOUT_MS',
   'FTW_MONITOR_MINIMUM_MS',
@@ -4367,6 +4368,37 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
 })
 
 describeInProcess('Databases, checks and counters', ALONE, () => {
+  test('FTW_MONITOR_CHECK names pages of the service that must answer below 400', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health health /own /ready' })
+    let code = 302
+    const options = { listen: LOOPBACK, healthPath: '/ready' }
+    const { monitor, instancePort, logger } = await bootInstance(t, {
+      performers: WARM,
+      prepare: (copy) => copy.registerCheck('/own', () => true),
+      handler: ({ url }, response) => {
+        if (url !== '/health') response.writeHead(500).end()
+        else if (code > 0) response.writeHead(code).end()
+      },
+      options
+    })
+    const names = (await monitor.status()).checks.map(({ name }) => name)
+    assert.deepEqual(names, ['/own', '/health'])
+    const warnings = warningsOf(logger)
+    assert.equal(warnings.length, 2)
+    assert.match(warnings.join(), /cannot use health of FTW_MONITOR_CHECK.*leaves \/ready out/)
+    for (const bad of [400, 404, 503]) {
+      code = bad
+      const { reason } = await monitor.health()
+      assert.equal(reason, `Error: Check '/health' failed: it answered ${bad}`)
+      const { status, body } = await getPage(instancePort, '/ready')
+      assert.deepEqual([status, body], [503, "Error: Check '/health' failed.\n"])
+    }
+    code = 0
+    assert.equal((await monitor.health()).reason, "Error: Check '/health' timed out.")
+    code = 200
+    await untilVerdict(monitor)
+  })
+
   test('a check that hangs is told so within a second', async (t) => {
     const timers = takeTimers(t, ['setTimeout'])
     const { monitor, port } = await bootInstance(t, { performers: WARM })

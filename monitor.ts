@@ -544,6 +544,7 @@ class Monitor {
   begin(): Promise<Address> {
     this.healthPath = this.#options.healthPath ?? readHealthPath()
     registerPages()
+    registerPageChecks(this.healthPath)
     this.#wait()
     return this.started
   }
@@ -2239,6 +2240,25 @@ export function registerCheck(name: string, check: Check, options: CheckOptions 
   registeredChecks.set(name, new Dependency(`Check '${name}'`, name, optional, passes, 'failed'))
 }
 
+/** Checks pages of the service's own that the environment names. */
+function registerPageChecks(healthPath: string | undefined): void {
+  for (const page of readPages('FTW_MONITOR_CHECK')) {
+    if (page === healthPath) {
+      log('warn', `leaves ${page} out of FTW_MONITOR_CHECK: it would wait for itself`)
+    } else if (!registeredChecks.has(page)) {
+      registerCheck(page, () => checkPage(page)) // what code says comes first
+    }
+  }
+}
+
+async function checkPage(page: string): Promise<void> {
+  const { instance } = monitor
+  if (!instance) throw new Error('the instance is booting')
+  const url = withoutSlashes(`${instance.url}${page}`)
+  const code = await visitQuietly(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
+  if (code >= 400) throw new Error(`it answered ${code}`)
+}
+
 /** A database or a check, and what its last answer was. */
 class Dependency {
   readonly name: string
@@ -2785,11 +2805,14 @@ async function visit(url: string, signal: AbortSignal): Promise<number> {
   }
   clock.schedule(PAGE_WARNING_MS, warn)
   try {
-    const isHttps = /^https:/i.test(url)
-    return isHttps ? await visitByFetch(url, signal) : await visitByHttp(url, signal)
+    return await visitQuietly(url, signal)
   } finally {
     clock.cancel(warn)
   }
+}
+
+function visitQuietly(url: string, signal: AbortSignal): Promise<number> {
+  return /^https:/i.test(url) ? visitByFetch(url, signal) : visitByHttp(url, signal)
 }
 
 async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
