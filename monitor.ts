@@ -2132,14 +2132,10 @@ async function inspectAndJudge(): Promise<Verdict> {
 }
 
 /** Also where the verdict does not depend on it, as while it drains. */
-async function inspectAll(): Promise<void> {
-  const dependencies = allDependencies()
-  const missing = dependencies.filter(({ isPassing }) => !isPassing)
-  const inspections = dependencies.map((each) => each.ask())
+function inspectAll(): Promise<unknown> {
+  const inspections = allDependencies().map((each) => each.ask())
   if (monitor.isLookDue) inspections.push(monitor.look())
-  await Promise.all(inspections)
-  // What failed to warm up may have failed for want of it.
-  if (missing.some(({ isPassing }) => isPassing)) monitor.warmup.retryAtOnce()
+  return Promise.all(inspections)
 }
 
 // --- Changes of the verdict ----------------------------------------------------------------------
@@ -2168,6 +2164,8 @@ class VerdictHistory {
     this.#add(verdict)
     if (!verdict.healthy) {
       if (before?.healthy) this.#redSinceMs = performance.now()
+      const isBoot = !this.#hasBeenHealthy && verdict.grade === 'warn' // which tells of itself
+      if (isBoot) return
       this.#logSoon(verdict.grade === 'fail' ? 'warn' : 'info', `is red: ${verdict.cause}`)
       return
     }
@@ -2268,8 +2266,8 @@ class Dependency {
   readonly #passes: SharedCall
   /** What it is where it answers in time, and not with yes. */
   readonly #no: 'disconnected' | 'failed'
-  /** Until it was asked, an answer may be under way. */
-  #outcome: 'passes' | 'disconnected' | 'timed out' | 'failed'
+  /** Of the last answer, undefined until there is one. */
+  #outcome: 'passes' | 'disconnected' | 'timed out' | 'failed' | undefined
   /** What it threw, '' if nothing: for this machine. */
   #detail = ''
 
@@ -2285,15 +2283,17 @@ class Dependency {
     this.isOptional = isOptional
     this.#passes = new SharedCall(passes, ANSWER_MS)
     this.#no = no
-    this.#outcome = no
   }
 
   /** Asks it, and keeps the outcome. */
   async ask(): Promise<void> {
     try {
       const answer = await this.#passes.ask()
+      const wasBroken = this.#outcome !== undefined && !this.isPassing
       this.#outcome = answer === true ? 'passes' : this.#no
       this.#detail = ''
+      // Whatever failed to warm up may have failed for want of it.
+      if (wasBroken && this.isPassing) monitor.warmup.retryAtOnce()
     } catch (error) {
       const isLate = error === TIMED_OUT
       this.#outcome = isLate ? 'timed out' : 'failed'
@@ -2311,7 +2311,7 @@ class Dependency {
 
   /** What is wrong with it, '' if nothing: its category alone. */
   get trouble(): string {
-    return this.#outcome === 'passes' ? '' : this.#outcome
+    return this.isPassing ? '' : (this.#outcome ?? this.#no)
   }
 
   /** The same with what it threw, for this machine. */
