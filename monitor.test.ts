@@ -9021,7 +9021,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const { body } = await openPage(port)
     const [main = ''] = /<h1[^]*<figcaption>[^]*<\/figcaption>/.exec(body) ?? []
     assert.doesNotMatch(main.replace(/<[^>]*>/g, ''), /\d [a-z%]/i)
-    assert.match(main, /\d\u00a0s, 0\u00a0requests in flight, .*\d\u00a0MiB\n/)
+    assert.match(main, /\d\u00a0(s|min), 0\u00a0requests in flight, .*\d\u00a0MiB\n/)
     assert.match(main, /loop \d+\u00a0% busy/)
   })
 
