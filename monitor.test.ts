@@ -11894,6 +11894,71 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.equal(await booted.exit, 0)
   })
 
+  test('nginx accepts the configuration of the README', needs('nginx'), async (t) => {
+    const folder = scratchFolder(t)
+    const file = join(folder, 'nginx.conf')
+    const kinds = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi']
+    const paths = kinds.map((kind) => `${kind}_temp_path ${join(folder, kind)};`)
+    const servers = readmeBlock('nginx').replace('listen 8000', `listen ${await freePort()}`)
+    const contents = ['access_log off;', ...paths, servers].join('\n')
+    fs.writeFileSync(file, `pid ${join(folder, 'pid')};\nevents {}\nhttp {\n${contents}}\n`)
+    const words = ['-t', '-c', file, '-e', join(folder, 'log')]
+    const { status, stderr } = await runToEnd(t, 'nginx', words)
+    assert.equal(status, 0, stderr)
+    assert.doesNotMatch(stderr, /\[(warn|emerg|error)\]/)
+  })
+
+  test('Caddy accepts the configuration of the README', needs('caddy'), async (t) => {
+    const folder = scratchFolder(t)
+    const file = join(folder, 'Caddyfile')
+    fs.writeFileSync(file, readmeBlock('caddyfile'))
+    const words = ['validate', '--adapter', 'caddyfile', '--config', file]
+    const env = { HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder }
+    const { status, stdout, stderr } = await runToEnd(t, 'caddy', words, { env })
+    assert.equal(status, 0, stdout + stderr)
+    assert.doesNotMatch(stderr, /"level":"warn"/)
+  })
+
+  test('systemd accepts the unit of the README', needs('systemd-analyze'), async (t) => {
+    const folder = scratchFolder(t)
+    const file = join(folder, 'web@.service')
+    const unit = readmeBlock('ini').replaceAll('/usr/bin/node ', `${process.execPath} `)
+    fs.writeFileSync(file, unit)
+    const { status, stdout, stderr } = await runToEnd(t, 'systemd-analyze', ['verify', file])
+    // It ignores a setting that it does not know, and says so.
+    assert.deepEqual({ status, output: stdout + stderr }, { status: 0, output: '' })
+  })
+
+  test("at a signal to the README's primary its workers finish what they serve", async (t) => {
+    const folder = scratchFolder(t)
+    const port = await freePort()
+    const primary = readmeBlock('js', 'cluster.isPrimary').replace('8160', String(port + 80))
+    fs.writeFileSync(join(folder, 'primary.mjs'), primary.replace('server.js', 'server.mjs'))
+    fs.writeFileSync(
+      join(folder, 'server.mjs'),
+      `import http from 'node:http'
+      import { shutdownOnSignal, start } from ${JSON.stringify(MODULE.href)}
+      const server = http.createServer(({ url }, response) => {
+        if (url === '/') return response.end()
+        console.log('asked')
+        setTimeout(() => response.end('served'), 700)
+      })
+      start(server)
+      shutdownOnSignal()
+      server.listen(${port})`
+    )
+    const words = ['--no-warnings', join(folder, 'primary.mjs')]
+    const cluster = watch(t, process.execPath, words)
+    const count = (text: string) => cluster.output.split(text).length - 1
+    await until(() => count('is warm') === 3, 'all workers are warm')
+    const pages = Array.from({ length: 12 }, () => getPage(port, '/slow'))
+    await until(() => count('asked') === 12, 'all were asked')
+    cluster.child.kill('SIGTERM')
+    const bodies = (await Promise.all(pages)).map(({ body }) => body)
+    assert.deepEqual(bodies, Array(12).fill('served'))
+    assert.equal(await cluster.exit, 0, cluster.output)
+  })
+
   test('HAProxy accepts the configurations of the README', needs('haproxy'), async (t) => {
     for (const [check, configuration] of Object.entries(haproxyOfReadme())) {
       const file = join(scratchFolder(t), 'haproxy.cfg')
