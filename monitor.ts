@@ -6045,7 +6045,7 @@ function isProgram(): boolean {
   // Node.js 20 has no import.meta.main, and later ones deny it to what was preloaded as well. An
   // installed program is called by a link to it.
   const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
-  return meta.resolve(`file:${path}`) === meta.url
+  return attempt(() => meta.resolve(`file:${path}`)) === meta.url // Bun resolves no such URL
 }
 
 async function runProgram(): Promise<void> {
