@@ -9700,6 +9700,207 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
   })
 })
 
+// --- The wire: PROXY headers ---------------------------------------------------------------------
+
+/** A header of the PROXY protocol's version 2: its byte for version and command, and what follows. */
+function proxyBytes(command: number, rest: Buffer, length = rest.length): Buffer {
+  const head = Buffer.from('\r\n\r\n\0\r\nQUIT\n\0\x11\0\0', 'latin1')
+  head.writeUInt8(command, 12)
+  head.writeUInt16BE(length, 14)
+  return Buffer.concat([head, rest])
+}
+
+const LOCAL_COMMAND = 0x20
+const PROXY_COMMAND = 0x21
+/** From 127.0.0.1:4660 to 10.0.0.5:8160. */
+const TCP4_ADDRESSES = Buffer.from('7f0000010a00000512341fe0', 'hex')
+
+/** What balancers send before anything else, if they speak the PROXY protocol. */
+const PROXY_HEADERS: Record<string, Buffer> = {
+  'version 1': Buffer.from('PROXY TCP4 127.0.0.1 10.0.0.5 4660 8160\r\n'),
+  'version 1 of IPv6': Buffer.from('PROXY TCP6 ::1 2001:DB8::5 4660 8160\r\n'),
+  'version 1 of no address': Buffer.from('PROXY UNKNOWN\r\n'),
+  'version 1 at its longest': Buffer.from(`PROXY UNKNOWN ${'f'.repeat(91)}\r\n`),
+  'version 2': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES),
+  'version 2 of no address': proxyBytes(LOCAL_COMMAND, Buffer.alloc(0)),
+  'version 2 with what reads like lines': proxyBytes(
+    PROXY_COMMAND,
+    Buffer.from('\ndrain\n\nquit\n')
+  ),
+  'version 2 at its longest': proxyBytes(LOCAL_COMMAND, Buffer.alloc(4_080, 'drain\n'))
+}
+
+describeInProcess('The wire: PROXY headers', TOGETHER, () => {
+  test('a PROXY header before a line or a request is skipped', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    for (const [name, header] of Object.entries(PROXY_HEADERS)) {
+      const askBehind = (text: string) => ask(port, Buffer.concat([header, Buffer.from(text)]))
+      assert.equal(await askBehind('health_check\n'), 'OK\n', name)
+      assert.equal(await askBehind('interactive\nlivez\nquit\n'), DIALOGUE, name)
+      const page = await askBehind(headOf('/livez') + headOf('/livez', 'Connection: close'))
+      assert.equal(page.match(/^HTTP\/1\.1 200 OK\r\n/gm)?.length, 2, `${name}: ${page}`)
+      assert.equal(page.match(/^Alive\n/gm)?.length, 2, name)
+    }
+    assert.equal((await monitor.health()).reason, 'OK')
+  })
+
+  test('a PROXY header may be split anywhere, also into single bytes', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const names = ['version 1', 'version 2', 'version 2 with what reads like lines']
+    for (const name of names) {
+      const header = PROXY_HEADERS[name]!
+      for (const text of ['health_check\n', headOf('/health_check', 'Connection: close')]) {
+        const whole = Buffer.concat([header, Buffer.from(text)])
+        const peers = await Promise.all(Array.from(header, () => converse(t, port)))
+        const parts = peers.map(({ socket }, index) => {
+          socket.write(whole.subarray(0, index + 1))
+          return { socket, rest: whole.subarray(index + 1) }
+        })
+        await untilSeen(port)
+        assert.ok(peers.every(({ transcript, isClosed }) => transcript === '' && !isClosed))
+        for (const { socket, rest } of parts) socket.write(rest)
+        await until(() => peers.every(({ isClosed }) => isClosed), 'all are answered')
+        for (const { transcript } of peers) assert.match(transcript, /(^|\r\n\r\n)OK\n$/)
+      }
+
+      const slow = await converse(t, port)
+      for (const byte of [...header, ...Buffer.from('livez\n')]) {
+        slow.socket.write(Buffer.of(byte))
+        await nextTurn()
+      }
+      await until(() => slow.isClosed, 'it is answered')
+      assert.equal(slow.transcript, 'Alive\n')
+    }
+  })
+
+  test('who sends a PROXY header is no local asker, whatever it says', async (t) => {
+    const main = { isConnected: () => Promise.reject(new Error('secret')) }
+    const path = join(scratchFolder(t), 'monitor')
+    const other = await importMonitor(t)
+    const seen: string[] = []
+    const who: Command = ({ local, remoteAddress }) => void seen.push(`${local} ${remoteAddress}`)
+    const prepare = ({ register }: Monitor) => register('who', '', who, { http: true })
+    const setup = { databases: { main }, prepare, until: 'started' as const }
+    const { port } = await bootInstance(t, setup)
+    prepare(other)
+    other.registerDatabase('main', main)
+    await other.start({ server: await serve(t), listen: { path }, logger: recorder() })
+
+    for (const header of Object.values(PROXY_HEADERS)) {
+      for (const where of [port, path]) {
+        const askBehind = (text: string) => ask(where, Buffer.concat([header, Buffer.from(text)]))
+        seen.length = 0
+        await askBehind('who\n')
+        await askBehind(headOf('/who', 'Connection: close'))
+        const expected = `false ${where === port ? '127.0.0.1' : undefined}`
+        assert.deepEqual(seen, [expected, expected])
+        assert.equal(await askBehind('health_check\n'), "Error: Database 'main' failed.\n")
+        const page = await askBehind(headOf('/status', 'Connection: close'))
+        assert.match(page, /Database 'main' failed\./)
+        assert.doesNotMatch(page, /secret/)
+        assert.equal(await askBehind('drain\n'), 'drain is for this machine only\n')
+      }
+    }
+    for (const where of [port, path]) assert.match(await ask(where, 'health_check\n'), /secret/)
+  })
+
+  test('a wrong PROXY header is refused in one line, and so is a second one', async (t) => {
+    let calls = 0
+    const count: Command = () => {
+      calls++
+    }
+    const { monitor, port } = await bootInstance(t, {
+      performers: WARM,
+      prepare: ({ register }) => register('count', '', count)
+    })
+    const wrong: Record<string, Buffer | string> = {
+      'another version': proxyBytes(0x11, TCP4_ADDRESSES),
+      'another command': proxyBytes(0x22, TCP4_ADDRESSES),
+      'a long one': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 4_081),
+      'the longest': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 65_535),
+      'another family': 'PROXY TCP5 127.0.0.1 10.0.0.5 1 2\r\n',
+      'no ports': 'PROXY TCP4 127.0.0.1 10.0.0.5\r\n',
+      names: 'PROXY TCP4 localhost example.com 1 2\r\n',
+      'no carriage return': 'PROXY TCP4 127.0.0.1 10.0.0.5 1 2\n',
+      'too long': `PROXY UNKNOWN ${'f'.repeat(92)}\r\n`,
+      endless: `PROXY TCP4 ${'1'.repeat(200)}`,
+      nothing: 'PROXY \r\n'
+    }
+    for (const [name, header] of Object.entries(wrong)) {
+      const text = Buffer.concat([Buffer.from(header), Buffer.from('count\ncount\n')])
+      assert.equal(await ask(port, text), 'Error: wrong PROXY header\n', name)
+    }
+    for (const first of Object.values(PROXY_HEADERS)) {
+      for (const second of Object.values(PROXY_HEADERS)) {
+        const reply = await ask(port, Buffer.concat([first, second, Buffer.from('count\n')]))
+        assert.match(reply, /^Invalid command '(PROXY| )'\nTry "help".\n$/)
+      }
+    }
+    assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
+  })
+
+  test('what only begins like a PROXY header is a line, or HTTP', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const post: Command = (connection, word) => connection.write(`posted ${word}\n`)
+    monitor.register('POST', '', post)
+    monitor.register('PROXY', '', post)
+    const post405 = 'POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n'
+    const rows: [string, RegExp][] = [
+      [post405, /^HTTP\/1\.1 405 /],
+      ['PROXY / HTTP/1.1\r\nHost: a\r\n\r\n', /^Error: wrong PROXY header\n$/],
+      [`\r\n\r\n${post405}`, /^HTTP\/1\.1 405 /],
+      ['POST letter\n', /^posted letter\n$/],
+      ['P\n', /^Invalid command 'P'\n/],
+      ['PROXY\n', /^posted undefined\n$/],
+      ['\r\nlivez\r\n', /^Alive\n$/],
+      ['\r\n\r\nlivez\r\n', /^Alive\n$/],
+      ['\r\n\r\n\0\r\nQUITE\nlivez\r\n', /^Invalid command ' '\n/]
+    ]
+    for (const [text, reply] of rows) assert.match(await ask(port, text), reply, text)
+
+    // Half-closed within a header: what has come is a line.
+    const halves: [string, RegExp][] = [
+      ['P', /^Invalid command 'P'\n/],
+      ['PROXY', /^posted undefined\n$/],
+      ['PROXY TCP4 127.0.0.1', /^posted TCP4\n$/],
+      ['\r', /^$/],
+      ['\r\n\r\n', /^$/],
+      ['\r\n\r\n\0\r\nQU', /^Invalid command ' '\n/]
+    ]
+    for (const [text, reply] of halves) {
+      assert.match(await ask(port, text, { end: true }), reply, text)
+    }
+    for (const header of Object.values(PROXY_HEADERS)) {
+      assert.equal(await ask(port, header, { end: true }), '')
+    }
+  })
+})
+
+const DIALOGUE = 'Interactive mode on.  Use "quit" To exit.\nAlive\nGoodbye.\n'
+
+describeInProcess('The wire: PROXY headers', ALONE, () => {
+  test('a line behind a PROXY header has 60 s to come, and so has the header', async (t) => {
+    const timers = takeTimers(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const headers = Object.values(PROXY_HEADERS)
+    const parts = [...headers, ...headers.map((header) => header.subarray(0, -1))]
+    const peers = await Promise.all(
+      parts.map(async (part) => {
+        const peer = await converse(t, port)
+        peer.socket.write(part)
+        return peer
+      })
+    )
+    await untilSeen(port)
+    timers.pass(59_000)
+    await untilSeen(port)
+    assert.ok(peers.every(({ isClosed }) => !isClosed))
+    timers.pass(2_000)
+    await until(() => peers.every(({ isClosed }) => isClosed), 'they are cut off')
+    assert.ok(peers.every(({ transcript }) => transcript === ''))
+  })
+})
+
 // --- The wire: lines -----------------------------------------------------------------------------
 
 /** Whether the other side has reset a connection that nobody has read from. By its first write, since
@@ -12231,6 +12432,69 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         await haproxy.untilState('one', /^UP$/)
       }
       assert.equal((await getPage(haproxy.frontPort, '/')).status, 200)
+    }
+  )
+
+  test(
+    'HAProxy checks behind a PROXY header of either version, by lines and by HTTP',
+    needs('haproxy'),
+    async (t) => {
+      const { monitor, port, instancePort } = await bootInstance(t)
+      const checks: Record<string, string> = {
+        lines: `option tcp-check
+            tcp-check send "health_check\\n"
+            tcp-check expect string OK`,
+        'lines-after-connect': `option tcp-check
+            tcp-check connect send-proxy
+            tcp-check send "health_check\\n"
+            tcp-check expect string OK`,
+        http: 'option httpchk GET /health_check',
+        http11: `option httpchk
+            http-check send meth GET uri /health_check ver HTTP/1.1 hdr Host localhost
+            http-check expect string OK`
+      }
+      const names: string[] = []
+      const backends: string[] = []
+      for (const [kind, check] of Object.entries(checks)) {
+        for (const version of ['send-proxy', 'send-proxy-v2', 'send-proxy-v2-ssl-cn']) {
+          const name = `${kind}-${version}`
+          names.push(name)
+          const line = `127.0.0.1:${instancePort} ${version} check port ${port} check-send-proxy`
+          backends.push(`
+          backend ${name}
+            mode ${kind.startsWith('http') ? 'http' : 'tcp'}
+            ${check}
+            server ${name} ${line} inter 100ms`)
+        }
+      }
+      const front = await freePort()
+      const haproxy = await startHaproxy(
+        t,
+        (socket) => `
+          global
+            stats socket ${socket} level admin
+          defaults
+            timeout connect 2s
+            timeout client 20s
+            timeout server 20s
+            default-server rise 1 fall 1
+          frontend front
+            mode tcp
+            bind 127.0.0.1:${front}
+            default_backend monitor
+          backend monitor
+            mode tcp
+            server monitor 127.0.0.1:${port} send-proxy-v2
+          ${backends.join('')}\n`
+      )
+      for (const name of names) await haproxy.untilState(name, /^UP$/)
+      assert.equal(await ask(front, 'drain\n'), 'drain is for this machine only\n')
+      assert.equal((await getPage(front, '/health_check')).body, 'OK\n')
+
+      void monitor.drain()
+      for (const name of names) await haproxy.untilState(name, /^DOWN/)
+      monitor.resume()
+      for (const name of names) await haproxy.untilState(name, /^UP$/)
     }
   )
 

@@ -45,6 +45,7 @@
 //   Status
 //   The page
 //   The wire: connections
+//   The wire: PROXY headers
 //   The wire: lines
 //   The wire: HTTP
 //   Helpers
@@ -407,6 +408,8 @@ const LOG_MS = 1_000 // between failures of one command, so that nobody can floo
 
 // Of a connection
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
+const PROXY_LINE_MAX = 107 // bytes, as the PROXY protocol says of its version 1
+const PROXY_HEADER_MAX = 4_096 // bytes of version 2: addresses, and a few extensions of balancers
 const LINES_PER_TURN = 16 // of one connection, then the application has its turn
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
 const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are for the application
@@ -5011,6 +5014,8 @@ abstract class Session {
   /** Among all sessions of the listener. */
   readonly place: number
   openedAtMs = performance.now()
+  /** Whether it began with a PROXY header: then a balancer asks, perhaps for somebody else. */
+  isProxied = false
   phase: Phase = 'awaitingRequest'
   phaseSinceTickMs: number
 
@@ -5026,6 +5031,7 @@ abstract class Session {
   }
 
   get local(): boolean {
+    if (this.isProxied) return false
     return this.listener.unixSocket !== undefined || isLocalSocket(this.socket)
   }
 
@@ -5063,6 +5069,53 @@ function timedOut(name: string | undefined): string {
   return `${toRedLine(`Error: ${name} timed out`)}\n`
 }
 
+// --- The wire: PROXY headers ---------------------------------------------------------------------
+
+// A balancer that speaks the PROXY protocol says who its client is before it sends anything else:
+// in a line, or in bytes behind a signature. That is skipped and not believed, since anybody can
+// send it.
+
+/** How many bytes of a connection's beginning are such a header; 0 where there is none. */
+function proxyHeaderLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  if (mayBeginWith(PROXY_LINE_START, bytes)) return proxyLineLength(bytes)
+  if (mayBeginWith(PROXY_SIGNATURE, bytes)) return proxyBytesLength(bytes)
+  return 0
+}
+
+/** Whether the bytes that have come are those of a signature, or the first of them. */
+function mayBeginWith(signature: Buffer, bytes: Buffer): boolean {
+  if (bytes[0] !== signature[0]) return false // most checks: nothing more is looked at
+  const length = Math.min(signature.length, bytes.length)
+  return bytes.compare(signature, 0, length, 0, length) === 0
+}
+
+/** Of version 1. */
+function proxyLineLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  const text = bytes.toString('latin1', 0, PROXY_LINE_MAX)
+  if (text.includes('\n')) return PROXY_LINE.exec(text)?.[0].length ?? 'wrong'
+  return text.length < PROXY_LINE_MAX ? 'incomplete' : 'wrong'
+}
+
+/** Of version 2: behind the signature come version and command, the family of the addresses, and
+ *  the length of what follows. */
+function proxyBytesLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  if (bytes.length < PROXY_FIXED_BYTES) return 'incomplete'
+  const isKnown = PROXY_COMMANDS.includes(bytes.readUInt8(12))
+  const length = PROXY_FIXED_BYTES + bytes.readUInt16BE(14)
+  if (!isKnown || length > PROXY_HEADER_MAX) return 'wrong'
+  return bytes.length < length ? 'incomplete' : length
+}
+
+const PROXY_LINE_START = Buffer.from('PROXY ')
+/** PROXY TCP4 192.0.2.7 10.0.0.5 51234 8160, or PROXY UNKNOWN and perhaps more */
+const PROXY_LINE = /^PROXY (?:TCP[46](?: [\da-fA-F.:]+){2}(?: \d+){2}|UNKNOWN(?: .*)?)\r\n/
+
+const PROXY_SIGNATURE = Buffer.from('\r\n\r\n\0\r\nQUIT\n')
+const PROXY_FIXED_BYTES = 16
+const PROXY_COMMANDS = [0x20, 0x21] // LOCAL, which HAProxy's own checks send, and PROXY
+
+const WRONG_PROXY_HEADER = 'Error: wrong PROXY header\n'
+
 // --- The wire: lines -----------------------------------------------------------------------------
 
 /** A connection that sends lines. It begins in quit mode: a command, its reply, the end. */
@@ -5070,6 +5123,8 @@ class LineSession extends Session implements Asker {
   readonly isHttp = false
   mode: Mode = 'quit'
   unread: Buffer = NOTHING
+  /** Whether a PROXY header may still come. */
+  isFresh = true
   /** The words of the last command. */
   lastWords: string[] = []
   /** Whether the next line has to wait. */
@@ -5098,6 +5153,7 @@ class LineSession extends Session implements Asker {
 
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
+    if (this.isFresh && !this.skipProxyHeader()) return
     for (let turn = 0; !this.isBusy && this.phase !== 'closing'; turn++) {
       if (turn === LINES_PER_TURN) {
         this.isBusy = true
@@ -5112,6 +5168,23 @@ class LineSession extends Session implements Asker {
       if (line === undefined) return
       this.execute(line.match(/\S+/g) ?? [])
     }
+  }
+
+  /** Gives whether lines may follow now. What ends within a header is taken for a line. */
+  skipProxyHeader(): boolean {
+    const length = proxyHeaderLength(this.unread)
+    if (length === 'incomplete' && !this.socket.readableEnded) return false
+
+    this.isFresh = false
+    if (length === 'wrong') {
+      this.write(WRONG_PROXY_HEADER)
+      this.end()
+      return false
+    }
+    if (length === 'incomplete' || length === 0) return true
+    this.isProxied = true
+    this.unread = this.unread.subarray(length)
+    return true
   }
 
   waitForReader(): void {
@@ -5245,10 +5318,11 @@ class HttpSession extends Session {
   readonly waiting: Exchange[] = []
   current: Exchange | undefined
 
-  constructor({ listener, socket, place, openedAtMs, phaseSinceTickMs }: LineSession) {
-    super(listener, socket, place)
-    this.openedAtMs = openedAtMs
-    this.phaseSinceTickMs = phaseSinceTickMs // the head has its 60 s from its first byte on
+  constructor(lines: LineSession) {
+    super(lines.listener, lines.socket, lines.place)
+    this.openedAtMs = lines.openedAtMs
+    this.isProxied = lines.isProxied
+    this.phaseSinceTickMs = lines.phaseSinceTickMs // the head has its 60 s from its first byte on
   }
 
   accept(exchange: Exchange): void {
