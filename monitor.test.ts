@@ -10528,6 +10528,17 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nown$/s)
   })
 
+  test('a connection answers a hundred requests, also of more that are pipelined', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    for (const count of [99, 100, 101, 150, 1_000]) {
+      const last = count < 100 ? headOf('/livez', 'Connection: close') : headOf('/livez')
+      const reply = await ask(port, headOf('/livez').repeat(count - 1) + last)
+      const answers = reply.match(/\r\n\r\nAlive\n/g)?.length
+      assert.equal(answers, Math.min(count, 100), `${count} requests`)
+      assert.equal(reply.match(/\r\nConnection: close\r\n/g)?.length, 1, `${count} requests`)
+    }
+  })
+
   test('a request in single bytes is HTTP all the same, and so is one half-closed', async (t) => {
     const { monitor, port } = await bootInstance(t, { until: 'started' })
     monitor.register(

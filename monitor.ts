@@ -5317,6 +5317,7 @@ function onMonitorRequest(request: http.IncomingMessage, response: http.ServerRe
 class HttpSession extends Session {
   readonly waiting: Exchange[] = []
   current: Exchange | undefined
+  requests = 0
 
   constructor(lines: LineSession) {
     super(lines.listener, lines.socket, lines.place)
@@ -5326,8 +5327,18 @@ class HttpSession extends Session {
   }
 
   accept(exchange: Exchange): void {
+    this.requests++
+    if (this.requests === REQUESTS_PER_CONNECTION) this.acceptNoMore(exchange)
     this.waiting.push(exchange)
     if (!this.current) this.answerNext()
+  }
+
+  /** The connection ends behind this answer, or Node.js would send a 503 for each request that is
+   *  dropped. It would destroy the socket, too: where something is unread, that is a reset, by
+   *  which a client may lose answers. */
+  acceptNoMore({ response }: Exchange): void {
+    response.shouldKeepAlive = false
+    this.socket.destroySoon = (): void => this.end()
   }
 
   answerNext(): void {
