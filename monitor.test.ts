@@ -1905,6 +1905,23 @@ describeInProcess('Addresses', TOGETHER, () => {
 })
 
 describeInProcess('Addresses', ALONE, () => {
+  test('a setting that cannot be used is named without its password', async (t) => {
+    const server = await serve(t)
+    for (const url of [
+      'htp://admin:hunter2@localhost:8080',
+      'admin:hunter2@localhost:8080',
+      'http://admin:hunter2@localhost:8080?',
+      'http://admin:hunt er2@local host'
+    ]) {
+      setEnvironment(t, { FTW_MONITOR_URL: url })
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      assert.equal(await monitor.start({ server, listen: LOOPBACK, logger }), false)
+      assert.match(logger.lines.join('\n'), /^warn .*cannot use FTW_MONITOR_URL=\*\*\*@local/)
+      assert.doesNotMatch(logger.lines.join('\n'), /hunt|er2/)
+    }
+  })
+
   test('with PORT alone the monitor listens at PORT + 80, on HOST', async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
@@ -4812,6 +4829,37 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal((await getPage(portOf(server), '/@@warmup')).status, 200)
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
+  })
+
+  test('credentials in url are sent by the warm-up, and shown to nobody', async (t) => {
+    const logger = recorder()
+    const seen: string[] = []
+    const handler: http.RequestListener = ({ url, headers }, response) => {
+      seen.push(`${url} ${headers.authorization}`)
+      response.statusCode = headers.authorization === LOGIN ? 200 : 401
+      response.end('a page')
+    }
+    const LOGIN = `Basic ${Buffer.from('ad:min:hunter2@ü').toString('base64')}`
+    const instance = hide(await serve(t, handler))
+    const url = `http://ad%3Amin:hunter2%40%C3%BC@127.0.0.1:${portOf(instance)}/base/`
+    const options = { server: [], port: portOf(instance), url }
+    const { monitor, port } = await bootInstance(t, { server: instance, logger, options })
+    assert.deepEqual(seen, [`/base/@@warmup ${LOGIN}`, `/base ${LOGIN}`])
+    assert.deepEqual(warningsOf(logger), [])
+
+    let performed = ''
+    monitor.registerWarmup('/shop', ({ url: siteUrl }) => {
+      performed = siteUrl
+    })
+    const plainUrl = `http://127.0.0.1:${portOf(instance)}/base`
+    await until(() => performed === `${plainUrl}/shop`, 'the performer has run')
+    const texts = [JSON.stringify(await monitor.status()), ...logger.lines]
+    for (const name of ['status', 'metrics', 'perf_metrics']) {
+      texts.push(await ask(port, `${name}\n`), (await getPage(port, `/${name}`)).body)
+    }
+    texts.push((await openPage(port)).body)
+    assert.equal((await monitor.status()).url, plainUrl)
+    for (const text of texts) assert.doesNotMatch(text, /hunter2|min:|ad:|ad%3A/)
   })
 
   test('a caller who hangs up changes nothing about the warm-up', async (t) => {
@@ -9126,6 +9174,69 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     for (const text of await renderings()) assert.doesNotMatch(text, /OK/)
     void monitor.drain({ reason: 'all is OK, OOKK' })
     for (const text of await renderings()) assert.doesNotMatch(text, /OK/)
+  })
+
+  test('a password in a URL is shown to nobody, in no text of ours', async (t) => {
+    const url = 'postgres://user:hunter2@db.internal/shop'
+    let text = `cannot connect to ${url}`
+    const fail = () => {
+      throw new Error(text)
+    }
+    const handler: http.RequestListener = () => {}
+    const { monitor, port, instancePort, logger } = await bootInstance(t, {
+      handler,
+      databases: {
+        main: { isConnected: fail },
+        [url]: {
+          isConnected: () => true,
+          optional: true,
+          connections: () => [{ openedAt: 0, info: `for ${url}` }],
+          figures: fail
+        },
+        spare: { isConnected: fail, optional: true }
+      },
+      performers: { '/': fail },
+      prepare: ({ register, registerMetrics, registerCheck }) => {
+        register('own', '', fail, { http: true })
+        registerMetrics(fail)
+        registerCheck('disk', fail)
+      },
+      until: 'started'
+    })
+    const hanging = connectTo(instancePort, {})
+    t.after(() => hanging.destroy())
+    hanging.write('GET //user:hunter2@host/path HTTP/1.1\r\nHost: a\r\n\r\n')
+    await until(async () => (await askMonitor(port, '0')).count === 1, 'a request is in flight')
+    await until(async () => (await ask(port, 'status\n')).includes('failed after'), 'it failed')
+
+    const renderAll = async () => {
+      const lines = ['health_check', 'agent_check', 'status', 'metrics', 'own', 'perf_metrics']
+      const others = ['monitor 0', `monitor 0 ${url}`, `dbinfo ${url}`, url, `help ${url}`]
+      const replies = await Promise.all([...lines, ...others].map((line) => ask(port, `${line}\n`)))
+      const pages = await Promise.all(lines.map((name) => getPage(port, `/${name}`)))
+      const { body } = await openPage(port)
+      const { reason, warmup } = await monitor.status()
+      return [...replies, ...pages.map((page) => page.body), body, reason, warmup[0]!.failure]
+    }
+    assert.equal(
+      await ask(port, 'health_check\n'),
+      "Error: Database 'main' failed: cannot connect to postgres://***@db.internal/shop\n"
+    )
+    assert.match(await ask(port, `monitor 0 ${url}\n`), /for postgres:\/\/\*\*\*@db\.internal/)
+    assert.match(await ask(port, 'monitor 0\n'), / GET \/\/\*\*\*@host\/path\n$/)
+    for (const shown of await renderAll()) assert.doesNotMatch(shown, /hunter2|user:/)
+
+    // However the text is cut, half a password is one, too.
+    for (let length = 440; length < 505; length++) {
+      text = `${'x'.repeat(length)} postgres://user:${'hunter2'.repeat(200)}@host`
+      assert.doesNotMatch(await ask(port, 'health_check\n'), /hu/)
+    }
+    text = `${'x'.repeat(1_960)} postgres://user:${'hunter2'.repeat(200)}@host`
+    for (const shown of await renderAll()) assert.doesNotMatch(shown, /hu|user:/)
+    void monitor.drain({ reason: `as ${url} says` })
+    assert.equal(await ask(port, 'health_check\n'), 'as postgres://***@db.internal/shop says\n')
+    for (const shown of await renderAll()) assert.doesNotMatch(shown, /hunter2|user:/)
+    assert.doesNotMatch(logger.lines.join('\n'), /hunter2|user:/)
   })
 
   test('only this machine is told the addresses of probers and the texts of errors', async (t) => {

@@ -261,7 +261,7 @@ export interface Warmup {
   /** The path of the site, as it was registered: `/` or `/shop`. */
   site: string
   /** The site's address on this very instance; it never ends with a slash, so that
-   *  `${url}/catalogue` is a page of it. */
+   *  `${url}/catalogue` is a page of it. It has no credentials, since fetch refuses them there. */
   url: string
   /** Aborts when the instance shuts down, or after 30 minutes. */
   signal: AbortSignal
@@ -291,7 +291,8 @@ export interface StartOptions {
   /** The instance's port. Default: the server's; without a server, `PORT`. */
   port?: number
   /** Scheme, name, port and path at which the instance reaches itself. Default: `FTW_MONITOR_URL`,
-   *  else the address that the server is bound to. */
+   *  else the address that the server is bound to. Credentials in it are for our own requests,
+   *  and are shown to nobody. */
   url?: string
   /** Where the monitor listens. Default: `FTW_MONITOR_LISTEN`, else port + 80 on the instance's
    *  host. */
@@ -963,7 +964,25 @@ function locateInstance(
   const origin = `${server && isSecure(server) ? 'https' : 'http'}://${hostInUrl(host)}`
   const ownUrl = port ? `${origin}:${port}` : origin
   const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl)
-  return { host, port, path, url: (toldUrl ?? ownUrl).replace(/\/+$/, '') }
+  const { plainUrl, headers } = splitCredentials(toldUrl)
+  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), headers }
+}
+
+/** Takes the credentials out of `http://user:password@host`, since fetch refuses them there, and
+ *  nobody is to see them: as a header they do the same. */
+function splitCredentials(text: string | undefined): {
+  plainUrl: string | undefined
+  headers: Record<string, string>
+} {
+  const url = text === undefined ? undefined : new URL(text)
+  if (!url || (url.username === '' && url.password === '')) return { plainUrl: text, headers: {} }
+
+  const parts = [url.username, url.password]
+  const decoded = parts.map((part) => attempt(() => decodeURIComponent(part)) ?? part)
+  const authorization = `Basic ${Buffer.from(decoded.join(':')).toString('base64')}`
+  url.username = ''
+  url.password = ''
+  return { plainUrl: url.href, headers: { authorization } }
 }
 
 /** Where the monitor is to listen. */
@@ -1026,7 +1045,10 @@ interface Location {
   port: number | undefined
   /** Its Unix socket, if it is on one. */
   path: string | undefined
+  /** Without credentials. */
   url: string
+  /** Of our own requests: the credentials, if the URL was told with some. */
+  headers: Record<string, string>
 }
 
 /** The instance as somebody else sees it: where it is reached and, where we were not given its
@@ -1034,6 +1056,7 @@ interface Location {
 class Instance {
   readonly url: string
   readonly path: string | undefined
+  readonly headers: Record<string, string>
   readonly #location: Location
   #lastSeen: 'accepting' | 'refusing' | 'never' = 'never'
   #lookedAtMs = -Infinity
@@ -1043,6 +1066,7 @@ class Instance {
     this.#location = location
     this.url = location.url
     this.path = location.path
+    this.headers = location.headers
   }
 
   get isAccepting(): boolean {
@@ -2662,7 +2686,7 @@ class WarmupRunner {
     })
     try {
       const answer = await fetch(`${instance.url}/@@warmup`, {
-        headers: { [TOKEN_HEADER]: this.#token },
+        headers: { ...instance.headers, [TOKEN_HEADER]: this.#token },
         redirect: 'manual',
         signal: this.#viewController.signal
       })
@@ -2819,16 +2843,19 @@ function visitQuietly(url: string, signal: AbortSignal): Promise<number> {
 }
 
 async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
-  const page = await fetch(url, { redirect: 'manual', signal })
+  const headers = monitor.instance?.headers ?? {}
+  const page = await fetch(url, { headers, redirect: 'manual', signal })
   await page.body?.pipeTo(new WritableStream())
   return page.status
 }
 
 /** Without fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
 function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
-  const socketPath = monitor.instance?.path
+  const { instance } = monitor
+  const headers = instance?.headers ?? {}
+  const options = { agent: false, headers, signal, socketPath: instance?.path }
   return new Promise((resolve, reject) => {
-    const request = http.get(url, { agent: false, signal, socketPath }, (page) => {
+    const request = http.get(url, options, (page) => {
       page.on('error', reject)
       page.on('end', () => resolve(page.statusCode ?? 0))
       page.resume()
@@ -4537,7 +4564,7 @@ function valuesByLabel<T>(
   value: (of: T) => number
 ): Map<string, number> {
   return new Map(
-    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(name)}}`, value(each)])
+    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(clean(name))}}`, value(each)])
   )
 }
 
@@ -4813,7 +4840,7 @@ function checksOf(rows: Row[]): Record<string, object[]> {
   const checks: Record<string, object[]> = {}
   for (const { kind, name, text, grade, measure, value, unit, stage } of rows) {
     const check = {
-      ...(name !== '' && { componentId: name }),
+      ...(name !== '' && { componentId: clean(name) }),
       componentType: kind === 'database' ? 'datastore' : 'component',
       status: grade,
       ...(stage && { stage }),
@@ -5581,7 +5608,8 @@ function readEnv(name: string): string | undefined {
 function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | undefined {
   const text = readEnv(name)
   if (text === undefined) return undefined
-  return read(text) ?? failWith(`cannot use ${name}=${text}; mend it`)
+  const shown = text.replace(/^.*@/s, '***@') // perhaps a password, and no URL that shows where
+  return read(text) ?? failWith(`cannot use ${name}=${shown}; mend it`)
 }
 
 /** A wrong value costs a warning, and is left out. */
@@ -5617,10 +5645,17 @@ function withoutSlashes(path: string): string {
 }
 
 /** Replaces each character that could forge a line or steer a terminal by a blank, since without it
- *  two words might join to a third one. */
+ *  two words might join to a third one. Hides passwords, too. */
 function clean(text: string): string {
-  return text.replace(CONTROL_CHARACTER, ' ')
+  return withoutPasswords(text).replace(CONTROL_CHARACTER, ' ')
 }
+
+/** Texts of errors repeat the URLs that clients of databases were given. */
+function withoutPasswords(text: string): string {
+  return text.replace(CREDENTIALS, '//***@')
+}
+
+const CREDENTIALS = /\/\/[^\s/@][^\s/]*@/g // of postgres://user:password@host
 
 const CONTROL_CHARACTER = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
@@ -5638,12 +5673,17 @@ function errorText(error: unknown): string {
 }
 
 function describeError(error: unknown): string {
-  if (!(error instanceof Error)) return String(error).slice(0, REASON_MAX)
+  if (!(error instanceof Error)) return boundedText(error)
 
   const { message, cause, code, name } = error as NodeJS.ErrnoException
   if (message === 'fetch failed' && cause) return errorText(cause)
   const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
-  return String(text).slice(0, REASON_MAX) + adviceFor(message, String(code))
+  return boundedText(text) + adviceFor(message, String(code))
+}
+
+/** Hides passwords before it cuts, since half of one is not known for what it is. */
+function boundedText(value: unknown): string {
+  return withoutPasswords(String(value)).slice(0, REASON_MAX)
 }
 
 function adviceFor(message: unknown, code: string): string {
