@@ -8623,6 +8623,35 @@ describeInProcess('Commands', TOGETHER, () => {
     assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
   })
 
+  test('what a command throws is told to this machine, that it failed to strangers', async (t) => {
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        main: {
+          isConnected: () => true,
+          figures: () => Promise.reject(new RangeError('no 10.0.0.7'))
+        }
+      }
+    })
+    const odd = (() => 'a secret') as unknown as Command
+    monitor.register('odd', '', odd, { http: true })
+    const oddReply = 'Error: odd returned a secret instead of a mode; reply with connection.write\n'
+    const askAs = async (line: string, header: string) => {
+      const reply = await ask(port, `${header}${line}\n`)
+      const path = `/${line.replaceAll(' ', '/')}`
+      const page = await ask(port, header + headOf(path, 'Connection: close'))
+      assert.ok(page.startsWith('HTTP/1.1 500 ') && page.endsWith(`\r\n\r\n${reply}`), page)
+      return reply
+    }
+    const stranger = 'PROXY UNKNOWN\r\n'
+    assert.equal(await askAs('dbinfo', ''), 'RangeError: no 10.0.0.7\n')
+    assert.equal(await askAs('dbinfo', stranger), 'Error: dbinfo failed\n')
+    assert.equal(await askAs('odd', ''), oddReply)
+    assert.equal(await askAs('odd', stranger), 'Error: odd failed\n')
+    // What the asker did wrong is for every asker.
+    const wrong = "Error: no database 'x' is registered\n"
+    for (const header of ['', stranger]) assert.equal(await askAs('dbinfo x', header), wrong)
+  })
+
   test('help tells all about interactive and quit', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
     const interactive = await ask(port, 'help interactive\n')
@@ -13659,7 +13688,153 @@ async function bootTempting(t: TestContext) {
   return { port, instancePort, expectUnchanged }
 }
 
+/** Two machines: a network of its own, in which $OTHER is a process beyond a cable. */
+const TWO_NETWORKS = `
+  unshare -n tail --pid=$$ -f /dev/null >/dev/null 2>&1 & export OTHER=$!
+  until [ "$(readlink /proc/$OTHER/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.02; done
+  ip link add here type veth peer name there netns $OTHER
+  ip addr add 192.0.2.1/24 dev here && ip link set here up
+  nsenter -t $OTHER -n sh -c 'ip addr add 192.0.2.2/24 dev there && ip link set there up'`
+const networksTry = [...NETWORK, `${TWO_NETWORKS}\nnsenter -t $OTHER -n true`, 'true']
+const NEEDS_TWO_NETWORKS =
+  spawnSync('unshare', networksTry).status === 0
+    ? {}
+    : { skip: 'this user may not make two networks (unshare -rn, ip, nsenter)' }
+
+/** Sends each text to a port of a host, and prints all replies as JSON. */
+const ASK_EACH = `
+  const net = require('node:net')
+  const [host, port, texts] = process.argv.slice(1)
+  const askOne = (text) => new Promise((resolve) => {
+    const socket = net.connect({ host, port: Number(port) })
+    let reply = ''
+    socket.on('data', (part) => { reply += part })
+    socket.on('error', () => {})
+    socket.on('close', () => resolve([text, reply]))
+    socket.write(text)
+  })
+  const askAll = async (waiting, replies = []) => {
+    while (waiting.length > 0) {
+      replies.push(...await Promise.all(waiting.splice(0, 50).map(askOne)))
+    }
+    process.stdout.write(JSON.stringify(replies))
+  }
+  void askAll(JSON.parse(texts))`
+
+/** An instance all of whose parts throw secrets, and what it replies to another machine and to its
+ *  own. */
+const TELLS_SECRETS = `
+  import { execFile } from 'node:child_process'
+  import { promisify } from 'node:util'
+
+  const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
+  const fail = () => {
+    const error = new RangeError('at ' + url + ' /SECRET/path 10.0.0.7:5432')
+    error.name = 'SECRETError'
+    error.code = 'SECRET'
+    throw error
+  }
+  let failOfMain = fail
+  monitor.registerDatabase('main', { isConnected: () => failOfMain() ?? true })
+  monitor.registerDatabase('spare', {
+    optional: true, isConnected: async () => fail(), connections: fail, figures: fail
+  })
+  monitor.registerDatabase('open', {
+    isConnected: () => true, connections: () => [{ openedAt: 0, info: url }], figures: async () => fail()
+  })
+  monitor.registerCheck('disk', fail, { optional: true })
+  monitor.registerWarmup('/', fail)
+  monitor.registerMetrics(fail)
+  monitor.register('fails', 'Fails', fail, { http: true })
+  monitor.register('rejects', 'Rejects', async () => fail(), { http: true })
+  monitor.register('odd', 'Returns no mode', () => url, { http: true })
+
+  const server = http.createServer(() => {}).listen(0, '127.0.0.1')
+  const logger = { info() {}, warn() {}, error() {} }
+  const { port } = await monitor.start({ server, listen: { host: '0.0.0.0', port: 0 }, logger })
+  const inFlight = net.connect(server.address().port, '127.0.0.1')
+  inFlight.write('GET /SECRET/path?SECRET HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n')
+  while ((await monitor.status()).warmup[0].status !== 'failed') await pause(20)
+
+  const run = promisify(execFile)
+  const askEach = async (host, texts, ...enter) => {
+    const client = [process.execPath, '-e', ${JSON.stringify(ASK_EACH)}]
+    const [program, ...words] = [...enter, ...client, host, String(port), JSON.stringify(texts)]
+    const { stdout } = await run(program, words, { maxBuffer: 2 ** 26 })
+    return JSON.parse(stdout)
+  }
+  const [[, help]] = await askEach('127.0.0.1', ['help\\n'])
+  const listed = Array.from(help.matchAll(/^  (\\S+) --/gm), ([, name]) => name)
+  const ending = listed.filter((name) => name !== 'interactive')
+  const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
+  const args = ['', '/main', '/open', '/0', '/0/spare', '/0/open']
+  const paths = names.flatMap((name) => args.map((each) => '/' + name + each))
+  const headOf = (path, ...headers) =>
+    ['GET ' + path + ' HTTP/1.1', 'Host: 192.0.2.1', 'Connection: close', ...headers, '', ''].join('\\r\\n')
+  const texts = [
+    ...paths.map((path) => path.replaceAll('/', ' ').trim() + '\\n').filter((line) => line !== '\\n'),
+    ...paths.map((path) => headOf(path)),
+    headOf('/', 'Accept: text/html'),
+    headOf('/?pause', 'Accept: text/html', 'User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin'),
+    'interactive\\nmonitor 0 open\\nfails\\nstatus\\nquit\\n'
+  ]
+  const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
+  const replies = { strangers: [], locals: [] }
+  const askAll = async () => {
+    replies.strangers.push(...await askEach('192.0.2.1', texts, 'nsenter', '-t', process.env.OTHER, '-n'))
+    replies.locals.push(...await askEach('127.0.0.1', safe))
+  }
+  await askAll()
+  failOfMain = () => {}
+  await askAll()
+  process.stdout.write(JSON.stringify(replies), () => process.exit())`
+
 describeProcesses('Attacks and limits', PAIRWISE, () => {
+  test(
+    'no command and no path tells another machine what was thrown',
+    NEEDS_TWO_NETWORKS,
+    async (t) => {
+      const watched = runScript(t, { network: TWO_NETWORKS, script: TELLS_SECRETS })
+      assert.equal(await watched.exit, 0, watched.output)
+      const { strangers, locals } = JSON.parse(watched.stdout) as Record<
+        'strangers' | 'locals',
+        [text: string, reply: string][]
+      >
+      assert.ok(strangers.length > 400, `${strangers.length} replies`)
+      for (const [text, reply] of strangers) {
+        const what = `${JSON.stringify(text)}: ${reply}`
+        assert.notEqual(reply, '', what)
+        assert.doesNotMatch(
+          reply,
+          /SECRET|127\.0\.0\.1 |10\.0\.0\.7|\.[cm]?[jt]s:\d|192\.0\.2\.2/,
+          what
+        )
+      }
+      const repliesTo = (replies: [string, string][], text: string) =>
+        replies.filter(([each]) => each === text).map(([, reply]) => reply)
+      assert.deepEqual(repliesTo(strangers, 'health_check\n'), [
+        "Error: Database 'main' failed.\n",
+        'Warmup failed\n'
+      ])
+      assert.deepEqual(repliesTo(strangers, 'fails\n'), Array(2).fill('Error: fails failed\n'))
+
+      // This machine is told, without the password.
+      for (const line of [
+        'health_check',
+        'agent_check',
+        'status',
+        'fails',
+        'dbinfo open',
+        'monitor 0'
+      ]) {
+        const replies = repliesTo(locals, `${line}\n`)
+        assert.equal(replies.length, 2)
+        for (const reply of replies) assert.match(reply, /SECRET/, line)
+      }
+      for (const [text, reply] of locals) assert.doesNotMatch(reply, /user:/, text)
+    }
+  )
+
   test('no request of a page of another origin changes an instance', async (t) => {
     const { port, expectUnchanged } = await bootTempting(t)
     const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${ORDERS}--x--\r\n`

@@ -3984,7 +3984,7 @@ const MODES: unknown[] = ['quit', 'interactive', 'more', undefined]
 function checkedMode(name: string, answer: unknown): Mode | void {
   if (MODES.includes(answer)) return answer as Mode | void
   const returned = `${name} returned ${errorText(answer)} instead of a mode`
-  failWith(`Error: ${returned}; reply with connection.write`)
+  throw new Error(`${returned}; reply with connection.write`)
 }
 
 /** Runs a command, for lines and HTTP alike; whatever goes wrong becomes a line for the asker. */
@@ -4013,7 +4013,8 @@ function refuseUnknown(name: string, asker: Asker): void {
   asker.reply(unknownCommand(name), 404, PLAIN_TEXT)
 }
 
-/** The asker gets one line; the frames, which tell of the host's files, go to the log. */
+/** The asker gets one line, a stranger none of its details; the frames, which tell of the host's
+ *  files, go to the log. */
 function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
   const refusal = attempt(() => (error instanceof Refusal ? error.message : undefined))
   if (refusal !== undefined) {
@@ -4021,7 +4022,8 @@ function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker):
     return
   }
   const line = `${kindOf(error)}: ${errorText(error)}`
-  asker.reply(`${toRedLine(line)}\n`, 500, PLAIN_TEXT)
+  const shown = asker.local ? line : `Error: ${name} failed`
+  asker.reply(`${toRedLine(shown)}\n`, 500, PLAIN_TEXT)
 
   const nowMs = performance.now()
   if (nowMs - entry.loggedAtMs < LOG_MS) return
