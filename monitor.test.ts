@@ -4911,7 +4911,9 @@ describeInProcess('Warm-up', TOGETHER, () => {
       [{ headers: { 'Sec-Fetch-Site': 'cross-site' } }, 403],
       [{ headers: { 'Sec-Fetch-Site': 'same-site' } }, 403],
       [{ headers: { 'Sec-Fetch-Site': 'same-origin' } }, 403],
-      [{ headers: { 'Sec-Fetch-Site': 'none' } }, 200],
+      [{ headers: { 'Sec-Fetch-Site': 'none' } }, 403],
+      [{ headers: { 'User-Agent': 'Mozilla/5.0 (X11; Linux x86_64)' } }, 403],
+      [{ headers: { 'User-Agent': 'curl/8.5.0' } }, 200],
       [{ headers: { 'X-Requested-With': 'script', Accept: '*/*' } }, 200]
     ]
     if (OUTSIDE) {
@@ -5175,8 +5177,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.equal(await raw('GET /@@warmup HTTP/1.1', `Host: ${host}`), status, host)
       assert.equal(calls - before, status === 200 ? 1 : 0, host)
     }
-    assert.equal(await raw('GET /@@warmup HTTP/1.0'), 200)
-    assert.equal(await raw('GET /@@warmup HTTP/1.0', 'Host: evil.example'), 403)
     const { body } = await getPage(port, '/@@warmup', { headers: { Host: 'evil.example' } })
     assert.equal(body, 'Only this machine may ask for a warm-up')
   })
@@ -12075,6 +12075,36 @@ ${instances.map(lineOf).join('')}`
   return { frontPort, ...haproxy }
 }
 
+/** Runs nginx with these locations, and gives its port. */
+async function startNginx(t: TestContext, locations: string): Promise<number> {
+  const folder = scratchFolder(t)
+  const port = await freePort()
+  const kinds = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi']
+  const configuration = `
+    daemon off;
+    master_process off;
+    pid ${folder}/pid;
+    events {}
+    http {
+      access_log off;
+      ${kinds.map((kind) => `${kind}_temp_path ${folder}/${kind};`).join('\n      ')}
+      server {
+        listen 127.0.0.1:${port};
+        ${locations}
+      }
+    }
+`
+  const file = join(folder, 'nginx.conf')
+  fs.writeFileSync(file, configuration)
+  const nginx = watch(t, 'nginx', ['-e', 'stderr', '-p', folder, '-c', file])
+  const isRunning = async () => {
+    assert.equal(nginx.child.exitCode, null, nginx.output)
+    return !(await isRefused(port))
+  }
+  await until(isRunning, 'nginx runs')
+  return port
+}
+
 /** HAProxy before one instance in this process. */
 async function balanceOne(t: TestContext) {
   const instance = await bootInstance(t)
@@ -12648,6 +12678,50 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       for (const name of names) await haproxy.untilState(name, /^UP$/)
     }
   )
+
+  test('no visitor behind nginx has an instance warm up again', needs('nginx'), async (t) => {
+    let calls = 0
+    const { port, instancePort } = await bootInstance(t, {
+      performers: {
+        '/': () => {
+          calls++
+        }
+      }
+    })
+    const pass = `proxy_pass http://127.0.0.1:${instancePort};`
+    const oldPass = `${pass} proxy_http_version 1.0;`
+    const newPass = `${pass} proxy_http_version 1.1;`
+    const keptPass = `${newPass} proxy_set_header Connection "";`
+    const forwarded = 'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;'
+    const denied = 'location ~ /@@warmup$ { deny all; }'
+
+    const curl = { 'User-Agent': 'curl/8.5.0', Accept: '*/*' }
+    const safari = { 'User-Agent': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7)' }
+    const chrome = { 'User-Agent': 'Mozilla/5.0 (X11; Linux x86_64)', 'Sec-Fetch-Site': 'none' }
+    const browsers = [safari, chrome, { ...chrome, 'Sec-Fetch-Site': 'same-origin' }]
+    const everybody = [curl, ...browsers]
+    const rows: [string, Record<string, string>[]][] = [
+      [`location / { ${pass} }`, browsers], // by default HTTP/1.0, or 1.1 in later versions
+      [`location / { ${oldPass} }`, everybody],
+      [`location / { ${newPass} }`, browsers],
+      [`location / { ${keptPass} }`, browsers],
+      [`location / { ${newPass} ${forwarded} }`, everybody],
+      [`location / { ${newPass} proxy_set_header Host $http_host; }`, browsers],
+      [`${denied} location / { ${newPass} }`, everybody]
+    ]
+    for (const [locations, visitors] of rows) {
+      const front = await startNginx(t, locations)
+      assert.equal((await getPage(front, '/')).body, 'hello')
+      const before = calls
+      for (const headers of visitors) {
+        const page = await getPage(front, '/@@warmup', { headers })
+        assert.equal(page.status, 403, `${locations} ${JSON.stringify(headers)}`)
+        assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      }
+      assert.equal(calls, before)
+    }
+    assert.equal((await getPage(instancePort, '/@@warmup', { headers: curl })).status, 200)
+  })
 
   test('a reason that reads like an order is none to HAProxy', needs('haproxy'), async (t) => {
     const { monitor, haproxy, untilTold } = await balanceOne(t)

@@ -2946,9 +2946,13 @@ function warmupSite(url: string): string | undefined {
 
 const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
 
+/** Visitors look local behind a proxy on this machine that adds no header. nginx before 1.29.7
+ *  speaks HTTP/1.0 then. A browser may be a visitor's, whatever it says of the site. */
 function isFromHere(request: http.IncomingMessage): boolean {
-  if (TOKEN_HEADER in request.headers) return false // of another instance
-  return isLocalSocket(request.socket) && isOwnName(request) && !isForwarded(request, ['none'])
+  const { headers, httpVersion, socket } = request
+  if (TOKEN_HEADER in headers) return false // of another instance
+  if (httpVersion === '1.0' || siteOfBrowser(headers) !== undefined) return false
+  return isLocalSocket(socket) && isOwnName(request) && !isForwarded(headers)
 }
 
 /** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
@@ -2993,7 +2997,8 @@ async function answerHealth(
 ): Promise<void> {
   const { probers, instance } = monitor
   const address = remoteAddress ?? instance?.path
-  if (address !== undefined && !isForwarded({ headers }, ['none'])) {
+  const isBrowser = siteOfBrowser(headers) !== undefined
+  if (address !== undefined && !isBrowser && !isForwarded(headers)) {
     const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
     const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
     probers.note({ isPerson: false, remoteAddress: name }, 1)
@@ -5453,7 +5458,8 @@ class Exchange implements Asker {
     const { req: request } = this.response
     const isOnUnixSocket = this.session.listener.unixSocket !== undefined // no page reaches that
     if (!this.session.local || (!isOnUnixSocket && !isOwnName(request))) return false
-    return !isForwarded(request, ['none', 'same-origin']) // our own page refreshes itself
+    const { headers } = request
+    return !isForwarded(headers) && LOCAL_SITES.includes(siteOfBrowser(headers))
   }
 
   run(): Answer {
@@ -5582,21 +5588,21 @@ function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
 
 const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
 
-/** Behind a proxy on this machine every visitor looks local, and so does a page in its browser,
- *  unless it comes from one of these sites, in the words of `Sec-Fetch-Site`. */
-function isForwarded(
-  { headers }: Pick<http.IncomingMessage, 'headers'>,
-  ownSites: string[]
-): boolean {
-  const fetchSite = headers['sec-fetch-site']?.toString() ?? siteOfOldBrowser(headers)
-  if (!ownSites.includes(fetchSite)) return true
+/** Behind a proxy on this machine every visitor looks local. */
+function isForwarded(headers: http.IncomingHttpHeaders): boolean {
   return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
 }
 
-/** Older browsers send no Sec-Fetch-Site, but each of them claims to be Mozilla. */
-function siteOfOldBrowser(headers: http.IncomingHttpHeaders): string {
-  return (headers['user-agent'] ?? '').startsWith('Mozilla/') ? 'unknown' : 'none'
+/** Which site makes a browser send this, in the words of `Sec-Fetch-Site`; undefined where it is no
+ *  browser. Older ones send no such header, but each of them claims to be Mozilla. */
+function siteOfBrowser(headers: http.IncomingHttpHeaders): string | undefined {
+  const site = headers['sec-fetch-site']?.toString()
+  if (site !== undefined) return site
+  return headers['user-agent']?.startsWith('Mozilla/') ? 'unknown' : undefined
 }
+
+/** No browser, one in which a person typed our address, or our own page, which refreshes itself. */
+const LOCAL_SITES = [undefined, 'none', 'same-origin']
 
 const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
 
