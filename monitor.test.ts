@@ -1435,7 +1435,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
       assert.ok(typeof address === 'object', kind)
       await untilHealthy(address.port)
       assert.equal(calls, 1, kind)
-      assert.equal(await warm(kind, portOf(server)), 'Warmup successful', kind)
+      assert.equal(await warm(kind, portOf(server)), 'Warmup successful\n', kind)
       assert.equal(calls, 2, kind)
     }
   })
@@ -1616,14 +1616,14 @@ describeInProcess('Start and stop', TOGETHER, () => {
       return Reflect.apply(ours, this, all) as boolean
     }
     server.emit = theirs
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     await monitor.stop()
     assert.equal(server.emit, theirs)
     assert.equal((await getPage(portOf(server), '/')).body, 'hello')
     assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
     assert.equal(events.filter((event) => event === 'request').length, 3)
     await bootInstance(t, { monitor, server })
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     await monitor.stop()
     assert.equal(server.emit, theirs)
   })
@@ -2679,7 +2679,7 @@ describeInProcess('The application', TOGETHER, () => {
     const { server } = await bootInstance(t, { performers: WARM, handler: listener('early') })
     server.on('request', listener('late'))
     server.prependListener('request', listener('first'))
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     assert.deepEqual(seen, [])
     assert.equal((await getPage(portOf(server), '/page')).body, 'hello')
     assert.deepEqual(seen, ['first /page', 'early /page', 'late /page'])
@@ -3633,7 +3633,7 @@ describeInProcess('The verdict', TOGETHER, () => {
         'the warm-up failed'
       )
       check(await ask(port, 'health_check\n'), 'Warmup failed: ')
-      check(`${(await getPage(portOf(server), '/@@warmup')).body}\n`, 'Warmup failed: ')
+      check((await getPage(portOf(server), '/@@warmup')).body, 'Warmup failed: ')
       warmupError = undefined
       await getPage(portOf(server), '/@@warmup')
       databaseError = new Error(text)
@@ -4693,10 +4693,10 @@ describeInProcess('Warm-up', TOGETHER, () => {
       }
     })
     const rows: [string, number, string | undefined, string[]][] = [
-      ['/@@warmup', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
-      ['/@@warmup?now=1', 200, 'Warmup successful', ['/', '/shop', '/shop/hats']],
-      ['/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
-      ['/shop/hats/@@warmup', 200, 'Warmup successful', ['/shop/hats']],
+      ['/@@warmup', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
+      ['/@@warmup?now=1', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
+      ['/shop/@@warmup', 200, 'Warmup successful\n', ['/shop']],
+      ['/shop/hats/@@warmup', 200, 'Warmup successful\n', ['/shop/hats']],
       ['/nowhere/@@warmup', 404, undefined, []],
       ['/hats/@@warmup', 404, undefined, []],
       ['/shop', 200, 'hello', []],
@@ -4707,7 +4707,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       const page = await getPage(portOf(server), path)
       assert.equal(page.status, status, path)
       if (body !== undefined) assert.equal(page.body, body, path)
-      if (body === 'Warmup successful')
+      if (body === 'Warmup successful\n')
         assert.match(page.headers['content-type'] ?? '', /^text\/plain/)
       assert.deepEqual(calls, expected, path)
     }
@@ -4796,7 +4796,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       const answers = await Promise.all([...first, ...rest])
       assert.deepEqual(
         answers,
-        answers.map(() => 'Warmup successful')
+        answers.map(() => 'Warmup successful\n')
       )
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
       return calls.join(' ')
@@ -4959,7 +4959,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       const port = portOf(instance)
       await monitor.start({ port, listen: LOOPBACK, logger: recorder() })
       const { status, body } = await getPage(port, '/@@warmup')
-      assert.deepEqual([status, body], [500, 'Warmup failed: broken'])
+      assert.deepEqual([status, body], [500, 'Warmup failed: broken\n'])
     }
   )
 
@@ -5178,7 +5178,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.equal(calls - before, status === 200 ? 1 : 0, host)
     }
     const { body } = await getPage(port, '/@@warmup', { headers: { Host: 'evil.example' } })
-    assert.equal(body, 'Only this machine may ask for a warm-up')
+    assert.equal(body, 'Only this machine may ask for a warm-up\n')
   })
 
   test('over HTTP/2 the name in :authority counts', async (t) => {
@@ -5212,7 +5212,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     await untilVerdict(monitor, /^Warmup failed/)
     isByHand = true
     const view = await fetch(`http://127.0.0.1:${instancePort}/@@warmup`)
-    assert.equal(await view.text(), 'Warmup failed: /broken: broken')
+    assert.equal(await view.text(), 'Warmup failed: /broken: broken\n')
     assert.equal(view.status, 500)
     await pause(100)
     assert.equal((await monitor.health()).healthy, false)
@@ -5328,7 +5328,7 @@ describeInProcess('Warm-up', ALONE, () => {
       assert.match(log, new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`))
     }
     calls.length = 0
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful')
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     assert.deepEqual(
       calls.map(({ site }) => site),
       sites
@@ -5406,11 +5406,11 @@ describeInProcess('Warm-up', ALONE, () => {
     await untilHealthy(port + 80)
     assert.deepEqual(calls, ['/', '/shop'])
     const rows: [number, string, number, string | undefined, string[]][] = [
-      [port, '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
-      [port, '/shop/@@warmup', 200, 'Warmup successful', ['/shop']],
+      [port, '/@@warmup', 200, 'Warmup successful\n', ['/', '/shop']],
+      [port, '/shop/@@warmup', 200, 'Warmup successful\n', ['/shop']],
       [port, '/shop/hats', 200, 'next /hats', []],
       [port, '/other', 200, 'next /other', []],
-      [portOf(plain), '/@@warmup', 200, 'Warmup successful', ['/', '/shop']],
+      [portOf(plain), '/@@warmup', 200, 'Warmup successful\n', ['/', '/shop']],
       [portOf(plain), '/other', 404, undefined, []]
     ]
     for (const [at, path, status, body, expected] of rows) {
@@ -5527,7 +5527,7 @@ describeInProcess('Warm-up', ALONE, () => {
       await until(() => calls === 1, 'the one asked for runs')
       assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
       gate.open()
-      assert.equal((await page).body, 'Warmup successful')
+      assert.equal((await page).body, 'Warmup successful\n')
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     }
     setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
@@ -5624,7 +5624,7 @@ describeInProcess('Warm-up', ALONE, () => {
     timers.pass(2_000)
     assert.equal(signals[2]?.aborted, true)
     const { status, body } = await asked
-    assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes'])
+    assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes\n'])
     timers.pass(30 * 60_000)
     assert.deepEqual(
       signals.map(({ aborted }) => aborted),
@@ -12759,7 +12759,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       other.start({ server, logger, listen: { port: 21090 } })
       print('by performers', await isHealthy(other))
       const view = await fetch('http://localhost:21000/shop/@@warmup')
-      print('by the view', await view.text())
+      print('by the view', (await view.text()).trim())
 
       process.env.PORT = '21000'
       const third = await import(${JSON.stringify(MODULE.href)} + '?third')

@@ -2930,7 +2930,7 @@ async function answerWhenWarm(response: http.ServerResponse, sites: string[]): P
 
 function answerView(response: http.ServerResponse, code: number, text: string): void {
   response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
-  response.end(text)
+  response.end(`${text}\n`)
 }
 
 /** Whether a request of the application's is answered by us. */
