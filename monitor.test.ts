@@ -4831,6 +4831,72 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
   })
 
+  test('the command warmup does what the view does, and shares its runs', async (t) => {
+    const calls: string[] = []
+    let broken = ''
+    let gate = latch()
+    gate.open()
+    const perform: WarmupPerformer = async ({ site }) => {
+      calls.push(site)
+      await gate.opened
+      if (site === broken) throw new Error(`no ${site} is OK`)
+    }
+    const { server, port } = await bootInstance(t, {
+      performers: { '/': perform, '/shop': perform, '/k%C3%A4se': perform }
+    })
+    const warmUp = async (line: string) => {
+      calls.length = 0
+      const reply = await ask(port, `${line}\n`)
+      return `${reply.trimEnd()}: ${calls.join(' ')}`
+    }
+    assert.equal(await warmUp('warmup'), 'Warmup successful: / /shop /k%C3%A4se')
+    assert.equal(await warmUp('warmup /'), 'Warmup successful: / /shop /k%C3%A4se')
+    assert.equal(await warmUp('warmup /shop'), 'Warmup successful: /shop')
+    assert.equal(await warmUp('warmup /shop/'), 'Warmup successful: /shop')
+    assert.equal(await warmUp('warmup /käse'), 'Warmup successful: /k%C3%A4se')
+    for (const site of ['/nowhere', 'shop', '//', '/a?b', 'constructor']) {
+      assert.equal(await warmUp(`warmup ${site}`), `Error: no site '${site}' is registered: `)
+    }
+
+    broken = '/shop'
+    assert.equal(
+      await warmUp('warmup'),
+      'Warmup failed: /shop: no /shop is O K: / /shop /k%C3%A4se'
+    )
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup failed: /shop: no /shop is O K\n')
+    broken = ''
+    assert.equal(await warmUp('warmup /shop'), 'Warmup successful: /shop')
+
+    calls.length = 0
+    gate = latch()
+    const byLine = ask(port, 'warmup\n')
+    await until(() => calls.length === 1, 'it is running')
+    const view = getPage(portOf(server), '/@@warmup')
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+    gate.open()
+    assert.equal(await byLine, 'Warmup successful\n')
+    assert.equal((await view).body, 'Warmup successful\n')
+    assert.deepEqual(calls, ['/', '/shop', '/k%C3%A4se'])
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('the command warmup is for lines of this machine', async (t) => {
+    let calls = 0
+    const count = () => {
+      calls++
+    }
+    const { port } = await bootInstance(t, { performers: { '/': count } })
+    const before = calls
+    const refused = 'warmup is for this machine only\n'
+    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
+    if (OUTSIDE) assert.equal(await ask(port, 'warmup\n', { from: OUTSIDE }), refused)
+    for (const path of ['/warmup', '/warmup//', '/@@warmup']) {
+      assert.equal((await getPage(port, path)).status, 404, path)
+    }
+    assert.equal(calls, before)
+    assert.match(await ask(port, 'help\n'), /^ {2}warmup -- Warm up again/m)
+  })
+
   test('credentials in url are sent by the warm-up, and shown to nobody', async (t) => {
     const logger = recorder()
     const seen: string[] = []
@@ -5220,6 +5286,36 @@ describeInProcess('Warm-up', TOGETHER, () => {
 })
 
 describeInProcess('Warm-up', ALONE, () => {
+  test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
+    const clock = fakeClock(t)
+    const timers = takeTimers(t, ['setInterval', 'setTimeout'], clock)
+    const gates = [latch(), latch()]
+    let isByHand = false
+    const { port } = await bootInstance(t, {
+      performers: {
+        '/': () => isByHand && gates[0]!.opened,
+        '/shop': () => isByHand && gates[1]!.opened
+      }
+    })
+    isByHand = true
+    const peer = await converse(t, port)
+    peer.say('warmup\n')
+    await untilSeen(port)
+    for (const seconds of [10, 20, 30, 40, 50]) {
+      timers.pass(10_000)
+      await peer.hear(`Warms up / for ${seconds} s\n`)
+    }
+    gates[0]!.open()
+    await until(async () => (await ask(port, 'status\n')).includes('/shop   running'), 'it goes on')
+    for (const seconds of [10, 20, 30, 40]) {
+      timers.pass(10_000)
+      await peer.hear(`Warms up /shop for ${seconds} s\n`)
+    }
+    gates[1]!.open()
+    await peer.hear('Warmup successful\n')
+    await until(() => peer.isClosed, 'it is over')
+  })
+
   test('with automatic warm-up off a site is off until somebody asks, and then red if it fails', async (t) => {
     setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: '0' })
     let isBroken = true
@@ -10381,6 +10477,35 @@ describeInProcess('The wire: lines', ALONE, () => {
     assert.match(peers[3]!.transcript, /^HTTP\/1.1 500 [^]+\r\n\r\nError: slow timed out\n$/)
   })
 
+  test('a command that reports has 30 s for each line, but not over HTTP', async (t) => {
+    const timers = takeTimers(t)
+    let report = () => {}
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const reports: Command = (connection) => {
+      report = () => connection.write('so far\n')
+      return hang()
+    }
+    monitor.register('reports', '', reports, { http: true })
+    const peer = await converse(t, port)
+    peer.say('reports\n')
+    await untilSeen(port)
+    for (let time = 0; time < 4; time++) {
+      timers.pass(29_000)
+      report()
+      await peer.hear('so far\n')
+    }
+    timers.pass(31_000)
+    await peer.hear('Error: reports timed out\n')
+
+    const page = getPage(port, '/reports')
+    await untilSeen(port)
+    timers.pass(20_000)
+    report()
+    timers.pass(11_000)
+    const { status, body } = await page
+    assert.deepEqual([status, body], [500, 'so far\nError: reports timed out\n'])
+  })
+
   test('a peer that does not close after us is closed after 5 s, not earlier', async (t) => {
     const timers = takeTimers(t)
     const { port } = await bootInstance(t, { performers: WARM })
@@ -11810,6 +11935,29 @@ describeProcesses('The program', ALONE, () => {
     await check(rows.slice(8))
     isConnected = false
     await check([[['health_check'], at, 1, "Error: Database 'main' disconnected.\n"]])
+  })
+
+  test('`ftw-monitor warmup` exits with 0 where it was successful, else with 1', async (t) => {
+    let isBroken = false
+    const { port } = await bootInstance(t, {
+      performers: {
+        '/shop': () => {
+          if (isBroken) throw new Error('no such table')
+        }
+      }
+    })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const rows: [string[], boolean, number, string][] = [
+      [['warmup'], false, 0, 'Warmup successful\n'],
+      [['warmup', '/shop'], false, 0, 'Warmup successful\n'],
+      [['warmup', '/nowhere'], false, 1, "Error: no site '/nowhere' is registered\n"],
+      [['warmup', '/shop'], true, 1, 'Warmup failed: /shop: no such table\n']
+    ]
+    for (const [words, broken, expected, output] of rows) {
+      isBroken = broken
+      const { status, stdout } = await runProgram(t, words, { env })
+      assert.deepEqual([status, stdout], [expected, output], words.join(' '))
+    }
   })
 
   test('`ftw-monitor wait` prints each change of the reason and ends with OK', async (t) => {

@@ -73,8 +73,8 @@ export interface Connection {
   readonly local: boolean
 }
 
-/** Replies by `connection.write` within 30 s, and may return, or resolve to, the mode to follow.
- *  The asker may leave arguments out. */
+/** Replies by `connection.write` within 30 s, over lines at least every 30 s, and may return, or
+ *  resolve to, the mode to follow. The asker may leave arguments out. */
 export type Command = (
   connection: Connection,
   ...args: (string | undefined)[]
@@ -369,6 +369,7 @@ const HEALTHY_POLL_MS = 250 // untilHealthy asks so often, which databases bear 
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
 const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
+const WARMUP_REPORT_MS = 10_000 // from report to report, while a command waits for the end
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
 
@@ -416,7 +417,7 @@ const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes al
 const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are for the application
 const SEND_MS = 60_000 // for a line or an HTTP head: people type
 const SILENCE_MS = 15 * 60_000 // in interactive mode: people think
-const COMMAND_MS = 30_000 // by then every prober has given up
+const COMMAND_MS = 30_000 // without a word: by then every prober has given up
 const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more is to be written
 
@@ -2044,6 +2045,7 @@ const HEALTHY: Verdict = {
   explanation: 'OK',
   cause: 'OK'
 }
+const WARMUP_FAILED = 'Warmup failed'
 const BOOTING = transient('Instance is booting')
 const WARMING_UP = transient('Warmup in progress')
 const SHUTTING_DOWN = transient('Instance is shutting down')
@@ -2114,7 +2116,7 @@ function judge(): Verdict {
   const { stage } = warmup
   if (state !== 'accepting' || stage === 'cold') return BOOTING
   if (stage === 'running') return WARMING_UP
-  if (stage === 'failed') return fault('Warmup failed', `Warmup failed: ${warmup.failure}`)
+  if (stage === 'failed') return fault(WARMUP_FAILED, `${WARMUP_FAILED}: ${warmup.failure}`)
   return HEALTHY
 }
 
@@ -2497,7 +2499,7 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
   if (preloaded) return preloaded.registerWarmup(site, performer)
   must(isPagePath(site), 'a site is / or /a/path')
   must(typeof performer === 'function', 'a warm-up performer is a function')
-  const name = withoutSlashes(new URL(site, 'http://localhost').pathname) || '/'
+  const name = toSiteName(site)
   const wasGreen = monitor.warmup.stage === 'done'
   performers.set(name, performer)
   monitor.warmup.onRegistered(name, wasGreen)
@@ -2511,10 +2513,22 @@ function registerPages(): void {
 }
 
 const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
+
+/** As it stands in a URL. */
+function toSiteName(path: string): string {
+  return withoutSlashes(new URL(path, 'http://localhost').pathname) || '/'
+}
+
 const DEFAULT_SITES = ['/'] // warmed by loading the page, where nothing is registered
 
 function siteNames(): Iterable<string> {
   return performers.size > 0 ? performers.keys() : DEFAULT_SITES
+}
+
+/** What is to be warmed where a path is asked for: all sites for `/`, else the one of that name. */
+function sitesAt(path: string): string[] {
+  const all = [...siteNames()]
+  return path === '/' ? all : all.filter((name) => name === path)
 }
 
 /** A site from boot to the end of the instance. */
@@ -2895,8 +2909,7 @@ export function warmupView(
     answerView(response, ...refusal)
     return
   }
-  const all = [...siteNames()]
-  const sites = isOurs || site === '/' ? all : all.filter((each) => each === site)
+  const sites = sitesAt(isOurs ? '/' : site)
   if (sites.length === 0) {
     answerView(response, 404, 'No such site is registered')
     return
@@ -2921,8 +2934,8 @@ function viewRefusal(
 async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
   const failure = await monitor.warmup.warmUp(sites)
   try {
-    if (failure) answerView(response, 500, toRedLine(`Warmup failed: ${failure}`))
-    else answerView(response, 200, 'Warmup successful')
+    if (failure) answerView(response, 500, toRedLine(`${WARMUP_FAILED}: ${failure}`))
+    else answerView(response, 200, WARMED_UP)
   } catch {
     // The application may have answered meanwhile.
   }
@@ -2932,6 +2945,8 @@ function answerView(response: http.ServerResponse, code: number, text: string): 
   response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
   response.end(`${text}\n`)
 }
+
+const WARMED_UP = 'Warmup successful'
 
 /** Whether a request of the application's is answered by us. */
 function isForView(url: string): boolean {
@@ -4157,6 +4172,38 @@ addCommand(
 const DRAINED = 'Drained'
 
 addCommand(
+  'warmup',
+  `Warm up again: warmup [SITE]
+
+    warmup does what GET /@@warmup does, warmup /shop what GET /shop/@@warmup does: the instance is
+    out until it is over. Replies "Warmup successful", or why it failed; every 10 s, how far it is.
+`,
+  async (asker, path = '/') => {
+    const sites = SITE.test(path) ? sitesAt(toSiteName(path)) : []
+    if (sites.length === 0) failWith(`Error: no site '${path}' is registered`)
+    const report = (progress: string): void => asker.write(`${progress}\n`)
+    const failure = await warmUpReporting(sites, report)
+    if (failure) failWith(`${WARMUP_FAILED}: ${failure}`)
+    return WARMED_UP
+  },
+  { http: false, local: true }
+)
+
+/** Reports now and then, since nobody waits for minutes without a word. */
+async function warmUpReporting(
+  sites: string[],
+  report: (progress: string) => void
+): Promise<string> {
+  const done = monitor.warmup.warmUp(sites)
+  for (;;) {
+    const failure = await Promise.race([done, unreffedPause(WARMUP_REPORT_MS)])
+    if (failure !== undefined) return failure
+    const running = monitor.warmup.sites.find(({ stage }) => stage === 'running')
+    if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
+  }
+}
+
+addCommand(
   'resume',
   'Take the instance into service again',
   () => {
@@ -5170,6 +5217,7 @@ class LineSession extends Session implements Asker {
 
   write(text: string): void {
     if (this.phase === 'closing' || this.socket.destroyed) return
+    if (this.phase === 'running') this.enter('running') // a command that reports has longer
     if (this.socket.writableLength > UNSENT_MAX) this.cutOff()
     else this.socket.write(text)
   }
@@ -5860,6 +5908,7 @@ const SUCCESSES = new Map<string, (reply: string) => boolean>([
   ['readyz', isOk],
   ['agent_check', (reply) => reply.startsWith('up ')],
   ['drain', (reply) => reply.endsWith(`${DRAINED}\n`)],
+  ['warmup', (reply) => reply.endsWith(`${WARMED_UP}\n`)],
   ['interactive', () => true]
 ])
 
