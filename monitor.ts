@@ -5480,7 +5480,6 @@ class Exchange implements Asker {
   /** The media type, where it is not that of the command. */
   #type: string | undefined
   #body = ''
-  #headers: Record<string, string | number> = {}
 
   constructor(session: HttpSession, response: http.ServerResponse) {
     const { url = '', headers } = response.req
@@ -5529,20 +5528,21 @@ class Exchange implements Asker {
 
   /** The headers are sent besides those that every answer has. */
   reply(text: string, code: number, type: string, headers: Record<string, string> = {}): void {
+    if (this.response.headersSent) return
     this.write(text)
     this.#code = code
     this.#type = type
-    this.#headers = headers
+    for (const [name, value] of Object.entries(headers)) this.response.setHeader(name, value)
   }
 
   send(): void {
     if (this.response.headersSent) return
-    const headers = this.#headers
-    headers['Content-Type'] = this.#type ?? commands.get(this.name)?.type ?? PLAIN_TEXT
-    headers['Content-Length'] = Buffer.byteLength(this.#body)
-    headers['Cache-Control'] = 'no-store'
-    headers['X-Content-Type-Options'] = 'nosniff'
-    this.response.writeHead(this.#code, headers)
+    this.response.writeHead(this.#code, {
+      'Content-Type': this.#type ?? commands.get(this.name)?.type ?? PLAIN_TEXT,
+      'Content-Length': Buffer.byteLength(this.#body),
+      'Cache-Control': 'no-store',
+      'X-Content-Type-Options': 'nosniff'
+    })
     this.response.end(this.#body)
   }
 }
