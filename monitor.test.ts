@@ -3757,6 +3757,59 @@ describeInProcess('The verdict', TOGETHER, () => {
 })
 
 describeInProcess('The verdict', ALONE, () => {
+  test(
+    'strangers are told the category of a reason, this machine all of it',
+    NEEDS_OUTSIDE,
+    async (t) => {
+      takeTimers(t) // so that nothing is tried again
+      let isBroken = false
+      const { monitor, port } = await bootInstance(t, {
+        databases: {
+          main: {
+            isConnected: () => {
+              if (isBroken) throw new Error('no 10.0.0.7')
+              return true
+            }
+          }
+        },
+        performers: { '/shop': () => Promise.reject(new Error('no table')) },
+        until: 'started'
+      })
+      const lines = ['health_check', 'readyz', 'agent_check']
+      const askAll = async (options: LineOptions, ...others: string[]) => {
+        const all = [...lines, ...others]
+        const replies = await Promise.all(all.map((line) => ask(port, `${line}\n`, options)))
+        const pages = await Promise.all(all.map((line) => getPage(port, `/${line}`, options)))
+        assert.deepEqual(
+          pages.map(({ body }) => body),
+          replies
+        )
+        return replies
+      }
+      const repliesOf = (text: string) => [`${text}\n`, `${text}\n`, `down #${text}\n`]
+      const stranger = { from: OUTSIDE! }
+
+      await untilVerdict(monitor, /^Warmup failed/)
+      assert.deepEqual(await askAll({}), repliesOf('Warmup failed: /shop: no table'))
+      assert.deepEqual(await askAll(stranger), repliesOf('Warmup failed'))
+
+      isBroken = true
+      const whole = "Database 'main' failed: no 10.0.0.7"
+      const category = "Database 'main' failed."
+      for (const [options, text] of [
+        [{}, whole],
+        [stranger, category]
+      ] as const) {
+        const expected = [...repliesOf(`Error: ${text}`), `{"error":"${text}"}\n`]
+        assert.deepEqual(await askAll(options, 'perf_metrics'), expected)
+      }
+
+      void monitor.drain({ reason: 'new disk' })
+      const drained = ['new disk\n', 'new disk\n', 'stopped #new disk\n']
+      for (const options of [{}, stranger]) assert.deepEqual(await askAll(options), drained)
+    }
+  )
+
   test("after the server's close event it is shutting down, until it listens again", async (t) => {
     const { monitor, server } = await bootInstance(t, { performers: WARM })
     await close(server)
@@ -4878,6 +4931,17 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal((await view).body, 'Warmup successful\n')
     assert.deepEqual(calls, ['/', '/shop', '/k%C3%A4se'])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('of 200 sites that fail each line of the log is bounded', async (t) => {
+    const fail = () => Promise.reject(new Error('no table '.repeat(200)))
+    const names = Array.from({ length: 200 }, (_, index) => `/site${index}`)
+    const performers = Object.fromEntries(names.map((name) => [name, fail]))
+    const { logger } = await bootInstance(t, { performers, until: 'started' })
+    const isTold = () => logger.lines.some((line) => line.includes('tries again'))
+    await until(isTold, 'the failures are logged')
+    assert.ok(logger.lines.length > 200)
+    for (const line of logger.lines) assert.ok(line.length < 2_100, `${line.length} characters`)
   })
 
   test('the command warmup is for lines of this machine', async (t) => {
@@ -8748,6 +8812,22 @@ describeInProcess('Commands', TOGETHER, () => {
     for (const header of ['', stranger]) assert.equal(await askAs('dbinfo x', header), wrong)
   })
 
+  test('over HTTP agent_check is 503 where the instance is down or stopped', async (t) => {
+    let connected = true
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => connected } }
+    })
+    const agent = async () => {
+      const { status, body } = await getPage(port, '/agent_check')
+      return `${status} ${body}`
+    }
+    assert.match(await agent(), /^200 up \d+%\n$/)
+    connected = false
+    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
+    void monitor.drain()
+    assert.equal(await agent(), '503 stopped #Draining\n')
+  })
+
   test('help tells all about interactive and quit', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
     const interactive = await ask(port, 'help interactive\n')
@@ -10791,6 +10871,25 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     assert.equal(pipelined.match(/\r\n\r\nown/g)?.length, 3)
     const old = await ask(port, 'GET /own HTTP/1.0\r\n\r\n')
     assert.match(old, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nown$/s)
+  })
+
+  test('the target of a request may be absolute', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const echo: Command = (connection, ...words) => connection.write(`<${words.join('|')}>\n`)
+    monitor.register('echo', '', echo, { http: true })
+    const rows: [string, RegExp][] = [
+      ['http://localhost:8160/health_check', /^HTTP\/1\.1 200 [^]+\r\n\r\nOK\n$/],
+      ['HTTP://elsewhere/health_check', /^HTTP\/1\.1 200 [^]+\r\n\r\nOK\n$/],
+      ['https://[::1]:8160/echo/a/b%20c?d', /\r\n\r\n<a\|b c>\n$/],
+      ['http://localhost:8160', /\r\n\r\nSupported commands:\n/],
+      ['http://localhost:8160?pause', /\r\n\r\nSupported commands:\n/],
+      ['http://localhost:8160/drain', /^HTTP\/1\.1 404 /],
+      ['ftp://localhost/health_check', /^HTTP\/1\.1 404 /]
+    ]
+    for (const [target, reply] of rows) {
+      assert.match(await ask(port, headOf(target, 'Connection: close')), reply, target)
+    }
+    assert.equal((await monitor.health()).reason, 'OK')
   })
 
   test('a connection answers a hundred requests, also of more that are pipelined', async (t) => {
