@@ -2148,7 +2148,7 @@ function inspect(): Promise<unknown> | undefined {
 /** What a check sees: each change of it is remembered, and told in the log. */
 function seeVerdict(): Verdict {
   const verdict = judge()
-  monitor.history.note(verdict)
+  if (!monitor.isOff) monitor.history.note(verdict)
   return verdict
 }
 
