@@ -1490,12 +1490,10 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const server = await serve(t, hello, { path: join(scratchFolder(t), 'instance') })
     const logger = recorder()
     assert.equal(await monitor.start({ server, logger }), false)
-    assert.deepEqual(logger.lines, [
+    assert.deepEqual(warningsOf(logger), [
       'warn ftw-monitor finds no port at the instance port + 80: set FTW_MONITOR_LISTEN'
     ])
     assert.equal(Object.hasOwn(server, 'emit'), true) // shutdown() waits for its requests
-    await monitor.stop()
-    assert.equal(Object.hasOwn(server, 'emit'), false)
 
     const address = await monitor.start({ server, logger: recorder(), listen: LOOPBACK })
     assert.ok(typeof address === 'object')
@@ -2056,7 +2054,7 @@ describeInProcess('Addresses', ALONE, () => {
       assert.deepEqual(await monitor.start({ ...options, logger }), address, what)
       if (address === false) {
         const advice = 'finds no port at the instance port + 80: set FTW_MONITOR_LISTEN'
-        assert.deepEqual(logger.lines, [`warn ftw-monitor ${advice}`], what)
+        assert.deepEqual(warningsOf(logger), [`warn ftw-monitor ${advice}`], what)
       } else {
         await untilVerdict(monitor)
         assert.equal(await ask(address === here ? monitorPort : onPath, 'health_check\n'), 'OK\n')
@@ -2079,7 +2077,37 @@ describeInProcess('Addresses', ALONE, () => {
     await until(() => service.output.includes('set FTW_MONITOR_LISTEN'), 'it warns')
     assert.equal((await getPage(0, '/', { socketPath: path })).body, 'hello')
     assert.equal(service.child.exitCode, null)
-    assert.equal(service.output.trimEnd().split('\n').length, 1, service.output)
+    assert.equal(service.output.match(/set FTW_MONITOR_LISTEN/g)?.length, 1, service.output)
+  })
+
+  test('without a port of its own the monitor answers health() and the health path, and starts again', async (t) => {
+    const server = await serve(t)
+    const setup = { server, healthPath: '/ready', logger: recorder() }
+    const monitor = await importMonitor(t)
+    setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
+    assert.equal(await monitor.start(setup), false)
+    await untilVerdict(monitor)
+    const { status, body } = await getPage(portOf(server), '/ready')
+    assert.deepEqual([status, body], [200, 'OK\n'])
+    setEnvironment(t, {})
+    const address = await monitor.start({ ...setup, listen: LOOPBACK })
+    assert.ok(typeof address === 'object')
+    await untilHealthy(address.port)
+  })
+
+  test('no value in the environment makes what code says wrong, or fails the process', async (t) => {
+    const timeout = 'FTW_MONITOR_TIMEOUT_MS'
+    setEnvironment(t, { [timeout]: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
+    const used = 'uses 25000 ms, since exitAfterMs is 28000'
+    const warnings = warningsOf(logger).join('\n')
+    assert.match(warnings, new RegExp(`cannot use FTW_MONITOR_TIMEOUT_MS=60000: ${used}`))
+    assert.match(warnings, /cannot use \/a b of FTW_MONITOR_CHECK/)
+    setEnvironment(t, { [timeout]: '2147482000' })
+    monitor.shutdownOnSignal()
+    assert.match(warningsOf(logger).at(-1) ?? '', /cannot use FTW_MONITOR_TIMEOUT_MS=2147482000/)
+    assert.equal((await monitor.health()).reason, 'OK')
   })
 })
 
@@ -6101,13 +6129,14 @@ describeInProcess('Probers', ALONE, () => {
     assert.equal(await askWhomItWaitsFor(port), 0, 'who has stopped asking is not waited for')
   })
 
-  test('who asks less often than three times in 60 s is no prober', async (t) => {
+  test('who asks less often than three times in 65 s is no prober', async (t) => {
     const timers = takeTimers(t)
     const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
     const waitsFor: number[] = []
-    for (const pauseMs of [0, 30_000, 30_000, 30_250]) {
+    for (const pauseMs of [0, 30_000, 30_250, 35_000]) {
       timers.pass(pauseMs)
       await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      timers.pass(1_000) // a pause counts as long as it still asks
       waitsFor.push(await askWhomItWaitsFor(port))
     }
     assert.deepEqual(waitsFor, [0, 0, 1, 0])
@@ -6123,6 +6152,31 @@ describeInProcess('Probers', ALONE, () => {
     assert.equal(await isPendingFor(300, drained), true)
     timers.pass(500)
     await inTime(drained, 'it is drained', 10_000) // not after 25 s
+  })
+
+  test('a prober of the health path is told where the monitor has no port of its own', async (t) => {
+    const timers = takeTimers(t)
+    const taken = await freePort()
+    await occupy(t, taken)
+    const server = await serve(t)
+    const monitor = await importMonitor(t)
+    const listen = { host: '127.0.0.1', port: taken }
+    await monitor.start({ server, listen, healthPath: '/ready', logger: recorder() })
+    await untilVerdict(monitor)
+    const agent = new http.Agent({ keepAlive: true })
+    const askReady = async () => (await getPage(portOf(server), '/ready', { agent })).status
+    for (let round = 0; round < 3; round++) {
+      timers.pass(500)
+      assert.equal(await askReady(), 200)
+    }
+    const ended = monitor.shutdown()
+    for (let round = 0; round < 3; round++) {
+      assert.equal(await isPendingFor(200, ended), true)
+      assert.equal(await askReady(), 503)
+      timers.pass(500)
+    }
+    agent.destroy()
+    await ended
   })
 
   test('one line says whom a drain or a shutdown waits for, and for how long at most', async (t) => {
@@ -6515,10 +6569,10 @@ describeInProcess('Draining', ALONE, () => {
     await until(() => talk.transcript !== '', 'it drains')
     clock.now += 24_900
     await pause(100) // for it to look at the clock more than once
-    assert.match(talk.transcript, /^Draining: .*\n$/)
+    assert.match(talk.transcript, /^(Draining: .*\n)+$/)
     clock.now += 100
     await until(() => talk.isClosed, 'it gives up')
-    const told = /^Draining: .*\nNot drained after 25 s: .*\b1 request in flight\n$/
+    const told = /^(Draining: .*\n)+Not drained after 25 s: .*\b1 request in flight\n$/
     assert.match(talk.transcript, told)
     assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
     letGo()
@@ -6758,6 +6812,27 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.equal(webSocket.text, 'goodbye')
     assert.ok(await isRefused(port))
     assert.deepEqual([warningsOf(logger), errorsOf(logger)], [[], []])
+  })
+
+  test("a cleanUp that closes a server which never listened does not wait for another one's connections", async (t) => {
+    const other = http.createServer(hello)
+    const server = await serve(t)
+    const peer = await converse(t, portOf(server))
+    let isClosed = false
+    const { monitor } = await bootInstance(t, {
+      performers: WARM,
+      server,
+      options: { server: [server, other] }
+    })
+    peer.say(headOf('/'))
+    const ended = monitor.shutdown({
+      cleanUp: async () => {
+        await new Promise((resolve) => other.close(resolve))
+        isClosed = true
+      }
+    })
+    await inTime(ended, 'it has shut down', 10_000)
+    assert.equal(isClosed, true)
   })
 
   test('shutdown() called twice is one shutdown, and start() works again after it', async (t) => {

@@ -369,13 +369,12 @@ const HEALTHY_POLL_MS = 250 // untilHealthy asks so often, which databases bear 
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
 const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
-const WARMUP_REPORT_MS = 10_000 // from report to report, while a command waits for the end
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
 
 // Of draining
 const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a balancer
-const PROBER_MS = 60_000
+const PROBER_MS = 65_000 // twice the 30 s that are AWS's default, and a delay
 const PROBER_MEMORY = 16 // asks: several checks may come at once, and then none for a while
 const PROBERS_MAX = 64 // more than anybody has balancers
 const USER_AGENT_MAX = 80 // characters: of a prober's, to tell it by
@@ -397,6 +396,7 @@ const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for 
 const GOODBYE_MS = 1_000 // for cleanUp to say goodbye, and for a peer to answer it
 const ALIVE_MS = 1_000 // for a process that is done to end by itself
 const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
+const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment: a week
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
@@ -418,6 +418,7 @@ const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are fo
 const SEND_MS = 60_000 // for a line or an HTTP head: people type
 const SILENCE_MS = 15 * 60_000 // in interactive mode: people think
 const COMMAND_MS = 30_000 // without a word: by then every prober has given up
+const REPORT_MS = 10_000 // from word to word of a command that waits
 const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more is to be written
 
@@ -440,7 +441,7 @@ export async function start(
 ): Promise<Address> {
   if (preloaded) return preloaded.start(instance)
   const options = toStartOptions(instance)
-  if (monitor.isStarted && !monitor.isByItself) {
+  if (!monitor.makesWay) {
     log('warn', 'is started already; stop() it first')
     return monitor.address
   }
@@ -471,6 +472,9 @@ export async function stop(): Promise<void> {
   }
   await stopping.end()
 }
+
+//   new, searching ── waiting ── booting ── accepting ── closed ── waiting
+//   any of them ── stopped
 
 /** `new`: nobody has called `start`. `stopped`: switched off, given up, or over. `searching`: by
  *  itself, for the server with which it begins; there may never be one. `waiting`: for the server
@@ -519,6 +523,12 @@ class Monitor {
 
   get isStarted(): boolean {
     return !UNSTARTED.has(this.state)
+  }
+
+  /** Whether start() may be called: nobody has, or this one found no port to listen on. */
+  get makesWay(): boolean {
+    const hasNoPort = this.instance !== undefined && this.listener === undefined
+    return !this.isStarted || this.isByItself || hasNoPort
   }
 
   /** Where it listens. */
@@ -571,13 +581,25 @@ class Monitor {
   /** For one that is started by a call. */
   makeWay(): void {
     this.unhookServers()
-    if (this.isByItself) void this.end()
+    if (this.isStarted || this.isByItself) void this.end()
   }
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
-  giveUp(error: unknown): void {
+  #giveUp(error: unknown): void {
     log('warn', errorText(error))
     void this.end()
+  }
+
+  /** Our own port cannot be had. With the server at hand all else goes on, for health() and for the
+   *  health path. */
+  onListenFailed(error: unknown): void {
+    if (!this.application.server) {
+      this.#giveUp(error)
+      return
+    }
+    log('warn', errorText(error))
+    this.listener = undefined
+    this.#resolveStart(false)
   }
 
   /** Hooks into the servers that `start` was given, and sees each one that listens in this process
@@ -702,18 +724,22 @@ class Monitor {
 
   /** Finds out where the instance is, and opens the monitor port beside it. */
   #open(): void {
+    const { server } = this.application
+    let bound: Bound
     try {
-      const { server } = this.application
-      const bound = boundAddress(this.#options, server)
-      const endpoint = monitorEndpoint(this.#options, bound)
+      bound = boundAddress(this.#options, server)
       this.instance = new Instance(locateInstance(this.#options, bound, server))
-      this.listener = new Listener(endpoint, this)
     } catch (error) {
-      this.giveUp(error)
+      this.#giveUp(error)
       return
     }
     this.state = 'booting'
-    this.listener.open()
+    try {
+      this.listener = new Listener(monitorEndpoint(this.#options, bound), this)
+      this.listener.open()
+    } catch (error) {
+      this.onListenFailed(error)
+    }
   }
 
   /** Also where it is known wrongly, of which the opening tells. */
@@ -845,11 +871,11 @@ class Clock {
 
   #tick(onTick: () => void): void {
     this.nowTickMs += TICK_MS
-    onTick()
+    attemptOwn(onTick)
     for (const [task, dueAtTickMs] of this.#dueAtTickMs) {
       if (dueAtTickMs > this.nowTickMs) continue
       this.#dueAtTickMs.delete(task)
-      task()
+      attemptOwn(task)
     }
   }
 }
@@ -1233,7 +1259,7 @@ class Listener {
     const text = `cannot listen: ${errorText(error)}`
     const advice = PASSING_ERRORS.get(error.code)
     if (advice === undefined) {
-      this.#monitor.giveUp(`${text}; set FTW_MONITOR_LISTEN`)
+      this.#monitor.onListenFailed(`${text}; set FTW_MONITOR_LISTEN`)
       return
     }
     if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
@@ -1420,7 +1446,7 @@ class Client {
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
   /** What had been read when the last request was over: more, and half a head has come. */
-  #bytesAtEnd = 0
+  #bytesReadAtLastEnd = 0
   #bytesSeen = 0
   #bytesSeenAtMs = 0
 
@@ -1437,7 +1463,7 @@ class Client {
     this.requestsInFlight--
     this.#upload = request && isUploading(request) ? request : undefined
     this.#quietSinceMs = performance.now()
-    this.#bytesAtEnd = this.#bytesRead
+    this.#bytesReadAtLastEnd = this.#bytesRead
   }
 
   isNewest(response: object): boolean {
@@ -1478,9 +1504,9 @@ class Client {
     }
     if (this.#upload && !isUploading(this.#upload)) {
       this.#upload = undefined
-      this.#bytesAtEnd = bytesRead
+      this.#bytesReadAtLastEnd = bytesRead
     }
-    const isPart = bytesRead > this.#bytesAtEnd || this.#upload !== undefined
+    const isPart = bytesRead > this.#bytesReadAtLastEnd || this.#upload !== undefined
     return isPart && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
   }
 
@@ -1675,9 +1701,8 @@ class Application {
     client.requestBegins(response)
     response.once('close', () => client.requestEnded(request))
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
-    void answerHealth(headers, socket.remoteAddress, (code, head, body) => {
-      response.writeHead(code, head).end(body)
-    })
+    const send: SendHealth = (code, head, body) => response.writeHead(code, head).end(body)
+    answerHealth(headers, socket.remoteAddress, send).catch(doNothing) // it may be no request
   }
 
   /** A request of HTTP/2, of which `request` need not tell. */
@@ -1706,10 +1731,11 @@ class Application {
     stream.once('close', () => client.requestEnded())
     stream.on('error', doNothing) // its prober may have reset it
     const address = attempt(() => stream.session?.socket?.remoteAddress) // throws when it has ended
-    void answerHealth(headers, address, (code, head, body) => {
+    const send: SendHealth = (code, head, body) => {
       stream.respond({ ':status': code, ...head })
       stream.end(headers[':method'] === 'HEAD' ? '' : body)
-    })
+    }
+    answerHealth(headers, address, send).catch(doNothing)
   }
 
   /** From now on it is no client that sends requests. */
@@ -1757,14 +1783,14 @@ class Application {
   }
 
   /** Refuses new connections, where the runtime can; what has come is served. */
-  async stopListening(): Promise<void> {
+  async stopListening(limitMs: number): Promise<void> {
     // Bun's are not among them: they would be cut.
     const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
     for (const server of servers) {
-      letOthersClose(server, this.#sockets.size > 0)
+      letOthersClose(server)
       acceptNoMore(server)
     }
-    await this.#untilNoneConnects()
+    if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
     this.#closingSinceMs = performance.now()
     // The server's own close() would cut connections whose answer is not taken yet.
     const close = methodOf(net.Server.prototype, 'close')
@@ -1777,10 +1803,10 @@ class Application {
   /** The kernel resets what it has accepted and the event loop has not: of 60 requests that came
    *  while the event loop was busy 54 to 59 were lost. A turn looks for connections at its
    *  beginning, so one that is short has left little time for another one. */
-  async #untilNoneConnects(): Promise<void> {
+  async #untilNoneConnects(limitMs: number): Promise<void> {
     const startedAtMs = performance.now()
     let quietTurns = 0
-    while (quietTurns < 2 && performance.now() - startedAtMs < SETTLE_MS) {
+    while (quietTurns < 2 && performance.now() - startedAtMs < limitMs) {
       const connectionsBefore = this.#connections
       const turnBeganAtMs = performance.now()
       await new Promise((resolve) => setImmediate(resolve))
@@ -1839,7 +1865,7 @@ class Application {
     for (const server of this.#unhooks.keys()) {
       if (server instanceof net.Server) continue
       attempt(() => (server as net.Server).close())
-      letOthersClose(server, false)
+      letOthersClose(server)
     }
     if (this.#upgraded.size === 0) destroyAll(this.#sockets)
   }
@@ -1883,21 +1909,28 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
 /** When we have closed the server, the application's own `close(callback)` must neither fail with
  *  ERR_SERVER_NOT_RUNNING nor cut what is still being sent: it calls back when the server has
  *  closed. Ends when the server listens again. */
-function letOthersClose(server: net.Server, isConnected: boolean): void {
+function letOthersClose(server: net.Server): void {
   const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
-  let isClosed = !server.listening && !isConnected
   const close = (callback?: () => void): net.Server => {
-    if (callback && isClosed) setImmediate(callback)
-    else if (callback) server.once('close', callback)
+    if (callback) callWhenClosed(server, callback)
     return server
   }
   Reflect.defineProperty(server, 'close', { value: close, configurable: true, writable: true })
-  server.once('close', () => {
-    isClosed = true
-  })
   server.once('listening', () => {
     Reflect.deleteProperty(server, 'close')
     if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
+  })
+}
+
+/** One that never listened, or whose `close` event is past, emits none any more. */
+function callWhenClosed(server: net.Server, callback: () => void): void {
+  if (!(server instanceof net.Server)) {
+    setImmediate(callback) // Bun's, which was closed at once
+    return
+  }
+  server.getConnections((_, count) => {
+    if (server.listening || count > 0) server.once('close', callback)
+    else callback()
   })
 }
 
@@ -2146,7 +2179,7 @@ function inspect(): Promise<unknown> | undefined {
 }
 
 /** What a check sees: each change of it is remembered, and told in the log. */
-function seeVerdict(): Verdict {
+function judgeAndRecord(): Verdict {
   const verdict = judge()
   if (!monitor.isOff) monitor.history.note(verdict)
   return verdict
@@ -2157,7 +2190,7 @@ async function inspectAndJudge(): Promise<Verdict> {
   await inspect()
   const isResumed = wasDraining && !monitor.draining
   if (isResumed) await inspect() // while it drained, nothing was asked
-  return seeVerdict()
+  return judgeAndRecord()
 }
 
 /** Also where the verdict does not depend on it, as while it drains. */
@@ -2281,7 +2314,7 @@ function registerPageChecks(healthPath: string | undefined): void {
 async function checkPage(page: string): Promise<void> {
   const { instance } = monitor
   if (!instance) throw new Error('the instance is booting')
-  const url = withoutSlashes(`${instance.url}${page}`)
+  const url = `${instance.url}${page}`
   const code = await visitQuietly(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
   if (code >= 400) throw new Error(`it answered ${code}`)
 }
@@ -3080,8 +3113,8 @@ class Prober {
   }
 
   /** Whether it asks often enough to be a balancer, and not a person. */
-  isFrequent(nowTickMs: number): boolean {
-    return nowTickMs - this.#askBefore(PROBER_ASKS) <= PROBER_MS
+  get isFrequent(): boolean {
+    return this.lastAskedAtTickMs - this.#askBefore(PROBER_ASKS) <= PROBER_MS
   }
 
   /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
@@ -3143,7 +3176,7 @@ class Probers {
   chooseFrequent(): Prober[] {
     const { nowTickMs } = this.#monitor.clock
     const frequent = [...this.#known.values()].filter(
-      (prober) => prober.isFrequent(nowTickMs) && prober.stillAsks(nowTickMs)
+      (prober) => prober.isFrequent && prober.stillAsks(nowTickMs)
     )
     for (const prober of frequent) prober.drainedAnswers = 0
     return frequent
@@ -3306,7 +3339,7 @@ function beginDraining(options: Required<DrainOptions>): Draining {
 /** How a drain by hand ended. */
 type DrainOutcome = { drained: true } | { drained: false; explanation: string }
 
-/** Drains, and reports each change of what it waits for. */
+/** Drains, and reports each change of what it waits for; now and then also that there is none. */
 async function untilDrained(
   options: Required<DrainOptions>,
   report: (progress: string) => void = doNothing
@@ -3318,13 +3351,18 @@ async function untilDrained(
   const quiet = new QuietWatch(application)
   const earliestMs = performance.now() + options.minimumMs
   let progressBefore = ''
+  let reportedAtMs = -Infinity
   const isOver = (): boolean => {
     if (monitor.draining !== draining) return true
     const isTold = draining.isEverybodyTold && performance.now() >= earliestMs
     if (isTold) application.sendSessionsElsewhere()
     quiet.look(application.requestsInFlight > 0 || !isTold)
     const progress = describeProgress(draining, quiet.hasRequestCome)
-    if (progress !== progressBefore) report(`Draining: ${progress}`)
+    const isDue = performance.now() - reportedAtMs >= REPORT_MS
+    if (progress !== progressBefore || isDue) {
+      report(`Draining: ${progress}`)
+      reportedAtMs = performance.now()
+    }
     progressBefore = progress
     return quiet.isQuiet
   }
@@ -3441,6 +3479,7 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
   )
   const drainOptions = toDrainOptions(options)
+  fitEnvironment(options, drainOptions)
   const { timeoutMs } = drainOptions
   const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
   must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
@@ -3452,6 +3491,19 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     RangeError
   )
   return { given: options, ...drainOptions, exitAfterMs }
+}
+
+/** The environment must not make wrong what code says. */
+function fitEnvironment(
+  { timeoutMs, exitAfterMs }: ShutdownOptions,
+  checked: Required<DrainOptions>
+): void {
+  const text = readEnv('FTW_MONITOR_TIMEOUT_MS')
+  if (text === undefined || timeoutMs !== undefined || exitAfterMs === undefined) return
+  if (checked.timeoutMs < exitAfterMs) return
+  checked.timeoutMs = Math.max(0, exitAfterMs - EXIT_MARGIN_MS)
+  const used = `uses ${checked.timeoutMs} ms, since exitAfterMs is ${exitAfterMs}`
+  log('warn', `cannot use FTW_MONITOR_TIMEOUT_MS=${text}: ${used}`)
 }
 
 function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
@@ -3591,7 +3643,8 @@ class Shutdown {
       quiet.look()
       return quiet.isQuiet
     }
-    await pollUntil(isQuiet, isSomebodyTold ? tellingMs - this.#elapsedMs() : SETTLE_MS)
+    const limitMs = tellingMs - this.#elapsedMs()
+    await pollUntil(isQuiet, isSomebodyTold ? limitMs : Math.min(limitMs, SETTLE_MS))
   }
 
   /** Takes the instance out; gives who is to be told, if anybody is. */
@@ -3601,7 +3654,7 @@ class Shutdown {
     // Whoever presses Ctrl-C at a terminal waits for no balancer.
     const isAtTerminal = this.#signal === 'SIGINT' && process.stdin.isTTY
     if (isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
-    if (isAtTerminal || !this.#monitor.listener?.isListening) return undefined
+    if (isAtTerminal) return undefined
     if (draining.hasSomebodyToTell) log('info', describeWait(draining, tellingMs))
     return draining
   }
@@ -3612,7 +3665,7 @@ class Shutdown {
     if (this.#isServerUnknown) await this.#waitForUnknownServer()
     for (const application of this.#applications) {
       application.sendClientsElsewhere()
-      await application.stopListening()
+      await application.stopListening(timeoutMs - this.#elapsedMs())
     }
     const isOver = (): boolean => {
       for (const application of this.#applications) {
@@ -3621,10 +3674,11 @@ class Shutdown {
       }
       return !this.#applications.some(({ isServing }) => isServing)
     }
-    if (!(await pollUntil(isOver, timeoutMs - this.#elapsedMs()))) await this.#cutRequests()
+    const isInTime = await pollUntil(isOver, timeoutMs - this.#elapsedMs())
     // What was ended is still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
-    await pollUntil(isGone, GOODBYE_MS)
+    if (isInTime) await pollUntil(isGone, GOODBYE_MS)
+    else await this.#cutRequests()
     for (const application of this.#applications) application.destroyConnections()
   }
 
@@ -4125,7 +4179,7 @@ function checkHealth(asker: Asker): void | Promise<void> {
 }
 
 function tellVerdict(asker: Asker): void {
-  const verdict = seeVerdict()
+  const verdict = judgeAndRecord()
   if (verdict.healthy) asker.write('OK\n')
   else asker.reply(`${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
 }
@@ -4196,7 +4250,7 @@ async function warmUpReporting(
 ): Promise<string> {
   const done = monitor.warmup.warmUp(sites)
   for (;;) {
-    const failure = await Promise.race([done, unreffedPause(WARMUP_REPORT_MS)])
+    const failure = await Promise.race([done, unreffedPause(REPORT_MS)])
     if (failure !== undefined) return failure
     const running = monitor.warmup.sites.find(({ stage }) => stage === 'running')
     if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
@@ -4571,7 +4625,7 @@ const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
   const { application, warmup, load } = monitor
-  const isHealthy = Number(seeVerdict().healthy)
+  const isHealthy = Number(judgeAndRecord().healthy)
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = application.server ? application.upgradedConnections : -1
@@ -4636,7 +4690,7 @@ export async function status(): Promise<Status> {
  *  only. */
 async function statusFor(isLocal: boolean): Promise<Status> {
   await inspectAll()
-  const { healthy, grade, reason, explanation } = seeVerdict()
+  const { healthy, grade, reason, explanation } = judgeAndRecord()
   const { application, load, instance, warmup, probers, draining, history } = monitor
   return {
     healthy,
@@ -5375,6 +5429,7 @@ const httpServer: http.Server & { httpAllowHalfOpen?: boolean } =
   http.createServer(onMonitorRequest)
 httpServer.httpAllowHalfOpen = true // as `nc -N` does
 httpServer.maxRequestsPerSocket = REQUESTS_PER_CONNECTION
+httpServer.keepAliveTimeout = SEND_MS // Node.js's 5 s are just the pause of many a prober
 httpServer.on('dropRequest', (_, socket) => socket.pause()) // those before it are answered
 
 /** Hands the connection over to Node.js's HTTP server, with all that was read of it. */
@@ -5516,7 +5571,7 @@ class Exchange implements Asker {
       this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT, allowed)
       return
     }
-    if (this.isPage) return showPage(this)
+    if (this.isPage) return showPage(this).catch((error: unknown) => this.#fail(error))
     return runCommand(this.name, this.args, this)
   }
 
@@ -5524,6 +5579,10 @@ class Exchange implements Asker {
     if (this.response.headersSent) return
     if (this.#body.length > UNSENT_MAX) this.session.cutOff()
     else this.#body += text
+  }
+
+  #fail(error: unknown): void {
+    this.reply(`${toRedLine(`${kindOf(error)}: ${errorText(error)}`)}\n`, 500, PLAIN_TEXT)
   }
 
   /** The headers are sent besides those that every answer has. */
@@ -5673,8 +5732,9 @@ function readMilliseconds(name: string): number | undefined {
   const text = readEnv(name)
   if (text === undefined) return undefined
   const milliseconds = Number(text)
-  if (milliseconds >= 0 && milliseconds < TIMER_MAX_MS) return milliseconds
-  log('warn', `cannot use ${name}=${text}: it must be a number of milliseconds`)
+  if (milliseconds >= 0 && milliseconds <= MILLISECONDS_MAX) return milliseconds
+  const range = `a number of milliseconds from 0 to ${MILLISECONDS_MAX}`
+  log('warn', `cannot use ${name}=${text}: it must be ${range}`)
   return undefined
 }
 
@@ -5686,8 +5746,9 @@ function readPages(name: string): string[] {
   return words.filter(isPagePath)
 }
 
+/** Without control characters, too, which a name must not have. */
 function isPagePath(path: unknown): boolean {
-  return typeof path === 'string' && SITE.test(path)
+  return typeof path === 'string' && SITE.test(path) && isWord(path)
 }
 
 function isSwitchedOff(name: string): boolean {
