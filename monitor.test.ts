@@ -2600,6 +2600,28 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
   })
 
+  test('what is in flight may still ask a server that listens later', async (t) => {
+    const service = await bootWithLate(
+      t,
+      `
+      const handleBefore = handle
+      handle = async (request, response) => {
+        if (request.url !== '/ask') return await handleBefore(request, response)
+        print('asked for /ask')
+        while (server.listening) await pause(20)
+        await pause(200) // by then a server beside it would be closed, too
+        http.get({ ...other.address(), host: '127.0.0.1', agent: false }, (answer) => {
+          answer.pipe(response)
+        }).on('error', ({ code }) => response.end(code))
+      }`
+    )
+    const page = getPage(service.instancePort, '/ask')
+    await service.hasSaid('asked for /ask')
+    const { status, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.equal(status, 0, output)
+  })
+
   test('a server that listens later is neither counted nor told', async (t) => {
     const service = await bootWithLate(
       t,

@@ -3663,18 +3663,18 @@ class Shutdown {
   async #close(): Promise<void> {
     const { timeoutMs } = this.#options
     if (this.#isServerUnknown) await this.#waitForUnknownServer()
+    let isInTime = true
+    // One after the other: what the instance serves may still ask a server beside it.
     for (const application of this.#applications) {
       application.sendClientsElsewhere()
       await application.stopListening(timeoutMs - this.#elapsedMs())
-    }
-    const isOver = (): boolean => {
-      for (const application of this.#applications) {
+      const isOver = (): boolean => {
         application.forgetDeadRequests()
         application.closeIdleConnections()
+        return !application.isServing
       }
-      return !this.#applications.some(({ isServing }) => isServing)
+      if (!(await pollUntil(isOver, timeoutMs - this.#elapsedMs()))) isInTime = false
     }
-    const isInTime = await pollUntil(isOver, timeoutMs - this.#elapsedMs())
     // What was ended is still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
