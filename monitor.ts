@@ -387,7 +387,7 @@ const QUIET_MS = 100 // without a request: a balancer must still read the last a
 const POLL_MS = 25 // draining and shutdown look so often whether they may go on
 
 // Of a shutdown
-const REQUESTS_MS = 5_000 // of timeoutMs, that requests have whatever probers do
+const REQUESTS_MS = 5_000 // of timeoutMs, that requests have after the last prober
 const TELLING_SHARE = 4 / 5 // of timeoutMs at least, where that is short
 const SETTLE_MS = 2_000 // for a quiet moment, where nobody was told: traffic may know no pause
 const OTHERS_MS = 5_000 // for whoever else listens for the signal
@@ -504,7 +504,8 @@ class Monitor {
   readonly started: Promise<Address>
   readonly #options: CheckedStartOptions
   #resolveStart: (address: Address) => void = doNothing
-  #endSearch: () => void = doNothing
+  /** Set while servers that listen are seen. */
+  #endSearch: (() => void) | undefined
   #isPortWarned = false
 
   constructor(options: CheckedStartOptions, state: MonitorState = 'stopped') {
@@ -548,7 +549,8 @@ class Monitor {
     return servers.every((server) => server === this.application.server)
   }
 
-  /** Derived, since the server's `close` event comes only when its last request is gone. */
+  /** Derived, since the server's `close` event comes only when its last request is gone. Before it
+   *  has accepted, it boots. */
   get isInstanceClosing(): boolean {
     if (this.state !== 'accepting') return false
     const { server } = this.application
@@ -611,13 +613,13 @@ class Monitor {
   }
 
   findListeningServers(): void {
-    if (this.#endSearch === doNothing) return // it was not started
+    if (!this.#endSearch) return // it was not started
     for (const server of listeningServers()) this.#onServerFound(server)
   }
 
   unhookServers(): void {
-    this.#endSearch()
-    this.#endSearch = doNothing
+    this.#endSearch?.()
+    this.#endSearch = undefined
     this.application.unhook()
     this.bystanders.unhook()
   }
@@ -1782,12 +1784,15 @@ class Application {
     this.#isSendingSessionsElsewhere = false
   }
 
-  /** Refuses new connections, where the runtime can; what has come is served. */
+  /** Refuses new connections, where the runtime can; what has come is served. In this order: the
+   *  application's own `close()` is replaced, since the server will be closed already; the kernel
+   *  is told to take no more; and when it has handed over what it had, the server stops to
+   *  listen. */
   async stopListening(limitMs: number): Promise<void> {
     // Bun's are not among them: they would be cut.
     const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
     for (const server of servers) {
-      letOthersClose(server)
+      replaceClose(server)
       acceptNoMore(server)
     }
     if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
@@ -1865,7 +1870,7 @@ class Application {
     for (const server of this.#unhooks.keys()) {
       if (server instanceof net.Server) continue
       attempt(() => (server as net.Server).close())
-      letOthersClose(server)
+      replaceClose(server)
     }
     if (this.#upgraded.size === 0) destroyAll(this.#sockets)
   }
@@ -1909,7 +1914,7 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
 /** When we have closed the server, the application's own `close(callback)` must neither fail with
  *  ERR_SERVER_NOT_RUNNING nor cut what is still being sent: it calls back when the server has
  *  closed. Ends when the server listens again. */
-function letOthersClose(server: net.Server): void {
+function replaceClose(server: net.Server): void {
   const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
   const close = (callback?: () => void): net.Server => {
     if (callback) callWhenClosed(server, callback)
@@ -2541,7 +2546,8 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
 /** Has each page that the environment names loaded as a site of its own, in its order. */
 function registerPages(): void {
   for (const page of readPages('FTW_MONITOR_WARMUP')) {
-    if (!performers.has(page)) registerWarmup(page, loadPage) // what code says comes first
+    // What code says comes first.
+    if (!performers.has(toSiteName(page))) registerWarmup(page, loadPage)
   }
 }
 
@@ -3168,7 +3174,7 @@ class Probers {
     const prober = this.#known.get(address) ?? this.#add(address)
     prober.drainedAnswers += drainedAnswers
     prober.ask(this.#monitor.clock.nowTickMs)
-    if (prober.asks === PROBER_ASKS) warnIfTooSlow(prober, drainedAnswers)
+    if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober, drainedAnswers)
   }
 
   /** Whoever asks often enough to be a balancer, and has not stopped; from now on their drained
@@ -3304,7 +3310,9 @@ class Draining {
     this.#earliestMs = Math.max(this.#earliestMs, performance.now() + minimumMs)
   }
 
-  get isEverybodyTold(): boolean {
+  /** Whether each of them knows, and `minimumMs` is over. */
+  get isTold(): boolean {
+    if (performance.now() < this.#earliestMs) return false
     return !this.waitFor.some((prober) => this.#probers.isMissing(prober, this.#fall))
   }
 
@@ -3313,8 +3321,7 @@ class Draining {
   }
 
   get isFinished(): boolean {
-    if (performance.now() < this.#earliestMs) return false
-    return this.isEverybodyTold && monitor.application.requestsInFlight === 0
+    return this.isTold && monitor.application.requestsInFlight === 0
   }
 
   get status(): DrainingStatus {
@@ -3349,12 +3356,11 @@ async function untilDrained(
   if (draining.hasSomebodyToTell) log('info', describeWait(draining, options.timeoutMs))
   const { application } = monitor
   const quiet = new QuietWatch(application)
-  const earliestMs = performance.now() + options.minimumMs
   let progressBefore = ''
   let reportedAtMs = -Infinity
   const isOver = (): boolean => {
     if (monitor.draining !== draining) return true
-    const isTold = draining.isEverybodyTold && performance.now() >= earliestMs
+    const { isTold } = draining
     if (isTold) application.sendSessionsElsewhere()
     quiet.look(application.requestsInFlight > 0 || !isTold)
     const progress = describeProgress(draining, quiet.hasRequestCome)
@@ -3525,7 +3531,7 @@ function tellingLimitMs({ timeoutMs }: CheckedShutdownOptions): number {
 }
 
 /** Says so while there is time to change it. */
-function warnIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
+function tellIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
   const { options } = signals
   if (!options) return
   const { fall } = options
@@ -3629,7 +3635,7 @@ class Shutdown {
     const isTold = (): boolean => {
       if (this.#elapsedMs() < minimumMs) return false
       const isStopped = this.#monitor.draining !== draining
-      return draining === undefined || isStopped || draining.isEverybodyTold
+      return draining === undefined || isStopped || draining.isTold
     }
     const isInTime = await pollUntil(isTold, tellingMs)
     if (!isInTime && draining) log('warn', describeLate(draining, tellingMs))
