@@ -4234,6 +4234,25 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     assert.deepEqual(logger.lines.slice(seen), [red, red])
   })
 
+  test('an instance that was red for less than a second is said to have been, and why', async (t) => {
+    const timers = takeTimers(t)
+    let isThere = true
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    monitor.registerCheck('flag', () => isThere)
+    const seen = logger.lines.length // it was healthy for the first time just now
+    isThere = false
+    await monitor.health()
+    isThere = true
+    await monitor.health()
+    timers.pass(2_000)
+    const lines = logger.lines.slice(seen)
+    assert.equal(lines.length, 1, lines.join('\n'))
+    assert.match(
+      lines[0] ?? '',
+      /is healthy again after \d\.\d s; it was red: Check 'flag' failed\.$/
+    )
+  })
+
   test('many checks at once that see a database turn good start one try', async (t) => {
     takeTimers(t) // so that no time passes
     let tries = 0
@@ -5460,7 +5479,7 @@ describeInProcess('Warm-up', ALONE, () => {
 
   test('FTW_MONITOR_WARMUP names pages that are loaded in their order; what code registers comes first', async (t) => {
     const variable = 'FTW_MONITOR_WARMUP'
-    setEnvironment(t, { [variable]: ' /shop  / shop /a?b /search /own ' })
+    setEnvironment(t, { [variable]: ' /shop/  / shop /a?b /search /own/ ' })
     const seen: string[] = []
     const { monitor, logger } = await bootInstance(t, {
       performers: { '/own': () => void seen.push('own performer') },
@@ -5469,7 +5488,7 @@ describeInProcess('Warm-up', ALONE, () => {
         response.end()
       }
     })
-    assert.deepEqual(seen, ['own performer', '/shop', '/', '/search'])
+    assert.deepEqual(seen, ['own performer', '/shop/', '/', '/search'])
     const { warmup } = await monitor.status()
     const sites = warmup.map(({ site, status }) => `${site} ${status}`)
     assert.deepEqual(sites, ['/own warm', '/shop warm', '/ warm', '/search warm'])

@@ -2214,6 +2214,7 @@ class VerdictHistory {
   /** The last ones, the oldest first, each with the time from which on it held. */
   readonly changes: { verdict: Verdict; time: string }[] = []
   readonly #clock: Clock
+  #current = BOOTING
   #redSinceMs = performance.now()
   #hasBeenHealthy = false
   #dueLine: { level: 'info' | 'warn'; text: string } | undefined
@@ -2226,18 +2227,26 @@ class VerdictHistory {
 
   /** Compares what anybody may know: details may differ each time. */
   note(verdict: Verdict): void {
-    const before = this.changes.at(-1)?.verdict
-    if (before === verdict || before?.reason === verdict.reason) return
+    const before = this.#current
+    if (before.reason === verdict.reason) return
+    this.#current = verdict
     this.#add(verdict)
-    if (!verdict.healthy) {
-      if (before?.healthy) this.#redSinceMs = performance.now()
-      const isBoot = !this.#hasBeenHealthy && verdict.grade === 'warn' // which tells of itself
-      if (isBoot) return
-      this.#logSoon(verdict.grade === 'fail' ? 'warn' : 'info', `is red: ${verdict.cause}`)
-      return
-    }
+    if (verdict.healthy) this.#tellHealthy(before)
+    else this.#tellRed(verdict, before)
+  }
+
+  #tellRed({ grade, cause }: Verdict, before: Verdict): void {
+    if (before.healthy) this.#redSinceMs = performance.now()
+    const isBoot = !this.#hasBeenHealthy && grade === 'warn' // which tells of itself
+    if (!isBoot) this.#logSoon(grade === 'fail' ? 'warn' : 'info', `is red: ${cause}`)
+  }
+
+  #tellHealthy(before: Verdict): void {
     const seconds = ((performance.now() - this.#redSinceMs) / 1_000).toFixed(1)
-    this.#logSoon('info', `is healthy${this.#hasBeenHealthy ? ' again' : ''} after ${seconds} s`)
+    const again = this.#hasBeenHealthy ? ' again' : ''
+    const isRedUntold = this.#dueLine !== undefined
+    const why = isRedUntold ? `; it was red: ${before.cause}` : ''
+    this.#logSoon('info', `is healthy${again} after ${seconds} s${why}`)
     this.#hasBeenHealthy = true
   }
 
@@ -2547,7 +2556,9 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
 function registerPages(): void {
   for (const page of readPages('FTW_MONITOR_WARMUP')) {
     // What code says comes first.
-    if (!performers.has(toSiteName(page))) registerWarmup(page, loadPage)
+    if (performers.has(toSiteName(page))) continue
+    const end = page.endsWith('/') ? '/' : '' // which some servers want
+    registerWarmup(page, (warmup) => loadPage({ ...warmup, url: `${warmup.url}${end}` }))
   }
 }
 
@@ -4219,7 +4230,11 @@ addCommand('warmup_state', 'Get instance warmup state.', () => {
 
 addCommand(
   'drain',
-  'Take the instance out: drain [REASON...]',
+  `Take the instance out: drain [REASON...]
+
+    Every check is answered REASON until resume. Replies "Drained" when each prober knows and no
+    request is in flight.
+`,
   async (asker, ...words) => {
     const given = words.length > 0 ? { reason: words.join(' ') } : {}
     const report = (progress: string): void => asker.write(`${progress}\n`)
@@ -5748,7 +5763,8 @@ function readMilliseconds(name: string): number | undefined {
 function readPages(name: string): string[] {
   const words = readEnv(name)?.split(/\s+/) ?? []
   const wrong = words.filter((word) => !isPagePath(word))
-  if (wrong.length > 0) log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page is /a/path`)
+  if (wrong.length > 0)
+    log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page begins with a slash, as /a/path`)
   return words.filter(isPagePath)
 }
 
