@@ -3702,6 +3702,7 @@ class Shutdown {
   async #cutRequests(): Promise<void> {
     let count = 0
     for (const application of this.#applications) count += application.cutRequests()
+    if (count === 0) return // a connection that had just come
     const seconds = this.#options.timeoutMs / 1_000
     const requests = plural(count, 'request that is', 'requests that are')
     log('warn', `cuts ${requests} still in flight after ${seconds} s`)
