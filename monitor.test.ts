@@ -7836,6 +7836,27 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     )
   }
 
+  test('a program that removes all listeners of a signal during a shutdown loses nothing to the next one', async (t) => {
+    const service = await bootService(t, {
+      script: `
+        process.on('SIGTERM', () => print('other'))
+        options.onSignal = () => {
+          process.removeAllListeners('SIGTERM')
+          print('removed')
+        }`
+    })
+    const page = getPage(service.instancePort, '/slow600')
+    await service.hasSaid('asked for /slow600')
+    service.kill('SIGTERM')
+    await service.hasSaid('removed')
+    const { status, output } = await service.end()
+    assert.equal((await page).body, 'served')
+    assert.equal(status, 0, output)
+    assert.match(output, /SIGTERM came again: is shutting down already/)
+    assert.match(output, /cleaned up/)
+    assert.doesNotMatch(output, /^other/m)
+  })
+
   test('a signal that is repeated three times is logged once', async (t) => {
     const service = await bootService(t)
     const page = getPage(service.instancePort, '/slow800')

@@ -3814,6 +3814,13 @@ class Signals {
   #isRepeatLogged = false
   #areOthersTold = false
   #restoreEmit: () => void = doNothing
+  /** While we shut down, `process.removeAllListeners()` must not take ours, too: without any
+   *  listener the next signal would kill the process in the middle. */
+  readonly #onListenerRemoved = (name: string | symbol, removed: unknown): void => {
+    const own = this.#listeners.get(name as NodeJS.Signals)
+    if (!own || removed !== own || currentShutdown?.hasCleanedUp) return
+    process.on(name as NodeJS.Signals, own)
+  }
 
   get areHeard(): boolean {
     return this.options !== undefined
@@ -3837,6 +3844,7 @@ class Signals {
   /** Takes the listeners off. */
   release(): void {
     this.#restoreEmit()
+    process.off('removeListener', this.#onListenerRemoved)
     for (const [signal, listener] of this.#listeners) process.off(signal, listener)
     this.#listeners.clear()
     this.options = undefined
@@ -3862,6 +3870,7 @@ class Signals {
   ): void {
     if (!this.#first) {
       this.#first = { signal, number, atMs: performance.now() }
+      process.on('removeListener', this.#onListenerRemoved)
       void this.#shutDownAndExit(options, signal)
       return
     }
