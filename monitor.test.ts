@@ -7376,20 +7376,23 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('shutdown() in cleanUp resolves at once, with a warning', async (t) => {
-    const service = await bootService(t, {
-      script: `
+  for (const [when, before] of Object.entries({ first: '', later: 'await pause(50)' })) {
+    test(`shutdown() in cleanUp resolves at once with a warning, where it is called ${when}`, async (t) => {
+      const service = await bootService(t, {
+        script: `
         options.cleanUp = async () => {
+          ${before}
           await monitor.shutdown()
           cleanUp()
         }`
+      })
+      const { status, ms, output } = await service.end()
+      assert.match(output, /cleaned up/)
+      assert.match(service.watched.stderr, /^ftw-monitor .*(shutdown|cleanUp)/m) // a warning
+      assert.equal(status, 0)
+      assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
     })
-    const { status, ms, output } = await service.end()
-    assert.match(output, /cleaned up/)
-    assert.match(service.watched.stderr, /^ftw-monitor .*(shutdown|cleanUp)/m) // a warning
-    assert.equal(status, 0)
-    assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
-  })
+  }
 
   test('a shutdown closes all servers, and each request finishes', async (t) => {
     const service = await bootService(t, {

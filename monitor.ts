@@ -3475,7 +3475,7 @@ export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   if (preloaded) return preloaded.shutdown(options)
   const checked = toShutdownOptions(options)
   if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
-  if (currentShutdown?.isCallingBack) {
+  if (currentShutdown?.isAskedByItself) {
     log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
     return
   }
@@ -3558,7 +3558,7 @@ function tellIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach:
 class Shutdown {
   phase: ShutdownPhase = 'telling'
   /** While `onSignal` or `cleanUp` is called; what they await comes later. */
-  isCallingBack = false
+  #isCallingBack = false
   /** Resolves when it is over. */
   readonly done: Promise<void>
   readonly #options: CheckedShutdownOptions
@@ -3622,6 +3622,12 @@ class Shutdown {
     log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
   }
 
+  /** Whether a call of shutdown() comes from `onSignal` or `cleanUp`: it does while they are called,
+   *  and also later where nobody else has the signal yet. */
+  get isAskedByItself(): boolean {
+    return this.#isCallingBack || (this.phase === 'cleaning' && signals.areHeldBack)
+  }
+
   /** Whether nothing of ours is still to be done. */
   get hasCleanedUp(): boolean {
     return this.phase === 'others' || this.phase === 'over'
@@ -3629,11 +3635,11 @@ class Shutdown {
 
   /** Notices where the application calls shutdown() in there, which would wait for itself. */
   #callBack(callback: () => unknown): unknown {
-    this.isCallingBack = true
+    this.#isCallingBack = true
     try {
       return callback()
     } finally {
-      this.isCallingBack = false
+      this.#isCallingBack = false
     }
   }
 
@@ -3824,6 +3830,11 @@ class Signals {
 
   get areHeard(): boolean {
     return this.options !== undefined
+  }
+
+  /** Whether nobody else hears of them now. */
+  get areHeldBack(): boolean {
+    return this.areHeard && !ARE_SIGNALS_TOLD_PAST_US
   }
 
   /** After a signal nothing is to begin any more. */
