@@ -3622,8 +3622,8 @@ class Shutdown {
     log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
   }
 
-  /** Whether a call of shutdown() comes from `onSignal` or `cleanUp`: it does while they are called,
-   *  and also later where nobody else has the signal yet. */
+  /** Whether a call of shutdown() comes from `onSignal` or `cleanUp`: it does while they are
+   *  called, and later on where nobody else has the signal yet. */
   get isAskedByItself(): boolean {
     return this.#isCallingBack || (this.phase === 'cleaning' && signals.areHeldBack)
   }
@@ -5785,7 +5785,7 @@ function readPages(name: string): string[] {
   const words = readEnv(name)?.split(/\s+/) ?? []
   const wrong = words.filter((word) => !isPagePath(word))
   if (wrong.length > 0)
-    log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page begins with a slash, as /a/path`)
+    log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page is a path like /shop`)
   return words.filter(isPagePath)
 }
 
