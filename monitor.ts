@@ -506,7 +506,8 @@ class Monitor {
   #resolveStart: (address: Address) => void = doNothing
   /** Set while servers that listen are seen. */
   #endSearch: (() => void) | undefined
-  #isPortWarned = false
+  /** Until it warns of a server that listens elsewhere than `PORT`. */
+  #portWarning: ReturnType<typeof setTimeout> | undefined
 
   constructor(options: CheckedStartOptions, state: MonitorState = 'stopped') {
     this.state = state
@@ -620,6 +621,7 @@ class Monitor {
   unhookServers(): void {
     this.#endSearch?.()
     this.#endSearch = undefined
+    clearTimeout(this.#portWarning)
     this.application.unhook()
     this.bystanders.unhook()
   }
@@ -676,18 +678,20 @@ class Monitor {
     if (this.state === 'searching' && keepsProcessAlive(server)) this.#warnOfPortLater(server)
   }
 
-  /** The program may not heed PORT; or it listens there, too, but later. */
+  /** The program may not heed PORT; or it listens there, too, but later. One warning is enough. */
   #warnOfPortLater(server: net.Server): void {
+    if (this.#portWarning) return
     const warn = (): void => {
-      if (this.state !== 'searching' || this.#isPortWarned || !server.listening) return
-      this.#isPortWarned = true
+      if (this.state !== 'searching') return
+      if (!server.listening) {
+        this.#portWarning = undefined
+        return
+      }
       const place = describeAddress(server.address() ?? '')
-      log(
-        'warn',
-        `finds no server at PORT=${readEnv('PORT')}, but one at ${place}: set PORT to that`
-      )
+      const port = readEnv('PORT')
+      log('warn', `finds no server at PORT=${port}, but one at ${place}: set PORT to that`)
     }
-    setTimeout(warn, LISTEN_WARNING_MS).unref()
+    this.#portWarning = setTimeout(warn, LISTEN_WARNING_MS).unref()
   }
 
   /** Where `start` was given no server, it is the one at the port that is known, or the first. */
@@ -1786,8 +1790,8 @@ class Application {
 
   /** Refuses new connections, where the runtime can; what has come is served. In this order: the
    *  application's own `close()` is replaced, since the server will be closed already; the kernel
-   *  is told to take no more; and when it has handed over what it had, the server stops to
-   *  listen. */
+   *  is told to take no more; and when it has handed over what it had, the server stops
+   *  listening. */
   async stopListening(limitMs: number): Promise<void> {
     // Bun's are not among them: they would be cut.
     const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
@@ -1835,7 +1839,7 @@ class Application {
     return this.#sockets.size > this.#clients.size + this.#upgraded.size
   }
 
-  /** Bun's http servers cannot stop to listen without cutting what they serve. */
+  /** Bun's http servers cannot stop listening without cutting what they serve. */
   get #refusesConnections(): boolean {
     return [...this.#unhooks.keys()].every((server) => server instanceof net.Server)
   }
@@ -2214,7 +2218,6 @@ class VerdictHistory {
   /** The last ones, the oldest first, each with the time from which on it held. */
   readonly changes: { verdict: Verdict; time: string }[] = []
   readonly #clock: Clock
-  #current = BOOTING
   #redSinceMs = performance.now()
   #hasBeenHealthy = false
   #dueLine: { level: 'info' | 'warn'; text: string } | undefined
@@ -2227,9 +2230,8 @@ class VerdictHistory {
 
   /** Compares what anybody may know: details may differ each time. */
   note(verdict: Verdict): void {
-    const before = this.#current
+    const before = this.changes.at(-1)?.verdict ?? BOOTING
     if (before.reason === verdict.reason) return
-    this.#current = verdict
     this.#add(verdict)
     if (verdict.healthy) this.#tellHealthy(before)
     else this.#tellRed(verdict, before)
@@ -4107,9 +4109,9 @@ function runCommand(name: string, args: string[], asker: Asker): Answer {
   try {
     const answer = entry.run(asker, args)
     if (!(answer instanceof Promise)) return answer
-    return answer.catch((error: unknown) => refuseFailed(name, entry, error, asker))
+    return answer.catch((error: unknown) => refuseFailed(name, error, asker))
   } catch (error) {
-    return refuseFailed(name, entry, error, asker)
+    return refuseFailed(name, error, asker)
   }
 }
 
@@ -4127,7 +4129,7 @@ function refuseUnknown(name: string, asker: Asker): void {
 
 /** The asker gets one line, a stranger none of its details; the frames, which tell of the host's
  *  files, go to the log. */
-function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker): void {
+function refuseFailed(name: string, error: unknown, asker: Asker): void {
   const refusal = attempt(() => (error instanceof Refusal ? error.message : undefined))
   if (refusal !== undefined) {
     asker.reply(`${toRedLine(refusal)}\n`, 500, PLAIN_TEXT)
@@ -4137,8 +4139,9 @@ function refuseFailed(name: string, entry: Entry, error: unknown, asker: Asker):
   const shown = asker.local ? line : `Error: ${name} failed`
   asker.reply(`${toRedLine(shown)}\n`, 500, PLAIN_TEXT)
 
+  const entry = commands.get(name)
   const nowMs = performance.now()
-  if (nowMs - entry.loggedAtMs < LOG_MS) return
+  if (!entry || nowMs - entry.loggedAtMs < LOG_MS) return
   entry.loggedAtMs = nowMs
   log('error', `got ${line} from ${name}`, ...framesOf(error))
 }
@@ -5283,11 +5286,15 @@ function proxyBytesLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
   return bytes.length < length ? 'incomplete' : length
 }
 
-const PROXY_LINE_START = Buffer.from('PROXY ')
+const PROXY_WORD = 'PROXY '
+const PROXY_LINE_START = Buffer.from(PROXY_WORD)
 /** PROXY TCP4 192.0.2.7 10.0.0.5 51234 8160, or PROXY UNKNOWN and perhaps more */
 const PROXY_LINE = /^PROXY (?:TCP[46](?: [\da-fA-F.:]+){2}(?: \d+){2}|UNKNOWN(?: .*)?)\r\n/
 
-const PROXY_SIGNATURE = Buffer.from('\r\n\r\n\0\r\nQUIT\n')
+/** As the protocol writes it: blank lines, a zero and QUIT, which no other protocol begins with */
+const PROXY_SIGNATURE = Buffer.from([
+  0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a
+])
 const PROXY_FIXED_BYTES = 16
 const PROXY_COMMANDS = [0x20, 0x21] // LOCAL, which HAProxy's own checks send, and PROXY
 
@@ -5613,7 +5620,9 @@ class Exchange implements Asker {
       this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT, allowed)
       return
     }
-    if (this.isPage) return showPage(this).catch((error: unknown) => this.#fail(error))
+    if (this.isPage) {
+      return showPage(this).catch((error: unknown) => refuseFailed(this.name, error, this))
+    }
     return runCommand(this.name, this.args, this)
   }
 
@@ -5621,10 +5630,6 @@ class Exchange implements Asker {
     if (this.response.headersSent) return
     if (this.#body.length > UNSENT_MAX) this.session.cutOff()
     else this.#body += text
-  }
-
-  #fail(error: unknown): void {
-    this.reply(`${toRedLine(`${kindOf(error)}: ${errorText(error)}`)}\n`, 500, PLAIN_TEXT)
   }
 
   /** The headers are sent besides those that every answer has. */
