@@ -4,6 +4,8 @@
 // Version 1.0.0. Copyright (c) 2026 the ftw-monitor authors.
 // SPDX-License-Identifier: MIT
 //
+// An ES module without dependencies, for Node.js from 20 on, Bun and Deno.
+//
 // It listens at the instance's port + 80, warms the instance up, and answers commands:
 //
 //   const server = http.createServer(app)          $ printf 'health_check\n' | nc localhost 8160
@@ -425,8 +427,9 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
 // --- The monitor and its life --------------------------------------------------------------------
 
 // One monitor is current: `start` makes it, and after `stop` it is over. It holds one object for
-// each concern, and decides when each of them begins and ends. What is current, `monitor`,
-// `currentShutdown` and `signals`, is declared in the section "The module".
+// each concern, and decides when each of them begins and ends; these know it as the monitor that
+// they were made for. The functions that are exported work on what is current: `monitor`,
+// `currentShutdown` and `signals`, which are declared in the section "The module".
 
 /** Starts the monitor: `start(server)`, `start([server, other])` where the instance listens at
  *  several places, `start({ server, … })`, or `start()`, which finds the server when it listens in
@@ -523,14 +526,15 @@ class Monitor {
     return this.state === 'new' || this.state === 'stopped'
   }
 
-  get isStarted(): boolean {
-    return !UNSTARTED.has(this.state)
+  /** Its clock ticks; its port is open, or will be. */
+  get isRunning(): boolean {
+    return !DORMANT.has(this.state)
   }
 
   /** Whether start() may be called: nobody has, or this one found no port to listen on. */
   get makesWay(): boolean {
     const hasNoPort = this.instance !== undefined && this.listener === undefined
-    return !this.isStarted || this.isByItself || hasNoPort
+    return !this.isRunning || this.isByItself || hasNoPort
   }
 
   /** Where it listens. */
@@ -546,7 +550,7 @@ class Monitor {
   /** Whether it runs by itself just as a call of start() would have it. */
   isAsWanted({ servers, ...others }: CheckedStartOptions): boolean {
     const isMoreWanted = Object.values(others).some((option) => option !== undefined)
-    if (!this.isStarted || !this.isByItself || isMoreWanted) return false
+    if (!this.isRunning || !this.isByItself || isMoreWanted) return false
     return servers.every((server) => server === this.application.server)
   }
 
@@ -575,7 +579,7 @@ class Monitor {
 
   /** Ends this life; resolves when the port is free. The servers stay hooked. */
   end(): Promise<void> {
-    this.draining = undefined
+    this.endDraining()
     const closed = this.#close('stopped')
     this.#resolveStart(false)
     return closed
@@ -584,7 +588,7 @@ class Monitor {
   /** For one that is started by a call. */
   makeWay(): void {
     this.unhookServers()
-    if (this.isStarted || this.isByItself) void this.end()
+    if (this.isRunning || this.isByItself) void this.end()
   }
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
@@ -655,6 +659,19 @@ class Monitor {
   onServerClose(): void {
     const hasListened = this.isInstanceClosing // one that never listened emits `close` too
     if (hasListened && !currentShutdown) void this.#close('closed')
+  }
+
+  /** Takes the instance out; where it is out already, changes how. */
+  beginDraining(options: Required<DrainOptions>): Draining {
+    if (this.draining) this.draining.change(options)
+    else this.draining = new Draining(this.probers, this.application, options)
+    this.application.sendClientsElsewhere()
+    return this.draining
+  }
+
+  endDraining(): void {
+    this.draining = undefined
+    this.application.stopSendingElsewhere()
   }
 
   /** Connects to an instance whose server we do not know. */
@@ -786,10 +803,9 @@ class Monitor {
   }
 }
 
-const UNSTARTED = new Set<MonitorState>(['new', 'stopped', 'searching', 'closed'])
+const DORMANT = new Set<MonitorState>(['new', 'stopped', 'searching', 'closed'])
 
 const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'logger']
-const URL_SENTENCE = 'url must be an http or https URL, without query'
 
 /** What `start` was told; the first server is the instance. */
 interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
@@ -811,7 +827,7 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   const { port, url, listen, healthPath, logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
-  must(url === undefined || (typeof url === 'string' && toUrl(url)), URL_SENTENCE)
+  must(url === undefined || (typeof url === 'string' && toUrl(url)), `url ${URL_SENTENCE}`)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
   must(healthPath === undefined || isPagePath(healthPath), 'healthPath must be a path, as /ready')
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
@@ -821,7 +837,7 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
 
 function checkPort(port: unknown, listen: unknown): void {
   const Kind = typeof port === 'number' ? RangeError : TypeError
-  must(isPort(port) && port > 0, 'port must be a number from 1 to 65535', Kind)
+  must(isPort(port) && port > 0, `port ${PORT_SENTENCE}`, Kind)
 
   if (listen !== undefined || readEnv('FTW_MONITOR_LISTEN') !== undefined) return
   must(
@@ -977,7 +993,7 @@ function boundAddress({ port }: { port?: number }, server: net.Server | undefine
   if (!server) {
     const text = readEnv('PORT')
     if (port === undefined && isPath(text)) return { address: '', port, path: text }
-    const instancePort = port ?? readEnvAs('PORT', toPort)
+    const instancePort = port ?? readEnvAs('PORT', toPort, PORT_SENTENCE)
     if (instancePort === undefined) failWith('needs a port: set PORT, or start(server)')
     return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
   }
@@ -996,7 +1012,7 @@ function locateInstance(
   const host = hostReaching(address)
   const origin = `${server && isSecure(server) ? 'https' : 'http'}://${hostInUrl(host)}`
   const ownUrl = port ? `${origin}:${port}` : origin
-  const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl)
+  const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
   const { plainUrl, headers } = splitCredentials(toldUrl)
   return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), headers }
 }
@@ -1031,7 +1047,7 @@ function monitorEndpoint({ listen }: CheckedStartOptions, bound: Bound): net.Lis
 }
 
 function endpointInEnvironment(): Endpoint {
-  return readEnvAs('FTW_MONITOR_LISTEN', toEndpoint) ?? {}
+  return readEnvAs('FTW_MONITOR_LISTEN', toEndpoint, ENDPOINT_SENTENCE) ?? {}
 }
 
 /** Reads `8160`, `host:8160`, `[::1]:8160`, or a path. */
@@ -1060,6 +1076,10 @@ function toPort(text: string): number | undefined {
   const port = Number(text)
   return isPort(port) && port > 0 ? port : undefined
 }
+
+const PORT_SENTENCE = 'must be a number from 1 to 65535'
+const URL_SENTENCE = 'must be an http or https URL, without query'
+const ENDPOINT_SENTENCE = 'must be PORT, HOST:PORT, or the path of a Unix socket'
 
 function toUrl(text: unknown): string | undefined {
   const url = String(text)
@@ -1943,8 +1963,9 @@ function callWhenClosed(server: net.Server, callback: () => void): void {
   })
 }
 
-/** Has the kernel leave further connections waiting, which will then be refused. Node.js has no
- *  public way to say so; where this fails, a few more may be reset. */
+/** Tells the kernel to accept no more connections for us: those that come now wait in their
+ *  clients, and are refused when the server closes. Node.js has no public way to say so; where this
+ *  fails, a few more may be reset. */
 function acceptNoMore(server: net.Server): void {
   const { _handle } = server as { _handle?: { listen?: (backlog: number) => void } | null }
   attempt(() => _handle?.listen?.(0))
@@ -2140,7 +2161,7 @@ async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> 
       throw new Error('ftw-monitor: the instance has shut down')
     }
     if (monitor.state === 'stopped' || isSwitchedOff('FTW_MONITOR')) return
-    const isHealthy = monitor.isStarted && (await inspectAndJudge()).healthy
+    const isHealthy = monitor.isRunning && (await inspectAndJudge()).healthy
     if (isHealthy) return
     await unreffedPause(HEALTHY_POLL_MS)
   }
@@ -2586,35 +2607,52 @@ function sitesAt(path: string): string[] {
 /** A site from boot to the end of the instance. */
 class Site {
   readonly name: string
-  stage: 'off' | 'waiting' | 'running' | 'warm' | 'failed'
-  /** Whether it has to be warm before the instance is green. */
-  isAwaited: boolean
-  /** Why its last warm-up failed, '' if it did not. */
-  failure = ''
+  #stage: SiteStatus['status']
+  #isAwaited = true
+  #failure = ''
   #startedAtMs = 0
   #seconds = 0
 
-  constructor(name: string, stage: 'off' | 'waiting', isAwaited: boolean) {
+  constructor(name: string, stage: 'off' | 'waiting') {
     this.name = name
-    this.stage = stage
-    this.isAwaited = isAwaited
+    this.#stage = stage
+  }
+
+  get stage(): SiteStatus['status'] {
+    return this.#stage
+  }
+
+  /** Whether it has to be warm before the instance is green. */
+  get isAwaited(): boolean {
+    return this.#isAwaited
+  }
+
+  /** Why its last warm-up failed, '' if it did not. */
+  get failure(): string {
+    return this.#failure
   }
 
   /** How long its warm-up took, or has run so far. */
   get seconds(): number {
-    return this.stage === 'running' ? this.#secondsSinceStart() : this.#seconds
+    return this.#stage === 'running' ? this.#secondsSinceStart() : this.#seconds
+  }
+
+  /** Its warm-up is still to come; the instance may be green before it. */
+  wait(isAwaited: boolean): void {
+    this.#stage = 'waiting'
+    this.#isAwaited = isAwaited
   }
 
   begin(): void {
-    this.stage = 'running'
-    this.failure = ''
+    this.#stage = 'running'
+    this.#failure = ''
     this.#startedAtMs = performance.now()
   }
 
   end(failure: string): void {
     this.#seconds = this.#secondsSinceStart()
-    this.stage = failure ? 'failed' : 'warm'
-    this.failure = failure
+    this.#stage = failure ? 'failed' : 'warm'
+    this.#failure = failure
   }
 
   #secondsSinceStart(): number {
@@ -2711,7 +2749,7 @@ class WarmupRunner {
     if (this.#life !== 'begun') return
     const site = this.#site(name)
     if (site.stage !== 'waiting') return
-    site.isAwaited = !wasGreen
+    site.wait(!wasGreen)
     void this.warmUp([name], wasGreen)
   }
 
@@ -2728,7 +2766,7 @@ class WarmupRunner {
   #site(name: string): Site {
     const known = this.#sites.get(name)
     if (known) return known
-    const site = new Site(name, this.#isAutomatic ? 'waiting' : 'off', true)
+    const site = new Site(name, this.#isAutomatic ? 'waiting' : 'off')
     this.#sites.set(name, site)
     return site
   }
@@ -2793,7 +2831,7 @@ class WarmupRunner {
   readonly #retry = (): void => {
     this.#retryAtTickMs = undefined
     for (const site of this.sites) {
-      if (site.stage === 'failed') site.stage = 'waiting'
+      if (site.stage === 'failed') site.wait(site.isAwaited)
     }
     this.#warmWhatRemains()
   }
@@ -3249,6 +3287,21 @@ class Probers {
   }
 }
 
+/** A prober may ask too seldom for a shutdown to tell it: the log says so while there is time to
+ *  change that. */
+function tellIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
+  const { options } = signals
+  if (!options) return
+  const { fall } = options
+  const tellingMs = tellingLimitMs(options)
+  const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
+  if (neededMs <= tellingMs) return
+  const pause = `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
+  const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
+  const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
+  log('info', `${pause}: ${needed}, but ${limit}; raise timeoutMs, unless it asks faster then`)
+}
+
 const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
 
 // --- Draining ------------------------------------------------------------------------------------
@@ -3276,8 +3329,7 @@ export function resume(): void {
     log('warn', 'does not resume: the instance is shutting down')
     return
   }
-  monitor.draining = undefined
-  monitor.application.stopSendingElsewhere()
+  monitor.endDraining()
 }
 
 const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs', 'minimumMs']
@@ -3302,14 +3354,20 @@ class Draining {
   reason: string
   readonly waitFor: Prober[]
   readonly #probers: Probers
+  readonly #application: Application
   readonly #sinceMs = performance.now()
   /** How many drained answers a prober needs. */
   #fall: number
   /** It is not finished before that. */
   #earliestMs: number
 
-  constructor(probers: Probers, { reason, fall, minimumMs }: Required<DrainOptions>) {
+  constructor(
+    probers: Probers,
+    application: Application,
+    { reason, fall, minimumMs }: Required<DrainOptions>
+  ) {
     this.#probers = probers
+    this.#application = application
     this.waitFor = probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
@@ -3333,8 +3391,9 @@ class Draining {
     return this.waitFor.length > 0
   }
 
+  /** For whoever looks now; the command waits for QUIET_MS of this. */
   get isFinished(): boolean {
-    return this.isTold && monitor.application.requestsInFlight === 0
+    return this.isTold && this.#application.requestsInFlight === 0
   }
 
   get status(): DrainingStatus {
@@ -3349,13 +3408,6 @@ class Draining {
   }
 }
 
-function beginDraining(options: Required<DrainOptions>): Draining {
-  monitor.draining?.change(options)
-  monitor.draining ??= new Draining(monitor.probers, options)
-  monitor.application.sendClientsElsewhere()
-  return monitor.draining
-}
-
 /** How a drain by hand ended. */
 type DrainOutcome = { drained: true } | { drained: false; explanation: string }
 
@@ -3364,8 +3416,8 @@ async function untilDrained(
   options: Required<DrainOptions>,
   report: (progress: string) => void = doNothing
 ): Promise<DrainOutcome> {
-  if (!monitor.isStarted) return { drained: true }
-  const draining = beginDraining(options)
+  if (!monitor.isRunning) return { drained: true }
+  const draining = monitor.beginDraining(options)
   if (draining.hasSomebodyToTell) log('info', describeWait(draining, options.timeoutMs))
   const { application } = monitor
   const quiet = new QuietWatch(application)
@@ -3543,20 +3595,6 @@ function tellingLimitMs({ timeoutMs }: CheckedShutdownOptions): number {
   return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
 }
 
-/** Says so while there is time to change it. */
-function tellIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
-  const { options } = signals
-  if (!options) return
-  const { fall } = options
-  const tellingMs = tellingLimitMs(options)
-  const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
-  if (neededMs <= tellingMs) return
-  const pause = `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
-  const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
-  const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
-  log('info', `${pause}: ${needed}, but ${limit}; raise timeoutMs, unless it asks faster then`)
-}
-
 class Shutdown {
   phase: ShutdownPhase = 'telling'
   /** While `onSignal` or `cleanUp` is called; what they await comes later. */
@@ -3674,8 +3712,8 @@ class Shutdown {
 
   /** Takes the instance out; gives who is to be told, if anybody is. */
   #beginTelling(tellingMs: number): Draining | undefined {
-    if (!this.#monitor.isStarted) return undefined
-    const draining = beginDraining(this.#options)
+    if (!this.#monitor.isRunning) return undefined
+    const draining = this.#monitor.beginDraining(this.#options)
     // Whoever presses Ctrl-C at a terminal waits for no balancer.
     const isAtTerminal = this.#signal === 'SIGINT' && process.stdin.isTTY
     if (isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
@@ -5147,13 +5185,14 @@ function polyline(name: string, values: number[], most: number): string {
 // Both run commands in the same way, and have the same limits.
 
 /** What a connection waits for, each with a limit of its own. */
-type Phase = 'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'closing'
+type Phase = 'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'yielding' | 'closing'
 
 const PHASE_MS: Record<Phase, number> = {
   awaitingRequest: SEND_MS, // or a line
   idle: SILENCE_MS, // in interactive mode
   running: COMMAND_MS,
   awaitingReader: COMMAND_MS, // for a client that does not take our replies
+  yielding: COMMAND_MS, // to the application, until the event loop's next turn
   closing: LINGER_MS // until the client closes after us
 }
 
@@ -5311,8 +5350,6 @@ class LineSession extends Session implements Asker {
   isFresh = true
   /** The words of the last command. */
   lastWords: string[] = []
-  /** Whether the next line has to wait. */
-  isBusy = false
 
   get isPerson(): boolean {
     return this.mode === 'interactive'
@@ -5332,26 +5369,22 @@ class LineSession extends Session implements Asker {
   receive(chunk: Buffer): void {
     if (this.phase === 'closing') return
     this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
-    if (this.isBusy && this.unread.length > LINE_MAX) this.socket.pause()
+    if (!this.isAtLeisure && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
+  }
+
+  /** Whether the next line need not wait. */
+  get isAtLeisure(): boolean {
+    return this.phase === 'awaitingRequest' || this.phase === 'idle'
   }
 
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
     if (this.isFresh && !this.skipProxyHeader()) return
-    for (let turn = 0; !this.isBusy && this.phase !== 'closing'; turn++) {
-      if (turn === LINES_PER_TURN) {
-        this.isBusy = true
-        setImmediate(() => this.resumeReading())
-        return
-      }
-      if (this.socket.writableNeedDrain) {
-        this.waitForReader()
-        return
-      }
-      const line = this.takeLine()
-      if (line === undefined) return
-      this.execute(line.match(/\S+/g) ?? [])
+    for (let lines = 0; this.isAtLeisure; lines++) {
+      if (lines === LINES_PER_TURN) this.yieldTurn()
+      else if (this.socket.writableNeedDrain) this.waitForReader()
+      else if (!this.serveLine()) return
     }
   }
 
@@ -5362,8 +5395,7 @@ class LineSession extends Session implements Asker {
 
     this.isFresh = false
     if (length === 'wrong') {
-      this.write(WRONG_PROXY_HEADER)
-      this.end()
+      this.refuse(WRONG_PROXY_HEADER)
       return false
     }
     if (length === 'incomplete' || length === 0) return true
@@ -5374,22 +5406,26 @@ class LineSession extends Session implements Asker {
 
   waitForReader(): void {
     const { phase } = this
-    this.isBusy = true
     this.enter('awaitingReader')
     this.socket.once('drain', () => {
+      if (this.phase !== 'awaitingReader') return
       this.enter(phase)
-      // A reader who keeps up would leave the application no turn.
-      setImmediate(() => this.resumeReading())
+      this.yieldTurn() // a reader who keeps up would leave the application none
     })
   }
 
-  resumeReading(): void {
-    this.isBusy = false
-    this.serve()
+  yieldTurn(): void {
+    const { phase } = this
+    this.enter('yielding')
+    setImmediate(() => {
+      if (this.phase !== 'yielding') return
+      this.enter(phase)
+      this.serve()
+    })
   }
 
-  /** Gives the next line; nothing where it is not complete, not for us, or the last. */
-  takeLine(): string | undefined {
+  /** Does what the next line asks for; gives whether there was one for us. */
+  serveLine(): boolean {
     const { unread, socket } = this
     const feedAt = unread.indexOf(LINE_FEED)
     const isComplete = feedAt >= 0
@@ -5398,23 +5434,23 @@ class LineSession extends Session implements Asker {
 
     if (this.lastWords.length === 0 && looksLikeHttp(line, isComplete)) {
       becomeHttp(this)
-      return undefined
+      return false
     }
     if (length > LINE_MAX) {
-      this.write(LINE_TOO_LONG)
-      this.end()
-      return undefined
+      this.refuse(LINE_TOO_LONG)
+      return false
     }
     if (!isComplete && !socket.readableEnded) {
-      socket.resume()
-      return undefined
+      socket.resume() // the rest of it
+      return false
     }
     if (unread.length === 0) {
       this.end()
-      return undefined
+      return false
     }
     this.unread = length + 1 < unread.length ? unread.subarray(length + 1) : NOTHING
-    return line
+    this.execute(line.match(WORDS) ?? [])
+    return true
   }
 
   /** An empty line repeats the last command; in `more` mode every line is its arguments. */
@@ -5426,18 +5462,13 @@ class LineSession extends Session implements Asker {
 
     this.enter('running')
     const answer = runCommand(name, isMore ? words : args, this)
-    if (answer instanceof Promise) {
-      this.isBusy = true
-      void this.followLater(answer)
-      return
-    }
-    this.follow(answer)
+    if (answer instanceof Promise) void this.followLater(answer)
+    else this.follow(answer)
   }
 
   async followLater(answer: Promise<Mode | void>): Promise<void> {
     this.follow(await answer)
-    // The application has its turn.
-    if (this.phase !== 'closing') setImmediate(() => this.resumeReading())
+    if (this.isAtLeisure) this.yieldTurn()
   }
 
   follow(mode: Mode | void): void {
@@ -5452,7 +5483,11 @@ class LineSession extends Session implements Asker {
   }
 
   giveUpCommand(): void {
-    this.write(timedOut(this.lastWords[0]))
+    this.refuse(timedOut(this.lastWords[0]))
+  }
+
+  refuse(text: string): void {
+    this.write(text)
     this.end()
   }
 }
@@ -5460,6 +5495,7 @@ class LineSession extends Session implements Asker {
 const LINE_TOO_LONG = 'Line too long\n'
 const NOTHING = Buffer.alloc(0)
 const LINE_FEED = 0x0a
+const WORDS = /\S+/g // health_check, or drain until noon
 
 /** Whether Node.js is to judge it: any method, since a browser can be made to send `drain /
  *  HTTP/1.1`, and a line that is too long for a command but begins as HTTP does. */
@@ -5767,11 +5803,15 @@ function readEnv(name: string): string | undefined {
 }
 
 /** What the environment says, as `read` understands it; undefined where it says nothing. */
-function readEnvAs<T>(name: string, read: (text: string) => T | undefined): T | undefined {
+function readEnvAs<T>(
+  name: string,
+  read: (text: string) => T | undefined,
+  sentence: string
+): T | undefined {
   const text = readEnv(name)
   if (text === undefined) return undefined
   const shown = text.replace(/^.*@/s, '***@') // perhaps a password, and no URL that shows where
-  return read(text) ?? failWith(`cannot use ${name}=${shown}; mend it`)
+  return read(text) ?? failWith(`cannot use ${name}=${shown}: it ${sentence}`)
 }
 
 /** A wrong value costs a warning, and is left out. */
