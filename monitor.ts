@@ -1207,6 +1207,8 @@ class Listener {
   /** A fixed number of places. In a Set closed sockets lived longer: 8 % of a check over HTTP was
    *  garbage collection, in place of 3 %. */
   readonly #sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
+  /** How many connections have come. */
+  #connections = 0
   #server: net.Server | undefined
   /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
    *  listens. */
@@ -1295,7 +1297,9 @@ class Listener {
 
   #admit(socket: net.Socket): void {
     const free = this.#sessions.indexOf(undefined)
-    openSession(this, socket, free >= 0 ? free : this.#makeRoom())
+    const place = free >= 0 ? free : this.#makeRoom()
+    this.#connections++
+    openSession(this, socket, place, this.#connections)
   }
 
   /** Closes a connection of the address that has most of them: the longest idle one, else the
@@ -1312,10 +1316,9 @@ class Listener {
     )
     const idle = candidates.filter(({ phase }) => phase !== 'running')
     idle.sort(
-      (one, other) =>
-        one.phaseSinceTickMs - other.phaseSinceTickMs || one.openedAtMs - other.openedAtMs
+      (one, other) => one.phaseSinceTickMs - other.phaseSinceTickMs || one.number - other.number
     )
-    candidates.sort((one, other) => one.openedAtMs - other.openedAtMs)
+    candidates.sort((one, other) => one.number - other.number)
     const leaving = idle[0] ?? candidates[0]
     leaving?.cutOff()
     return leaving?.place ?? 0
@@ -5199,8 +5202,13 @@ const PHASE_MS: Record<Phase, number> = {
 const SESSION = Symbol('session')
 type ClientSocket = net.Socket & { [SESSION]?: Session }
 
-function openSession(listener: Listener, socket: ClientSocket, place: number): void {
-  const session = new LineSession(listener, socket, place)
+function openSession(
+  listener: Listener,
+  socket: ClientSocket,
+  place: number,
+  number: number
+): void {
+  const session = new LineSession(listener, socket, place, number)
   socket[SESSION] = session
   listener.keep(session)
   socket.unref()
@@ -5232,16 +5240,18 @@ abstract class Session {
   readonly socket: net.Socket
   /** Among all sessions of the listener. */
   readonly place: number
-  openedAtMs = performance.now()
+  /** The later it came, the greater; a clock would be read for each check. */
+  readonly number: number
   /** Whether it began with a PROXY header: then a balancer asks, perhaps for somebody else. */
   isProxied = false
   phase: Phase = 'awaitingRequest'
   phaseSinceTickMs: number
 
-  constructor(listener: Listener, socket: net.Socket, place: number) {
+  constructor(listener: Listener, socket: net.Socket, place: number, number: number) {
     this.listener = listener
     this.socket = socket
     this.place = place
+    this.number = number
     this.phaseSinceTickMs = listener.clock.nowTickMs
   }
 
@@ -5542,8 +5552,7 @@ class HttpSession extends Session {
   requests = 0
 
   constructor(lines: LineSession) {
-    super(lines.listener, lines.socket, lines.place)
-    this.openedAtMs = lines.openedAtMs
+    super(lines.listener, lines.socket, lines.place, lines.number)
     this.isProxied = lines.isProxied
     this.phaseSinceTickMs = lines.phaseSinceTickMs // the head has its 60 s from its first byte on
   }
