@@ -12069,7 +12069,9 @@ describeProcesses('The program', PAIRWISE, () => {
     const statusOf = (output?: string) => (socket: net.Socket) => {
       socket.once('data', (request) => {
         assert.match(String(request), /^GET \/status HTTP\/1.0\r\n/)
-        socket.end(`HTTP/1.1 200 -\r\n\r\n${JSON.stringify({ output, checks })}\n`)
+        const grade = output === undefined ? 'pass' : 'fail'
+        const body = JSON.stringify({ status: grade, output, checks })
+        socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
       })
     }
     const one = await fakeInstance(t, statusOf())
@@ -12120,6 +12122,27 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(await waiting.exit, 0, waiting.output)
     assert.match(waiting.stdout, /^\d+\.\d s {2}OK\n$/m)
     assert.equal(await askWhomItWaitsFor(port), 0)
+  })
+
+  test('`ftw-monitor wait` and `status` take nothing but a healthy monitor for one', async (t) => {
+    const answers: Record<string, [code: number, type: string, body: string]> = {
+      'what answers there is no monitor': [404, 'application/json', '{"error":"not found"}'],
+      'O K in spite of all': [200, 'application/health+json', '{"output":"OK in spite of all"}'],
+      'no reason given': [503, 'application/health+json', '{"status":"fail"}']
+    }
+    for (const [reason, [code, type, body]] of Object.entries(answers)) {
+      const server = await serve(t, (_, response) => {
+        response.writeHead(code, { 'Content-Type': type }).end(body)
+      })
+      const instancePort = portOf(server) - 80
+      const one = ['--port', String(instancePort), '--host', '127.0.0.1']
+      const waited = await runProgram(t, ['wait', '--timeout', '0', ...one])
+      const shown = await runProgram(t, ['status', `127.0.0.1:${instancePort}`])
+      assert.deepEqual([waited.status, shown.status], [1, 1], reason)
+      assert.match(waited.stdout, new RegExp(`s  ${reason}\n`))
+      assert.match(shown.stdout, new RegExp(`  ${reason}`))
+      assert.doesNotMatch(waited.stdout + shown.stdout, /OK/)
+    }
   })
 
   test('`ftw-monitor drain` exits with 0 after Drained, and with 1 after Not drained', async (t) => {

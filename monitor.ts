@@ -6174,7 +6174,7 @@ function wakeAfter(ms: number): Promise<void> {
 
 async function askProgress(to: net.NetConnectOpts): Promise<string> {
   try {
-    const { reason, checks } = await askFigures(to)
+    const { reason, checks } = await askStatus(to)
     const sites = checks['warmup:duration'] ?? []
     const running = sites.findIndex(({ stage }) => stage === 'running')
     if (reason !== WARMING_UP.reason || running < 0) return reason
@@ -6186,20 +6186,24 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
 
 /** What the program reads of the JSON that `status` gives over HTTP. */
 interface SeenStatus {
+  /** `OK`, or why it is not healthy. */
   reason: string
   checks: Record<string, { componentId?: string; observedValue: number; stage?: string }[]>
 }
 
-/** Asks for the status, which is no check, so that `drain` does not wait for us. */
-async function askFigures(to: net.NetConnectOpts): Promise<SeenStatus> {
+/** Asks for the status, which is no check, so that `drain` does not wait for us. Whatever else may
+ *  answer there is not to be taken for a healthy instance. */
+async function askStatus(to: net.NetConnectOpts): Promise<SeenStatus> {
   const request = 'GET /status HTTP/1.0\r\nHost: localhost\r\n\r\n'
   const reply = await talk(net.connect(to), request, STATUS_ANSWER_MS)
-  const body = reply.slice(reply.indexOf('\r\n\r\n') + 4)
-  if (body === '') failWith('no answer')
-  const { output = 'OK', checks = {} } = JSON.parse(body) as Partial<SeenStatus> & {
-    output?: string
-  }
-  return { reason: clean(output), checks }
+  if (reply === '') failWith('no answer')
+  const [head = '', body = ''] = reply.split('\r\n\r\n')
+  if (!head.includes(HEALTH_JSON)) failWith('what answers there is no monitor')
+
+  const known = JSON.parse(body) as { status?: Grade; output?: string } & Partial<SeenStatus>
+  const { status: grade, output = 'no reason given', checks = {} } = known
+  const isHealthy = grade === 'pass' || grade === 'warn'
+  return { reason: isHealthy ? 'OK' : toRedLine(output), checks }
 }
 
 /** Prints the status of one instance, or a line for each of several; once, or every second. */
@@ -6287,7 +6291,7 @@ async function instanceStatus(
 ): Promise<{ name: string; reason: string; figures: string }> {
   const [, name = word] = NAMED_INSTANCE.exec(word) ?? []
   try {
-    const { reason, checks } = await askFigures(parseInstance(word).to)
+    const { reason, checks } = await askStatus(parseInstance(word).to)
     const value = (measure: string): number => checks[measure]?.[0]?.observedValue ?? -1
     const figures = [`up ${duration(value('uptime'))}`]
     const inFlight = value('requests:inFlight')
