@@ -2097,6 +2097,17 @@ describeInProcess('Addresses', ALONE, () => {
     await untilHealthy(address.port)
   })
 
+  test('a minimumMs that does not fit into the time for telling is cut, with a warning', async (t) => {
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    monitor.shutdownOnSignal({ minimumMs: 20_000 })
+    assert.deepEqual(warningsOf(logger), [])
+    monitor.shutdownOnSignal({ minimumMs: 20_001 })
+    const why = 'timeoutMs of 25000 leaves 20000 ms for that; raise timeoutMs'
+    const warning = `warn ftw-monitor cannot serve for minimumMs of 20001: ${why}`
+    assert.deepEqual(warningsOf(logger), [warning])
+    await monitor.stop()
+  })
+
   test('no value in the environment makes what code says wrong, or fails the process', async (t) => {
     const timeout = 'FTW_MONITOR_TIMEOUT_MS'
     setEnvironment(t, { [timeout]: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
@@ -4389,11 +4400,16 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const emitForged = () => server.emit('request', trapped(['method', 'url', 'socket']), {})
     server.removeAllListeners('request')
     server.on('request', (_, response) => response.end?.('served'))
+    const faults = () => logger.lines.filter((line) => line.includes('has a fault'))
+    const clock = fakeClock(t)
     emitForged()
+    clock.now += 59_999
     emitForged()
-    const faults = logger.lines.filter((line) => line.includes('has a fault'))
-    assert.equal(faults.length, 1)
-    assert.match(faults[0] ?? '', /^error ftw-monitor has a fault: trap\n +at /)
+    assert.equal(faults().length, 1)
+    clock.now += 1
+    emitForged()
+    assert.equal(faults().length, 2)
+    assert.match(faults()[0] ?? '', /^error ftw-monitor has a fault: trap\n +at /)
     assert.equal((await getPage(instancePort, '/')).body, 'served')
   })
 })
@@ -6162,6 +6178,7 @@ describeInProcess('Probers', TOGETHER, () => {
     await untilVerdict(monitor)
     const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
     await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
+    await askTimes(3, port, `${head}User-Agent: Mozilla/5.0\r\n\r\n`) // without TLS
     assert.deepEqual((await monitor.status()).probers, [])
     await inTime(monitor.drain(), 'drained')
   })
@@ -6207,6 +6224,21 @@ describeInProcess('Probers', ALONE, () => {
     assert.equal(await askWhomItWaitsFor(port), 1, 'three of its pauses and a second')
     timers.pass(500)
     assert.equal(await askWhomItWaitsFor(port), 0, 'who has stopped asking is not waited for')
+  })
+
+  test('how long somebody stayed away does not count as a pause of theirs', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    for (const pauseMs of [0, 3_600_000, 1_000, 1_000]) {
+      timers.pass(pauseMs)
+      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+    }
+    const [prober] = (await monitor.status()).probers
+    assert.equal(prober?.intervalSeconds, 1)
+    assert.equal(await askWhomItWaitsFor(port), 1)
+    timers.pass(4_500)
+    assert.equal(await askWhomItWaitsFor(port), 0)
   })
 
   test('who asks less often than three times in 65 s is no prober', async (t) => {
@@ -6657,6 +6689,33 @@ describeInProcess('Draining', ALONE, () => {
     assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
     letGo()
     await answer
+  })
+
+  test('a drain that waited for a prober alone does not say that requests keep coming', async (t) => {
+    takeTimers(t)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    const clock = fakeClock(t)
+    const talk = await converse(t, port)
+    talk.say('drain\n')
+    await until(() => talk.transcript !== '', 'it drains')
+    clock.now += 25_000
+    await until(() => talk.isClosed, 'it gives up')
+    const waited = '0 of 1 probers know, 0 requests in flight'
+    assert.match(talk.transcript, new RegExp(`\nNot drained after 25 s: ${waited}\n$`))
+    assert.doesNotMatch(talk.transcript, /requests keep coming/)
+  })
+
+  test('a drain is over when the server has closed, since nobody can be told then', async (t) => {
+    takeTimers(t)
+    const { monitor, port, server } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor)
+    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    const drained = monitor.drain()
+    assert.equal(await isPendingFor(200, drained), true)
+    server.close()
+    await inTime(drained, 'it is drained', 10_000) // not after 25 s
   })
 
   test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
@@ -7997,7 +8056,10 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     'Ctrl-C in a terminal waits for no prober, and requests still finish',
     needs('script'),
     async (t) => {
-      const service = await bootService(t, { terminal: true })
+      const service = await bootService(t, {
+        terminal: true,
+        script: 'options.minimumMs = 15_000'
+      })
       await probe(t, service.port, 300)
       const page = getPage(service.instancePort, '/slow800')
       await service.hasSaid('asked for /slow800')
@@ -8006,6 +8068,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       assert.equal((await page).body, 'served')
       assert.match(output, /cleaned up/)
       assert.doesNotMatch(output, /waits for 127/)
+      assert.ok(ms < 14_000, `ended after ${ms} ms`)
     }
   )
 
@@ -9750,6 +9813,16 @@ bare -3`
     monitor.registerMetrics(() => lines.join('\n'))
     const text = await ask(port, 'metrics\n')
     assert.match(text, /\n# TYPE stock counter\nstock_total 1\nsold\{kind="# \{x\} 1"\} 2\n$/)
+  })
+
+  test('a counter of OpenMetrics replaces ours, whose name has a _total more', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const lines = ['# TYPE process_cpu_seconds counter', 'process_cpu_seconds_total 1.5']
+    monitor.registerMetrics(() => lines.join('\n'))
+    const text = await ask(port, 'metrics\n')
+    assert.deepEqual(text.match(/^process_cpu_seconds_total .*/gm), [
+      'process_cpu_seconds_total 1.5'
+    ])
   })
 
   test('a collector that fails costs its own part, and one line in the log', async (t) => {

@@ -319,7 +319,8 @@ export interface DrainOptions {
    *  Kubernetes kills after 30 s). */
   timeoutMs?: number
   /** The shortest wait in milliseconds, for routers that do not probe, such as DNS (default:
-   *  `FTW_MONITOR_MINIMUM_MS`, else 0). */
+   *  `FTW_MONITOR_MINIMUM_MS`, else 0). In a shutdown, within the time in which probers are
+   *  told. */
   minimumMs?: number
 }
 
@@ -409,6 +410,7 @@ const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay fall
 const COLLECTOR_MS = 5_000 // half of Prometheus's own limit
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
+const FAULT_LOG_MS = 60_000 // between faults of our own
 
 // Of a connection
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
@@ -3200,9 +3202,11 @@ class Prober {
     return known.sort((one, other) => one - other)
   }
 
+  /** From ask to ask. A longer one was an absence, as in maintenance, and tells of no rhythm. */
   get #pauses(): number[] {
     const known = this.#knownAsks
-    return known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
+    const all = known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
+    return all.filter((pauseMs) => pauseMs <= PROBER_MS)
   }
 }
 
@@ -3242,8 +3246,9 @@ class Probers {
     return frequent
   }
 
-  /** Whether a drain has to wait for it. */
+  /** Whether a drain has to wait for it. While the monitor is closed nobody can be told. */
   isMissing(prober: Prober, fall: number): boolean {
+    if (!this.#monitor.isRunning) return false
     return prober.drainedAnswers < fall && prober.stillAsks(this.#monitor.clock.nowTickMs)
   }
 
@@ -3422,30 +3427,34 @@ async function untilDrained(
   if (!monitor.isRunning) return { drained: true }
   const draining = monitor.beginDraining(options)
   if (draining.hasSomebodyToTell) log('info', describeWait(draining, options.timeoutMs))
+
   const { application } = monitor
   const quiet = new QuietWatch(application)
+  const startedAtMs = performance.now()
   let progressBefore = ''
   let reportedAtMs = -Infinity
-  const isOver = (): boolean => {
-    if (monitor.draining !== draining) return true
+  for (;;) {
+    if (monitor.draining !== draining) {
+      return { drained: false, explanation: 'Not drained: resumed meanwhile' }
+    }
     const { isTold } = draining
     if (isTold) application.sendSessionsElsewhere()
     quiet.look(application.requestsInFlight > 0 || !isTold)
-    const progress = describeProgress(draining, quiet.hasRequestCome)
-    const isDue = performance.now() - reportedAtMs >= REPORT_MS
-    if (progress !== progressBefore || isDue) {
+
+    const nowMs = performance.now()
+    const progress = describeProgress(draining, quiet.hasRequestComeLately)
+    if (progress !== progressBefore || nowMs - reportedAtMs >= REPORT_MS) {
       report(`Draining: ${progress}`)
-      reportedAtMs = performance.now()
+      progressBefore = progress
+      reportedAtMs = nowMs
     }
-    progressBefore = progress
-    return quiet.isQuiet
+
+    if (quiet.isQuiet) return { drained: true }
+    if (nowMs - startedAtMs >= options.timeoutMs) {
+      return { drained: false, explanation: describeLate(options.timeoutMs, progress) }
+    }
+    await unreffedPause(POLL_MS)
   }
-  const isInTime = await pollUntil(isOver, options.timeoutMs)
-  if (monitor.draining !== draining) {
-    return { drained: false, explanation: 'Not drained: resumed meanwhile' }
-  }
-  if (isInTime) return { drained: true }
-  return { drained: false, explanation: describeLate(draining, options.timeoutMs, !quiet.isQuiet) }
 }
 
 /** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
@@ -3456,18 +3465,16 @@ function describeWait({ waitFor }: Draining, limitMs: number): string {
   return `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`
 }
 
-function describeLate(draining: Draining, afterMs: number, doRequestsCome = false): string {
-  const progress = describeProgress(draining, doRequestsCome)
+function describeLate(afterMs: number, progress: string): string {
   return `Not drained after ${afterMs / 1_000} s: ${progress}`
 }
 
-function describeProgress(draining: Draining, doRequestsCome: boolean): string {
+function describeProgress(draining: Draining, doRequestsCome = false): string {
   const { probers, probersInformed } = draining.status
   const known = `${probersInformed} of ${probers} probers know`
   const { server, requestsInFlight, upgradedConnections } = monitor.application
   if (!server) return known
-  const isBetweenRequests = doRequestsCome && requestsInFlight === 0
-  const requests = isBetweenRequests
+  const requests = doRequestsCome
     ? 'requests keep coming'
     : plural(requestsInFlight, 'request in flight', 'requests in flight')
   const progress = `${known}, ${requests}`
@@ -3479,9 +3486,8 @@ function describeProgress(draining: Draining, doRequestsCome: boolean): string {
 /** Tells whether no request has come for QUIET_MS. */
 class QuietWatch {
   readonly #application: Application
-  /** Whether a request has come since the last look. */
-  hasRequestCome = false
   #requestsBefore: number
+  #requestCameAtMs = -Infinity
   #quietSinceMs = performance.now()
 
   constructor(application: Application) {
@@ -3492,9 +3498,15 @@ class QuietWatch {
   /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
   look(isBusy = false): void {
     const { requests } = this.#application
-    this.hasRequestCome = requests !== this.#requestsBefore
-    if (isBusy || this.hasRequestCome) this.#quietSinceMs = performance.now()
+    const nowMs = performance.now()
+    const hasRequestCome = requests !== this.#requestsBefore
+    if (hasRequestCome) this.#requestCameAtMs = nowMs
+    if (isBusy || hasRequestCome) this.#quietSinceMs = nowMs
     this.#requestsBefore = requests
+  }
+
+  get hasRequestComeLately(): boolean {
+    return performance.now() - this.#requestCameAtMs < QUIET_MS
   }
 
   get isQuiet(): boolean {
@@ -3540,7 +3552,7 @@ export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
 }
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
-  /** They may be an object of the caller's own class, whose methods want it. */
+  /** As they were given, since `onSignal` and `cleanUp` may use `this`. */
   given: ShutdownOptions
   exitAfterMs: number
 }
@@ -3564,7 +3576,16 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
     RangeError
   )
-  return { given: options, ...drainOptions, exitAfterMs }
+  return { given: options, ...drainOptions, minimumMs: fittingMinimumMs(drainOptions), exitAfterMs }
+}
+
+/** A time that cannot be kept costs a warning. */
+function fittingMinimumMs({ minimumMs, timeoutMs }: Required<DrainOptions>): number {
+  const tellingMs = tellingLimitMs({ timeoutMs })
+  if (minimumMs <= tellingMs) return minimumMs
+  const limit = `timeoutMs of ${timeoutMs} leaves ${tellingMs} ms for that`
+  log('warn', `cannot serve for minimumMs of ${minimumMs}: ${limit}; raise timeoutMs`)
+  return tellingMs
 }
 
 /** The environment must not make wrong what code says. */
@@ -3594,7 +3615,7 @@ function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals)
 type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'others' | 'over'
 
 /** How long probers may take to be told: all of the time but what requests have in any case. */
-function tellingLimitMs({ timeoutMs }: CheckedShutdownOptions): number {
+function tellingLimitMs({ timeoutMs }: { timeoutMs: number }): number {
   return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
 }
 
@@ -3606,6 +3627,8 @@ class Shutdown {
   readonly done: Promise<void>
   readonly #options: CheckedShutdownOptions
   readonly #signal: NodeJS.Signals | undefined
+  /** Whoever presses Ctrl-C at a terminal waits for no balancer. */
+  readonly #isAtTerminal: boolean
   readonly #monitor: Monitor
   readonly #application: Application
   /** Whatever is closed, also what is not judged. */
@@ -3618,6 +3641,7 @@ class Shutdown {
   constructor(options: CheckedShutdownOptions, signal: NodeJS.Signals | undefined) {
     this.#options = options
     this.#signal = signal
+    this.#isAtTerminal = signal === 'SIGINT' && process.stdin.isTTY
     this.#monitor = monitor
     this.#application = monitor.application
     this.#applications = [monitor.application, monitor.bystanders]
@@ -3688,17 +3712,16 @@ class Shutdown {
 
   /** Tells whoever probes, and waits for a quiet moment. */
   async #drain(): Promise<void> {
-    const { minimumMs } = this.#options
     const tellingMs = tellingLimitMs(this.#options)
     this.#application.sendClientsElsewhere()
     const draining = this.#beginTelling(tellingMs)
     const isTold = (): boolean => {
-      if (this.#elapsedMs() < minimumMs) return false
-      const isStopped = this.#monitor.draining !== draining
-      return draining === undefined || isStopped || draining.isTold
+      if (this.#isAtTerminal) return true
+      const isTelling = draining !== undefined && this.#monitor.draining === draining
+      return isTelling ? draining.isTold : this.#elapsedMs() >= this.#options.minimumMs
     }
     const isInTime = await pollUntil(isTold, tellingMs)
-    if (!isInTime && draining) log('warn', describeLate(draining, tellingMs))
+    if (!isInTime && draining) log('warn', describeLate(tellingMs, describeProgress(draining)))
 
     this.#enter('settling')
     this.#application.sendSessionsElsewhere()
@@ -3717,10 +3740,10 @@ class Shutdown {
   #beginTelling(tellingMs: number): Draining | undefined {
     if (!this.#monitor.isRunning) return undefined
     const draining = this.#monitor.beginDraining(this.#options)
-    // Whoever presses Ctrl-C at a terminal waits for no balancer.
-    const isAtTerminal = this.#signal === 'SIGINT' && process.stdin.isTTY
-    if (isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
-    if (isAtTerminal) return undefined
+    if (this.#isAtTerminal) {
+      log('info', 'finishes its requests; Ctrl-C again ends it at once')
+      return undefined
+    }
     if (draining.hasSomebodyToTell) log('info', describeWait(draining, tellingMs))
     return draining
   }
@@ -4589,11 +4612,16 @@ addCommand(
       ...databaseFamilies(),
       checkFamily()
     ]
-    const ours = families.filter(({ name }) => !collected.has(name))
+    const ours = families.filter(({ name }) => !isCollected(name, collected))
     return [...ours.flatMap(linesOfFamily), ...[...collected.values()].flat()].join('\n')
   },
   { type: PROMETHEUS_TEXT }
 )
+
+/** OpenMetrics names a counter's family without the `_total` of its samples. */
+function isCollected(name: string, collected: Map<string, string[]>): boolean {
+  return collected.has(name) || collected.has(name.replace(/_total$/, ''))
+}
 
 const collectors: Collector[] = []
 
@@ -5645,9 +5673,8 @@ class Exchange implements Asker {
     return this.session.remoteAddress
   }
 
-  /** Browsers send Sec-Fetch-Site, balancers do not. */
   get isPerson(): boolean {
-    return 'sec-fetch-site' in this.response.req.headers
+    return fetchSiteOf(this.response.req.headers) !== undefined
   }
 
   get local(): boolean {
@@ -5770,40 +5797,16 @@ function attemptOwn<T>(act: () => T): T | undefined {
   try {
     return act()
   } catch (error) {
-    if (!isFaultLogged) log('error', `has a fault: ${errorText(error)}`, ...framesOf(error))
-    isFaultLogged = true
+    const nowMs = performance.now()
+    if (nowMs - faultLoggedAtMs >= FAULT_LOG_MS) {
+      faultLoggedAtMs = nowMs
+      log('error', `has a fault: ${errorText(error)}`, ...framesOf(error))
+    }
     return undefined
   }
 }
 
-let isFaultLogged = false
-
-// Who is on this machine
-
-function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
-  if (remoteAddress === undefined) return false
-  return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
-}
-
-const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
-
-/** Behind a proxy on this machine every visitor looks local. */
-function isForwarded(headers: http.IncomingHttpHeaders): boolean {
-  return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
-}
-
-/** Which site makes a browser send this, in the words of `Sec-Fetch-Site`; undefined where it is no
- *  browser. Older ones send no such header, but each of them claims to be Mozilla. */
-function siteOfBrowser(headers: http.IncomingHttpHeaders): string | undefined {
-  const site = headers['sec-fetch-site']?.toString()
-  if (site !== undefined) return site
-  return headers['user-agent']?.startsWith('Mozilla/') ? 'unknown' : undefined
-}
-
-/** No browser, one in which a person typed our address, or our own page, which refreshes itself. */
-const LOCAL_SITES = [undefined, 'none', 'same-origin']
-
-const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
+let faultLoggedAtMs = -Infinity
 
 // The environment
 
