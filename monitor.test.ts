@@ -4395,7 +4395,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     for (const [index, phase] of phases.entries()) assert.match(phase, expected[index]!)
   })
 
-  test('a fault of our own is logged once, and the application serves', async (t) => {
+  test('a fault of our own is logged once a minute, and the application serves', async (t) => {
     const { server, instancePort, logger } = await bootInstance(t, { performers: WARM })
     const emitForged = () => server.emit('request', trapped(['method', 'url', 'socket']), {})
     server.removeAllListeners('request')
@@ -8064,7 +8064,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       const page = getPage(service.instancePort, '/slow800')
       await service.hasSaid('asked for /slow800')
       service.watched.child.stdin?.write('\x03')
-      const { output } = await service.awaitEnd()
+      const { ms, output } = await service.awaitEnd()
       assert.equal((await page).body, 'served')
       assert.match(output, /cleaned up/)
       assert.doesNotMatch(output, /waits for 127/)

@@ -34,6 +34,7 @@
 //   Databases and checks
 //   Shared calls and counters
 //   Warm-up
+//   Who asks
 //   The view
 //   The health path
 //   Probers
@@ -132,7 +133,7 @@ export interface Database {
   /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
    *  warning in `status`. */
   optional?: boolean
-  /** Has 900 ms to answer; only `true` is connected. A check shares a question that is out. */
+  /** Has 900 ms to answer; only `true` is connected. A check shares a call that is pending. */
   isConnected(): boolean | Promise<boolean>
   /** Lists the open connections, for the command `monitor`. */
   connections?(): OpenConnection[] | Promise<OpenConnection[]>
@@ -142,7 +143,7 @@ export interface Database {
 
 /** Whatever else the instance cannot serve without: it passes if it gives, or resolves to, anything
  *  but `false`, within 900 ms, and does not throw. A check of the instance shares a call that is
- *  out. */
+ *  pending. */
 export type Check = () => unknown
 
 /** What `registerCheck` may be told. */
@@ -366,7 +367,7 @@ const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never an
 const REASON_MAX = 500 // characters; balancers show less
 const CHANGES_MAX = 10 // of the verdict, that the status shows
 const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
-const HEALTHY_POLL_MS = 250 // untilHealthy asks so often, which databases bear for a whole boot
+const HEALTHY_POLL_MS = 250 // of untilHealthy: seldom enough to ask databases for a whole boot
 
 // Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
@@ -1200,7 +1201,7 @@ const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
 // --- The listener --------------------------------------------------------------------------------
 
-/** Our own port: opens it, again and again where an error may pass, and holds the connections that
+/** Our own port: opens it, tries again where the reason may pass, and holds the connections that
  *  came in by it. */
 class Listener {
   readonly clock: Clock
@@ -1268,7 +1269,7 @@ class Listener {
     for (const session of this.#sessions) session?.enforceLimit()
   }
 
-  /** Puts a session in its place, perhaps in that of another kind on the same connection. */
+  /** Puts a session in its place: one of HTTP in that of the lines with which it began. */
   keep(session: Session): void {
     this.#sessions[session.place] = session
   }
@@ -1560,14 +1561,15 @@ class Application {
   readonly #observer: ServerObserver | undefined
   /** All that serve requests, with what takes the hook off each; the first one is the instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
-  /** By response, or by stream where it is HTTP/2. */
-  readonly #inFlight = new Map<object, RequestInFlight>()
-  readonly #clients = new Map<object, Client>()
-  /** All connections; of TLS that below it. Node.js itself forgets some, as before their
-   *  handshake. */
+  // A connection stands in #sockets from its first moment to its last, where Node.js itself forgets
+  // some: of TLS it is the socket below. Who sends requests by it stands in #clients: the socket,
+  // that of TLS after its handshake, or the session of HTTP/2. An upgraded one moves to #upgraded.
   readonly #sockets = new Set<net.Socket>()
+  readonly #clients = new Map<object, Client>()
   /** Connections of WebSockets, say: no request is in flight there. */
   readonly #upgraded = new Set<net.Socket>()
+  /** By response, or by stream where it is HTTP/2. */
+  readonly #inFlight = new Map<object, RequestInFlight>()
   /** How many there have been. */
   #connections = 0
   #isSendingElsewhere = false
@@ -2118,7 +2120,7 @@ const BOOTING = transient('Instance is booting')
 const WARMING_UP = transient('Warmup in progress')
 const SHUTTING_DOWN = transient('Instance is shutting down')
 
-/** A verdict that will be another one by itself. */
+/** A verdict that passes by itself. */
 function transient(reason: string): Verdict {
   return { healthy: false, grade: 'warn', reason, explanation: reason, cause: reason }
 }
@@ -2475,7 +2477,7 @@ class SharedCall {
   readonly #call: () => unknown
   readonly #limitMs: number
   #askedAtMs = -Infinity
-  /** The answer of the call that is out, undefined if none is. */
+  /** The answer of the pending call, undefined if there is none. */
   #answer: Promise<unknown> | undefined
   /** The same, or a rejection with TIMED_OUT when the limit is over. */
   #answerInTime: Promise<unknown> = Promise.resolve()
@@ -2486,8 +2488,8 @@ class SharedCall {
   }
 
   ask(): Promise<unknown> {
-    const isOut = this.#answer !== undefined
-    if (isOut && performance.now() - this.#askedAtMs < QUESTION_MS) return this.#answerInTime
+    const isPending = this.#answer !== undefined
+    if (isPending && performance.now() - this.#askedAtMs < QUESTION_MS) return this.#answerInTime
 
     this.#askedAtMs = performance.now()
     const answer = this.#callBeside(this.#answer, this.#askedAtMs)
@@ -2580,7 +2582,7 @@ export function registerWarmup(site: string, performer: WarmupPerformer): void {
   monitor.warmup.onRegistered(name, wasGreen)
 }
 
-/** Has each page that the environment names loaded as a site of its own, in its order. */
+/** Registers each page that the environment names as a site, which is warmed by loading it. */
 function registerPages(): void {
   for (const page of readPages('FTW_MONITOR_WARMUP')) {
     // What code says comes first.
@@ -2670,8 +2672,6 @@ interface Run {
   /** What is running, and what is still to be done. */
   sites: string[]
   controller: AbortController
-  /** Whether the instance is green meanwhile. */
-  staysGreen: boolean
   /** Resolves to why it failed, '' if it did not. */
   done: Promise<string>
 }
@@ -2688,8 +2688,8 @@ class WarmupRunner {
   /** Our own request for the view bears this token. */
   #token: string | undefined
   readonly #viewController = new AbortController()
-  /** `awaited` until the view has seen our own request, or nobody has answered it. */
-  #life: 'awaited' | 'begun' | 'over' = 'awaited'
+  /** Begun when the view has seen our own request, or nobody has answered that. */
+  #phase: 'askingView' | 'begun' | 'over' = 'askingView'
   /** When what has failed is tried again. */
   #retryAtTickMs: number | undefined
   #retryPauseMs = WARMUP_RETRY_MS
@@ -2703,7 +2703,10 @@ class WarmupRunner {
   }
 
   get stage(): WarmupStage {
-    if (this.#runs.some(({ staysGreen }) => !staysGreen)) return 'running'
+    const isRunAwaited = this.#runs.some((run) =>
+      run.sites.some((name) => this.#site(name).isAwaited)
+    )
+    if (isRunAwaited) return 'running'
     let stage: WarmupStage = 'done'
     for (const name of siteNames()) {
       const site = this.#site(name)
@@ -2727,18 +2730,19 @@ class WarmupRunner {
    *  good. Begins at the view, since performers then run as the work of a request does. */
   begin(): void {
     if (this.#isAutomatic) void this.#beginAtView()
-    else this.#life = 'begun'
+    else this.#phase = 'begun'
   }
 
-  /** Joins a run that still has these sites before it, or queues one. Resolves to why it failed,
-   *  '' if it did not. */
-  warmUp(sites: string[], staysGreen = false): Promise<string> {
+  /** Joins a run that still has these sites before it, or queues one; the instance is red until it
+   *  is over, unless nobody awaits it. Resolves to why it failed, '' if it did not. */
+  warmUp(sites: string[], isAwaited = true): Promise<string> {
     const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
     if (covering) return covering.done
 
+    for (const name of sites) this.#site(name).wait(isAwaited)
     const controller = new AbortController()
     const before = this.#runs.at(-1)?.done
-    const run = { sites: [...sites], controller, staysGreen, done: Promise.resolve('') }
+    const run = { sites: [...sites], controller, done: Promise.resolve('') }
     this.#runs.push(run)
     run.done = this.#perform(run, before)
     return run.done
@@ -2746,16 +2750,13 @@ class WarmupRunner {
 
   /** The view has seen our own request. */
   onView(): void {
-    if (this.#life === 'awaited') this.#life = 'begun'
+    if (this.#phase === 'askingView') this.#phase = 'begun'
   }
 
   /** What is registered when the instance is green does not take it out, unless it fails. */
   onRegistered(name: string, wasGreen: boolean): void {
-    if (this.#life !== 'begun') return
-    const site = this.#site(name)
-    if (site.stage !== 'waiting') return
-    site.wait(!wasGreen)
-    void this.warmUp([name], wasGreen)
+    if (this.#phase !== 'begun' || this.#site(name).stage !== 'waiting') return
+    void this.warmUp([name], !wasGreen)
   }
 
   abort(reason: string): void {
@@ -2764,7 +2765,7 @@ class WarmupRunner {
   }
 
   end(): void {
-    this.#life = 'over'
+    this.#phase = 'over'
     this.abort('the monitor was stopped')
   }
 
@@ -2778,9 +2779,9 @@ class WarmupRunner {
 
   async #beginAtView(): Promise<void> {
     await this.#askView()
-    if (this.#life === 'over') return
-    this.#life = 'begun'
-    this.#warmWhatRemains()
+    if (this.#phase === 'over') return
+    this.#phase = 'begun'
+    this.#takeNextStep()
   }
 
   /** That the view is there is proved by our token alone: a catch-all route, or another worker,
@@ -2791,7 +2792,7 @@ class WarmupRunner {
 
     this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
     clock.schedule(VIEW_MS, () => {
-      if (this.#life === 'awaited') this.#viewController.abort()
+      if (this.#phase === 'askingView') this.#viewController.abort()
     })
     try {
       const answer = await fetch(`${instance.url}/@@warmup`, {
@@ -2806,11 +2807,11 @@ class WarmupRunner {
   }
 
   /** Warms what still waits, and tries again what has failed. */
-  #warmWhatRemains(): void {
+  #takeNextStep(): void {
     const { isInstanceClosing, clock } = this.#monitor
-    if (this.#life !== 'begun' || this.#runs.length > 0 || currentShutdown) return
+    if (this.#phase !== 'begun' || this.#runs.length > 0 || currentShutdown) return
     if (isInstanceClosing) {
-      clock.schedule(TICK_MS, () => this.#warmWhatRemains()) // one of another process may come back
+      clock.schedule(TICK_MS, () => this.#takeNextStep()) // one of another process may come back
       return
     }
 
@@ -2836,9 +2837,9 @@ class WarmupRunner {
   readonly #retry = (): void => {
     this.#retryAtTickMs = undefined
     for (const site of this.sites) {
-      if (site.stage === 'failed') site.wait(site.isAwaited)
+      if (site.stage === 'failed') site.wait(true)
     }
-    this.#warmWhatRemains()
+    this.#takeNextStep()
   }
 
   /** What it may have failed for is there again. */
@@ -2873,7 +2874,7 @@ class WarmupRunner {
 
     clock.cancel(expire) // work that goes on after the warm-up must not be aborted
     this.#runs.shift() // it was the first, since each waits for the one before it
-    this.#warmWhatRemains()
+    this.#takeNextStep()
     return describeFailures(sites)
   }
 
@@ -2894,7 +2895,7 @@ class WarmupRunner {
   }
 
   #logOutcome({ name, failure, seconds }: Site, position: string): void {
-    if (this.#life === 'over') return
+    if (this.#phase === 'over') return
     const outcome = failure ? `failed (${failure})` : 'is warm'
     const text = `(${position}) ${name} ${outcome} after ${seconds.toFixed(1)} s`
     log(failure ? 'warn' : 'info', text)
@@ -2977,6 +2978,70 @@ function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
   })
 }
 
+// --- Who asks ------------------------------------------------------------------------------------
+
+// Whether somebody on this machine asks. Behind a proxy on it all visitors look local, and any web
+// page can make a browser on it send a request. So two rules stand here: one for the service's own
+// port, to which visitors come, and a kinder one for the monitor's port, to which nobody forwards
+// them.
+
+/** At the service's port no browser is believed, since it may be a visitor's behind a proxy that
+ *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks then. */
+function isLocalVisitor({ headers, httpVersion, socket }: http.IncomingMessage): boolean {
+  if (httpVersion === '1.0' || fetchSiteOf(headers) !== undefined) return false
+  if (TOKEN_HEADER in headers) return false // of another instance
+  return isLocalSocket(socket) && isForOwnName(headers) && !isForwarded(headers)
+}
+
+/** At the monitor's port a person may look by a browser. */
+function isLocalOperator({ headers }: http.IncomingMessage, session: Session): boolean {
+  const isOnUnixSocket = session.listener.unixSocket !== undefined // no page reaches that
+  if (!session.local || (!isOnUnixSocket && !isForOwnName(headers))) return false
+  return !isForwarded(headers) && LOCAL_SITES.includes(fetchSiteOf(headers))
+}
+
+/** No browser, one in which a person typed our address, or our own page, which refreshes itself. */
+const LOCAL_SITES = [undefined, 'none', 'same-origin']
+
+function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
+  if (remoteAddress === undefined) return false
+  return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
+}
+
+const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
+
+function isForwarded(headers: http.IncomingHttpHeaders): boolean {
+  return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
+}
+
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
+
+/** Which site makes a browser send this, in the words of `Sec-Fetch-Site`; undefined where it is no
+ *  browser. Old ones never send that header, and the others not without TLS, but all of them claim
+ *  to be Mozilla. */
+function fetchSiteOf(headers: http.IncomingHttpHeaders): string | undefined {
+  const site = headers['sec-fetch-site']?.toString()
+  if (site !== undefined) return site
+  return headers['user-agent']?.startsWith('Mozilla/') ? 'unknown' : undefined
+}
+
+/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
+ *  name. */
+function isForOwnName(headers: http.IncomingHttpHeaders): boolean {
+  const host = headers.host ?? headers[':authority']?.toString()
+  if (!host) return true // HTTP/1.0
+  const name = nameInHost(host)
+  if (name === 'localhost' || net.isIP(name) !== 0) return true
+  return monitor.instance !== undefined && name === nameInHost(new URL(monitor.instance.url).host)
+}
+
+function nameInHost(host: string): string {
+  const [, ipv6, name = ''] = HOST_HEADER.exec(host.toLowerCase()) ?? []
+  return ipv6 ?? name
+}
+
+const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
+
 // --- The view ------------------------------------------------------------------------------------
 
 /** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
@@ -3020,7 +3085,7 @@ function viewRefusal(
   request: http.IncomingMessage,
   isOurs: boolean
 ): [status: number, text: string] | undefined {
-  if (!isOurs && !isFromHere(request)) return [403, 'Only this machine may ask for a warm-up']
+  if (!isOurs && !isLocalVisitor(request)) return [403, 'Only this machine may ask for a warm-up']
   if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
   if (!monitor.instance) return [503, 'The monitor is not started']
   return undefined
@@ -3056,32 +3121,6 @@ function warmupSite(url: string): string | undefined {
 
 const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
 
-/** Visitors look local behind a proxy on this machine that adds no header. nginx before 1.29.7
- *  speaks HTTP/1.0 then. A browser may be a visitor's, whatever it says of the site. */
-function isFromHere(request: http.IncomingMessage): boolean {
-  const { headers, httpVersion, socket } = request
-  if (TOKEN_HEADER in headers) return false // of another instance
-  if (httpVersion === '1.0' || siteOfBrowser(headers) !== undefined) return false
-  return isLocalSocket(socket) && isOwnName(request) && !isForwarded(headers)
-}
-
-/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
- *  name. */
-function isOwnName({ headers }: http.IncomingMessage): boolean {
-  const host = headers.host ?? headers[':authority']?.toString()
-  if (!host) return true // HTTP/1.0
-  const name = nameInHost(host)
-  if (name === 'localhost' || net.isIP(name) !== 0) return true
-  return monitor.instance !== undefined && name === nameInHost(new URL(monitor.instance.url).host)
-}
-
-function nameInHost(host: string): string {
-  const [, ipv6, name = ''] = HOST_HEADER.exec(host.toLowerCase()) ?? []
-  return ipv6 ?? name
-}
-
-const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
-
 // --- The health path -----------------------------------------------------------------------------
 
 // A path at which the service's own port answers the verdict before the service sees the request,
@@ -3107,7 +3146,7 @@ async function answerHealth(
 ): Promise<void> {
   const { probers, instance } = monitor
   const address = remoteAddress ?? instance?.path
-  const isBrowser = siteOfBrowser(headers) !== undefined
+  const isBrowser = fetchSiteOf(headers) !== undefined
   if (address !== undefined && !isBrowser && !isForwarded(headers)) {
     const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
     const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
@@ -3357,7 +3396,7 @@ function toDrainOptions({
   return { reason, fall, timeoutMs, minimumMs }
 }
 
-/** That the instance drains, and who is to be told. */
+/** The drain that goes on: what probers are told, and which of them must be. */
 class Draining {
   reason: string
   readonly waitFor: Prober[]
@@ -3538,8 +3577,10 @@ function unreffedPause(ms: number): Promise<void> {
 /** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
  *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
  *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
- *  Called twice it is one shutdown. Rejects with a `TypeError` or `RangeError` for options that
- *  are wrong. */
+ *  Called twice it is one shutdown. A call from within `onSignal` or `cleanUp` would wait for
+ *  itself: it resolves at once, with a warning. With `shutdownOnSignal` so does every call while
+ *  `cleanUp` runs. Do not call it in `onSignal` after an await. Rejects with a `TypeError` or
+ *  `RangeError` for options that are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   if (preloaded) return preloaded.shutdown(options)
   const checked = toShutdownOptions(options)
@@ -3692,7 +3733,7 @@ class Shutdown {
   /** Whether a call of shutdown() comes from `onSignal` or `cleanUp`: it does while they are
    *  called, and later on where nobody else has the signal yet. */
   get isAskedByItself(): boolean {
-    return this.#isCallingBack || (this.phase === 'cleaning' && signals.areHeldBack)
+    return this.#isCallingBack || (this.phase === 'cleaning' && signals.holdsBack)
   }
 
   /** Whether nothing of ours is still to be done. */
@@ -3846,8 +3887,9 @@ function isServerClosed(error: unknown): boolean {
  *  of the signal have it when `cleanUp` is done, and 5 s to end the process in their own way. One
  *  that comes again changes nothing before that, and ends the process after it; only a `SIGINT` a
  *  second or more after the first signal ends it at once, with 130. Called again it replaces the
- *  options. May come before or after `start`, and works without a monitor. `stop()` takes the
- *  listeners off. Throws a `TypeError` or `RangeError` for wrong options. */
+ *  options. May come before or after `start`. Where that was never called no server is known, and
+ *  requests in flight are not waited for, as without us. `stop()` takes the listeners off. Throws
+ *  a `TypeError` or `RangeError` for wrong options. */
 export function shutdownOnSignal(options: ShutdownOptions = {}): void {
   if (preloaded) return preloaded.shutdownOnSignal(options)
   const checked = toShutdownOptions(options)
@@ -3898,8 +3940,8 @@ class Signals {
     return this.options !== undefined
   }
 
-  /** Whether nobody else hears of them now. */
-  get areHeldBack(): boolean {
+  /** Whether nobody else hears of them before a shutdown has cleaned up. */
+  get holdsBack(): boolean {
     return this.areHeard && !ARE_SIGNALS_TOLD_PAST_US
   }
 
@@ -4070,7 +4112,8 @@ interface Asker extends Connection {
   reply(text: string, code: number, type: string): void
 }
 
-type Answer = Mode | void | Promise<Mode | void>
+/** What follows on its connection, when it has replied. */
+type Outcome = Mode | void | Promise<Mode | void>
 
 interface Entry {
   doc: string
@@ -4080,7 +4123,7 @@ interface Entry {
   hidden: boolean
   /** The media type of what it writes. */
   type: string
-  run(asker: Asker, args: string[]): Answer
+  run(asker: Asker, args: string[]): Outcome
   /** When a failure of it was logged last. */
   loggedAtMs: number
 }
@@ -4166,7 +4209,7 @@ function checkedMode(name: string, answer: unknown): Mode | void {
 }
 
 /** Runs a command, for lines and HTTP alike; whatever goes wrong becomes a line for the asker. */
-function runCommand(name: string, args: string[], asker: Asker): Answer {
+function runCommand(name: string, args: string[], asker: Asker): Outcome {
   const entry = commands.get(name)
   if (!entry || (asker.isHttp && !entry.http)) return refuseUnknown(name, asker)
   if (entry.local && !asker.local) return asker.reply(forThisMachine(name), 403, PLAIN_TEXT)
@@ -5038,7 +5081,7 @@ function renderJson(known: Status): string {
   const rows = rowsOf(known)
   const isComplete = rows.every(({ grade }) => grade === 'pass')
   const whole = {
-    status: gradeOf(known.healthy, isComplete),
+    status: jsonStatusOf(known.healthy, isComplete),
     ...(!known.healthy && { output: known.reason }),
     description: known.url,
     checks: checksOf([
@@ -5052,7 +5095,8 @@ function renderJson(known: Status): string {
   return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
 }
 
-function gradeOf(isHealthy: boolean, isComplete: boolean): Grade {
+/** What is to get no requests is `fail` here, also where that will pass by itself. */
+function jsonStatusOf(isHealthy: boolean, isComplete: boolean): Grade {
   if (!isHealthy) return 'fail'
   return isComplete ? 'pass' : 'warn'
 }
@@ -5144,7 +5188,7 @@ function sinceWhen({ changes }: Status): string {
   return `For ${duration((Date.now() - Date.parse(time)) / 1_000)}, since ${toSecond(time)}`
 }
 
-/** By this, several tabs differ: `web1, process 4711, shop 2.3.1`. */
+/** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. */
 function describeProcess({ headers }: http.IncomingMessage): string {
   const host = readEnv('HOSTNAME') ?? nameInHost(headers.host ?? '')
   const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
@@ -5568,9 +5612,8 @@ function becomeHttp(lines: LineSession): void {
 }
 
 function onMonitorRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
-  const session = (request.socket as ClientSocket)[SESSION]
-  if (session instanceof HttpSession) session.accept(new Exchange(session, response))
-  else response.destroy() // stopped meanwhile
+  const { [SESSION]: session } = request.socket as net.Socket & { [SESSION]: HttpSession }
+  session.accept(new Exchange(session, response))
 }
 
 /** A connection that sends HTTP. Its requests are answered one after the other. */
@@ -5582,12 +5625,12 @@ class HttpSession extends Session {
   constructor(lines: LineSession) {
     super(lines.listener, lines.socket, lines.place, lines.number)
     this.isProxied = lines.isProxied
-    this.phaseSinceTickMs = lines.phaseSinceTickMs // the head has its 60 s from its first byte on
+    this.phaseSinceTickMs = lines.phaseSinceTickMs // its head has 60 s since the connection came
   }
 
   accept(exchange: Exchange): void {
     this.requests++
-    if (this.requests === REQUESTS_PER_CONNECTION) this.acceptNoMore(exchange)
+    if (this.requests === REQUESTS_PER_CONNECTION) this.endAfter(exchange)
     this.waiting.push(exchange)
     if (!this.current) this.answerNext()
   }
@@ -5595,7 +5638,7 @@ class HttpSession extends Session {
   /** The connection ends behind this answer, or Node.js would send a 503 for each request that is
    *  dropped. It would destroy the socket, too: where something is unread, that is a reset, by
    *  which a client may lose answers. */
-  acceptNoMore({ response }: Exchange): void {
+  endAfter({ response }: Exchange): void {
     response.shouldKeepAlive = false
     this.socket.destroySoon = (): void => this.end()
   }
@@ -5678,14 +5721,10 @@ class Exchange implements Asker {
   }
 
   get local(): boolean {
-    const { req: request } = this.response
-    const isOnUnixSocket = this.session.listener.unixSocket !== undefined // no page reaches that
-    if (!this.session.local || (!isOnUnixSocket && !isOwnName(request))) return false
-    const { headers } = request
-    return !isForwarded(headers) && LOCAL_SITES.includes(siteOfBrowser(headers))
+    return isLocalOperator(this.response.req, this.session)
   }
 
-  run(): Answer {
+  run(): Outcome {
     const { method = '' } = this.response.req
     if (method !== 'GET' && method !== 'HEAD') {
       const allowed = { Allow: 'GET, HEAD' }
@@ -5778,7 +5817,7 @@ function isWord(name: unknown): boolean {
   return typeof name === 'string' && /^[^\s\p{C}]+$/u.test(name)
 }
 
-/** A method that is applied to its object later. */
+/** A method to be called by `Reflect.apply`, which says whose it is. */
 function methodOf<T extends object, Name extends keyof T>(owner: T, name: Name): T[Name] {
   return owner[name]
 }
@@ -5792,7 +5831,8 @@ function attempt<T>(look: () => T): T | undefined {
   }
 }
 
-/** The same for what is ours, and is not to fail: the first failure is logged. */
+/** The same for what is ours, and is not to fail: that it did is logged now and then, since what
+ *  fails at each request would flood the log. */
 function attemptOwn<T>(act: () => T): T | undefined {
   try {
     return act()
@@ -6063,7 +6103,7 @@ function exitStatus(words: string[], reply: string): number {
 
 const isOk = (reply: string): boolean => reply === 'OK\n'
 
-/** What only one reply of says that the instance, or the command, is well. */
+/** Commands that have succeeded only if their reply is a certain one. */
 const SUCCESSES = new Map<string, (reply: string) => boolean>([
   ['health_check', isOk],
   ['readyz', isOk],
