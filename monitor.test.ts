@@ -7492,6 +7492,39 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     })
   }
 
+  for (const name of ['onSignal', 'cleanUp']) {
+    test(`a shutdown() that ${name} awaits later on does not wait for itself until exitAfterMs`, async (t) => {
+      const service = startService(
+        t,
+        `
+        const callback = async () => {
+          await pause(100)
+          await monitor.shutdown()
+          print('${name} goes on')
+        }
+        await listen()
+        await begin()
+        await monitor.shutdown({ timeoutMs: 500, exitAfterMs: 2_500, ${name}: callback })
+        print('all done')`
+      )
+      const { status, output } = await service.awaitEnd()
+      assertOrder(output, `${name} goes on`, 'all done')
+      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    })
+  }
+
+  test('a second shutdown() is over when the first is, with a cleanUp of some time', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    let isCleanedUp = false
+    const cleanUp = async () => {
+      await pause(700)
+      isCleanedUp = true
+    }
+    void monitor.shutdown({ cleanUp })
+    await monitor.shutdown()
+    assert.ok(isCleanedUp)
+  })
+
   test('a shutdown closes all servers, and each request finishes', async (t) => {
     const service = await bootService(t, {
       script: `

@@ -394,6 +394,7 @@ const POLL_MS = 25 // draining and shutdown look so often whether they may go on
 const REQUESTS_MS = 5_000 // of timeoutMs, that requests have after the last prober
 const TELLING_SHARE = 4 / 5 // of timeoutMs at least, where that is short
 const SETTLE_MS = 2_000 // for a quiet moment, where nobody was told: traffic may know no pause
+const CALLBACKS_MS = 5_000 // for onSignal and cleanUp, which may wait for a shutdown() of their own
 const OTHERS_MS = 5_000 // for whoever else listens for the signal
 const INSIST_MS = 1_000 // one stop may arrive twice; a person who presses Ctrl-C again takes longer
 const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for cleanUp
@@ -3577,10 +3578,10 @@ function unreffedPause(ms: number): Promise<void> {
 /** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
  *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
  *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
- *  Called twice it is one shutdown. A call from within `onSignal` or `cleanUp` would wait for
- *  itself: it resolves at once, with a warning. With `shutdownOnSignal` so does every call while
- *  `cleanUp` runs. Do not call it in `onSignal` after an await. Rejects with a `TypeError` or
- *  `RangeError` for options that are wrong. */
+ *  Called twice it is one shutdown. A call in `onSignal` or `cleanUp` would wait for itself: it
+ *  resolves at once, with a warning, and with `shutdownOnSignal` so does every call while `cleanUp`
+ *  runs. Where it cannot be told who calls, a second call waits for those two 5 s at most. Rejects
+ *  with a `TypeError` or `RangeError` for options that are wrong. */
 export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   if (preloaded) return preloaded.shutdown(options)
   const checked = toShutdownOptions(options)
@@ -3589,7 +3590,8 @@ export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
     log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
     return
   }
-  await beginShutdown(checked)
+  if (currentShutdown) await currentShutdown.join()
+  else await beginShutdown(checked)
 }
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
@@ -3678,6 +3680,11 @@ class Shutdown {
   /** What is still to be done, in words. */
   readonly #undone = new Set<string>()
   #resolveDone: () => void = doNothing
+  /** Whether somebody waits for it who did not begin it. */
+  #isJoined = false
+  /** Resolves when whoever joined may be what it waits for. */
+  readonly #released: Promise<void>
+  #release: () => void = doNothing
 
   constructor(options: CheckedShutdownOptions, signal: NodeJS.Signals | undefined) {
     this.#options = options
@@ -3688,6 +3695,9 @@ class Shutdown {
     this.#applications = [monitor.application, monitor.bystanders]
     this.done = new Promise((resolve) => {
       this.#resolveDone = resolve
+    })
+    this.#released = new Promise((resolve) => {
+      this.#release = resolve
     })
   }
 
@@ -3710,7 +3720,10 @@ class Shutdown {
     this.#enter('cleaning')
     const cleaned = this.#do('cleanUp', () => this.#callBack(() => given.cleanUp?.(event)))
     await this.#do('upgraded connections', () => this.#endUpgraded())
+    const callbacksMs = Math.min(CALLBACKS_MS, (exitAfterMs - this.#elapsedMs()) / 2)
+    const releaseTimer = setTimeout(() => this.#releaseJoined(), callbacksMs).unref()
     await Promise.all([told, cleaned])
+    clearTimeout(releaseTimer)
 
     this.#enter('others')
     clearTimeout(deadline) // all is done: what the others have ended may end the process
@@ -3749,6 +3762,22 @@ class Shutdown {
     } finally {
       this.#isCallingBack = false
     }
+  }
+
+  /** For a call of shutdown() that did not begin it. */
+  async join(): Promise<void> {
+    this.#isJoined = true
+    await Promise.race([this.done, this.#released])
+  }
+
+  #releaseJoined(): void {
+    if (this.#isJoined) {
+      log(
+        'warn',
+        'resolves shutdown() before it is over: onSignal or cleanUp may be waiting for it'
+      )
+    }
+    this.#release()
   }
 
   /** Tells whoever probes, and waits for a quiet moment. */
