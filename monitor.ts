@@ -483,11 +483,20 @@ export async function stop(): Promise<void> {
 //   new, searching ── waiting ── booting ── accepting ── closed ── waiting
 //   any of them ── stopped
 
-/** `new`: nobody has called `start`. `stopped`: switched off, given up, or over. `searching`: by
- *  itself, for the server with which it begins; there may never be one. `waiting`: for the server
- *  to listen. `booting`: the instance is known, and does not accept connections yet. `accepting`:
- *  it does. `closed`: its server is, and may listen again. */
-type MonitorState = 'new' | 'stopped' | 'searching' | 'waiting' | 'booting' | 'accepting' | 'closed'
+type MonitorState =
+  | 'new' // nobody has called start()
+  | 'stopped' // switched off, given up, or over
+  | 'searching' // by itself, for the server with which it begins; there may never be one
+  | 'waiting' // for the server to listen
+  | 'booting' // the instance is known, and does not accept connections yet
+  | 'accepting' // it does
+  | 'closed' // its server is closed, and may listen again
+
+/** Nothing is to be asked, nor to be waited for, unless `start` is called. */
+const OFF = new Set<MonitorState>(['new', 'stopped'])
+
+/** The clock ticks; the port is open, or will be. The others are neither off nor running. */
+const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
 
 class Monitor {
   state: MonitorState
@@ -525,14 +534,12 @@ class Monitor {
     })
   }
 
-  /** There is nothing to ask, nor to wait for, unless `start` is called. */
   get isOff(): boolean {
-    return this.state === 'new' || this.state === 'stopped'
+    return OFF.has(this.state)
   }
 
-  /** Its clock ticks; its port is open, or will be. */
   get isRunning(): boolean {
-    return !DORMANT.has(this.state)
+    return RUNNING.has(this.state)
   }
 
   /** Whether start() may be called: nobody has, or this one found no port to listen on. */
@@ -806,8 +813,6 @@ class Monitor {
     return listener?.close() ?? Promise.resolve()
   }
 }
-
-const DORMANT = new Set<MonitorState>(['new', 'stopped', 'searching', 'closed'])
 
 const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'logger']
 
@@ -3400,7 +3405,7 @@ function toDrainOptions({
 /** The drain that goes on: what probers are told, and which of them must be. */
 class Draining {
   reason: string
-  readonly waitFor: Prober[]
+  readonly awaitedProbers: Prober[]
   readonly #probers: Probers
   readonly #application: Application
   readonly #sinceMs = performance.now()
@@ -3416,7 +3421,7 @@ class Draining {
   ) {
     this.#probers = probers
     this.#application = application
-    this.waitFor = probers.chooseFrequent()
+    this.awaitedProbers = probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
     this.#earliestMs = this.#sinceMs + minimumMs
@@ -3432,11 +3437,11 @@ class Draining {
   /** Whether each of them knows, and `minimumMs` is over. */
   get isTold(): boolean {
     if (performance.now() < this.#earliestMs) return false
-    return !this.waitFor.some((prober) => this.#probers.isMissing(prober, this.#fall))
+    return !this.awaitedProbers.some((prober) => this.#probers.isMissing(prober, this.#fall))
   }
 
   get hasSomebodyToTell(): boolean {
-    return this.waitFor.length > 0
+    return this.awaitedProbers.length > 0
   }
 
   /** For whoever looks now; the command waits for QUIET_MS of this. */
@@ -3445,8 +3450,12 @@ class Draining {
   }
 
   get status(): DrainingStatus {
-    const informed = this.waitFor.filter(({ drainedAnswers }) => drainedAnswers >= this.#fall)
-    const missing = this.waitFor.filter((prober) => this.#probers.isMissing(prober, this.#fall))
+    const informed = this.awaitedProbers.filter(
+      ({ drainedAnswers }) => drainedAnswers >= this.#fall
+    )
+    const missing = this.awaitedProbers.filter((prober) =>
+      this.#probers.isMissing(prober, this.#fall)
+    )
     return {
       seconds: (performance.now() - this.#sinceMs) / 1_000,
       probers: informed.length + missing.length,
@@ -3498,8 +3507,8 @@ async function untilDrained(
 }
 
 /** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
-function describeWait({ waitFor }: Draining, limitMs: number): string {
-  const probers = waitFor.map(({ shownAddress, intervalMs }) => {
+function describeWait({ awaitedProbers }: Draining, limitMs: number): string {
+  const probers = awaitedProbers.map(({ shownAddress, intervalMs }) => {
     return `${shownAddress} (asks every ${(intervalMs / 1_000).toFixed(1)} s)`
   })
   return `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`
