@@ -2097,6 +2097,17 @@ describeInProcess('Addresses', ALONE, () => {
     await untilHealthy(address.port)
   })
 
+  test("where it has given up for a wrong setting the health path is red, and not the application's", async (t) => {
+    const server = await serve(t)
+    const monitor = await importMonitor(t)
+    setEnvironment(t, { FTW_MONITOR_URL: 'localhost:8080', FTW_MONITOR_HEALTH_PATH: '/ready' })
+    assert.equal(await monitor.start({ server, logger: recorder() }), false)
+    const { status, body } = await getPage(portOf(server), '/ready')
+    assert.deepEqual([status, body], [503, 'Instance is booting\n'])
+    await monitor.stop()
+    assert.equal((await getPage(portOf(server), '/ready')).body, 'hello')
+  })
+
   test('a minimumMs that does not fit into the time for telling is cut, with a warning', async (t) => {
     const { monitor, logger } = await bootInstance(t, { performers: WARM })
     monitor.shutdownOnSignal({ minimumMs: 20_000 })
@@ -2617,6 +2628,20 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.ok(Number(ms) > 1_400 && Number(ms) < 10_000, output)
     assert.match(output, /^ftw-monitor .*\bserver\b/m)
     assert.equal(status, 0, output)
+  })
+
+  test('a server beside the instance has time of its own for its requests, whatever the instance serves', async (t) => {
+    const service = await bootWithLate(t, '; options.timeoutMs = 3_000')
+    const endless = assert.rejects(getPage(service.instancePort, '/hang'))
+    await service.hasSaid('asked for /hang')
+    const { load, done } = loadUntilRefused(t, service.otherPort, '/slow400', 50)
+    await until(() => load.served > 3, 'the load runs')
+    const { output } = await service.end()
+    await inTime(done, 'the load is over')
+    await endless
+    assert.deepEqual([load.failures, load.served], [[], load.sent])
+    const cut = 'ftw-monitor cuts 1 request that is still in flight after 3 s'
+    assert.deepEqual(linesOfShutdown(output), [cut])
   })
 
   test('a server that listens later is closed and waited for', async (t) => {
@@ -4628,6 +4653,18 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilVerdict(monitor)
   })
 
+  test('a page is not asked for while the instance boots', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
+    const monitor = await importMonitor(t)
+    const server = http.createServer(hello)
+    const logger = recorder()
+    void monitor.start({ server, listen: LOOPBACK, logger })
+    assert.equal((await monitor.health()).reason, 'Instance is booting')
+    assert.deepEqual(logger.lines, [])
+    await startListening(t, server)
+    await untilVerdict(monitor)
+  })
+
   test('a check that hangs is told so within a second', async (t) => {
     const timers = takeTimers(t, ['setTimeout'])
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -5359,6 +5396,26 @@ describeInProcess('Warm-up', TOGETHER, () => {
     isBroken = false
     await untilVerdict(monitor)
     assert.equal(await stageOf('/late'), 'warm')
+  })
+
+  test("an operator's warm-up of a site that is warmed in the background takes the instance out", async (t) => {
+    const gate = latch()
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.registerWarmup('/late', () => gate.opened)
+    const late = async () => (await monitor.status()).warmup.find(({ site }) => site === '/late')
+    await until(async () => (await late())?.status === 'running', 'it is being warmed')
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    const one = await converse(t, port)
+    one.say('warmup /late\n')
+    const all = await converse(t, port)
+    all.say('warmup\n')
+    const isOut = async () => (await ask(port, 'health_check\n')) === 'Warmup in progress\n'
+    await until(isOut, 'the instance is out')
+    assert.equal((await late())?.status, 'running')
+    gate.open()
+    await until(() => one.isClosed && all.isClosed, 'both are over')
+    assert.deepEqual([one.transcript, all.transcript], Array(2).fill('Warmup successful\n'))
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
   test('a request for a site during a run that is past it is a new run', async (t) => {
@@ -7190,6 +7247,44 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.ok(endedAfterMs > 990, `ended after ${endedAfterMs} ms`)
     assert.ok(closedAfterMs > 1_990, `closed after ${closedAfterMs} ms`)
     assert.ok(endedAfterMs < closedAfterMs, `${endedAfterMs} ms, ${closedAfterMs} ms`)
+  })
+
+  test('a WebSocket over HTTP/2 is an upgraded connection, and has its goodbye', async (t) => {
+    const server = http2.createServer({ settings: { enableConnectProtocol: true } })
+    const streams: http2.ServerHttp2Stream[] = []
+    server.on('stream', (stream: http2.ServerHttp2Stream) => {
+      stream.on('error', () => {})
+      stream.respond({ ':status': 200 })
+      streams.push(stream)
+    })
+    await startListening(t, server)
+    const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+    const session = await connectSession(t, instancePort)
+    assert.ok(session)
+    if (!session.remoteSettings.enableConnectProtocol) await once(session, 'remoteSettings')
+    const webSocket = session.request({
+      ':method': 'CONNECT',
+      ':protocol': 'websocket',
+      ':path': '/'
+    })
+    let text = ''
+    webSocket.setEncoding('utf8').on('data', (part) => {
+      text += part
+    })
+    await until(() => streams.length === 1, 'it is open')
+    const { requestsInFlight, upgradedConnections } = await monitor.status()
+    assert.deepEqual([requestsInFlight, upgradedConnections], [0, 1])
+    const ms = await timeOf(monitor.shutdown({ cleanUp: () => void streams[0]?.end('goodbye') }))
+    await until(() => text === 'goodbye', 'it hears the goodbye')
+    assert.ok(ms < 10_000, `${ms} ms`) // not after 25 s
+  })
+
+  test('shutdown() without options takes those of shutdownOnSignal', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    const calls: string[] = []
+    monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => void calls.push('cleanUp') })
+    await monitor.shutdown()
+    assert.deepEqual(calls, ['cleanUp'])
   })
 
   test('cleanUp and onSignal may be methods of a class', async (t) => {
@@ -12228,6 +12323,33 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(await waiting.exit, 0, waiting.output)
     assert.match(waiting.stdout, /^\d+\.\d s {2}OK\n$/m)
     assert.equal(await askWhomItWaitsFor(port), 0)
+  })
+
+  test('no reply at all, and figures that cannot be had, are no success', async (t) => {
+    const tunnel = net.createServer((socket) => {
+      socket.on('error', () => {})
+      socket.end()
+    })
+    await startListening(t, tunnel)
+    const nowhere = { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(tunnel)}` }
+    for (const words of [['health_check'], ['livez'], ['resume'], ['queue']]) {
+      const { status, stderr } = await runProgram(t, words, { env: nowhere })
+      assert.deepEqual([status, stderr], [2, 'ftw-monitor: no answer\n'], words.join())
+    }
+
+    let isConnected = true
+    const { port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => isConnected } }
+    })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    for (const expected of [0, 1]) {
+      for (const words of [['zeostatus'], ['perf_metrics']]) {
+        const { status, stdout } = await runProgram(t, words, { env })
+        assert.equal(status, expected, stdout)
+      }
+      isConnected = false
+    }
   })
 
   test('`ftw-monitor wait` and `status` take nothing but a healthy monitor for one', async (t) => {

@@ -1462,12 +1462,16 @@ interface Http2Session extends NodeJS.EventEmitter {
   readonly destroyed: boolean
 }
 
+/** The connection of a WebSocket, say; over HTTP/2 it is a stream. */
+type Upgraded = net.Socket | Http2Stream
+
 /** A request of HTTP/2. */
 interface Http2Stream extends NodeJS.EventEmitter {
   readonly session?: Http2Session
   readonly sentHeaders?: Record<string, unknown>
+  readonly destroyed: boolean
   respond(headers: Record<string, unknown>): void
-  end(body: string): void
+  end(body?: string): void
   destroy(): void
 }
 
@@ -1573,7 +1577,7 @@ class Application {
   readonly #sockets = new Set<net.Socket>()
   readonly #clients = new Map<object, Client>()
   /** Connections of WebSockets, say: no request is in flight there. */
-  readonly #upgraded = new Set<net.Socket>()
+  readonly #upgraded = new Set<Upgraded>()
   /** By response, or by stream where it is HTTP/2. */
   readonly #inFlight = new Map<object, RequestInFlight>()
   /** How many there have been. */
@@ -1752,6 +1756,10 @@ class Application {
 
     const method = String(headers[':method'])
     const client = this.#clients.get(session) ?? this.#addClient(session)
+    if (method === 'CONNECT') {
+      trackUntilClose(this.#upgraded, stream)
+      return
+    }
     const isHealth = this.#isJudged && isForHealth(method, path)
     if (isHealth) {
       this.#onHealthStream(stream, headers, client)
@@ -1779,6 +1787,7 @@ class Application {
 
   /** From now on it is no client that sends requests. */
   #onUpgrade(socket: net.Socket): void {
+    if ('stream' in socket) return // a response of HTTP/2, whose stream is known
     this.#clients.delete(socket)
     trackUntilClose(this.#upgraded, socket)
   }
@@ -1901,9 +1910,13 @@ class Application {
     return count
   }
 
-  /** Ends all connections that were not upgraded. */
-  destroyConnections(): void {
-    for (const { peer } of this.#clients.values()) attempt(() => peer.destroy())
+  /** Ends all connections that were not upgraded; over HTTP/2 those by which no WebSocket goes. */
+  endConnections(): void {
+    const goingOn = new Set<unknown>()
+    for (const peer of this.#upgraded) goingOn.add('session' in peer ? peer.session : peer)
+    for (const { peer } of this.#clients.values()) {
+      if (!goingOn.has(peer)) attempt(() => peer.destroy())
+    }
     for (const server of this.#unhooks.keys()) {
       if (server instanceof net.Server) continue
       attempt(() => (server as net.Server).close())
@@ -1997,14 +2010,15 @@ function isDestroyed(peer: object): boolean {
   return 'destroyed' in peer && peer.destroyed === true
 }
 
-function trackUntilClose(all: Set<net.Socket>, socket: net.Socket): void {
-  if (socket.destroyed) return // its 'close' is past
-  socket.once('close', () => all.delete(socket))
-  all.add(socket)
+function trackUntilClose<T extends Upgraded>(all: Set<T>, peer: T): void {
+  if (peer.destroyed) return // its 'close' is past
+  const emitter: NodeJS.EventEmitter = peer
+  emitter.once('close', () => all.delete(peer))
+  all.add(peer)
 }
 
-function destroyAll(sockets: Set<net.Socket>): void {
-  for (const socket of sockets) attempt(() => socket.destroy())
+function destroyAll(peers: Set<Upgraded>): void {
+  for (const peer of peers) attempt(() => peer.destroy())
 }
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
@@ -2362,8 +2376,8 @@ function registerPageChecks(healthPath: string | undefined): void {
 }
 
 async function checkPage(page: string): Promise<void> {
-  const { instance } = monitor
-  if (!instance) throw new Error('the instance is booting')
+  const { instance, state } = monitor
+  if (!instance || state !== 'accepting') return // the verdict says that it boots
   const url = `${instance.url}${page}`
   const code = await visitQuietly(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
   if (code >= 400) throw new Error(`it answered ${code}`)
@@ -2650,9 +2664,9 @@ class Site {
     return this.#stage === 'running' ? this.#secondsSinceStart() : this.#seconds
   }
 
-  /** Its warm-up is still to come; the instance may be green before it. */
+  /** Its warm-up is still to come, or goes on; the instance may be green meanwhile. */
   wait(isAwaited: boolean): void {
-    this.#stage = 'waiting'
+    if (this.#stage !== 'running') this.#stage = 'waiting'
     this.#isAwaited = isAwaited
   }
 
@@ -2742,10 +2756,10 @@ class WarmupRunner {
   /** Joins a run that still has these sites before it, or queues one; the instance is red until it
    *  is over, unless nobody awaits it. Resolves to why it failed, '' if it did not. */
   warmUp(sites: string[], isAwaited = true): Promise<string> {
+    for (const name of sites) this.#site(name).wait(isAwaited)
     const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
     if (covering) return covering.done
 
-    for (const name of sites) this.#site(name).wait(isAwaited)
     const controller = new AbortController()
     const before = this.#runs.at(-1)?.done
     const run = { sites: [...sites], controller, done: Promise.resolve('') }
@@ -3137,8 +3151,8 @@ type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string
 
 /** Other methods are the service's own. */
 function isForHealth(method: string | undefined, target: string): boolean {
-  const { healthPath, isOff } = monitor
-  if (healthPath === undefined || isOff || (method !== 'GET' && method !== 'HEAD')) return false
+  const { healthPath } = monitor // known also after it has given up, when it must not be green
+  if (healthPath === undefined || (method !== 'GET' && method !== 'HEAD')) return false
   const [path] = target.replace(ORIGIN, '').split('?')
   return path === healthPath
 }
@@ -3587,13 +3601,14 @@ function unreffedPause(ms: number): Promise<void> {
 /** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
  *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
  *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
- *  Called twice it is one shutdown. A call in `onSignal` or `cleanUp` would wait for itself: it
- *  resolves at once, with a warning, and with `shutdownOnSignal` so does every call while `cleanUp`
- *  runs. Where it cannot be told who calls, a second call waits for those two 5 s at most. Rejects
- *  with a `TypeError` or `RangeError` for options that are wrong. */
-export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
+ *  Without options it takes those of `shutdownOnSignal`. Called twice it is one shutdown. Do not
+ *  await it before you answer a request, which it waits for. A call in `onSignal` or `cleanUp`
+ *  would wait for itself: it resolves at once, with a warning, and with `shutdownOnSignal` so does
+ *  every call while `cleanUp` runs. Where nothing tells who calls, a second call waits 5 s at most
+ *  for those two. Rejects with a `TypeError` or `RangeError` for options that are wrong. */
+export async function shutdown(options?: ShutdownOptions): Promise<void> {
   if (preloaded) return preloaded.shutdown(options)
-  const checked = toShutdownOptions(options)
+  const checked = options === undefined ? optionsOfSignals() : toShutdownOptions(options)
   if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
   if (currentShutdown?.isAskedByItself) {
     log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
@@ -3601,6 +3616,10 @@ export async function shutdown(options: ShutdownOptions = {}): Promise<void> {
   }
   if (currentShutdown) await currentShutdown.join()
   else await beginShutdown(checked)
+}
+
+function optionsOfSignals(): CheckedShutdownOptions {
+  return signals.options ?? toShutdownOptions({})
 }
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
@@ -3831,23 +3850,34 @@ class Shutdown {
   async #close(): Promise<void> {
     const { timeoutMs } = this.#options
     if (this.#isServerUnknown) await this.#waitForUnknownServer()
-    let isInTime = true
-    // One after the other: what the instance serves may still ask a server beside it.
+    // One after the other: what the instance serves may still ask a server beside it. That has some
+    // time of its own in any case, since an answer of the instance may never end.
+    const closings: Promise<boolean>[] = []
     for (const application of this.#applications) {
-      application.sendClientsElsewhere()
-      await application.stopListening(timeoutMs - this.#elapsedMs())
-      const isOver = (): boolean => {
-        application.forgetDeadRequests()
-        application.closeIdleConnections()
-        return !application.isServing
-      }
-      if (!(await pollUntil(isOver, timeoutMs - this.#elapsedMs()))) isInTime = false
+      const closing = this.#closeApplication(application)
+      closings.push(closing)
+      const leftMs = timeoutMs - this.#elapsedMs()
+      await Promise.race([closing, unreffedPause(leftMs - Math.min(REQUESTS_MS, leftMs / 2))])
     }
+    const isInTime = (await Promise.all(closings)).every(Boolean)
     // What was ended is still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
     else await this.#cutRequests()
-    for (const application of this.#applications) application.destroyConnections()
+    for (const application of this.#applications) application.endConnections()
+  }
+
+  /** Resolves to whether all of its requests were over in time. */
+  async #closeApplication(application: Application): Promise<boolean> {
+    const { timeoutMs } = this.#options
+    application.sendClientsElsewhere()
+    await application.stopListening(timeoutMs - this.#elapsedMs())
+    const isOver = (): boolean => {
+      application.forgetDeadRequests()
+      application.closeIdleConnections()
+      return !application.isServing
+    }
+    return pollUntil(isOver, timeoutMs - this.#elapsedMs())
   }
 
   async #cutRequests(): Promise<void> {
@@ -6128,6 +6158,7 @@ async function sendCommand(to: net.NetConnectOpts, words: string[]): Promise<num
   if (isInteractive) joinTerminal(socket)
   const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
   const reply = await talk(socket, `${line}\n`, limitMs, printPart)
+  if (reply === '') failWith('no answer') // as through a tunnel to nowhere
   return exitStatus(wordsOfLine, reply)
 }
 
@@ -6146,6 +6177,8 @@ const SUCCESSES = new Map<string, (reply: string) => boolean>([
   ['health_check', isOk],
   ['readyz', isOk],
   ['agent_check', (reply) => reply.startsWith('up ')],
+  ['zeostatus', (reply) => reply === 'True\n'],
+  ['perf_metrics', (reply) => reply.startsWith('{"instance"')],
   ['drain', (reply) => reply.endsWith(`${DRAINED}\n`)],
   ['warmup', (reply) => reply.endsWith(`${WARMED_UP}\n`)],
   ['interactive', () => true]
