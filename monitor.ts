@@ -385,8 +385,8 @@ const USER_AGENT_MAX = 80 // characters: of a prober's, to tell it by
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
 const PAUSES_MISSED = 3 // of a prober's own longest pauses, and a margin: then it asks no more
 const PAUSE_MARGIN_MS = 1_000
-const AGENT_WORTH = 3 // answers of health_check: one agent's answer takes a server out, but two
-// backends may share its address
+const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an address that several
+// backends share, `fall` says how many answers they need together)
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
 const POLL_MS = 25 // draining and shutdown look so often whether they may go on
 
@@ -448,7 +448,7 @@ export async function start(
 ): Promise<Address> {
   if (preloaded) return preloaded.start(instance)
   const options = toStartOptions(instance)
-  if (!monitor.makesWay) {
+  if (!monitor.mayGiveWay) {
     log('warn', 'is started already; stop() it first')
     return monitor.address
   }
@@ -459,7 +459,7 @@ export async function start(
   if (monitor.isAsWanted(options)) return monitor.started
   currentShutdown = undefined
 
-  monitor.makeWay()
+  monitor.giveWay()
   monitor = new Monitor(options)
   monitor.findServers()
   if (isSwitchedOff('FTW_MONITOR')) return false
@@ -543,7 +543,7 @@ class Monitor {
   }
 
   /** Whether start() may be called: nobody has, or this one found no port to listen on. */
-  get makesWay(): boolean {
+  get mayGiveWay(): boolean {
     const hasNoPort = this.instance !== undefined && this.listener === undefined
     return !this.isRunning || this.isByItself || hasNoPort
   }
@@ -597,7 +597,7 @@ class Monitor {
   }
 
   /** For one that is started by a call. */
-  makeWay(): void {
+  giveWay(): void {
     this.unhookServers()
     if (this.isRunning || this.isByItself) void this.end()
   }
@@ -662,7 +662,7 @@ class Monitor {
     }
     if (this.state === 'searching') void this.begin()
     else if (this.state === 'closed') this.#wait()
-    else this.#boot()
+    else this.#advance()
   }
 
   /** The monitor closes with the server, and comes back when that listens again. What an operator
@@ -742,14 +742,13 @@ class Monitor {
       if (this.instance) log('warn', `finds nothing at ${this.instance.url}`)
       else log('warn', 'waits for the server to listen')
     })
-    this.#boot()
+    this.#advance()
   }
 
   /** Takes the next steps towards accepting, as far as they can be taken now. */
-  #boot(): void {
+  #advance(): void {
     const { server } = this.application
     const isKnown = server ? server.listening : this.#isPortKnown
-    if (isAuto && server?.listening && !signals.areHeard) shutdownOnSignal()
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
@@ -759,6 +758,7 @@ class Monitor {
   /** Finds out where the instance is, and opens the monitor port beside it. */
   #open(): void {
     const { server } = this.application
+    if (isAuto && server && !signals.areHeard) shutdownOnSignal()
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
@@ -790,7 +790,7 @@ class Monitor {
   #tick(): void {
     this.probers.onTick()
     this.load.measure(this.application.requests)
-    this.#boot()
+    this.#advance()
     if (this.warmup.stage === 'running' && this.isLookDue) void this.look()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
@@ -1217,7 +1217,7 @@ class Listener {
    *  garbage collection, in place of 3 %. */
   readonly #sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
   /** How many connections have come. */
-  #connections = 0
+  #connectionsSoFar = 0
   #server: net.Server | undefined
   /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
    *  listens. */
@@ -1307,8 +1307,8 @@ class Listener {
   #admit(socket: net.Socket): void {
     const free = this.#sessions.indexOf(undefined)
     const place = free >= 0 ? free : this.#makeRoom()
-    this.#connections++
-    openSession(this, socket, place, this.#connections)
+    this.#connectionsSoFar++
+    openSession(this, socket, place, this.#connectionsSoFar)
   }
 
   /** Closes a connection of the address that has most of them: the longest idle one, else the
@@ -1581,7 +1581,7 @@ class Application {
   /** By response, or by stream where it is HTTP/2. */
   readonly #inFlight = new Map<object, RequestInFlight>()
   /** How many there have been. */
-  #connections = 0
+  #connectionsSoFar = 0
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
   #closingSinceMs = Infinity
@@ -1699,7 +1699,7 @@ class Application {
   }
 
   #onConnection(server: net.Server, socket: net.Socket): void {
-    this.#connections++
+    this.#connectionsSoFar++
     trackUntilClose(this.#sockets, socket)
     if (!isSecure(server) && !speaksHttp2(server, socket)) this.#addClient(socket)
   }
@@ -1858,11 +1858,11 @@ class Application {
     const startedAtMs = performance.now()
     let quietTurns = 0
     while (quietTurns < 2 && performance.now() - startedAtMs < limitMs) {
-      const connectionsBefore = this.#connections
+      const connectionsBefore = this.#connectionsSoFar
       const turnBeganAtMs = performance.now()
       await new Promise((resolve) => setImmediate(resolve))
       const isShort = performance.now() - turnBeganAtMs < SHORT_TURN_MS
-      const isQuiet = this.#connections === connectionsBefore && isShort
+      const isQuiet = this.#connectionsSoFar === connectionsBefore && isShort
       quietTurns = isQuiet ? quietTurns + 1 : 0
     }
   }
@@ -2211,11 +2211,11 @@ function judge(): Verdict {
 }
 
 /** A verdict that somebody has to look after. */
-function fault(category: string, cause: string, prefix = ''): Verdict {
+function fault(reason: string, cause: string, prefix = ''): Verdict {
   return {
     healthy: false,
     grade: 'fail',
-    reason: toRedLine(prefix + category),
+    reason: toRedLine(prefix + reason),
     explanation: toRedLine(prefix + cause),
     cause: toRedLine(cause)
   }
@@ -2463,14 +2463,14 @@ class RegisteredDatabase extends Dependency {
     connections: new Counter()
   }
   // They give nothing where the database has no such method.
-  readonly connections: SharedCall
-  readonly figures: SharedCall
+  readonly connectionsCall: SharedCall
+  readonly figuresCall: SharedCall
 
   constructor(name: string, database: Database) {
     const isConnected = (): unknown => database.isConnected()
     super(`Database '${name}'`, name, database.optional === true, isConnected, 'disconnected')
-    this.connections = new SharedCall(() => database.connections?.(), ANSWER_MS)
-    this.figures = new SharedCall(() => database.figures?.(), ANSWER_MS)
+    this.connectionsCall = new SharedCall(() => database.connections?.(), ANSWER_MS)
+    this.figuresCall = new SharedCall(() => database.figures?.(), ANSWER_MS)
   }
 }
 
@@ -4527,7 +4527,7 @@ function countsOf(
 async function figuresOf(
   registered: RegisteredDatabase | undefined
 ): Promise<(name: keyof Figures) => number> {
-  const figures: unknown = await registered?.figures.ask()
+  const figures: unknown = await registered?.figuresCall.ask()
   return (name) => {
     const value = isObject(figures) ? figures[name] : undefined
     return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
@@ -4607,7 +4607,7 @@ function listRequests(): Open[] | undefined {
 }
 
 async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
-  const open = await registered.connections.ask()
+  const open = await registered.connectionsCall.ask()
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
