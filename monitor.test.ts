@@ -6690,6 +6690,26 @@ describeInProcess('Draining', ALONE, () => {
     await inTime(drained, 'it is drained')
   })
 
+  test('while the event loop stood still it was not quiet: what came then is still to be read', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
+    const { monitor } = await bootInstance(t, { performers: WARM, until: 'started' })
+    let isDrained = false
+    void monitor.drain().then(() => {
+      isDrained = true
+    })
+    await nextTurn()
+    timers.stall(200)
+    for (const [pauseMs, expected] of [
+      [0, false],
+      [25, false],
+      [25, true]
+    ] as const) {
+      timers.pass(pauseMs)
+      await nextTurn()
+      assert.equal(isDrained, expected)
+    }
+  })
+
   test('drain() resolves after its time-out at the latest', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor } = await bootInstance(t, { server, until: 'started' })

@@ -389,6 +389,7 @@ const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an 
 // backends share, `fall` says how many answers they need together)
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
 const POLL_MS = 25 // draining and shutdown look so often whether they may go on
+const QUIET_LOOKS = 4 // in QUIET_MS; in a busy event loop it takes longer to read what has come
 
 // Of a shutdown
 const REQUESTS_MS = 5_000 // of timeoutMs, that requests have after the last prober
@@ -1485,6 +1486,8 @@ class Client {
   /** Whether an HTTP/2 session was told to go elsewhere. */
   #isSentElsewhere = false
   #quietSinceMs = performance.now()
+  /** How often it has been looked at since then. */
+  #quietLooks = 0
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
   /** What had been read when the last request was over: more, and half a head has come. */
@@ -1504,8 +1507,18 @@ class Client {
   requestEnded(request?: http.IncomingMessage): void {
     this.requestsInFlight--
     this.#upload = request && isUploading(request) ? request : undefined
-    this.#quietSinceMs = performance.now()
+    this.#beginQuiet()
     this.#bytesReadAtLastEnd = this.#bytesRead
+  }
+
+  #beginQuiet(): void {
+    this.#quietSinceMs = performance.now()
+    this.#quietLooks = 0
+  }
+
+  /** To be called every POLL_MS, before anybody asks whether it is idle. */
+  look(): void {
+    this.#quietLooks = this.isBusy ? 0 : this.#quietLooks + 1
   }
 
   isNewest(response: object): boolean {
@@ -1521,7 +1534,7 @@ class Client {
     if (this.#isSentElsewhere || !('goaway' in peer)) return false
     if ('deno' in process.versions) return false // it may crash then
     this.#isSentElsewhere = true
-    this.#quietSinceMs = performance.now()
+    this.#beginQuiet()
     attempt(() => peer.goaway(0, LAST_STREAM_ID))
     return true
   }
@@ -1531,10 +1544,12 @@ class Client {
     return this.requestsInFlight > 0 || this.#isReceiving()
   }
 
-  /** Not so soon after a request or after it connected, since a request may be on its way. */
+  /** Not so soon after a request or after it connected, since a request may be on its way, or may
+   *  have come and wait for a busy event loop to read it. */
   get isIdle(): boolean {
+    if (this.isBusy || this.#quietLooks < QUIET_LOOKS) return false
     const graceMs = this.#newestResponse ? QUIET_MS : FIRST_REQUEST_MS
-    return !this.isBusy && performance.now() - this.#quietSinceMs >= graceMs
+    return performance.now() - this.#quietSinceMs >= graceMs
   }
 
   /** Half a head has come, or half a body that nobody waited for, and its last byte lately. */
@@ -1893,6 +1908,7 @@ class Application {
 
   closeIdleConnections(): void {
     for (const client of this.#clients.values()) {
+      client.look()
       if (!client.isIdle || client.sendSessionElsewhere()) continue
       const { peer } = client
       attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
@@ -3546,12 +3562,13 @@ function describeProgress(draining: Draining, doRequestsCome = false): string {
     : progress
 }
 
-/** Tells whether no request has come for QUIET_MS. */
+/** Tells whether no request has come for QUIET_MS, and in QUIET_LOOKS. */
 class QuietWatch {
   readonly #application: Application
   #requestsBefore: number
   #requestCameAtMs = -Infinity
   #quietSinceMs = performance.now()
+  #quietLooks = 0
 
   constructor(application: Application) {
     this.#application = application
@@ -3564,8 +3581,11 @@ class QuietWatch {
     const nowMs = performance.now()
     const hasRequestCome = requests !== this.#requestsBefore
     if (hasRequestCome) this.#requestCameAtMs = nowMs
-    if (isBusy || hasRequestCome) this.#quietSinceMs = nowMs
     this.#requestsBefore = requests
+    this.#quietLooks++
+    if (!isBusy && !hasRequestCome) return
+    this.#quietSinceMs = nowMs
+    this.#quietLooks = 0
   }
 
   get hasRequestComeLately(): boolean {
@@ -3573,7 +3593,8 @@ class QuietWatch {
   }
 
   get isQuiet(): boolean {
-    return performance.now() - this.#quietSinceMs >= QUIET_MS
+    const isLookedAt = this.#quietLooks >= QUIET_LOOKS
+    return isLookedAt && performance.now() - this.#quietSinceMs >= QUIET_MS
   }
 }
 
