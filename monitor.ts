@@ -1850,7 +1850,7 @@ class Application {
    *  is told to take no more; and when it has handed over what it had, the server stops
    *  listening. */
   async stopListening(limitMs: number): Promise<void> {
-    // Bun's are not among them: they would be cut.
+    if (!(await this.#closeServersOfBun(limitMs))) return
     const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
     for (const server of servers) {
       replaceClose(server)
@@ -1864,6 +1864,27 @@ class Application {
       if (!server.listening) continue // else it would emit `close` once more
       attempt(() => Reflect.apply(close, server, []))
     }
+  }
+
+  /** They stop listening by their `close()` alone, which finishes what is being served, but cuts
+   *  answers that are not taken yet: so at a moment when there is none. Resolves to whether there
+   *  was one in time. */
+  async #closeServersOfBun(limitMs: number): Promise<boolean> {
+    const servers = this.#serversOfBun
+    if (servers.length === 0) return true
+    const isMoment = await pollUntil(() => !this.#isSending, limitMs)
+    if (isMoment) servers.forEach(closeOnBun)
+    return isMoment
+  }
+
+  /** Its http servers are no `net.Server`. */
+  get #serversOfBun(): net.Server[] {
+    return [...this.#unhooks.keys()].filter((server) => !(server instanceof net.Server))
+  }
+
+  /** Whether an answer has been written that is not taken yet. */
+  get #isSending(): boolean {
+    return [...this.#inFlight.keys()].some((key) => 'writableEnded' in key && key.writableEnded)
   }
 
   /** The kernel resets what it has accepted and the event loop has not: of 60 requests that came
@@ -1885,7 +1906,7 @@ class Application {
   /** Whether something is still being received, served or sent. */
   get isServing(): boolean {
     if (this.#inFlight.size > 0) return true
-    if (!this.#refusesConnections) return false // there will always be a new one
+    if (this.#closingSinceMs === Infinity) return false // there will always be a new one
     if (this.#isSomebodyShakingHands) return true
     return [...this.#clients.values()].some(({ isIdle, peer }) => !isIdle && !isDestroyed(peer))
   }
@@ -1894,11 +1915,6 @@ class Application {
   get #isSomebodyShakingHands(): boolean {
     if (performance.now() - this.#closingSinceMs > RECEIVING_MS) return false
     return this.#sockets.size > this.#clients.size + this.#upgraded.size
-  }
-
-  /** Bun's http servers cannot stop listening without cutting what they serve. */
-  get #refusesConnections(): boolean {
-    return [...this.#unhooks.keys()].every((server) => server instanceof net.Server)
   }
 
   /** Whether no connection is left but those that were upgraded. */
@@ -1926,17 +1942,16 @@ class Application {
     return count
   }
 
-  /** Ends all connections that were not upgraded; over HTTP/2 those by which no WebSocket goes. */
+  /** Ends all connections that were not upgraded; over HTTP/2 those by which no WebSocket goes. On
+   *  Bun, closes what had no moment to be closed. */
   endConnections(): void {
     const goingOn = new Set<unknown>()
     for (const peer of this.#upgraded) goingOn.add('session' in peer ? peer.session : peer)
     for (const { peer } of this.#clients.values()) {
       if (!goingOn.has(peer)) attempt(() => peer.destroy())
     }
-    for (const server of this.#unhooks.keys()) {
-      if (server instanceof net.Server) continue
-      attempt(() => (server as net.Server).close())
-      replaceClose(server)
+    for (const server of this.#serversOfBun) {
+      if (server.listening) closeOnBun(server)
     }
     if (this.#upgraded.size === 0) destroyAll(this.#sockets)
   }
@@ -1991,6 +2006,11 @@ function replaceClose(server: net.Server): void {
     Reflect.deleteProperty(server, 'close')
     if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
   })
+}
+
+function closeOnBun(server: net.Server): void {
+  attempt(() => server.close())
+  replaceClose(server)
 }
 
 /** One that never listened, or whose `close` event is past, emits none any more. */
