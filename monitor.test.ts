@@ -2103,7 +2103,7 @@ describeInProcess('Addresses', ALONE, () => {
     setEnvironment(t, { FTW_MONITOR_URL: 'localhost:8080', FTW_MONITOR_HEALTH_PATH: '/ready' })
     assert.equal(await monitor.start({ server, logger: recorder() }), false)
     const { status, body } = await getPage(portOf(server), '/ready')
-    assert.deepEqual([status, body], [503, 'Instance is booting\n'])
+    assert.deepEqual([status, body], [503, 'Error: the monitor gave up\n'])
     await monitor.stop()
     assert.equal((await getPage(portOf(server), '/ready')).body, 'hello')
   })
@@ -4665,6 +4665,20 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilVerdict(monitor)
   })
 
+  test('a page that was not asked for does not pass, where the instance accepts just then', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health', FTW_MONITOR_AUTOWARMUP: 'off' })
+    const monitor = await importMonitor(t)
+    const server = http.createServer((_, response) => response.writeHead(500).end())
+    const connected = latch()
+    monitor.registerDatabase('main', { isConnected: () => connected.opened.then(() => true) })
+    void monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+    const verdict = monitor.health() // before the page can be asked for
+    await startListening(t, server)
+    await nextTurn()
+    connected.open()
+    assert.equal((await verdict).healthy, false)
+  })
+
   test('a check that hangs is told so within a second', async (t) => {
     const timers = takeTimers(t, ['setTimeout'])
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -6235,9 +6249,20 @@ describeInProcess('Probers', TOGETHER, () => {
     await untilVerdict(monitor)
     const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
     await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
-    await askTimes(3, port, `${head}User-Agent: Mozilla/5.0\r\n\r\n`) // without TLS
+    await askTimes(3, port, `${head}User-Agent: Mozilla/5.0 (X11)\r\n\r\n`) // without TLS
     assert.deepEqual((await monitor.status()).probers, [])
     await inTime(monitor.drain(), 'drained')
+  })
+
+  test('a balancer that claims to be compatible with Mozilla is a prober', async (t) => {
+    const options = { listen: LOOPBACK, healthPath: '/ready' }
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM, options })
+    const agent = 'Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; pool-id: 1)'
+    const headers = { 'User-Agent': agent }
+    await getPage(port, '/health_check', { headers })
+    await getPage(instancePort, '/ready', { headers })
+    const { probers } = await monitor.status()
+    assert.equal(probers.length, 2)
   })
 })
 
@@ -6291,8 +6316,18 @@ describeInProcess('Probers', ALONE, () => {
       timers.pass(pauseMs)
       await ask(port, 'health_check\n', { from: '127.0.0.2' })
     }
-    const [prober] = (await monitor.status()).probers
-    assert.equal(prober?.intervalSeconds, 1)
+    const intervalOf = async (address: string) =>
+      (await monitor.status()).probers.find((prober) => prober.address === address)?.intervalSeconds
+    assert.equal(await intervalOf('127.0.0.2'), 1)
+    await ask(port, 'health_check\n', { from: '127.0.0.3' })
+    timers.pass(120_000)
+    await askTimes(1, port, 'health_check\n', { from: '127.0.0.2' })
+    await ask(port, 'health_check\n', { from: '127.0.0.3' })
+    assert.equal(await intervalOf('127.0.0.3'), 120, 'who always asks so seldom')
+    for (let time = 0; time < 2; time++) {
+      timers.pass(1_000)
+      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+    }
     assert.equal(await askWhomItWaitsFor(port), 1)
     timers.pass(4_500)
     assert.equal(await askWhomItWaitsFor(port), 0)
@@ -7094,7 +7129,9 @@ describeInProcess('Shutdown', TOGETHER, () => {
   test('stop() during a shutdown costs no request, and no time', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor, instancePort, logger } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(instancePort, '/held')
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const answer = getPage(instancePort, '/held', { agent })
     await until(() => held.length === 1, 'a request is in flight')
     let isCleaned = false
     const ended = monitor.shutdown({
@@ -7105,9 +7142,11 @@ describeInProcess('Shutdown', TOGETHER, () => {
     })
     await until(() => !server.listening, 'the server is closed')
     await pause(100)
+    void monitor.stop()
     assert.equal(isCleaned, false)
     letGo()
-    assert.equal((await answer).body, 'late')
+    const { body, headers } = await answer
+    assert.deepEqual([body, headers.connection], ['late', 'close'])
     await inTime(ended, 'the shutdown is over')
     assert.ok(isCleaned)
     assert.deepEqual(warningsOf(logger), [])
@@ -11636,6 +11675,19 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.deepEqual(linesOfShutdown(watched.output), [])
   })
 
+  test('with FTW_MONITOR=auto a program that calls start() before its server is there ends as others do', async (t) => {
+    const begin = `
+      const [own] = Object.getOwnPropertySymbols(require('node:net').Server)
+        .filter((symbol) => String(symbol).includes('ftw-monitor.functions'))
+      require('node:net').Server[own].start()`
+    const { watched, port } = await bootUnmodified(t, begin + PLAIN_SERVER, { HOST: '127.0.0.1' })
+    const page = getPage(port, '/slow1500')
+    await pause(100)
+    watched.child.kill('SIGTERM')
+    assert.equal((await page).body, 'served')
+    assert.equal(await watched.exit, 0, watched.output)
+  })
+
   test('with FTW_MONITOR=auto the first server is the instance where there is no PORT', async (t) => {
     const watched = runUnmodified(
       t,
@@ -12374,7 +12426,7 @@ describeProcesses('The program', PAIRWISE, () => {
 
   test('`ftw-monitor wait` and `status` take nothing but a healthy monitor for one', async (t) => {
     const answers: Record<string, [code: number, type: string, body: string]> = {
-      'what answers there is no monitor': [404, 'application/json', '{"error":"not found"}'],
+      'what answers there gives no status': [404, 'application/json', '{"error":"not found"}'],
       'O K in spite of all': [200, 'application/health+json', '{"output":"OK in spite of all"}'],
       'no reason given': [503, 'application/health+json', '{"status":"fail"}']
     }

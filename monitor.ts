@@ -486,7 +486,8 @@ export async function stop(): Promise<void> {
 
 type MonitorState =
   | 'new' // nobody has called start()
-  | 'stopped' // switched off, given up, or over
+  | 'stopped' // switched off, or over
+  | 'failed' // it has given up for a wrong setting
   | 'searching' // by itself, for the server with which it begins; there may never be one
   | 'waiting' // for the server to listen
   | 'booting' // the instance is known, and does not accept connections yet
@@ -494,7 +495,7 @@ type MonitorState =
   | 'closed' // its server is closed, and may listen again
 
 /** Nothing is to be asked, nor to be waited for, unless `start` is called. */
-const OFF = new Set<MonitorState>(['new', 'stopped'])
+const OFF = new Set<MonitorState>(['new', 'stopped', 'failed'])
 
 /** The clock ticks; the port is open, or will be. The others are neither off nor running. */
 const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
@@ -590,9 +591,9 @@ class Monitor {
   }
 
   /** Ends this life; resolves when the port is free. The servers stay hooked. */
-  end(): Promise<void> {
-    this.endDraining()
-    const closed = this.#close('stopped')
+  end(state: 'stopped' | 'failed' = 'stopped'): Promise<void> {
+    this.draining = undefined // clients go elsewhere all the same, if it is a shutdown that goes on
+    const closed = this.#close(state)
     this.#resolveStart(false)
     return closed
   }
@@ -603,10 +604,11 @@ class Monitor {
     if (this.isRunning || this.isByItself) void this.end()
   }
 
-  /** A wrong setting of a deployment costs a warning and the monitor, never the application. */
+  /** A wrong setting of a deployment costs a warning and the monitor, never the application. A
+   *  health path stays red. */
   #giveUp(error: unknown): void {
     log('warn', errorText(error))
-    void this.end()
+    void this.end('failed')
   }
 
   /** Our own port cannot be had. With the server at hand all else goes on, for health() and for the
@@ -750,6 +752,8 @@ class Monitor {
   #advance(): void {
     const { server } = this.application
     const isKnown = server ? server.listening : this.#isPortKnown
+    // Its server may be found after the port was known.
+    if (isAuto && server?.listening && !signals.areHeard) shutdownOnSignal()
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
@@ -759,7 +763,6 @@ class Monitor {
   /** Finds out where the instance is, and opens the monitor port beside it. */
   #open(): void {
     const { server } = this.application
-    if (isAuto && server && !signals.areHeard) shutdownOnSignal()
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
@@ -801,7 +804,7 @@ class Monitor {
 
   /** Ends all that runs, at once; what may begin again begins anew. Resolves when the port is
    *  free. */
-  #close(state: 'stopped' | 'closed'): Promise<void> {
+  #close(state: 'stopped' | 'failed' | 'closed'): Promise<void> {
     const { listener } = this
     if (listener?.isListening) log('info', 'closed')
     this.state = state
@@ -1588,7 +1591,8 @@ class Application {
   readonly #unhooks = new Map<net.Server, () => void>()
   // A connection stands in #sockets from its first moment to its last, where Node.js itself forgets
   // some: of TLS it is the socket below. Who sends requests by it stands in #clients: the socket,
-  // that of TLS after its handshake, or the session of HTTP/2. An upgraded one moves to #upgraded.
+  // that of TLS after its handshake, or the session of HTTP/2. One that is upgraded moves to
+  // #upgraded; of HTTP/2 a stream may stand there, whose session stays a client.
   readonly #sockets = new Set<net.Socket>()
   readonly #clients = new Map<object, Client>()
   /** Connections of WebSockets, say: no request is in flight there. */
@@ -1850,20 +1854,20 @@ class Application {
    *  is told to take no more; and when it has handed over what it had, the server stops
    *  listening. */
   async stopListening(limitMs: number): Promise<void> {
-    if (!(await this.#closeServersOfBun(limitMs))) return
     const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
     for (const server of servers) {
       replaceClose(server)
       acceptNoMore(server)
     }
     if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
-    this.#closingSinceMs = performance.now()
+    const closingSinceMs = performance.now()
     // The server's own close() would cut connections whose answer is not taken yet.
     const close = methodOf(net.Server.prototype, 'close')
     for (const server of servers) {
       if (!server.listening) continue // else it would emit `close` once more
       attempt(() => Reflect.apply(close, server, []))
     }
+    if (await this.#closeServersOfBun(limitMs)) this.#closingSinceMs = closingSinceMs
   }
 
   /** They stop listening by their `close()` alone, which finishes what is being served, but cuts
@@ -1914,12 +1918,18 @@ class Application {
   /** Of a connection of TLS nothing is known before its handshake. */
   get #isSomebodyShakingHands(): boolean {
     if (performance.now() - this.#closingSinceMs > RECEIVING_MS) return false
-    return this.#sockets.size > this.#clients.size + this.#upgraded.size
+    const upgradedSockets = [...this.#upgraded].filter((peer) => !isStream(peer))
+    return this.#sockets.size > this.#clients.size + upgradedSockets.length
   }
 
   /** Whether no connection is left but those that were upgraded. */
   get isDisconnected(): boolean {
-    return this.#sockets.size <= this.#upgraded.size
+    return this.#sockets.size <= this.#connectionsUpgraded.size
+  }
+
+  /** By which upgraded ones go: of several streams it is one session. */
+  get #connectionsUpgraded(): Set<unknown> {
+    return new Set(Array.from(this.#upgraded, (peer) => (isStream(peer) ? peer.session : peer)))
   }
 
   closeIdleConnections(): void {
@@ -1945,15 +1955,13 @@ class Application {
   /** Ends all connections that were not upgraded; over HTTP/2 those by which no WebSocket goes. On
    *  Bun, closes what had no moment to be closed. */
   endConnections(): void {
-    const goingOn = new Set<unknown>()
-    for (const peer of this.#upgraded) goingOn.add('session' in peer ? peer.session : peer)
+    const goingOn = this.#connectionsUpgraded
     for (const { peer } of this.#clients.values()) {
       if (!goingOn.has(peer)) attempt(() => peer.destroy())
     }
     for (const server of this.#serversOfBun) {
       if (server.listening) closeOnBun(server)
     }
-    if (this.#upgraded.size === 0) destroyAll(this.#sockets)
   }
 
   /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
@@ -1995,10 +2003,13 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
 /** When we have closed the server, the application's own `close(callback)` must neither fail with
  *  ERR_SERVER_NOT_RUNNING nor cut what is still being sent: it calls back when the server has
  *  closed. Ends when the server listens again. */
-function replaceClose(server: net.Server): void {
+function replaceClose(
+  server: net.Server,
+  whenClosed: (callback: () => void) => void = (callback) => callWhenClosed(server, callback)
+): void {
   const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
   const close = (callback?: () => void): net.Server => {
-    if (callback) callWhenClosed(server, callback)
+    if (callback) whenClosed(callback)
     return server
   }
   Reflect.defineProperty(server, 'close', { value: close, configurable: true, writable: true })
@@ -2008,17 +2019,17 @@ function replaceClose(server: net.Server): void {
   })
 }
 
+/** Bun tells by the callback of `close()` alone when what was in flight is over. */
 function closeOnBun(server: net.Server): void {
-  attempt(() => server.close())
-  replaceClose(server)
+  const closed = new Promise<void>((resolve) => {
+    const isClosing = attempt(() => server.close(() => resolve())) !== undefined
+    if (!isClosing) resolve()
+  })
+  replaceClose(server, (callback) => void closed.then(() => setImmediate(callback)))
 }
 
 /** One that never listened, or whose `close` event is past, emits none any more. */
 function callWhenClosed(server: net.Server, callback: () => void): void {
-  if (!(server instanceof net.Server)) {
-    setImmediate(callback) // Bun's, which was closed at once
-    return
-  }
   server.getConnections((_, count) => {
     if (server.listening || count > 0) server.once('close', callback)
     else callback()
@@ -2040,6 +2051,10 @@ function isSecure(server: net.Server): boolean {
 /** A connection without TLS has no `alpnProtocol`. */
 function speaksHttp2(server: net.Server, socket: net.Socket & { alpnProtocol?: unknown }): boolean {
   return 'updateSettings' in server && (socket.alpnProtocol ?? 'h2') === 'h2'
+}
+
+function isStream(peer: Upgraded): peer is Http2Stream {
+  return 'session' in peer
 }
 
 function isDestroyed(peer: object): boolean {
@@ -2175,6 +2190,7 @@ const WARMUP_FAILED = 'Warmup failed'
 const BOOTING = transient('Instance is booting')
 const WARMING_UP = transient('Warmup in progress')
 const SHUTTING_DOWN = transient('Instance is shutting down')
+const GAVE_UP: Verdict = { ...transient('Error: the monitor gave up'), grade: 'fail' }
 
 /** A verdict that passes by itself. */
 function transient(reason: string): Verdict {
@@ -2223,7 +2239,8 @@ async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> 
       await currentShutdown.done
       throw new Error('ftw-monitor: the instance has shut down')
     }
-    if (monitor.state === 'stopped' || isSwitchedOff('FTW_MONITOR')) return
+    const isOver = monitor.isOff && monitor.state !== 'new'
+    if (isOver || isSwitchedOff('FTW_MONITOR')) return
     const isHealthy = monitor.isRunning && (await inspectAndJudge()).healthy
     if (isHealthy) return
     await unreffedPause(HEALTHY_POLL_MS)
@@ -2235,6 +2252,7 @@ function judge(): Verdict {
   const { draining, state, isInstanceClosing, warmup } = monitor
   if (draining) return transient(toRedLine(draining.reason))
   if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
+  if (state === 'failed') return GAVE_UP
 
   const broken = firstBroken()
   if (broken) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
@@ -2406,17 +2424,18 @@ function registerPageChecks(healthPath: string | undefined): void {
     if (page === healthPath) {
       log('warn', `leaves ${page} out of FTW_MONITOR_CHECK: it would wait for itself`)
     } else if (!registeredChecks.has(page)) {
-      registerCheck(page, () => checkPage(page)) // what code says comes first
+      registeredChecks.set(page, new PageCheck(page)) // what code says comes first
     }
   }
 }
 
-async function checkPage(page: string): Promise<void> {
-  const { instance, state } = monitor
-  if (!instance || state !== 'accepting') return // the verdict says that it boots
+async function checkPage(page: string): Promise<true> {
+  const { instance } = monitor
+  if (!instance) throw new Error('the instance is booting')
   const url = `${instance.url}${page}`
   const code = await visitQuietly(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
   if (code >= 400) throw new Error(`it answered ${code}`)
+  return true
 }
 
 /** A database or a check, and what its last answer was. */
@@ -2510,6 +2529,13 @@ class RegisteredDatabase extends Dependency {
   }
 }
 
+/** A check of a page of the instance itself, which has to accept connections first. */
+class PageCheck extends Dependency {
+  constructor(page: string) {
+    super(`Check '${page}'`, page, false, () => checkPage(page), 'failed')
+  }
+}
+
 function allDependencies(): Dependency[] {
   return [...databases.values(), ...registeredChecks.values()]
 }
@@ -2517,7 +2543,11 @@ function allDependencies(): Dependency[] {
 /** The first one that the instance cannot do without, and that does not pass. */
 function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
-  return allDependencies().find(({ isPassing, isOptional }) => !isPassing && !isOptional)
+  const isBooting = monitor.state !== 'accepting'
+  return allDependencies().find((each) => {
+    if (each.isPassing || each.isOptional) return false
+    return !(isBooting && each instanceof PageCheck)
+  })
 }
 
 // --- Shared calls and counters -------------------------------------------------------------------
@@ -3081,6 +3111,14 @@ function fetchSiteOf(headers: http.IncomingHttpHeaders): string | undefined {
   return headers['user-agent']?.startsWith('Mozilla/') ? 'unknown' : undefined
 }
 
+/** Whether a person looks at the answer. Some balancers claim to be Mozilla, too, but `compatible`
+ *  alone: `Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; …)`. */
+function isForPerson(headers: http.IncomingHttpHeaders): boolean {
+  if ('sec-fetch-site' in headers) return true
+  const { 'user-agent': agent = '' } = headers
+  return agent.startsWith('Mozilla/') && !agent.includes('(compatible;')
+}
+
 /** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
  *  name. */
 function isForOwnName(headers: http.IncomingHttpHeaders): boolean {
@@ -3202,8 +3240,7 @@ async function answerHealth(
 ): Promise<void> {
   const { probers, instance } = monitor
   const address = remoteAddress ?? instance?.path
-  const isBrowser = fetchSiteOf(headers) !== undefined
-  if (address !== undefined && !isBrowser && !isForwarded(headers)) {
+  if (address !== undefined && !isForPerson(headers) && !isForwarded(headers)) {
     const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
     const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
     probers.note({ isPerson: false, remoteAddress: name }, 1)
@@ -3301,7 +3338,8 @@ class Prober {
   get #pauses(): number[] {
     const known = this.#knownAsks
     const all = known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
-    return all.filter((pauseMs) => pauseMs <= PROBER_MS)
+    const regular = all.filter((pauseMs) => pauseMs <= PROBER_MS)
+    return regular.length > 0 ? regular : all
   }
 }
 
@@ -5605,12 +5643,14 @@ class LineSession extends Session implements Asker {
     })
   }
 
+  /** The limit of its phase goes on. */
   yieldTurn(): void {
-    const { phase } = this
+    const { phase, phaseSinceTickMs } = this
     this.enter('yielding')
     setImmediate(() => {
       if (this.phase !== 'yielding') return
-      this.enter(phase)
+      this.phase = phase
+      this.phaseSinceTickMs = phaseSinceTickMs
       this.serve()
     })
   }
@@ -5826,7 +5866,7 @@ class Exchange implements Asker {
   }
 
   get isPerson(): boolean {
-    return fetchSiteOf(this.response.req.headers) !== undefined
+    return isForPerson(this.response.req.headers)
   }
 
   get local(): boolean {
@@ -6353,7 +6393,7 @@ async function askStatus(to: net.NetConnectOpts): Promise<SeenStatus> {
   const reply = await talk(net.connect(to), request, STATUS_ANSWER_MS)
   if (reply === '') failWith('no answer')
   const [head = '', body = ''] = reply.split('\r\n\r\n')
-  if (!head.includes(HEALTH_JSON)) failWith('what answers there is no monitor')
+  if (!head.includes(HEALTH_JSON)) failWith('what answers there gives no status')
 
   const known = JSON.parse(body) as { status?: Grade; output?: string } & Partial<SeenStatus>
   const { status: grade, output = 'no reason given', checks = {} } = known
