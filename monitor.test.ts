@@ -7730,35 +7730,37 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
   })
 
-  test('with nobody to tell, traffic without a pause delays the end by two seconds, and every request finishes', async (t) => {
-    const service = await bootService(t, {
-      script: 'handle = (_, response) => setTimeout(() => response.end("served"), 300)'
-    })
+  /** Ends a service under traffic without a pause, of which each request must finish; gives for how
+   *  long it went on accepting. */
+  async function endUnderTraffic(
+    t: TestContext,
+    service: Awaited<ReturnType<typeof bootService>>,
+    servedBefore = 10
+  ): Promise<number> {
     const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
-    await until(() => load.served > 10, 'the load runs')
+    await until(() => load.served > servedBefore, 'the load runs')
     const signalledAt = performance.now()
     const { status, output } = await service.end()
     await inTime(done, 'the load is over')
-    const openMs = load.refusedAt - signalledAt
-    assert.ok(openMs < 10_000, `closed after ${openMs} ms`) // not after 25 s
     assert.deepEqual([load.failures, load.served], [[], load.sent])
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    return load.refusedAt - signalledAt
+  }
+
+  const SERVES_IN_300_MS = 'handle = (_, response) => setTimeout(() => response.end("served"), 300)'
+
+  test('with nobody to tell, traffic without a pause delays the end by two seconds, and every request finishes', async (t) => {
+    const service = await bootService(t, { script: SERVES_IN_300_MS })
+    const openMs = await endUnderTraffic(t, service)
+    assert.ok(openMs < 10_000, `closed after ${openMs} ms`) // not after 25 s
   })
 
   test(
     'without a monitor, too, every request of a traffic without a pause finishes',
     SLOW,
     async (t) => {
-      const service = await bootService(t, {
-        env: { FTW_MONITOR: '0' },
-        script: 'handle = (_, response) => setTimeout(() => response.end("served"), 300)'
-      })
-      const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
-      await until(() => load.served > 10, 'the load runs')
-      const { status, output } = await service.end()
-      await inTime(done, 'the load is over')
-      assert.deepEqual([load.failures, load.served], [[], load.sent])
-      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+      const env = { FTW_MONITOR: '0' }
+      await endUnderTraffic(t, await bootService(t, { env, script: SERVES_IN_300_MS }))
     }
   )
 
@@ -7766,21 +7768,11 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     'where a prober was told, traffic without a pause delays the end until the time for telling is over',
     SLOW,
     async (t) => {
-      const service = await bootService(t, {
-        script: `
-        handle = (_, response) => setTimeout(() => response.end('served'), 300)
-        options.timeoutMs = 5_000`
-      })
+      const script = `${SERVES_IN_300_MS}; options.timeoutMs = 5_000`
+      const service = await bootService(t, { script })
       askUntilOver(t, 50, () => ask(service.port, 'health_check\n'))
-      const { load, done } = loadUntilRefused(t, service.instancePort, '/', 20)
-      await until(() => load.served > 30, 'the load runs')
-      const signalledAt = performance.now()
-      const { status, output } = await service.end()
-      await inTime(done, 'the load is over')
-      const openMs = load.refusedAt - signalledAt // four fifths of timeoutMs
-      assert.ok(openMs > 3_500, `closed after ${openMs} ms`)
-      assert.deepEqual([load.failures, load.served], [[], load.sent])
-      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+      const openMs = await endUnderTraffic(t, service, 30)
+      assert.ok(openMs > 3_500, `closed after ${openMs} ms`) // four fifths of timeoutMs
     }
   )
 

@@ -1479,6 +1479,29 @@ interface Http2Stream extends NodeJS.EventEmitter {
   destroy(): void
 }
 
+/** For how long nothing has happened: by the clock, and in looks, which tell that a busy event loop
+ *  has read meanwhile what came. */
+class Quiet {
+  #sinceMs = performance.now()
+  #looks = 0
+
+  /** Something has happened. */
+  begin(): void {
+    this.#sinceMs = performance.now()
+    this.#looks = 0
+  }
+
+  /** To be called every POLL_MS; `isDisturbed` where something happens. */
+  look(isDisturbed: boolean): void {
+    if (isDisturbed) this.begin()
+    else this.#looks++
+  }
+
+  hasLasted(ms: number): boolean {
+    return this.#looks >= QUIET_LOOKS && performance.now() - this.#sinceMs >= ms
+  }
+}
+
 /** Whoever sends requests: a connection of HTTP/1, or a session of HTTP/2. */
 class Client {
   readonly peer: net.Socket | Http2Session
@@ -1488,9 +1511,7 @@ class Client {
   #newestResponse: object | undefined
   /** Whether an HTTP/2 session was told to go elsewhere. */
   #isSentElsewhere = false
-  #quietSinceMs = performance.now()
-  /** How often it has been looked at since then. */
-  #quietLooks = 0
+  readonly #quiet = new Quiet()
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
   /** What had been read when the last request was over: more, and half a head has come. */
@@ -1510,34 +1531,29 @@ class Client {
   requestEnded(request?: http.IncomingMessage): void {
     this.requestsInFlight--
     this.#upload = request && isUploading(request) ? request : undefined
-    this.#beginQuiet()
+    this.#quiet.begin()
     this.#bytesReadAtLastEnd = this.#bytesRead
-  }
-
-  #beginQuiet(): void {
-    this.#quietSinceMs = performance.now()
-    this.#quietLooks = 0
   }
 
   /** To be called every POLL_MS, before anybody asks whether it is idle. */
   look(): void {
-    this.#quietLooks = this.isBusy ? 0 : this.#quietLooks + 1
+    this.#quiet.look(this.isBusy)
   }
 
   isNewest(response: object): boolean {
     return this.#newestResponse === response
   }
 
-  /** The client of an HTTP/2 session opens no more streams; those that it has opened meanwhile are
-   *  served, which the session's own close() would refuse. It is told when it has opened one: what
-   *  a Node.js client is just about to open it refuses by itself when it hears of this. Gives
-   *  whether that was said now, so that streams may still be on their way. */
+  /** Tells the client of an HTTP/2 session to open no more streams; those that it has opened
+   *  meanwhile are served, which the session's own close() would refuse. Best said when a stream
+   *  has just come: a Node.js client refuses by itself what it opens before it has read this. Gives
+   *  whether it was said now, so that streams may still be on their way. */
   sendSessionElsewhere(): boolean {
     const { peer } = this
     if (this.#isSentElsewhere || !('goaway' in peer)) return false
     if ('deno' in process.versions) return false // it may crash then
     this.#isSentElsewhere = true
-    this.#beginQuiet()
+    this.#quiet.begin()
     attempt(() => peer.goaway(0, LAST_STREAM_ID))
     return true
   }
@@ -1550,9 +1566,8 @@ class Client {
   /** Not so soon after a request or after it connected, since a request may be on its way, or may
    *  have come and wait for a busy event loop to read it. */
   get isIdle(): boolean {
-    if (this.isBusy || this.#quietLooks < QUIET_LOOKS) return false
     const graceMs = this.#newestResponse ? QUIET_MS : FIRST_REQUEST_MS
-    return performance.now() - this.#quietSinceMs >= graceMs
+    return !this.isBusy && this.#quiet.hasLasted(graceMs)
   }
 
   /** Half a head has come, or half a body that nobody waited for, and its last byte lately. */
@@ -1599,7 +1614,7 @@ class Application {
   readonly #upgraded = new Set<Upgraded>()
   /** By response, or by stream where it is HTTP/2. */
   readonly #inFlight = new Map<object, RequestInFlight>()
-  /** How many there have been. */
+  /** How many connections have come. */
   #connectionsSoFar = 0
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
@@ -1860,14 +1875,13 @@ class Application {
       acceptNoMore(server)
     }
     if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
-    const closingSinceMs = performance.now()
     // The server's own close() would cut connections whose answer is not taken yet.
     const close = methodOf(net.Server.prototype, 'close')
     for (const server of servers) {
       if (!server.listening) continue // else it would emit `close` once more
       attempt(() => Reflect.apply(close, server, []))
     }
-    if (await this.#closeServersOfBun(limitMs)) this.#closingSinceMs = closingSinceMs
+    if (await this.#closeServersOfBun(limitMs)) this.#closingSinceMs = performance.now()
   }
 
   /** They stop listening by their `close()` alone, which finishes what is being served, but cuts
@@ -1932,9 +1946,13 @@ class Application {
     return new Set(Array.from(this.#upgraded, (peer) => (isStream(peer) ? peer.session : peer)))
   }
 
+  /** To be called every POLL_MS while it closes: by that it is known who is idle. */
+  lookAtClients(): void {
+    for (const client of this.#clients.values()) client.look()
+  }
+
   closeIdleConnections(): void {
     for (const client of this.#clients.values()) {
-      client.look()
       if (!client.isIdle || client.sendSessionElsewhere()) continue
       const { peer } = client
       attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
@@ -2730,8 +2748,8 @@ class Site {
     return this.#stage === 'running' ? this.#secondsSinceStart() : this.#seconds
   }
 
-  /** Its warm-up is still to come, or goes on; the instance may be green meanwhile. */
-  wait(isAwaited: boolean): void {
+  /** Its warm-up is still to come, or goes on; if it is awaited, the instance is red until then. */
+  expect(isAwaited: boolean): void {
     if (this.#stage !== 'running') this.#stage = 'waiting'
     this.#isAwaited = isAwaited
   }
@@ -2822,7 +2840,7 @@ class WarmupRunner {
   /** Joins a run that still has these sites before it, or queues one; the instance is red until it
    *  is over, unless nobody awaits it. Resolves to why it failed, '' if it did not. */
   warmUp(sites: string[], isAwaited = true): Promise<string> {
-    for (const name of sites) this.#site(name).wait(isAwaited)
+    for (const name of sites) this.#site(name).expect(isAwaited)
     const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
     if (covering) return covering.done
 
@@ -2923,7 +2941,7 @@ class WarmupRunner {
   readonly #retry = (): void => {
     this.#retryAtTickMs = undefined
     for (const site of this.sites) {
-      if (site.stage === 'failed') site.wait(true)
+      if (site.stage === 'failed') site.expect(true)
     }
     this.#takeNextStep()
   }
@@ -3066,10 +3084,10 @@ function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
 
 // --- Who asks ------------------------------------------------------------------------------------
 
-// Whether somebody on this machine asks. Behind a proxy on it all visitors look local, and any web
-// page can make a browser on it send a request. So two rules stand here: one for the service's own
-// port, to which visitors come, and a kinder one for the monitor's port, to which nobody forwards
-// them.
+// Whether somebody on this machine asks, and whether that is a person. Behind a proxy on it all
+// visitors look local, and any web page can make a browser on it send a request. So two rules stand
+// here: one for the service's own port, to which visitors come, and a kinder one for the monitor's
+// port, to which nobody forwards them.
 
 /** At the service's port no browser is believed, since it may be a visitor's behind a proxy that
  *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks then. */
@@ -3111,8 +3129,8 @@ function fetchSiteOf(headers: http.IncomingHttpHeaders): string | undefined {
   return headers['user-agent']?.startsWith('Mozilla/') ? 'unknown' : undefined
 }
 
-/** Whether a person looks at the answer. Some balancers claim to be Mozilla, too, but `compatible`
- *  alone: `Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; …)`. */
+/** Whether a person looks at the answer. Some balancers call themselves Mozilla, too, but say that
+ *  they are only compatible: `Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; …)`. */
 function isForPerson(headers: http.IncomingHttpHeaders): boolean {
   if ('sec-fetch-site' in headers) return true
   const { 'user-agent': agent = '' } = headers
@@ -3334,7 +3352,8 @@ class Prober {
     return known.sort((one, other) => one - other)
   }
 
-  /** From ask to ask. A longer one was an absence, as in maintenance, and tells of no rhythm. */
+  /** From ask to ask. One of more than PROBER_MS was an absence, as in maintenance, and tells of no
+   *  rhythm, unless there are no others. */
   get #pauses(): number[] {
     const known = this.#knownAsks
     const all = known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
@@ -3620,13 +3639,12 @@ function describeProgress(draining: Draining, doRequestsCome = false): string {
     : progress
 }
 
-/** Tells whether no request has come for QUIET_MS, and in QUIET_LOOKS. */
+/** Tells whether no request has come for QUIET_MS. */
 class QuietWatch {
   readonly #application: Application
+  readonly #quiet = new Quiet()
   #requestsBefore: number
   #requestCameAtMs = -Infinity
-  #quietSinceMs = performance.now()
-  #quietLooks = 0
 
   constructor(application: Application) {
     this.#application = application
@@ -3636,14 +3654,10 @@ class QuietWatch {
   /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
   look(isBusy = false): void {
     const { requests } = this.#application
-    const nowMs = performance.now()
     const hasRequestCome = requests !== this.#requestsBefore
-    if (hasRequestCome) this.#requestCameAtMs = nowMs
+    if (hasRequestCome) this.#requestCameAtMs = performance.now()
     this.#requestsBefore = requests
-    this.#quietLooks++
-    if (!isBusy && !hasRequestCome) return
-    this.#quietSinceMs = nowMs
-    this.#quietLooks = 0
+    this.#quiet.look(isBusy || hasRequestCome)
   }
 
   get hasRequestComeLately(): boolean {
@@ -3651,8 +3665,7 @@ class QuietWatch {
   }
 
   get isQuiet(): boolean {
-    const isLookedAt = this.#quietLooks >= QUIET_LOOKS
-    return isLookedAt && performance.now() - this.#quietSinceMs >= QUIET_MS
+    return this.#quiet.hasLasted(QUIET_MS)
   }
 }
 
@@ -3929,14 +3942,15 @@ class Shutdown {
   async #close(): Promise<void> {
     const { timeoutMs } = this.#options
     if (this.#isServerUnknown) await this.#waitForUnknownServer()
-    // One after the other: what the instance serves may still ask a server beside it. That has some
-    // time of its own in any case, since an answer of the instance may never end.
+    // One after the other: what the instance serves may still ask a server beside it. Some time is
+    // kept for the requests of that one, since an answer of the instance may never end.
     const closings: Promise<boolean>[] = []
     for (const application of this.#applications) {
       const closing = this.#closeApplication(application)
       closings.push(closing)
       const leftMs = timeoutMs - this.#elapsedMs()
-      await Promise.race([closing, unreffedPause(leftMs - Math.min(REQUESTS_MS, leftMs / 2))])
+      const besideMs = Math.min(REQUESTS_MS, leftMs / 2)
+      await withinLimit(closing, leftMs - besideMs).catch(doNothing)
     }
     const isInTime = (await Promise.all(closings)).every(Boolean)
     // What was ended is still to be sent.
@@ -3953,6 +3967,7 @@ class Shutdown {
     await application.stopListening(timeoutMs - this.#elapsedMs())
     const isOver = (): boolean => {
       application.forgetDeadRequests()
+      application.lookAtClients()
       application.closeIdleConnections()
       return !application.isServing
     }
@@ -5643,7 +5658,7 @@ class LineSession extends Session implements Asker {
     })
   }
 
-  /** The limit of its phase goes on. */
+  /** Leaves the rest of the turn to the application; the limit of the phase goes on. */
   yieldTurn(): void {
     const { phase, phaseSinceTickMs } = this
     this.enter('yielding')
