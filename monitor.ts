@@ -15,11 +15,13 @@
 // A line, or a request over HTTP, names a command of the command table. Behind every command that
 // tells how the instance is stands one verdict: may it be sent requests, and if not, why?
 //
-// The sections, each under a banner of the same words. A section keeps the state, the timers and
-// the functions of one concern together.
+// The core comes first, and can be read and signed alone. Each of the three layers behind it may be
+// cut off with all that follows it. A section, under a banner of the same words, keeps the state,
+// the timers and the functions of one concern together.
 //
 //   Public types
 //   Limits
+//   Copies of this file
 //   The monitor and its life
 //   The clock
 //   The load of the event loop
@@ -43,17 +45,19 @@
 //   Signals
 //   The command table
 //   Commands
-//   Figures
-//   Metrics
-//   Status
-//   The page
 //   The wire: connections
 //   The wire: PROXY headers
 //   The wire: lines
 //   The wire: HTTP
 //   Helpers
 //   The module
-//   The program; all from here on may be deleted, and nothing above refers to it
+//   Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it
+//   Figures
+//   Metrics
+//   Layer: status and page; all from here on may be deleted, and nothing above refers to it
+//   Status
+//   The page
+//   Layer: the program; all from here on may be deleted, and nothing above refers to it
 
 import * as http from 'node:http'
 import * as net from 'node:net'
@@ -165,98 +169,6 @@ export interface Activity {
   stores: Count
   /** Counts connections that were opened. */
   connections: Count
-}
-
-/** How the instance is, as `status()` gives it. What cannot be known is -1. */
-export interface Status {
-  /** Whether it may be sent requests. */
-  healthy: boolean
-  /** `warn` where it is not healthy, but for a reason that will pass by itself: it boots, warms up,
-   *  drains, or shuts down. */
-  grade: 'pass' | 'warn' | 'fail'
-  /** `OK`, or why not. */
-  reason: string
-  /** The last ten changes of the verdict that a check has seen, the oldest first; the last one is
-   *  what holds now. */
-  changes: VerdictChange[]
-  /** Where the instance is reached; '' before that is known. */
-  url: string
-  /** How long the process has run. */
-  uptimeSeconds: number
-  requestsInFlight: number
-  /** Connections of WebSockets, say. */
-  upgradedConnections: number
-  /** The busy part of the last ten seconds, from 0 to 1. */
-  eventLoopUtilization: number
-  residentMemoryBytes: number
-  warmup: SiteStatus[]
-  databases: DatabaseStatus[]
-  checks: CheckStatus[]
-  probers: ProberStatus[]
-  /** `undefined` where it does not drain. */
-  draining: DrainingStatus | undefined
-}
-
-/** A verdict, and since when it held. */
-export interface VerdictChange {
-  /** In ISO 8601, such as `2026-11-28T09:30:00.000Z`. */
-  time: string
-  healthy: boolean
-  reason: string
-}
-
-/** How the warm-up of a site stands. */
-export interface SiteStatus {
-  site: string
-  status: 'off' | 'waiting' | 'running' | 'warm' | 'failed'
-  /** How long it took, or has run so far. */
-  seconds: number
-  /** Why it failed, '' if it did not. */
-  failure: string
-  /** How long until it is tried again, -1 where it did not fail. */
-  nextTrySeconds: number
-}
-
-/** How a database is. */
-export interface DatabaseStatus {
-  name: string
-  optional: boolean
-  connected: boolean
-  /** What is wrong with it, '' if nothing: `disconnected`, `timed out`, or `failed: REASON`. */
-  trouble: string
-  /** How long the last answer took. */
-  answeredMs: number
-}
-
-/** How a check is. */
-export interface CheckStatus {
-  name: string
-  optional: boolean
-  passing: boolean
-  /** What is wrong, '' if nothing: `failed`, `timed out`, or `failed: REASON`. */
-  trouble: string
-  /** How long the last answer took. */
-  answeredMs: number
-}
-
-/** An address that asks for the verdict. */
-export interface ProberStatus {
-  /** With its `User-Agent` where it asks at the health path. */
-  address: string
-  askedSecondsAgo: number
-  /** The mean of its last pauses. */
-  intervalSeconds: number
-}
-
-/** How far draining is. */
-export interface DrainingStatus {
-  seconds: number
-  /** How many probers must be told. */
-  probers: number
-  /** How many of them know. */
-  probersInformed: number
-  /** Whether each of them knows, `minimumMs` is over, and no request is in flight. */
-  finished: boolean
 }
 
 /** What a warm-up performer is told. */
@@ -410,7 +322,6 @@ const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
 const TICKS_PER_SECOND = 1_000 / TICK_MS
 const CHART_SECONDS = 120 // two minutes on the page
 const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
-const COLLECTOR_MS = 5_000 // half of Prometheus's own limit
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 const FAULT_LOG_MS = 60_000 // between faults of our own
@@ -429,6 +340,26 @@ const REPORT_MS = 10_000 // from word to word of a command that waits
 const LINGER_MS = 5_000 // for a peer to close after us
 const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more is to be written
 
+// --- Copies of this file -------------------------------------------------------------------------
+
+// A process may hold several copies: one that `FTW_MONITOR=auto` preloaded, and another one that
+// the program imports. The first one then does the work of both.
+
+/** Where the preloaded copy leaves what it exports; the number is that of their list. */
+const EXPORTS: unique symbol = Symbol.for('ftw-monitor.functions.1')
+
+/** What this copy exports, by name. Each layer adds to it. */
+const ownExports: Record<string, unknown> = {}
+
+/** What the preloaded copy exports, if this is another one. */
+const preloadedExports = (net.Server as { [EXPORTS]?: Record<string, unknown> })[EXPORTS]
+
+/** Stands around each exported function: in place of ours it offers that of the preloaded copy. */
+function shared<Exported>(name: string, own: Exported): Exported {
+  ownExports[name] = own
+  return (preloadedExports?.[name] ?? own) as Exported
+}
+
 // --- The monitor and its life --------------------------------------------------------------------
 
 // One monitor is current: `start` makes it, and after `stop` it is over. It holds one object for
@@ -444,34 +375,31 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
  *  address in use is tried again) and after a signal. Where `FTW_MONITOR=auto` has started the
  *  monitor already, it goes on as it is, unless something else is wanted here. Rejects with a
  *  `TypeError` or `RangeError` for what the caller passed wrongly. */
-export async function start(
-  instance: net.Server | net.Server[] | StartOptions = {}
-): Promise<Address> {
-  if (preloaded) return preloaded.start(instance)
-  const options = toStartOptions(instance)
-  if (!monitor.mayGiveWay) {
-    log('warn', 'is started already; stop() it first')
-    return monitor.address
-  }
-  if (currentShutdown?.isRunning || signals.hasCome) {
-    log('warn', 'does not start: the instance is shutting down')
-    return false
-  }
-  if (monitor.isAsWanted(options)) return monitor.started
-  currentShutdown = undefined
+export const start: (instance?: net.Server | net.Server[] | StartOptions) => Promise<Address> =
+  shared('start', async (instance = {}) => {
+    const options = toStartOptions(instance)
+    if (!monitor.mayGiveWay) {
+      log('warn', 'is started already; stop() it first')
+      return monitor.address
+    }
+    if (currentShutdown?.isRunning || signals.hasCome) {
+      log('warn', 'does not start: the instance is shutting down')
+      return false
+    }
+    if (monitor.isAsWanted(options)) return monitor.started
+    currentShutdown = undefined
 
-  monitor.giveWay()
-  monitor = new Monitor(options)
-  monitor.findServers()
-  if (isSwitchedOff('FTW_MONITOR')) return false
-  return monitor.begin()
-}
+    monitor.giveWay()
+    monitor = new Monitor(options)
+    monitor.findServers()
+    if (isSwitchedOff('FTW_MONITOR')) return false
+    return monitor.begin()
+  })
 
 /** Closes the monitor and its connections, aborts what runs, takes its hook off the server and,
  *  unless a shutdown has begun, its listeners off the signals. Resolves when the port is free. What
  *  was registered stays, and `start()` works again. */
-export async function stop(): Promise<void> {
-  if (preloaded) return preloaded.stop()
+export const stop: () => Promise<void> = shared('stop', async () => {
   const stopping = monitor
   if (!currentShutdown?.isRunning) {
     signals.release()
@@ -479,7 +407,7 @@ export async function stop(): Promise<void> {
     monitor = new Monitor({ servers: [], logger: stopping.logger })
   }
   await stopping.end()
-}
+})
 
 //   new, searching ── waiting ── booting ── accepting ── closed ── waiting
 //   any of them ── stopped
@@ -2217,11 +2145,13 @@ function transient(reason: string): Verdict {
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
  *  never contains `OK`. Answers within a second, and never rejects. */
-export async function health(): Promise<{ healthy: boolean; reason: string }> {
-  if (preloaded) return preloaded.health()
-  const { healthy, explanation } = await inspectAndJudge()
-  return { healthy, reason: explanation }
-}
+export const health: () => Promise<{ healthy: boolean; reason: string }> = shared(
+  'health',
+  async () => {
+    const { healthy, explanation } = await inspectAndJudge()
+    return { healthy, reason: explanation }
+  }
+)
 
 /** Resolves at the first `OK`, for PM2's `process.send('ready')` and for tests; at once where there
  *  is no monitor: with `FTW_MONITOR=0`, after `stop()`, and where `start` gave up. Called before
@@ -2229,27 +2159,29 @@ export async function health(): Promise<{ healthy: boolean; reason: string }> {
  *  the reason of `signal` when that aborts, with a `TypeError` for wrong options, and with an
  *  `Error` once a shutdown is over: not before, since a rejection that nobody catches would end the
  *  process in the middle of it. */
-export async function untilHealthy(options: { signal?: AbortSignal } = {}): Promise<void> {
-  if (preloaded) return preloaded.untilHealthy(options)
-  must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
-  const { signal } = options
-  must(
-    signal === undefined || hasMethods(signal, 'addEventListener', 'throwIfAborted'),
-    'signal must be an AbortSignal'
-  )
-  signal?.throwIfAborted()
+export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void> = shared(
+  'untilHealthy',
+  async (options = {}) => {
+    must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
+    const { signal } = options
+    must(
+      signal === undefined || hasMethods(signal, 'addEventListener', 'throwIfAborted'),
+      'signal must be an AbortSignal'
+    )
+    signal?.throwIfAborted()
 
-  let onAbort = doNothing
-  const aborted = new Promise<never>((_, reject) => {
-    onAbort = () => reject(signal?.reason)
-  })
-  signal?.addEventListener('abort', onAbort)
-  try {
-    await Promise.race([pollUntilHealthy(signal), aborted])
-  } finally {
-    signal?.removeEventListener('abort', onAbort)
+    let onAbort = doNothing
+    const aborted = new Promise<never>((_, reject) => {
+      onAbort = () => reject(signal?.reason)
+    })
+    signal?.addEventListener('abort', onAbort)
+    try {
+      await Promise.race([pollUntilHealthy(signal), aborted])
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+    }
   }
-}
+)
 
 async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> {
   while (!signal?.aborted) {
@@ -2403,38 +2335,42 @@ const registeredChecks = new Map<string, Dependency>()
 
 /** Registers a database, or replaces it. Gives the counters on which the service tells what it does
  *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
-export function registerDatabase(name: string, database: Database): Activity {
-  if (preloaded) return preloaded.registerDatabase(name, database)
-  must(isWord(name), 'a database has a name without white space')
-  must(
-    hasMethods(database, 'isConnected') &&
-      mayHaveMethod(database, 'connections') &&
-      mayHaveMethod(database, 'figures'),
-    'a database has isConnected(), and may have connections() and figures()'
-  )
-  must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
-  const registered = new RegisteredDatabase(name, database)
-  databases.set(name, registered)
-  const { loads, stores, connections } = registered.counters
-  return {
-    loads: (count) => loads.add(count),
-    stores: (count) => stores.add(count),
-    connections: (count) => connections.add(count)
+export const registerDatabase: (name: string, database: Database) => Activity = shared(
+  'registerDatabase',
+  (name, database) => {
+    must(isWord(name), 'a database has a name without white space')
+    must(
+      hasMethods(database, 'isConnected') &&
+        mayHaveMethod(database, 'connections') &&
+        mayHaveMethod(database, 'figures'),
+      'a database has isConnected(), and may have connections() and figures()'
+    )
+    must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
+    const registered = new RegisteredDatabase(name, database)
+    databases.set(name, registered)
+    const { loads, stores, connections } = registered.counters
+    return {
+      loads: (count) => loads.add(count),
+      stores: (count) => stores.add(count),
+      connections: (count) => connections.add(count)
+    }
   }
-}
+)
 
 /** Registers a check of what is no database, such as free space on a disk, or replaces it. Throws a
  *  `TypeError` for a name with white space, for what is no function, and for wrong options. */
-export function registerCheck(name: string, check: Check, options: CheckOptions = {}): void {
-  if (preloaded) return preloaded.registerCheck(name, check, options)
-  must(isWord(name), 'a check has a name without white space')
-  must(typeof check === 'function', 'a check is a function')
-  must(hasOnly(options, ['optional']), 'the one option of a check is optional')
-  const { optional = false }: CheckOptions = options
-  must(typeof optional === 'boolean', 'optional is true or false')
-  const passes = async (): Promise<boolean> => (await check()) !== false
-  registeredChecks.set(name, new Dependency(`Check '${name}'`, name, optional, passes, 'failed'))
-}
+export const registerCheck: (name: string, check: Check, options?: CheckOptions) => void = shared(
+  'registerCheck',
+  (name, check, options = {}) => {
+    must(isWord(name), 'a check has a name without white space')
+    must(typeof check === 'function', 'a check is a function')
+    must(hasOnly(options, ['optional']), 'the one option of a check is optional')
+    const { optional = false }: CheckOptions = options
+    must(typeof optional === 'boolean', 'optional is true or false')
+    const passes = async (): Promise<boolean> => (await check()) !== false
+    registeredChecks.set(name, new Dependency(`Check '${name}'`, name, optional, passes, 'failed'))
+  }
+)
 
 /** Checks pages of the service's own that the environment names. */
 function registerPageChecks(healthPath: string | undefined): void {
@@ -2676,15 +2612,17 @@ const performers = new Map<string, WarmupPerformer>()
 /** Registers what warms a site, a path such as `/` or `/shop`: after boot, and when this machine
  *  asks for `/@@warmup` or `/shop/@@warmup`. A site registered again is replaced. Throws a
  *  `TypeError` for what is no path or no function. */
-export function registerWarmup(site: string, performer: WarmupPerformer): void {
-  if (preloaded) return preloaded.registerWarmup(site, performer)
-  must(isPagePath(site), 'a site is / or /a/path')
-  must(typeof performer === 'function', 'a warm-up performer is a function')
-  const name = toSiteName(site)
-  const wasGreen = monitor.warmup.stage === 'done'
-  performers.set(name, performer)
-  monitor.warmup.onRegistered(name, wasGreen)
-}
+export const registerWarmup: (site: string, performer: WarmupPerformer) => void = shared(
+  'registerWarmup',
+  (site, performer) => {
+    must(isPagePath(site), 'a site is / or /a/path')
+    must(typeof performer === 'function', 'a warm-up performer is a function')
+    const name = toSiteName(site)
+    const wasGreen = monitor.warmup.stage === 'done'
+    performers.set(name, performer)
+    monitor.warmup.onRegistered(name, wasGreen)
+  }
+)
 
 /** Registers each page that the environment names as a site, which is warmed by loading it. */
 function registerPages(): void {
@@ -2718,7 +2656,7 @@ function sitesAt(path: string): string[] {
 /** A site from boot to the end of the instance. */
 class Site {
   readonly name: string
-  #stage: SiteStatus['status']
+  #stage: SiteStage
   #isAwaited = true
   #failure = ''
   #startedAtMs = 0
@@ -2729,7 +2667,7 @@ class Site {
     this.#stage = stage
   }
 
-  get stage(): SiteStatus['status'] {
+  get stage(): SiteStage {
     return this.#stage
   }
 
@@ -2779,6 +2717,9 @@ interface Run {
   /** Resolves to why it failed, '' if it did not. */
   done: Promise<string>
 }
+
+/** How the warm-up of a site stands. */
+type SiteStage = 'off' | 'waiting' | 'running' | 'warm' | 'failed'
 
 type WarmupStage = 'off' | 'cold' | 'running' | 'done' | 'failed'
 
@@ -3160,12 +3101,11 @@ const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8
  *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
  *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
  *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
-export function warmupView(
+export const warmupView: (
   request: http.IncomingMessage,
   response: http.ServerResponse,
   next?: () => void
-): void {
-  if (preloaded) return preloaded.warmupView(request, response, next)
+) => void = shared('warmupView', (request, response, next) => {
   const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
   const site = warmupSite(originalUrl) // Express cuts url
   if (site === undefined) {
@@ -3191,7 +3131,7 @@ export function warmupView(
     response.shouldKeepAlive = false // else our own connection would delay server.close()
   }
   void answerWhenWarm(response, sites)
-}
+})
 
 function viewRefusal(
   request: http.IncomingMessage,
@@ -3364,7 +3304,7 @@ class Prober {
 
 class Probers {
   readonly #monitor: Monitor
-  readonly #known = new Map<string, Prober>()
+  readonly #byAddress = new Map<string, Prober>()
   #lookupsInTick = 0
 
   constructor(owner: Monitor) {
@@ -3381,7 +3321,7 @@ class Probers {
     const address = this.#addressOf(asker)
     if (address === undefined) return
 
-    const prober = this.#known.get(address) ?? this.#add(address)
+    const prober = this.#byAddress.get(address) ?? this.#add(address)
     prober.drainedAnswers += drainedAnswers
     prober.ask(this.#monitor.clock.nowTickMs)
     if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober, drainedAnswers)
@@ -3391,7 +3331,7 @@ class Probers {
    *  answers count. */
   chooseFrequent(): Prober[] {
     const { nowTickMs } = this.#monitor.clock
-    const frequent = [...this.#known.values()].filter(
+    const frequent = [...this.#byAddress.values()].filter(
       (prober) => prober.isFrequent && prober.stillAsks(nowTickMs)
     )
     for (const prober of frequent) prober.drainedAnswers = 0
@@ -3404,25 +3344,15 @@ class Probers {
     return prober.drainedAnswers < fall && prober.stillAsks(this.#monitor.clock.nowTickMs)
   }
 
-  /** The latest first, and none that has been silent for an hour. */
-  statuses(): ProberStatus[] {
-    const all = Array.from(
-      this.#known.values(),
-      ({ shownAddress, lastAskedAtTickMs, intervalMs }) => ({
-        address: shownAddress,
-        askedSecondsAgo: (this.#monitor.clock.nowTickMs - lastAskedAtTickMs) / 1_000,
-        intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
-      })
-    )
-    const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
-    return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
+  get known(): Iterable<Prober> {
+    return this.#byAddress.values()
   }
 
   #add(address: string): Prober {
     const prober = new Prober(address)
     if (this.#monitor.draining) return prober // else one that we wait for might have to make room
-    if (this.#known.size >= PROBERS_MAX) this.#forgetRarest()
-    this.#known.set(address, prober)
+    if (this.#byAddress.size >= PROBERS_MAX) this.#forgetRarest()
+    this.#byAddress.set(address, prober)
     return prober
   }
 
@@ -3430,13 +3360,13 @@ class Probers {
     const { nowTickMs } = this.#monitor.clock
     let rarest = ''
     let lowestRate = Infinity
-    for (const [address, prober] of this.#known) {
+    for (const [address, prober] of this.#byAddress) {
       const rate = prober.rate(nowTickMs)
       if (rate >= lowestRate) continue
       rarest = address
       lowestRate = rate
     }
-    this.#known.delete(rarest)
+    this.#byAddress.delete(rarest)
   }
 
   /** An address costs a system call. In a flood we do not ask for it, and count all as one. */
@@ -3473,24 +3403,25 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
  *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
  *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
  *  wrong options. */
-export async function drain(options: DrainOptions = {}): Promise<void> {
-  if (preloaded) return preloaded.drain(options)
-  must(
-    hasOnly(options, DRAIN_OPTIONS),
-    `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
-  )
-  await untilDrained(toDrainOptions(options))
-}
+export const drain: (options?: DrainOptions) => Promise<void> = shared(
+  'drain',
+  async (options = {}) => {
+    must(
+      hasOnly(options, DRAIN_OPTIONS),
+      `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
+    )
+    await untilDrained(toDrainOptions(options))
+  }
+)
 
 /** Takes the instance in again; not while it shuts down. */
-export function resume(): void {
-  if (preloaded) return preloaded.resume()
+export const resume: () => void = shared('resume', () => {
   if (currentShutdown) {
     log('warn', 'does not resume: the instance is shutting down')
     return
   }
   monitor.endDraining()
-}
+})
 
 const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs', 'minimumMs']
 
@@ -3556,19 +3487,19 @@ class Draining {
     return this.isTold && this.#application.requestsInFlight === 0
   }
 
-  get status(): DrainingStatus {
-    const informed = this.awaitedProbers.filter(
-      ({ drainedAnswers }) => drainedAnswers >= this.#fall
-    )
-    const missing = this.awaitedProbers.filter((prober) =>
-      this.#probers.isMissing(prober, this.#fall)
-    )
-    return {
-      seconds: (performance.now() - this.#sinceMs) / 1_000,
-      probers: informed.length + missing.length,
-      probersInformed: informed.length,
-      finished: this.isFinished
-    }
+  get seconds(): number {
+    return (performance.now() - this.#sinceMs) / 1_000
+  }
+
+  /** How many probers know. */
+  get informedCount(): number {
+    return this.awaitedProbers.filter(({ drainedAnswers }) => drainedAnswers >= this.#fall).length
+  }
+
+  /** How many are still to be told. */
+  get missingCount(): number {
+    return this.awaitedProbers.filter((prober) => this.#probers.isMissing(prober, this.#fall))
+      .length
   }
 }
 
@@ -3626,8 +3557,8 @@ function describeLate(afterMs: number, progress: string): string {
 }
 
 function describeProgress(draining: Draining, doRequestsCome = false): string {
-  const { probers, probersInformed } = draining.status
-  const known = `${probersInformed} of ${probers} probers know`
+  const { informedCount, missingCount } = draining
+  const known = `${informedCount} of ${informedCount + missingCount} probers know`
   const { server, requestsInFlight, upgradedConnections } = monitor.application
   if (!server) return known
   const requests = doRequestsCome
@@ -3698,17 +3629,19 @@ function unreffedPause(ms: number): Promise<void> {
  *  would wait for itself: it resolves at once, with a warning, and with `shutdownOnSignal` so does
  *  every call while `cleanUp` runs. Where nothing tells who calls, a second call waits 5 s at most
  *  for those two. Rejects with a `TypeError` or `RangeError` for options that are wrong. */
-export async function shutdown(options?: ShutdownOptions): Promise<void> {
-  if (preloaded) return preloaded.shutdown(options)
-  const checked = options === undefined ? optionsOfSignals() : toShutdownOptions(options)
-  if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
-  if (currentShutdown?.isAskedByItself) {
-    log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
-    return
+export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
+  'shutdown',
+  async (options) => {
+    const checked = options === undefined ? optionsOfSignals() : toShutdownOptions(options)
+    if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
+    if (currentShutdown?.isAskedByItself) {
+      log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
+      return
+    }
+    if (currentShutdown) await currentShutdown.join()
+    else await beginShutdown(checked)
   }
-  if (currentShutdown) await currentShutdown.join()
-  else await beginShutdown(checked)
-}
+)
 
 function optionsOfSignals(): CheckedShutdownOptions {
   return signals.options ?? toShutdownOptions({})
@@ -4052,18 +3985,20 @@ function isServerClosed(error: unknown): boolean {
  *  options. May come before or after `start`. Where that was never called no server is known, and
  *  requests in flight are not waited for, as without us. `stop()` takes the listeners off. Throws
  *  a `TypeError` or `RangeError` for wrong options. */
-export function shutdownOnSignal(options: ShutdownOptions = {}): void {
-  if (preloaded) return preloaded.shutdownOnSignal(options)
-  const checked = toShutdownOptions(options)
-  const { signals: names = ['SIGTERM', 'SIGINT'] } = options
-  must(
-    Array.isArray(names) && names.length > 0 && names.every((it) => SIGNAL_NUMBERS.has(it)),
-    `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
-  )
-  signals.release()
-  signals.listen(new Set(names), checked)
-  monitor.findListeningServers()
-}
+export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
+  'shutdownOnSignal',
+  (options = {}) => {
+    const checked = toShutdownOptions(options)
+    const { signals: names = ['SIGTERM', 'SIGINT'] } = options
+    must(
+      Array.isArray(names) && names.length > 0 && names.every((it) => SIGNAL_NUMBERS.has(it)),
+      `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
+    )
+    signals.release()
+    signals.listen(new Set(names), checked)
+    monitor.findListeningServers()
+  }
+)
 
 /** The signals by which somebody may ask a process to end, with Linux's numbers. */
 const SIGNAL_NUMBERS = new Map<string, number>([
@@ -4291,18 +4226,15 @@ interface Entry {
 }
 
 const PLAIN_TEXT = 'text/plain; charset=utf-8'
-const JSON_TEXT = 'application/json'
-const PROMETHEUS_TEXT = 'text/plain; version=0.0.4; charset=utf-8'
 
 /** Adds a command, or replaces it. The first line of `doc` is what `help` lists. Throws a
  *  `TypeError` for a name that is empty or has white space in it, and for wrong options. */
-export function register(
+export const register: (
   name: string,
   doc: string,
   command: Command,
-  options: CommandOptions = {}
-): void {
-  if (preloaded) return preloaded.register(name, doc, command, options)
+  options?: CommandOptions
+) => void = shared('register', (name, doc, command, options = {}) => {
   const isKnown: boolean = hasOnly(options, ['http', 'local'])
   must(isKnown, 'the options of a command are http and local')
   const { http: overHttp = false, local = false } = options
@@ -4320,7 +4252,7 @@ export function register(
   addEntry(name, doc, { http: overHttp, local, type }, (asker, args) =>
     continueWith(command(asker, ...args), (mode) => checkedMode(name, mode))
   )
-}
+})
 
 interface OwnOptions extends Partial<Omit<Entry, 'doc' | 'run'>> {
   /** What follows on the connection; by default, what was. */
@@ -4581,840 +4513,6 @@ addCommand(
   },
   { http: false, local: true }
 )
-
-// --- Figures -------------------------------------------------------------------------------------
-
-// Numbers under the names and in the formats that ftw.monitor gave them.
-
-/** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
-function databaseNamed(name = '-'): RegisteredDatabase {
-  if (name === '-' && !databases.has(name)) return mainDatabase()
-  return databases.get(name) ?? failWith(`Error: no database '${name}' is registered`)
-}
-
-function mainDatabase(): RegisteredDatabase {
-  const [first] = databases.values()
-  return databases.get('main') ?? first ?? failWith("Error: no database 'main' is registered")
-}
-
-function toNumber(text: string, name: string, max: number): number {
-  const number = Number(text)
-  if (DECIMAL.test(text) && number <= max) return number
-  return failWith(`Error: ${name} must be a number from 0 to ${max}`)
-}
-
-const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
-
-/** Gives what was counted in the last seconds. */
-function countsOf(
-  { counters }: RegisteredDatabase,
-  seconds: number
-): Record<keyof Activity, number> {
-  return {
-    loads: counters.loads.last(seconds),
-    stores: counters.stores.last(seconds),
-    connections: counters.connections.last(seconds)
-  }
-}
-
-/** Gives a database's own figures, -1 for each that it leaves out. */
-async function figuresOf(
-  registered: RegisteredDatabase | undefined
-): Promise<(name: keyof Figures) => number> {
-  const figures: unknown = await registered?.figuresCall.ask()
-  return (name) => {
-    const value = isObject(figures) ? figures[name] : undefined
-    return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
-  }
-}
-
-addCommand(
-  'dbinfo',
-  `Get database statistics
-
-    dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
-    the caches, and those of them that are loaded. "-" is the main database.
-`,
-  async (_, name, seconds = '300') => {
-    const registered = databaseNamed(name)
-    const counts = countsOf(registered, toNumber(seconds, 'SECONDS', HISTORY_SECONDS))
-    const figure = await figuresOf(registered)
-    const { loads, stores, connections } = counts
-    return [loads, stores, connections, figure('size'), figure('nonGhost')].join(' ')
-  }
-)
-
-addCommand(
-  'zeocache',
-  `Get ZEO client cache statistics
-
-    zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
-`,
-  async (_, name) => {
-    const figure = await figuresOf(databaseNamed(name))
-    const added = [figure('recordsAdded'), figure('bytesAdded')]
-    const evicted = [figure('recordsEvicted'), figure('bytesEvicted')]
-    return [...added, ...evicted, figure('accesses')].join(' ')
-  }
-)
-
-addCommand('zeostatus', 'Get ZEO client status information', async (_, name) => {
-  const registered = databaseNamed(name)
-  await registered.ask()
-  return registered.isPassing ? 'True' : 'False'
-})
-
-addCommand(
-  'monitor',
-  `Get general process info
-
-    monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
-    open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
-`,
-  async (asker, age = '100', name) => {
-    const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
-    const open = name === undefined ? listRequests() : await openConnections(databaseNamed(name))
-    const kilobytes = Math.round(readResidentMemory() / 1_024)
-    const head = [`${open?.length ?? -1}`, `VmRSS:\t${String(kilobytes).padStart(8)} kB`]
-    if (!asker.local || !open) return head.join('\n')
-
-    const old = open.filter(({ seconds }) => least === 0 || seconds > least)
-    old.sort((one, other) => one.seconds - other.seconds)
-    const lines = old.map(({ seconds, info }) => `${seconds.toFixed(1)} ${clean(info)}`)
-    return [...head, ...lines].join('\n')
-  }
-)
-
-interface Open {
-  seconds: number
-  info: string
-}
-
-/** The requests in flight, without their query strings, which carry secrets. */
-function listRequests(): Open[] | undefined {
-  const { server, openRequests } = monitor.application
-  if (!server) return undefined
-  return Array.from(openRequests, ({ startedAtMs, line }) => ({
-    seconds: (performance.now() - startedAtMs) / 1_000,
-    info: line.replace(/\?.*/s, '')
-  }))
-}
-
-async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
-  const open = await registered.connectionsCall.ask()
-  if (!Array.isArray(open)) return undefined
-  return open.map((connection: unknown) => {
-    const { openedAt, info } = Object(connection) as OpenConnection
-    const seconds = (Date.now() - Number(openedAt)) / 1_000 || 0
-    // The wall clock may have been set back.
-    return { seconds: Math.max(0, seconds), info: errorText(info) }
-  })
-}
-
-/** Without a server given, nothing is known of requests. */
-function httpFigures(): { in_flight: number; requests: number; errors: number } {
-  const { server, requestsInFlight, requests, errors } = monitor.application
-  if (!server) return { in_flight: -1, requests: -1, errors: -1 }
-  return { in_flight: requestsInFlight, requests, errors }
-}
-
-addCommand(
-  'perf_metrics',
-  `Get performance related metrics
-
-    perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
-`,
-  async (asker, name = '-', seconds = '300') => {
-    const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
-    const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
-    await registered?.ask()
-    if (registered?.isPassing === false) {
-      const trouble = asker.local ? registered.detailedSentence : registered.sentence
-      return JSON.stringify({ error: toRedLine(trouble) })
-    }
-
-    return JSON.stringify({
-      instance: {
-        uptime: Math.floor(process.uptime()),
-        pid: process.pid
-      },
-      ...(await databaseFigures(registered, span)),
-      memory: memoryFigures(),
-      cpu: process.cpuUsage(),
-      loop: { utilization: Number(monitor.load.utilization.toFixed(4)) },
-      http: httpFigures()
-    })
-  },
-  { type: JSON_TEXT }
-)
-
-/** Under the names that ftw.monitor gives them. */
-async function databaseFigures(
-  registered: RegisteredDatabase | undefined,
-  seconds: number
-): Promise<{ cache: object; db: object }> {
-  const counts = registered && countsOf(registered, seconds)
-  const figure = await figuresOf(registered)
-  return {
-    cache: { size: figure('size'), ngsize: figure('nonGhost'), max_size: figure('maxSize') },
-    db: {
-      loads: counts?.loads ?? -1,
-      stores: counts?.stores ?? -1,
-      connections: counts?.connections ?? -1,
-      conflicts: figure('conflicts'),
-      unresolved_conflicts: figure('unresolvedConflicts'),
-      total_objs: figure('objects'),
-      size_in_bytes: figure('bytes')
-    }
-  }
-}
-
-/** -1 where no descriptor is left to read it by. */
-function readResidentMemory(): number {
-  return attempt(() => process.memoryUsage.rss()) ?? -1
-}
-
-function memoryUsage(): NodeJS.MemoryUsage {
-  const unknown = { rss: -1, heapUsed: -1, heapTotal: -1, external: -1, arrayBuffers: -1 }
-  return attempt(() => process.memoryUsage()) ?? unknown
-}
-
-/** In bytes. What is -1 cannot be read with the modules that this file restricts itself to. */
-function memoryFigures(): object {
-  const { rss, heapUsed, heapTotal, external, arrayBuffers } = memoryUsage()
-  return {
-    rss,
-    uss: -1,
-    pss: -1,
-    heap_used: heapUsed,
-    heap_total: heapTotal,
-    external,
-    array_buffers: arrayBuffers
-  }
-}
-
-// --- Metrics -------------------------------------------------------------------------------------
-
-// What Prometheus collects: our families, and those of the service.
-
-/** Metrics of one name, in the text format of Prometheus. */
-interface Family {
-  name: string
-  help: string
-  /** By their labels, as `{database="main"}`; '' for none. What is less than 0 is not known. */
-  values: Map<string, number>
-}
-
-addCommand(
-  'metrics',
-  'Get metrics for Prometheus, in its text exposition format',
-  async () => {
-    await inspectAll()
-    const collected = await collectAll()
-    const families = [
-      ...processFamilies(),
-      ...instanceFamilies(),
-      ...databaseFamilies(),
-      checkFamily()
-    ]
-    const ours = families.filter(({ name }) => !isCollected(name, collected))
-    return [...ours.flatMap(linesOfFamily), ...[...collected.values()].flat()].join('\n')
-  },
-  { type: PROMETHEUS_TEXT }
-)
-
-/** OpenMetrics names a counter's family without the `_total` of its samples. */
-function isCollected(name: string, collected: Map<string, string[]>): boolean {
-  return collected.has(name) || collected.has(name.replace(/_total$/, ''))
-}
-
-const collectors: Collector[] = []
-
-/** A function of the service's that gives metrics in Prometheus's text format. */
-interface Collector {
-  call: SharedCall
-  /** A failure is logged once, until it works again. */
-  isFailing: boolean
-}
-
-/** Adds what the service has to say to `metrics`: `registerMetrics(() =>
- *  client.register.metrics())` of prom-client, say. `collect` gives Prometheus's text format, or
- *  a promise of it, within 5 s. A family that it gives replaces ours of that name. What fails
- *  costs its own part, and one line in the log. Throws a `TypeError` for what is no function. */
-export function registerMetrics(collect: () => string | Promise<string>): void {
-  if (preloaded) return preloaded.registerMetrics(collect)
-  must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
-  collectors.push({ call: new SharedCall(collect, COLLECTOR_MS), isFailing: false })
-}
-
-/** Gives the lines of each family; of two collectors that give the same one the first counts. */
-async function collectAll(): Promise<Map<string, string[]>> {
-  const parts = await Promise.all(collectors.map(collectFrom))
-  const all = new Map<string, string[]>()
-  for (const [name, lines] of parts.flatMap((families) => [...families])) {
-    if (!all.has(name)) all.set(name, lines)
-  }
-  return all
-}
-
-async function collectFrom(collector: Collector): Promise<Map<string, string[]>> {
-  try {
-    const families = familiesIn(await collector.call.ask())
-    collector.isFailing = false
-    return families
-  } catch (error) {
-    if (!collector.isFailing) log('warn', `leaves metrics out: ${errorText(error)}`)
-    collector.isFailing = true
-    return new Map()
-  }
-}
-
-/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would
- *  cost it all metrics. */
-function familiesIn(text: unknown): Map<string, string[]> {
-  if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
-  const families = new Map<string, string[]>()
-  let current = ''
-  for (const given of text.split(/\r?\n/)) {
-    if (METRICS_COMMENT.test(given)) continue
-    const line = given.replace(EXEMPLAR, '')
-    const [, described] = FAMILY_LINE.exec(line) ?? []
-    const [, sample = ''] = SAMPLE_LINE.exec(line) ?? []
-    const name = described ?? sample
-    if (name === '') failWith(`no line of Prometheus's text format: ${line.slice(0, 100)}`)
-    if (described !== undefined || !isSampleOf(current, sample)) current = name
-    const lines = families.get(current)
-    if (lines) lines.push(line)
-    else families.set(current, [line])
-  }
-  return families
-}
-
-/** A blank line, or a comment; also what OpenMetrics adds, `# EOF` and `# UNIT size bytes`. */
-const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE)\b))/
-
-/** Behind a sample of OpenMetrics; Prometheus's text format knows none. */
-const EXEMPLAR = / # \{[^}]*\} \S+(?: \S+)?\s*$/ // size 7 # {trace_id="abc"} 1
-
-const FAMILY_LINE = /^# (?:HELP|TYPE) ([\w:]+)/ // # TYPE size gauge
-
-/** `size{unit="B"} 7`, perhaps with a time after it */
-const SAMPLE_LINE =
-  /^([\w:]+)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+[-+]?(?:\.?\d|inf|nan)\S*(?:\s+-?\d+)?\s*$/i
-
-/** A histogram has samples of further names. */
-function isSampleOf(name: string, sample: string): boolean {
-  if (sample === name) return true
-  return sample.startsWith(`${name}_`) && /_(bucket|sum|count|created|total)$/.test(sample)
-}
-
-function linesOfFamily({ name, help, values }: Family): string[] {
-  const known = [...values].filter(([, value]) => value >= 0)
-  if (known.length === 0) return []
-  const type = name.endsWith('_total') ? 'counter' : 'gauge'
-  const lines = known.map(([labels, value]) => `${name}${labels} ${value}`)
-  return [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...lines]
-}
-
-function family(name: string, help: string, value: number, labels = ''): Family {
-  return { name, help, values: new Map([[labels, value]]) }
-}
-
-/** Under the names that Prometheus's clients have made customary. */
-function processFamilies(): Family[] {
-  const { user, system } = process.cpuUsage()
-  const { rss, heapUsed, heapTotal, external } = memoryUsage()
-  const { utilization } = monitor.load
-  const version = `{version="${process.version}"}`
-  return [
-    family('process_cpu_user_seconds_total', 'CPU time in user mode.', user / 1e6),
-    family('process_cpu_system_seconds_total', 'CPU time in the kernel.', system / 1e6),
-    family('process_cpu_seconds_total', 'CPU time.', (user + system) / 1e6),
-    family('process_start_time_seconds', 'Start, since 1970.', performance.timeOrigin / 1e3),
-    family('process_resident_memory_bytes', 'Resident memory.', rss),
-    family('nodejs_heap_size_total_bytes', 'Size of the heap.', heapTotal),
-    family('nodejs_heap_size_used_bytes', 'Used part of the heap.', heapUsed),
-    family('nodejs_external_memory_bytes', 'Memory outside the heap.', external),
-    family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', utilization),
-    family('nodejs_version_info', 'Version of Node.js.', 1, version)
-  ]
-}
-
-const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
-
-function instanceFamilies(): Family[] {
-  const { application, warmup, load } = monitor
-  const isHealthy = Number(judgeAndRecord().healthy)
-  const isWarm = Number(warmup.stage === 'done')
-  const { requests, in_flight, errors } = httpFigures()
-  const upgraded = application.server ? application.upgradedConnections : -1
-  return [
-    family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
-    family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
-    family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
-    family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
-    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
-    family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
-    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, load.lagSeconds)
-  ]
-}
-
-function databaseFamilies(): Family[] {
-  const ofEach = (
-    name: string,
-    help: string,
-    value: (of: RegisteredDatabase) => number
-  ): Family => ({
-    name: `ftw_monitor_database_${name}`,
-    help,
-    values: valuesByLabel('database', databases, value)
-  })
-  const counted = (kind: keyof Activity): Family =>
-    ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
-
-  return [
-    ofEach('connected', 'Whether it is connected.', ({ isPassing }) => Number(isPassing)),
-    counted('loads'),
-    counted('stores'),
-    counted('connections')
-  ]
-}
-
-function checkFamily(): Family {
-  const values = valuesByLabel('check', registeredChecks, ({ isPassing }) => Number(isPassing))
-  return { name: 'ftw_monitor_check_passing', help: 'Whether it passes.', values }
-}
-
-function valuesByLabel<T>(
-  label: string,
-  all: Map<string, T>,
-  value: (of: T) => number
-): Map<string, number> {
-  return new Map(
-    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(clean(name))}}`, value(each)])
-  )
-}
-
-// --- Status --------------------------------------------------------------------------------------
-
-// How the instance is, at one look: as an object, as text for people, as JSON for programs.
-
-/** Tells how the instance is, at one look. Answers within a second, and never rejects. */
-export async function status(): Promise<Status> {
-  if (preloaded) return preloaded.status()
-  return statusFor(true)
-}
-
-/** What tells of others, the addresses of probers and the texts of errors, is for this machine
- *  only. */
-async function statusFor(isLocal: boolean): Promise<Status> {
-  await inspectAll()
-  const { healthy, grade, reason, explanation } = judgeAndRecord()
-  const { application, load, instance, warmup, probers, draining, history } = monitor
-  return {
-    healthy,
-    grade,
-    reason: isLocal ? explanation : reason,
-    changes: history.changes.map(({ verdict, time }) => ({
-      time,
-      healthy: verdict.healthy,
-      reason: isLocal ? verdict.explanation : verdict.reason
-    })),
-    url: instance?.url ?? '',
-    uptimeSeconds: process.uptime(),
-    requestsInFlight: application.server ? application.requestsInFlight : -1,
-    upgradedConnections: application.server ? application.upgradedConnections : -1,
-    eventLoopUtilization: load.utilization,
-    residentMemoryBytes: readResidentMemory(),
-    warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
-      site: name,
-      status: stage,
-      seconds,
-      failure: isLocal ? failure : '',
-      nextTrySeconds: stage === 'failed' ? warmup.nextTrySeconds : -1
-    })),
-    databases: Array.from(databases.values(), (each) => {
-      return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
-    }),
-    checks: Array.from(registeredChecks.values(), (each) => {
-      return { ...dependencyStatus(each, isLocal), passing: each.isPassing }
-    }),
-    probers: probers.statuses().map((prober) => {
-      return isLocal ? prober : { ...prober, address: 'a prober' }
-    }),
-    draining: draining?.status
-  }
-}
-
-/** What a database and a check have in common. */
-function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
-  const { name, isOptional, trouble, detailedTrouble, answeredMs } = dependency
-  return { name, optional: isOptional, trouble: isLocal ? detailedTrouble : trouble, answeredMs }
-}
-
-addCommand(
-  'status',
-  `Show how the instance is
-
-    status: the verdict, and what it comes from. Over HTTP it is JSON, in the shape of
-    application/health+json.
-`,
-  async (asker) => {
-    const known = await statusFor(asker.local)
-    if (asker.isHttp) asker.reply(renderJson(known), known.healthy ? 200 : 503, HEALTH_JSON)
-    else asker.write(renderText(known))
-  }
-)
-
-/** Not even the name of a site may make HAProxy's `expect string OK` green. */
-function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
-  return healthy ? text : text.replaceAll('OK', 'O K')
-}
-
-/** One thing that the status tells of: a line for people, a check of the JSON, a row of the
- *  page. */
-interface Row {
-  kind: 'instance' | 'warm-up' | 'database' | 'check' | 'prober' | 'draining' | 'since'
-  name: string
-  text: string
-  grade: Grade
-  /** What is measured, in the words of the JSON, with its unit. */
-  measure: string
-  value: number
-  unit: string
-  /** Of a warm-up. */
-  stage?: SiteStatus['status']
-  /** Of what runs, from 0 to 1, which is done; -1 where no end is in sight. */
-  progress?: number
-}
-
-function rowsOf(known: Status): Row[] {
-  return [
-    instanceRow(known),
-    ...known.warmup.map(siteRow),
-    ...known.databases.map(databaseRow),
-    ...known.checks.map(checkRow),
-    ...known.probers.map(proberRow),
-    drainingRow(known),
-    ...known.changes.map(changeRow).reverse()
-  ]
-}
-
-function instanceRow(known: Status): Row {
-  const { url, uptimeSeconds, requestsInFlight, upgradedConnections } = known
-  const { eventLoopUtilization, residentMemoryBytes } = known
-  const parts = [url || 'not found yet', `up ${duration(uptimeSeconds)}`]
-  if (requestsInFlight >= 0) {
-    parts.push(plural(requestsInFlight, 'request in flight', 'requests in flight'))
-    parts.push(`${upgradedConnections} upgraded`)
-  }
-  if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
-  parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
-  return { ...measured('uptime', uptimeSeconds, 's'), text: parts.join(', ') }
-}
-
-function measured(measure: string, value: number, unit: string): Row {
-  return { kind: 'instance', name: '', text: '', grade: 'pass', measure, value, unit }
-}
-
-function siteRow({ site, status: stage, seconds, failure, nextTrySeconds }: SiteStatus): Row {
-  const time = `${seconds.toFixed(1)} s`
-  const measure = { measure: 'warmup:duration', value: seconds, unit: 's' }
-  const row = {
-    kind: 'warm-up',
-    name: site,
-    ...measure,
-    stage,
-    grade: STAGE_GRADES[stage]
-  } as const
-  switch (stage) {
-    case 'warm':
-      return { ...row, text: `warm after ${time}`, progress: 1 }
-    case 'running':
-      return { ...row, text: `running for ${time}`, progress: -1 }
-    case 'failed': {
-      const why = failure === '' ? '' : `: ${failure}`
-      const next = nextTrySeconds < 0 ? '' : `; next try in ${Math.ceil(nextTrySeconds)} s`
-      return { ...row, text: `failed after ${time}${next}${why}` }
-    }
-    case 'waiting':
-    case 'off':
-      return { ...row, text: stage }
-  }
-}
-
-const STAGE_GRADES = {
-  off: 'pass',
-  waiting: 'warn',
-  running: 'warn',
-  warm: 'pass',
-  failed: 'fail'
-} as const
-
-function databaseRow(database: DatabaseStatus): Row {
-  const measure = 'database:responseTime'
-  return dependencyRow('database', database, database.connected ? 'connected' : '', measure)
-}
-
-function checkRow(check: CheckStatus): Row {
-  return dependencyRow('check', check, check.passing ? 'passes' : '', 'check:responseTime')
-}
-
-/** `passing` tells in a word that it does, '' if it does not. */
-function dependencyRow(
-  kind: 'database' | 'check',
-  { name, optional, trouble, answeredMs }: Omit<CheckStatus, 'passing'>,
-  passing: string,
-  measure: string
-): Row {
-  const stateText = passing ? `${passing}, answered in ${Math.round(answeredMs)} ms` : trouble
-  const text = optional ? `${stateText} (optional)` : stateText
-  const broken: Grade = optional ? 'warn' : 'fail'
-  const grade = passing ? 'pass' : broken
-  return { kind, name, text, grade, measure, value: answeredMs, unit: 'ms' }
-}
-
-function proberRow({ address, askedSecondsAgo, intervalSeconds }: ProberStatus): Row {
-  const asked = `asked ${askedSecondsAgo.toFixed(1)} s ago`
-  const text = intervalSeconds >= 0 ? `${asked}, every ${intervalSeconds.toFixed(1)} s` : asked
-  const measure = { measure: 'prober:interval', value: intervalSeconds, unit: 's' }
-  return { kind: 'prober', name: address, text, grade: 'pass', ...measure }
-}
-
-function drainingRow({ draining, requestsInFlight }: Status): Row {
-  const row = { kind: 'draining', name: '', measure: 'draining:duration', unit: 's' } as const
-  if (!draining) return { ...row, text: 'no', grade: 'pass', value: 0 }
-
-  const { seconds, probers, probersInformed, finished } = draining
-  const requests = plural(requestsInFlight, 'request in flight', 'requests in flight')
-  const inFlight = requestsInFlight >= 0 ? `, ${requests}` : ''
-  const known = `${probersInformed} of ${probers} probers know`
-  const text = `${finished ? 'finished, ' : ''}for ${seconds.toFixed(1)} s, ${known}${inFlight}`
-  return { ...row, text, grade: 'warn', value: seconds, progress: drainingProgress(draining) }
-}
-
-function drainingProgress({ probers, probersInformed, finished }: DrainingStatus): number {
-  if (finished) return 1
-  // Once each of them knows, it goes on for as long as requests do.
-  return probersInformed < probers ? probersInformed / probers : -1
-}
-
-/** The latest one tells since when the verdict holds. */
-function changeRow({ time, healthy, reason }: VerdictChange): Row {
-  const seconds = (Date.now() - Date.parse(time)) / 1_000
-  const text = `${toSecond(time)}  ${healthy ? 'healthy' : `red: ${reason}`}`
-  return { ...measured('verdict:age', seconds, 's'), kind: 'since', text }
-}
-
-/** `2026-11-28 09:30:00Z` of `2026-11-28T09:30:00.000Z`. */
-function toSecond(time: string): string {
-  return `${time.slice(0, 19).replace('T', ' ')}Z`
-}
-
-/** In the unit of which there are at least two. */
-function duration(seconds: number): string {
-  if (seconds < 120) return `${Math.floor(seconds)} s`
-  if (seconds < 7_200) return `${Math.floor(seconds / 60)} min`
-  if (seconds < 172_800) return `${Math.floor(seconds / 3_600)} h`
-  return `${Math.floor(seconds / 86_400)} days`
-}
-
-function percentage(share: number): number {
-  return Math.round(share * 100)
-}
-
-/** For people; the first line is the verdict's reason and nothing else. */
-function renderText(known: Status): string {
-  const rows = rowsOf(known)
-  const nameWidth = Math.max(...rows.map(({ name }) => name.length)) + 3
-  const lines = rows.map(({ kind, name, text }) => {
-    const title = kind.padEnd(STATUS_KIND_WIDTH)
-    return clean(name === '' ? `${title}${text}` : `${title}${name.padEnd(nameWidth)}${text}`)
-  })
-  return withoutOkUnlessHealthy(`${[known.reason, ...lines].join('\n')}\n`, known)
-}
-
-const STATUS_KIND_WIDTH = 11 // `instance`, the longest, and three blanks
-
-const HEALTH_JSON = 'application/health+json'
-
-/** In the shape of the draft "Health Check Response Format for HTTP APIs". */
-function renderJson(known: Status): string {
-  const rows = rowsOf(known)
-  const isComplete = rows.every(({ grade }) => grade === 'pass')
-  const whole = {
-    status: jsonStatusOf(known.healthy, isComplete),
-    ...(!known.healthy && { output: known.reason }),
-    description: known.url,
-    checks: checksOf([
-      ...rows,
-      measured('requests:inFlight', known.requestsInFlight, 'requests'),
-      measured('connections:upgraded', known.upgradedConnections, 'connections'),
-      measured('eventLoop:utilization', known.eventLoopUtilization, 'ratio'),
-      measured('memory:resident', known.residentMemoryBytes, 'B')
-    ])
-  }
-  return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
-}
-
-/** What is to get no requests is `fail` here, also where that will pass by itself. */
-function jsonStatusOf(isHealthy: boolean, isComplete: boolean): Grade {
-  if (!isHealthy) return 'fail'
-  return isComplete ? 'pass' : 'warn'
-}
-
-function checksOf(rows: Row[]): Record<string, object[]> {
-  const time = new Date().toISOString()
-  const checks: Record<string, object[]> = {}
-  for (const { kind, name, text, grade, measure, value, unit, stage } of rows) {
-    const check = {
-      ...(name !== '' && { componentId: clean(name) }),
-      componentType: kind === 'database' ? 'datastore' : 'component',
-      status: grade,
-      ...(stage && { stage }),
-      observedValue: value,
-      observedUnit: unit,
-      time,
-      ...(text !== '' && { output: clean(text) })
-    }
-    checks[measure] = [...(checks[measure] ?? []), check]
-  }
-  return checks
-}
-
-// --- The page ------------------------------------------------------------------------------------
-
-// The status for a browser: what `/` gives to whoever accepts HTML.
-
-async function showPage(exchange: Exchange): Promise<void> {
-  const nonce = crypto.randomUUID()
-  const known = await statusFor(exchange.local)
-  const page = withoutOkUnlessHealthy(renderPage(known, exchange, nonce), known)
-  const policy =
-    `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
-    `frame-ancestors 'none'`
-  exchange.reply(page, 200, 'text/html; charset=utf-8', { 'Content-Security-Policy': policy })
-}
-
-const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, p, td { overflow-wrap: anywhere }
-h1 { border-radius: .3rem; color: #fff; font-size: clamp(1.2rem, 6vw, 2rem); padding: .5rem 1rem }
-h1.pass { background: #17692d } h1.fail { background: #a8201a }
-h1.warn { background: #ffb81c; color: #000 }
-tr.fail { color: light-dark(#a8201a, #ff9a92) } tr.warn { color: light-dark(#855000, #ffb454) }
-th, td { padding: .1rem .8rem .1rem 0; text-align: start; vertical-align: top }
-th { white-space: nowrap } td + td { width: 65% } progress { accent-color: #c77700; width: 6rem }
-@media (max-width: 30rem) { td { display: block } td + td { width: auto } }
-figure { margin: 1rem 0 } polyline { vector-effect: non-scaling-stroke }
-figure div { display: flex; justify-content: space-between; margin: .3rem 0 }
-svg { border: solid; border-width: 1px 0; fill: none; height: 6rem; stroke-width: 2; width: 100% }
-.load { border-bottom: 3px solid #c77700; stroke: #c77700 }
-.requests { border-bottom: 3px dashed #2f6fd0; stroke: #2f6fd0; stroke-dasharray: 6 3 }`
-
-/** Refreshes itself without a script; `?pause` stops that. */
-function renderPage(known: Status, exchange: Exchange, nonce: string): string {
-  const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
-  const isPaused = exchange.query === 'pause'
-  const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
-  const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
-  const heading = headingOf(known)
-  const identity = describeProcess(exchange.response.req)
-  return `<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">${refresh}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>${escapeHtml(`${GRADE_MARKS[known.grade]} ${identity} - ${heading}`)}</title>
-<style nonce="${nonce}">${PAGE_STYLE}</style></head><body><main>
-<h1 class="${known.grade}">${escapeHtml(heading)}</h1>
-<p>${pageText(sinceWhen(known))}<br>${pageText(identity)}<p>${toggle}
-<table>
-${rowsOf(known).map(pageRow).join('\n')}
-</table>
-${renderChart(known, monitor.load.seconds)}
-<p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
-<p>ftw-monitor ${VERSION}</main></body></html>
-`
-}
-
-/** All of a title that narrow tabs show is its beginning. */
-const GRADE_MARKS = { pass: '✓', warn: '…', fail: '✗' } as const
-
-/** A drain's own words may be anybody's: `Draining: until noon`. */
-function headingOf({ reason, draining }: Status): string {
-  if (!draining) return reason
-  const stage = draining.finished ? 'Drained' : 'Draining'
-  return reason === 'Draining' ? stage : `${stage}: ${reason}`
-}
-
-function sinceWhen({ changes }: Status): string {
-  const { time } = changes.at(-1)!
-  return `For ${duration((Date.now() - Date.parse(time)) / 1_000)}, since ${toSecond(time)}`
-}
-
-/** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. */
-function describeProcess({ headers }: http.IncomingMessage): string {
-  const host = readEnv('HOSTNAME') ?? nameInHost(headers.host ?? '')
-  const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
-  const version = readEnv('npm_package_version') ?? ''
-  const parts = [host || 'localhost', `process ${process.pid}`]
-  if (name !== undefined) parts.push(`${name} ${version}`.trim())
-  return parts.join(', ')
-}
-
-function pageRow({ kind, name, text, grade, progress }: Row): string {
-  const head = `<tr class="${grade}"><th scope="row">${kind}`
-  const title = name === '' ? '<td colspan="2">' : `<td>${escapeHtml(name)}<td>`
-  const sign = progress === undefined ? '' : progressSign(`${kind} ${name}`, progress)
-  return `${head}${title}${sign}${pageText(text)}`
-}
-
-/** A tick, or a bar, which moves to and fro without a value. */
-function progressSign(label: string, progress: number): string {
-  if (progress === 1) return '✓ '
-  const value = progress < 0 ? '' : ` value="${progress}"`
-  return `<progress aria-label="${escapeHtml(label)}"${value}></progress> `
-}
-
-/** A number stays on one line with its unit. */
-function pageText(text: string): string {
-  return escapeHtml(text).replace(BLANK_BEFORE_UNIT, '\u00a0')
-}
-
-const BLANK_BEFORE_UNIT = /(?<=\d) (?=[a-z%])/gi // 3 ms, 17 %, 71 MiB, 2 requests
-
-function pageLink(name: string): string {
-  return `<a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
-}
-
-/** The busy part of the event loop, and requests a second, over the last two minutes. */
-function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): string {
-  const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
-  const requests = seconds.map(({ requests: count }) => count)
-  const most = Math.max(1, ...requests)
-  const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
-  const box = `viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none"`
-  return `<figure><div>${chartLabel('load', '100 % busy')}
-${chartLabel('requests', describeRate(most))}</div>
-<svg ${box} aria-hidden="true">
-${polyline('load', loads, 1)}
-${polyline('requests', requests, most)}
-</svg><div><span>two minutes ago</span> <span>now</span></div>
-<figcaption>Now: ${chartLabel('load', load)},
-${chartLabel('requests', describeRate(requests.at(-1) ?? 0))}</figcaption></figure>`
-}
-
-function chartLabel(name: string, text: string): string {
-  return `<span class="${name}">${pageText(text)}</span>`
-}
-
-function describeRate(requests: number): string {
-  return `${plural(requests, 'request', 'requests')} a second`
-}
-
-function polyline(name: string, values: number[], most: number): string {
-  const left = CHART_SECONDS - values.length
-  const points = values.map((value, x) => `${left + x},${(99 - (98 * value) / most).toFixed(1)}`)
-  return `<polyline class="${name}" points="${points.join(' ')}"/>`
-}
 
 // --- The wire: connections -----------------------------------------------------------------------
 
@@ -5858,20 +4956,16 @@ class Exchange implements Asker {
   readonly name: string
   readonly args: string[]
   readonly query: string
-  /** Whether a browser asks for the page. */
-  readonly isPage: boolean
   #code = 200
   /** The media type, where it is not that of the command. */
   #type: string | undefined
   #body = ''
 
   constructor(session: HttpSession, response: http.ServerResponse) {
-    const { url = '', headers } = response.req
-    const { name, args, query } = parseTarget(url)
+    const { name, args, query } = parseTarget(response.req.url ?? '')
     this.session = session
     this.response = response
-    this.isPage = name === '' && headers.accept?.includes('text/html') === true
-    this.name = name || (this.isPage ? 'status' : 'help')
+    this.name = name || nameOfRoot(response.req.headers)
     this.args = args
     this.query = query
   }
@@ -5894,9 +4988,6 @@ class Exchange implements Asker {
       const allowed = { Allow: 'GET, HEAD' }
       this.reply('Only GET and HEAD are answered here\n', 405, PLAIN_TEXT, allowed)
       return
-    }
-    if (this.isPage) {
-      return showPage(this).catch((error: unknown) => refuseFailed(this.name, error, this))
     }
     return runCommand(this.name, this.args, this)
   }
@@ -5927,6 +5018,15 @@ class Exchange implements Asker {
     this.response.end(this.#body)
   }
 }
+
+/** What `/` is to a browser, and to all others. */
+function nameOfRoot({ accept }: http.IncomingHttpHeaders): string {
+  const isForBrowser = accept?.includes('text/html') === true
+  return isForBrowser && commands.has(PAGE) ? PAGE : 'help'
+}
+
+/** The command that answers a browser at `/`, where a layer below has added it. */
+const PAGE = '/'
 
 /** Reads `/NAME/ARG…?QUERY`; the name is '' of `/`. */
 function parseTarget(url: string): { name: string; args: string[]; query: string } {
@@ -6084,10 +5184,6 @@ function plural(count: number, one: string, many: string): string {
   return `${count} ${count === 1 ? one : many}`
 }
 
-function escapeHtml(text: string): string {
-  return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
-}
-
 /** Describes whatever was thrown; never gives an empty text. */
 function errorText(error: unknown): string {
   return attempt(() => describeError(error)) || 'an error that cannot be put into words'
@@ -6160,38 +5256,13 @@ let currentShutdown: Shutdown | undefined
 /** One that was not begun stands for none. */
 let monitor = new Monitor({ servers: [] }, 'new')
 
-/** What another copy of this file calls in place of its own functions: all that are exported. */
-const functions = {
-  start,
-  stop,
-  health,
-  untilHealthy,
-  status,
-  register,
-  registerDatabase,
-  registerCheck,
-  registerWarmup,
-  registerMetrics,
-  warmupView,
-  drain,
-  resume,
-  shutdown,
-  shutdownOnSignal
-}
-
-/** Where the copy that was preloaded leaves them; the number is that of the list above. */
-const FUNCTIONS: unique symbol = Symbol.for('ftw-monitor.functions.1')
-
-/** Those of the copy that was preloaded, if this is another one. */
-const preloaded = (net.Server as { [FUNCTIONS]?: typeof functions })[FUNCTIONS]
-
 const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
 
 /** Whether this is a copy that begins by itself. */
-const isAuto = !preloaded && isAutoWanted()
+const isAuto = !preloadedExports && isAutoWanted()
 
 if (isAuto) {
-  Reflect.defineProperty(net.Server, FUNCTIONS, { value: functions })
+  Reflect.defineProperty(net.Server, EXPORTS, { value: ownExports })
   monitor = new Monitor({ servers: [], isByItself: true })
   monitor.search()
 }
@@ -6204,7 +5275,973 @@ function isAutoWanted(): boolean {
   return /^auto$/i.test(word)
 }
 
-// --- The program; all from here on may be deleted, and nothing above refers to it ----------------
+// --- Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it -
+
+// --- Figures -------------------------------------------------------------------------------------
+
+// Numbers under the names and in the formats that ftw.monitor gave them.
+
+const JSON_TEXT = 'application/json'
+
+/** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
+function databaseNamed(name = '-'): RegisteredDatabase {
+  if (name === '-' && !databases.has(name)) return mainDatabase()
+  return databases.get(name) ?? failWith(`Error: no database '${name}' is registered`)
+}
+
+function mainDatabase(): RegisteredDatabase {
+  const [first] = databases.values()
+  return databases.get('main') ?? first ?? failWith("Error: no database 'main' is registered")
+}
+
+function toNumber(text: string, name: string, max: number): number {
+  const number = Number(text)
+  if (DECIMAL.test(text) && number <= max) return number
+  return failWith(`Error: ${name} must be a number from 0 to ${max}`)
+}
+
+const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
+
+/** Gives what was counted in the last seconds. */
+function countsOf(
+  { counters }: RegisteredDatabase,
+  seconds: number
+): Record<keyof Activity, number> {
+  return {
+    loads: counters.loads.last(seconds),
+    stores: counters.stores.last(seconds),
+    connections: counters.connections.last(seconds)
+  }
+}
+
+/** Gives a database's own figures, -1 for each that it leaves out. */
+async function figuresOf(
+  registered: RegisteredDatabase | undefined
+): Promise<(name: keyof Figures) => number> {
+  const figures: unknown = await registered?.figuresCall.ask()
+  return (name) => {
+    const value = isObject(figures) ? figures[name] : undefined
+    return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
+  }
+}
+
+addCommand(
+  'dbinfo',
+  `Get database statistics
+
+    dbinfo [DATABASE] [SECONDS=300]: loads, stores and connections in the last SECONDS, objects in
+    the caches, and those of them that are loaded. "-" is the main database.
+`,
+  async (_, name, seconds = '300') => {
+    const registered = databaseNamed(name)
+    const counts = countsOf(registered, toNumber(seconds, 'SECONDS', HISTORY_SECONDS))
+    const figure = await figuresOf(registered)
+    const { loads, stores, connections } = counts
+    return [loads, stores, connections, figure('size'), figure('nonGhost')].join(' ')
+  }
+)
+
+addCommand(
+  'zeocache',
+  `Get ZEO client cache statistics
+
+    zeocache [DATABASE]: records added, bytes added, records evicted, bytes evicted, accesses.
+`,
+  async (_, name) => {
+    const figure = await figuresOf(databaseNamed(name))
+    const added = [figure('recordsAdded'), figure('bytesAdded')]
+    const evicted = [figure('recordsEvicted'), figure('bytesEvicted')]
+    return [...added, ...evicted, figure('accesses')].join(' ')
+  }
+)
+
+addCommand('zeostatus', 'Get ZEO client status information', async (_, name) => {
+  const registered = databaseNamed(name)
+  await registered.ask()
+  return registered.isPassing ? 'True' : 'False'
+})
+
+addCommand(
+  'monitor',
+  `Get general process info
+
+    monitor [AGE=100] [DATABASE]: how many requests are in flight, or connections of a database are
+    open; the memory; and, on this machine, those that are older than AGE seconds (0: all).
+`,
+  async (asker, age = '100', name) => {
+    const least = toNumber(age, 'AGE', Number.MAX_SAFE_INTEGER)
+    const open = name === undefined ? listRequests() : await openConnections(databaseNamed(name))
+    const kilobytes = Math.round(readResidentMemory() / 1_024)
+    const head = [`${open?.length ?? -1}`, `VmRSS:\t${String(kilobytes).padStart(8)} kB`]
+    if (!asker.local || !open) return head.join('\n')
+
+    const old = open.filter(({ seconds }) => least === 0 || seconds > least)
+    old.sort((one, other) => one.seconds - other.seconds)
+    const lines = old.map(({ seconds, info }) => `${seconds.toFixed(1)} ${clean(info)}`)
+    return [...head, ...lines].join('\n')
+  }
+)
+
+interface Open {
+  seconds: number
+  info: string
+}
+
+/** The requests in flight, without their query strings, which carry secrets. */
+function listRequests(): Open[] | undefined {
+  const { server, openRequests } = monitor.application
+  if (!server) return undefined
+  return Array.from(openRequests, ({ startedAtMs, line }) => ({
+    seconds: (performance.now() - startedAtMs) / 1_000,
+    info: line.replace(/\?.*/s, '')
+  }))
+}
+
+async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
+  const open = await registered.connectionsCall.ask()
+  if (!Array.isArray(open)) return undefined
+  return open.map((connection: unknown) => {
+    const { openedAt, info } = Object(connection) as OpenConnection
+    const seconds = (Date.now() - Number(openedAt)) / 1_000 || 0
+    // The wall clock may have been set back.
+    return { seconds: Math.max(0, seconds), info: errorText(info) }
+  })
+}
+
+/** Without a server given, nothing is known of requests. */
+function httpFigures(): { in_flight: number; requests: number; errors: number } {
+  const { server, requestsInFlight, requests, errors } = monitor.application
+  if (!server) return { in_flight: -1, requests: -1, errors: -1 }
+  return { in_flight: requestsInFlight, requests, errors }
+}
+
+addCommand(
+  'perf_metrics',
+  `Get performance related metrics
+
+    perf_metrics [DATABASE] [SECONDS=300]: one line of JSON, with -1 for what cannot be had.
+`,
+  async (asker, name = '-', seconds = '300') => {
+    const registered = databases.size > 0 || name !== '-' ? databaseNamed(name) : undefined
+    const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
+    await registered?.ask()
+    if (registered?.isPassing === false) {
+      const trouble = asker.local ? registered.detailedSentence : registered.sentence
+      return JSON.stringify({ error: toRedLine(trouble) })
+    }
+
+    return JSON.stringify({
+      instance: {
+        uptime: Math.floor(process.uptime()),
+        pid: process.pid
+      },
+      ...(await databaseFigures(registered, span)),
+      memory: memoryFigures(),
+      cpu: process.cpuUsage(),
+      loop: { utilization: Number(monitor.load.utilization.toFixed(4)) },
+      http: httpFigures()
+    })
+  },
+  { type: JSON_TEXT }
+)
+
+/** Under the names that ftw.monitor gives them. */
+async function databaseFigures(
+  registered: RegisteredDatabase | undefined,
+  seconds: number
+): Promise<{ cache: object; db: object }> {
+  const counts = registered && countsOf(registered, seconds)
+  const figure = await figuresOf(registered)
+  return {
+    cache: { size: figure('size'), ngsize: figure('nonGhost'), max_size: figure('maxSize') },
+    db: {
+      loads: counts?.loads ?? -1,
+      stores: counts?.stores ?? -1,
+      connections: counts?.connections ?? -1,
+      conflicts: figure('conflicts'),
+      unresolved_conflicts: figure('unresolvedConflicts'),
+      total_objs: figure('objects'),
+      size_in_bytes: figure('bytes')
+    }
+  }
+}
+
+/** -1 where no descriptor is left to read it by. */
+function readResidentMemory(): number {
+  return attempt(() => process.memoryUsage.rss()) ?? -1
+}
+
+function memoryUsage(): NodeJS.MemoryUsage {
+  const unknown = { rss: -1, heapUsed: -1, heapTotal: -1, external: -1, arrayBuffers: -1 }
+  return attempt(() => process.memoryUsage()) ?? unknown
+}
+
+/** In bytes. What is -1 cannot be read with the modules that this file restricts itself to. */
+function memoryFigures(): object {
+  const { rss, heapUsed, heapTotal, external, arrayBuffers } = memoryUsage()
+  return {
+    rss,
+    uss: -1,
+    pss: -1,
+    heap_used: heapUsed,
+    heap_total: heapTotal,
+    external,
+    array_buffers: arrayBuffers
+  }
+}
+
+// --- Metrics -------------------------------------------------------------------------------------
+
+// What Prometheus collects: our families, and those of the service.
+
+const PROMETHEUS_TEXT = 'text/plain; version=0.0.4; charset=utf-8'
+const COLLECTOR_MS = 5_000 // half of Prometheus's own limit
+
+/** Metrics of one name, in the text format of Prometheus. */
+interface Family {
+  name: string
+  help: string
+  /** By their labels, as `{database="main"}`; '' for none. What is less than 0 is not known. */
+  values: Map<string, number>
+}
+
+addCommand(
+  'metrics',
+  'Get metrics for Prometheus, in its text exposition format',
+  async () => {
+    await inspectAll()
+    const collected = await collectAll()
+    const families = [
+      ...processFamilies(),
+      ...instanceFamilies(),
+      ...databaseFamilies(),
+      checkFamily()
+    ]
+    const ours = families.filter(({ name }) => !isCollected(name, collected))
+    return [...ours.flatMap(linesOfFamily), ...[...collected.values()].flat()].join('\n')
+  },
+  { type: PROMETHEUS_TEXT }
+)
+
+/** OpenMetrics names a counter's family without the `_total` of its samples. */
+function isCollected(name: string, collected: Map<string, string[]>): boolean {
+  return collected.has(name) || collected.has(name.replace(/_total$/, ''))
+}
+
+const collectors: Collector[] = []
+
+/** A function of the service's that gives metrics in Prometheus's text format. */
+interface Collector {
+  call: SharedCall
+  /** A failure is logged once, until it works again. */
+  isFailing: boolean
+}
+
+/** Adds what the service has to say to `metrics`: `registerMetrics(() =>
+ *  client.register.metrics())` of prom-client, say. `collect` gives Prometheus's text format, or
+ *  a promise of it, within 5 s. A family that it gives replaces ours of that name. What fails
+ *  costs its own part, and one line in the log. Throws a `TypeError` for what is no function. */
+export const registerMetrics: (collect: () => string | Promise<string>) => void = shared(
+  'registerMetrics',
+  (collect) => {
+    must(typeof collect === 'function', 'registerMetrics takes a function that gives text')
+    collectors.push({ call: new SharedCall(collect, COLLECTOR_MS), isFailing: false })
+  }
+)
+
+/** Gives the lines of each family; of two collectors that give the same one the first counts. */
+async function collectAll(): Promise<Map<string, string[]>> {
+  const parts = await Promise.all(collectors.map(collectFrom))
+  const all = new Map<string, string[]>()
+  for (const [name, lines] of parts.flatMap((families) => [...families])) {
+    if (!all.has(name)) all.set(name, lines)
+  }
+  return all
+}
+
+async function collectFrom(collector: Collector): Promise<Map<string, string[]>> {
+  try {
+    const families = familiesIn(await collector.call.ask())
+    collector.isFailing = false
+    return families
+  } catch (error) {
+    if (!collector.isFailing) log('warn', `leaves metrics out: ${errorText(error)}`)
+    collector.isFailing = true
+    return new Map()
+  }
+}
+
+/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would
+ *  cost it all metrics. */
+function familiesIn(text: unknown): Map<string, string[]> {
+  if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
+  const families = new Map<string, string[]>()
+  let current = ''
+  for (const given of text.split(/\r?\n/)) {
+    if (METRICS_COMMENT.test(given)) continue
+    const line = given.replace(EXEMPLAR, '')
+    const [, described] = FAMILY_LINE.exec(line) ?? []
+    const [, sample = ''] = SAMPLE_LINE.exec(line) ?? []
+    const name = described ?? sample
+    if (name === '') failWith(`no line of Prometheus's text format: ${line.slice(0, 100)}`)
+    if (described !== undefined || !isSampleOf(current, sample)) current = name
+    const lines = families.get(current)
+    if (lines) lines.push(line)
+    else families.set(current, [line])
+  }
+  return families
+}
+
+/** A blank line, or a comment; also what OpenMetrics adds, `# EOF` and `# UNIT size bytes`. */
+const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE)\b))/
+
+/** Behind a sample of OpenMetrics; Prometheus's text format knows none. */
+const EXEMPLAR = / # \{[^}]*\} \S+(?: \S+)?\s*$/ // size 7 # {trace_id="abc"} 1
+
+const FAMILY_LINE = /^# (?:HELP|TYPE) ([\w:]+)/ // # TYPE size gauge
+
+/** `size{unit="B"} 7`, perhaps with a time after it */
+const SAMPLE_LINE =
+  /^([\w:]+)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+[-+]?(?:\.?\d|inf|nan)\S*(?:\s+-?\d+)?\s*$/i
+
+/** A histogram has samples of further names. */
+function isSampleOf(name: string, sample: string): boolean {
+  if (sample === name) return true
+  return sample.startsWith(`${name}_`) && /_(bucket|sum|count|created|total)$/.test(sample)
+}
+
+function linesOfFamily({ name, help, values }: Family): string[] {
+  const known = [...values].filter(([, value]) => value >= 0)
+  if (known.length === 0) return []
+  const type = name.endsWith('_total') ? 'counter' : 'gauge'
+  const lines = known.map(([labels, value]) => `${name}${labels} ${value}`)
+  return [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...lines]
+}
+
+function family(name: string, help: string, value: number, labels = ''): Family {
+  return { name, help, values: new Map([[labels, value]]) }
+}
+
+/** Under the names that Prometheus's clients have made customary. */
+function processFamilies(): Family[] {
+  const { user, system } = process.cpuUsage()
+  const { rss, heapUsed, heapTotal, external } = memoryUsage()
+  const { utilization } = monitor.load
+  const version = `{version="${process.version}"}`
+  return [
+    family('process_cpu_user_seconds_total', 'CPU time in user mode.', user / 1e6),
+    family('process_cpu_system_seconds_total', 'CPU time in the kernel.', system / 1e6),
+    family('process_cpu_seconds_total', 'CPU time.', (user + system) / 1e6),
+    family('process_start_time_seconds', 'Start, since 1970.', performance.timeOrigin / 1e3),
+    family('process_resident_memory_bytes', 'Resident memory.', rss),
+    family('nodejs_heap_size_total_bytes', 'Size of the heap.', heapTotal),
+    family('nodejs_heap_size_used_bytes', 'Used part of the heap.', heapUsed),
+    family('nodejs_external_memory_bytes', 'Memory outside the heap.', external),
+    family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', utilization),
+    family('nodejs_version_info', 'Version of Node.js.', 1, version)
+  ]
+}
+
+const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
+
+function instanceFamilies(): Family[] {
+  const { application, warmup, load } = monitor
+  const isHealthy = Number(judgeAndRecord().healthy)
+  const isWarm = Number(warmup.stage === 'done')
+  const { requests, in_flight, errors } = httpFigures()
+  const upgraded = application.server ? application.upgradedConnections : -1
+  return [
+    family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
+    family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
+    family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
+    family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
+    family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
+    family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
+    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, load.lagSeconds)
+  ]
+}
+
+function databaseFamilies(): Family[] {
+  const ofEach = (
+    name: string,
+    help: string,
+    value: (of: RegisteredDatabase) => number
+  ): Family => ({
+    name: `ftw_monitor_database_${name}`,
+    help,
+    values: valuesByLabel('database', databases, value)
+  })
+  const counted = (kind: keyof Activity): Family =>
+    ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
+
+  return [
+    ofEach('connected', 'Whether it is connected.', ({ isPassing }) => Number(isPassing)),
+    counted('loads'),
+    counted('stores'),
+    counted('connections')
+  ]
+}
+
+function checkFamily(): Family {
+  const values = valuesByLabel('check', registeredChecks, ({ isPassing }) => Number(isPassing))
+  return { name: 'ftw_monitor_check_passing', help: 'Whether it passes.', values }
+}
+
+function valuesByLabel<T>(
+  label: string,
+  all: Map<string, T>,
+  value: (of: T) => number
+): Map<string, number> {
+  return new Map(
+    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(clean(name))}}`, value(each)])
+  )
+}
+
+// --- Layer: status and page; all from here on may be deleted, and nothing above refers to it ----
+
+// --- Status --------------------------------------------------------------------------------------
+
+// How the instance is, at one look: as an object, as text for people, as JSON for programs.
+
+/** How the instance is, as `status()` gives it. What cannot be known is -1. */
+export interface Status {
+  /** Whether it may be sent requests. */
+  healthy: boolean
+  /** `warn` where it is not healthy, but for a reason that will pass by itself: it boots, warms up,
+   *  drains, or shuts down. */
+  grade: 'pass' | 'warn' | 'fail'
+  /** `OK`, or why not. */
+  reason: string
+  /** The last ten changes of the verdict that a check has seen, the oldest first; the last one is
+   *  what holds now. */
+  changes: VerdictChange[]
+  /** Where the instance is reached; '' before that is known. */
+  url: string
+  /** How long the process has run. */
+  uptimeSeconds: number
+  requestsInFlight: number
+  /** Connections of WebSockets, say. */
+  upgradedConnections: number
+  /** The busy part of the last ten seconds, from 0 to 1. */
+  eventLoopUtilization: number
+  residentMemoryBytes: number
+  warmup: SiteStatus[]
+  databases: DatabaseStatus[]
+  checks: CheckStatus[]
+  probers: ProberStatus[]
+  /** `undefined` where it does not drain. */
+  draining: DrainingStatus | undefined
+}
+
+/** A verdict, and since when it held. */
+export interface VerdictChange {
+  /** In ISO 8601, such as `2026-11-28T09:30:00.000Z`. */
+  time: string
+  healthy: boolean
+  reason: string
+}
+
+/** How the warm-up of a site stands. */
+export interface SiteStatus {
+  site: string
+  status: 'off' | 'waiting' | 'running' | 'warm' | 'failed'
+  /** How long it took, or has run so far. */
+  seconds: number
+  /** Why it failed, '' if it did not. */
+  failure: string
+  /** How long until it is tried again, -1 where it did not fail. */
+  nextTrySeconds: number
+}
+
+/** How a database is. */
+export interface DatabaseStatus {
+  name: string
+  optional: boolean
+  connected: boolean
+  /** What is wrong with it, '' if nothing: `disconnected`, `timed out`, or `failed: REASON`. */
+  trouble: string
+  /** How long the last answer took. */
+  answeredMs: number
+}
+
+/** How a check is. */
+export interface CheckStatus {
+  name: string
+  optional: boolean
+  passing: boolean
+  /** What is wrong, '' if nothing: `failed`, `timed out`, or `failed: REASON`. */
+  trouble: string
+  /** How long the last answer took. */
+  answeredMs: number
+}
+
+/** An address that asks for the verdict. */
+export interface ProberStatus {
+  /** With its `User-Agent` where it asks at the health path. */
+  address: string
+  askedSecondsAgo: number
+  /** The mean of its last pauses. */
+  intervalSeconds: number
+}
+
+/** How far draining is. */
+export interface DrainingStatus {
+  seconds: number
+  /** How many probers must be told. */
+  probers: number
+  /** How many of them know. */
+  probersInformed: number
+  /** Whether each of them knows, `minimumMs` is over, and no request is in flight. */
+  finished: boolean
+}
+
+/** Tells how the instance is, at one look. Answers within a second, and never rejects. */
+export const status: () => Promise<Status> = shared('status', async () => {
+  return statusFor(true)
+})
+
+/** What tells of others, the addresses of probers and the texts of errors, is for this machine
+ *  only. */
+async function statusFor(isLocal: boolean): Promise<Status> {
+  await inspectAll()
+  const { healthy, grade, reason, explanation } = judgeAndRecord()
+  const { application, clock, load, instance, warmup, probers, draining, history } = monitor
+  return {
+    healthy,
+    grade,
+    reason: isLocal ? explanation : reason,
+    changes: history.changes.map(({ verdict, time }) => ({
+      time,
+      healthy: verdict.healthy,
+      reason: isLocal ? verdict.explanation : verdict.reason
+    })),
+    url: instance?.url ?? '',
+    uptimeSeconds: process.uptime(),
+    requestsInFlight: application.server ? application.requestsInFlight : -1,
+    upgradedConnections: application.server ? application.upgradedConnections : -1,
+    eventLoopUtilization: load.utilization,
+    residentMemoryBytes: readResidentMemory(),
+    warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
+      site: name,
+      status: stage,
+      seconds,
+      failure: isLocal ? failure : '',
+      nextTrySeconds: stage === 'failed' ? warmup.nextTrySeconds : -1
+    })),
+    databases: Array.from(databases.values(), (each) => {
+      return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
+    }),
+    checks: Array.from(registeredChecks.values(), (each) => {
+      return { ...dependencyStatus(each, isLocal), passing: each.isPassing }
+    }),
+    probers: proberStatuses(probers, clock, isLocal),
+    draining: draining && drainingStatus(draining)
+  }
+}
+
+/** The latest first, and none that has been silent for an hour. */
+function proberStatuses(probers: Probers, clock: Clock, isLocal: boolean): ProberStatus[] {
+  const all = Array.from(probers.known, ({ shownAddress, lastAskedAtTickMs, intervalMs }) => ({
+    address: isLocal ? shownAddress : 'a prober',
+    askedSecondsAgo: (clock.nowTickMs - lastAskedAtTickMs) / 1_000,
+    intervalSeconds: intervalMs < 0 ? -1 : intervalMs / 1_000
+  }))
+  const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
+  return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
+}
+
+function drainingStatus(draining: Draining): DrainingStatus {
+  const { seconds, informedCount, missingCount, isFinished } = draining
+  return {
+    seconds,
+    probers: informedCount + missingCount,
+    probersInformed: informedCount,
+    finished: isFinished
+  }
+}
+
+/** What a database and a check have in common. */
+function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
+  const { name, isOptional, trouble, detailedTrouble, answeredMs } = dependency
+  return { name, optional: isOptional, trouble: isLocal ? detailedTrouble : trouble, answeredMs }
+}
+
+addCommand(
+  'status',
+  `Show how the instance is
+
+    status: the verdict, and what it comes from. Over HTTP it is JSON, in the shape of
+    application/health+json.
+`,
+  async (asker) => {
+    const known = await statusFor(asker.local)
+    if (asker.isHttp) asker.reply(renderJson(known), known.healthy ? 200 : 503, HEALTH_JSON)
+    else asker.write(renderText(known))
+  }
+)
+
+/** Not even the name of a site may make HAProxy's `expect string OK` green. */
+function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
+  return healthy ? text : text.replaceAll('OK', 'O K')
+}
+
+/** One thing that the status tells of: a line for people, a check of the JSON, a row of the
+ *  page. */
+interface Row {
+  kind: 'instance' | 'warm-up' | 'database' | 'check' | 'prober' | 'draining' | 'since'
+  name: string
+  text: string
+  grade: Grade
+  /** What is measured, in the words of the JSON, with its unit. */
+  measure: string
+  value: number
+  unit: string
+  /** Of a warm-up. */
+  stage?: SiteStatus['status']
+  /** Of what runs, from 0 to 1, which is done; -1 where no end is in sight. */
+  progress?: number
+}
+
+function rowsOf(known: Status): Row[] {
+  return [
+    instanceRow(known),
+    ...known.warmup.map(siteRow),
+    ...known.databases.map(databaseRow),
+    ...known.checks.map(checkRow),
+    ...known.probers.map(proberRow),
+    drainingRow(known),
+    ...known.changes.map(changeRow).reverse()
+  ]
+}
+
+function instanceRow(known: Status): Row {
+  const { url, uptimeSeconds, requestsInFlight, upgradedConnections } = known
+  const { eventLoopUtilization, residentMemoryBytes } = known
+  const parts = [url || 'not found yet', `up ${duration(uptimeSeconds)}`]
+  if (requestsInFlight >= 0) {
+    parts.push(plural(requestsInFlight, 'request in flight', 'requests in flight'))
+    parts.push(`${upgradedConnections} upgraded`)
+  }
+  if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
+  parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
+  return { ...measured('uptime', uptimeSeconds, 's'), text: parts.join(', ') }
+}
+
+function measured(measure: string, value: number, unit: string): Row {
+  return { kind: 'instance', name: '', text: '', grade: 'pass', measure, value, unit }
+}
+
+function siteRow({ site, status: stage, seconds, failure, nextTrySeconds }: SiteStatus): Row {
+  const time = `${seconds.toFixed(1)} s`
+  const measure = { measure: 'warmup:duration', value: seconds, unit: 's' }
+  const row = {
+    kind: 'warm-up',
+    name: site,
+    ...measure,
+    stage,
+    grade: STAGE_GRADES[stage]
+  } as const
+  switch (stage) {
+    case 'warm':
+      return { ...row, text: `warm after ${time}`, progress: 1 }
+    case 'running':
+      return { ...row, text: `running for ${time}`, progress: -1 }
+    case 'failed': {
+      const why = failure === '' ? '' : `: ${failure}`
+      const next = nextTrySeconds < 0 ? '' : `; next try in ${Math.ceil(nextTrySeconds)} s`
+      return { ...row, text: `failed after ${time}${next}${why}` }
+    }
+    case 'waiting':
+    case 'off':
+      return { ...row, text: stage }
+  }
+}
+
+const STAGE_GRADES = {
+  off: 'pass',
+  waiting: 'warn',
+  running: 'warn',
+  warm: 'pass',
+  failed: 'fail'
+} as const
+
+function databaseRow(database: DatabaseStatus): Row {
+  const measure = 'database:responseTime'
+  return dependencyRow('database', database, database.connected ? 'connected' : '', measure)
+}
+
+function checkRow(check: CheckStatus): Row {
+  return dependencyRow('check', check, check.passing ? 'passes' : '', 'check:responseTime')
+}
+
+/** `passing` tells in a word that it does, '' if it does not. */
+function dependencyRow(
+  kind: 'database' | 'check',
+  { name, optional, trouble, answeredMs }: Omit<CheckStatus, 'passing'>,
+  passing: string,
+  measure: string
+): Row {
+  const stateText = passing ? `${passing}, answered in ${Math.round(answeredMs)} ms` : trouble
+  const text = optional ? `${stateText} (optional)` : stateText
+  const broken: Grade = optional ? 'warn' : 'fail'
+  const grade = passing ? 'pass' : broken
+  return { kind, name, text, grade, measure, value: answeredMs, unit: 'ms' }
+}
+
+function proberRow({ address, askedSecondsAgo, intervalSeconds }: ProberStatus): Row {
+  const asked = `asked ${askedSecondsAgo.toFixed(1)} s ago`
+  const text = intervalSeconds >= 0 ? `${asked}, every ${intervalSeconds.toFixed(1)} s` : asked
+  const measure = { measure: 'prober:interval', value: intervalSeconds, unit: 's' }
+  return { kind: 'prober', name: address, text, grade: 'pass', ...measure }
+}
+
+function drainingRow({ draining, requestsInFlight }: Status): Row {
+  const row = { kind: 'draining', name: '', measure: 'draining:duration', unit: 's' } as const
+  if (!draining) return { ...row, text: 'no', grade: 'pass', value: 0 }
+
+  const { seconds, probers, probersInformed, finished } = draining
+  const requests = plural(requestsInFlight, 'request in flight', 'requests in flight')
+  const inFlight = requestsInFlight >= 0 ? `, ${requests}` : ''
+  const known = `${probersInformed} of ${probers} probers know`
+  const text = `${finished ? 'finished, ' : ''}for ${seconds.toFixed(1)} s, ${known}${inFlight}`
+  return { ...row, text, grade: 'warn', value: seconds, progress: drainingProgress(draining) }
+}
+
+function drainingProgress({ probers, probersInformed, finished }: DrainingStatus): number {
+  if (finished) return 1
+  // Once each of them knows, it goes on for as long as requests do.
+  return probersInformed < probers ? probersInformed / probers : -1
+}
+
+/** The latest one tells since when the verdict holds. */
+function changeRow({ time, healthy, reason }: VerdictChange): Row {
+  const seconds = (Date.now() - Date.parse(time)) / 1_000
+  const text = `${toSecond(time)}  ${healthy ? 'healthy' : `red: ${reason}`}`
+  return { ...measured('verdict:age', seconds, 's'), kind: 'since', text }
+}
+
+/** `2026-11-28 09:30:00Z` of `2026-11-28T09:30:00.000Z`. */
+function toSecond(time: string): string {
+  return `${time.slice(0, 19).replace('T', ' ')}Z`
+}
+
+/** In the unit of which there are at least two. */
+function duration(seconds: number): string {
+  if (seconds < 120) return `${Math.floor(seconds)} s`
+  if (seconds < 7_200) return `${Math.floor(seconds / 60)} min`
+  if (seconds < 172_800) return `${Math.floor(seconds / 3_600)} h`
+  return `${Math.floor(seconds / 86_400)} days`
+}
+
+function percentage(share: number): number {
+  return Math.round(share * 100)
+}
+
+/** For people; the first line is the verdict's reason and nothing else. */
+function renderText(known: Status): string {
+  const rows = rowsOf(known)
+  const nameWidth = Math.max(...rows.map(({ name }) => name.length)) + 3
+  const lines = rows.map(({ kind, name, text }) => {
+    const title = kind.padEnd(STATUS_KIND_WIDTH)
+    return clean(name === '' ? `${title}${text}` : `${title}${name.padEnd(nameWidth)}${text}`)
+  })
+  return withoutOkUnlessHealthy(`${[known.reason, ...lines].join('\n')}\n`, known)
+}
+
+const STATUS_KIND_WIDTH = 11 // `instance`, the longest, and three blanks
+
+const HEALTH_JSON = 'application/health+json'
+
+/** In the shape of the draft "Health Check Response Format for HTTP APIs". */
+function renderJson(known: Status): string {
+  const rows = rowsOf(known)
+  const isComplete = rows.every(({ grade }) => grade === 'pass')
+  const whole = {
+    status: jsonStatusOf(known.healthy, isComplete),
+    ...(!known.healthy && { output: known.reason }),
+    description: known.url,
+    checks: checksOf([
+      ...rows,
+      measured('requests:inFlight', known.requestsInFlight, 'requests'),
+      measured('connections:upgraded', known.upgradedConnections, 'connections'),
+      measured('eventLoop:utilization', known.eventLoopUtilization, 'ratio'),
+      measured('memory:resident', known.residentMemoryBytes, 'B')
+    ])
+  }
+  return withoutOkUnlessHealthy(`${JSON.stringify(whole, null, 2)}\n`, known)
+}
+
+/** What is to get no requests is `fail` here, also where that will pass by itself. */
+function jsonStatusOf(isHealthy: boolean, isComplete: boolean): Grade {
+  if (!isHealthy) return 'fail'
+  return isComplete ? 'pass' : 'warn'
+}
+
+function checksOf(rows: Row[]): Record<string, object[]> {
+  const time = new Date().toISOString()
+  const checks: Record<string, object[]> = {}
+  for (const { kind, name, text, grade, measure, value, unit, stage } of rows) {
+    const check = {
+      ...(name !== '' && { componentId: clean(name) }),
+      componentType: kind === 'database' ? 'datastore' : 'component',
+      status: grade,
+      ...(stage && { stage }),
+      observedValue: value,
+      observedUnit: unit,
+      time,
+      ...(text !== '' && { output: clean(text) })
+    }
+    checks[measure] = [...(checks[measure] ?? []), check]
+  }
+  return checks
+}
+
+// --- The page ------------------------------------------------------------------------------------
+
+// The status for a browser: what `/` is to whoever accepts HTML.
+
+addCommand(
+  PAGE,
+  'Show how the instance is to a browser',
+  (asker) => (asker instanceof Exchange ? showPage(asker) : refuseUnknown(PAGE, asker)),
+  { hidden: true }
+)
+
+async function showPage(exchange: Exchange): Promise<void> {
+  const nonce = crypto.randomUUID()
+  const known = await statusFor(exchange.local)
+  const page = withoutOkUnlessHealthy(renderPage(known, exchange, nonce), known)
+  const policy =
+    `default-src 'none'; style-src 'nonce-${nonce}'; base-uri 'none'; form-action 'none'; ` +
+    `frame-ancestors 'none'`
+  exchange.reply(page, 200, 'text/html; charset=utf-8', { 'Content-Security-Policy': policy })
+}
+
+const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, p, td { overflow-wrap: anywhere }
+h1 { border-radius: .3rem; color: #fff; font-size: clamp(1.2rem, 6vw, 2rem); padding: .5rem 1rem }
+h1.pass { background: #17692d } h1.fail { background: #a8201a }
+h1.warn { background: #ffb81c; color: #000 }
+tr.fail { color: light-dark(#a8201a, #ff9a92) } tr.warn { color: light-dark(#855000, #ffb454) }
+th, td { padding: .1rem .8rem .1rem 0; text-align: start; vertical-align: top }
+th { white-space: nowrap } td + td { width: 65% } progress { accent-color: #c77700; width: 6rem }
+@media (max-width: 30rem) { td { display: block } td + td { width: auto } }
+figure { margin: 1rem 0 } polyline { vector-effect: non-scaling-stroke }
+figure div { display: flex; justify-content: space-between; margin: .3rem 0 }
+svg { border: solid; border-width: 1px 0; fill: none; height: 6rem; stroke-width: 2; width: 100% }
+.load { border-bottom: 3px solid #c77700; stroke: #c77700 }
+.requests { border-bottom: 3px dashed #2f6fd0; stroke: #2f6fd0; stroke-dasharray: 6 3 }`
+
+/** Refreshes itself without a script; `?pause` stops that. */
+function renderPage(known: Status, exchange: Exchange, nonce: string): string {
+  const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
+  const isPaused = exchange.query === 'pause'
+  const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
+  const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
+  const heading = headingOf(known)
+  const identity = describeProcess(exchange.response.req)
+  return `<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">${refresh}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>${escapeHtml(`${GRADE_MARKS[known.grade]} ${identity} - ${heading}`)}</title>
+<style nonce="${nonce}">${PAGE_STYLE}</style></head><body><main>
+<h1 class="${known.grade}">${escapeHtml(heading)}</h1>
+<p>${pageText(sinceWhen(known))}<br>${pageText(identity)}<p>${toggle}
+<table>
+${rowsOf(known).map(pageRow).join('\n')}
+</table>
+${renderChart(known, monitor.load.seconds)}
+<p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
+<p>ftw-monitor ${VERSION}</main></body></html>
+`
+}
+
+/** All of a title that narrow tabs show is its beginning. */
+const GRADE_MARKS = { pass: '✓', warn: '…', fail: '✗' } as const
+
+/** A drain's own words may be anybody's: `Draining: until noon`. */
+function headingOf({ reason, draining }: Status): string {
+  if (!draining) return reason
+  const stage = draining.finished ? 'Drained' : 'Draining'
+  return reason === 'Draining' ? stage : `${stage}: ${reason}`
+}
+
+function sinceWhen({ changes }: Status): string {
+  const { time } = changes.at(-1)!
+  return `For ${duration((Date.now() - Date.parse(time)) / 1_000)}, since ${toSecond(time)}`
+}
+
+/** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. */
+function describeProcess({ headers }: http.IncomingMessage): string {
+  const host = readEnv('HOSTNAME') ?? nameInHost(headers.host ?? '')
+  const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
+  const version = readEnv('npm_package_version') ?? ''
+  const parts = [host || 'localhost', `process ${process.pid}`]
+  if (name !== undefined) parts.push(`${name} ${version}`.trim())
+  return parts.join(', ')
+}
+
+function pageRow({ kind, name, text, grade, progress }: Row): string {
+  const head = `<tr class="${grade}"><th scope="row">${kind}`
+  const title = name === '' ? '<td colspan="2">' : `<td>${escapeHtml(name)}<td>`
+  const sign = progress === undefined ? '' : progressSign(`${kind} ${name}`, progress)
+  return `${head}${title}${sign}${pageText(text)}`
+}
+
+/** A tick, or a bar, which moves to and fro without a value. */
+function progressSign(label: string, progress: number): string {
+  if (progress === 1) return '✓ '
+  const value = progress < 0 ? '' : ` value="${progress}"`
+  return `<progress aria-label="${escapeHtml(label)}"${value}></progress> `
+}
+
+/** A number stays on one line with its unit. */
+function pageText(text: string): string {
+  return escapeHtml(text).replace(BLANK_BEFORE_UNIT, '\u00a0')
+}
+
+const BLANK_BEFORE_UNIT = /(?<=\d) (?=[a-z%])/gi // 3 ms, 17 %, 71 MiB, 2 requests
+
+function escapeHtml(text: string): string {
+  return clean(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
+}
+
+function pageLink(name: string): string {
+  return `<a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
+}
+
+/** The busy part of the event loop, and requests a second, over the last two minutes. */
+function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): string {
+  const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
+  const requests = seconds.map(({ requests: count }) => count)
+  const most = Math.max(1, ...requests)
+  const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
+  const box = `viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none"`
+  return `<figure><div>${chartLabel('load', '100 % busy')}
+${chartLabel('requests', describeRate(most))}</div>
+<svg ${box} aria-hidden="true">
+${polyline('load', loads, 1)}
+${polyline('requests', requests, most)}
+</svg><div><span>two minutes ago</span> <span>now</span></div>
+<figcaption>Now: ${chartLabel('load', load)},
+${chartLabel('requests', describeRate(requests.at(-1) ?? 0))}</figcaption></figure>`
+}
+
+function chartLabel(name: string, text: string): string {
+  return `<span class="${name}">${pageText(text)}</span>`
+}
+
+function describeRate(requests: number): string {
+  return `${plural(requests, 'request', 'requests')} a second`
+}
+
+function polyline(name: string, values: number[], most: number): string {
+  const left = CHART_SECONDS - values.length
+  const points = values.map((value, x) => `${left + x},${(99 - (98 * value) / most).toFixed(1)}`)
+  return `<polyline class="${name}" points="${points.join(' ')}"/>`
+}
+
+// --- Layer: the program; all from here on may be deleted, and nothing above refers to it --------
 
 /** Runs the program, and gives its exit status. */
 async function main(words: string[]): Promise<number> {
