@@ -30,6 +30,7 @@
 //   The listener
 //   Servers that listen
 //   The application
+//   Servers that stop listening
 //   Sending clients elsewhere
 //   The verdict
 //   Changes of the verdict
@@ -603,11 +604,14 @@ class Monitor {
     if (hasListened && !currentShutdown) void this.#close('closed')
   }
 
-  /** Takes the instance out; where it is out already, changes how. */
-  beginDraining(options: Required<DrainOptions>): Draining {
-    if (this.draining) this.draining.change(options)
-    else this.draining = new Draining(this.probers, this.application, options)
+  /** Takes the instance out; where it is out already, changes how. Probers are told for so long at
+   *  most. */
+  beginDraining(options: Required<DrainOptions>, limitMs: number): Draining {
+    if (this.draining) this.draining.change(options, limitMs)
+    else this.draining = new Draining(this, options, limitMs)
     this.application.sendClientsElsewhere()
+    const isSomebodyTold = this.draining.hasSomebodyToTell && limitMs > 0
+    if (isSomebodyTold) log('info', describeWait(this.draining, limitMs))
     return this.draining
   }
 
@@ -681,7 +685,7 @@ class Monitor {
     const { server } = this.application
     const isKnown = server ? server.listening : this.#isPortKnown
     // Its server may be found after the port was known.
-    if (isAuto && server?.listening && !signals.areHeard) shutdownOnSignal()
+    if (isAuto && server?.listening && !signals.areHeard) delaySignals()
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
@@ -727,7 +731,7 @@ class Monitor {
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
     this.listener?.enforceLimits()
-    this.application.forgetDeadRequests()
+    this.application.forgetEndedRequests()
   }
 
   /** Ends all that runs, at once; what may begin again begins anew. Resolves when the port is
@@ -1350,9 +1354,14 @@ function wrapListen(prototype: net.Server): ListenWrap {
 
 /** Those that listen already, as far as the runtime tells. */
 function listeningServers(): net.Server[] {
+  return activeHandles()
+    .filter(isServer)
+    .filter(({ listening }) => listening)
+}
+
+function activeHandles(): unknown[] {
   const { _getActiveHandles }: { _getActiveHandles?: () => unknown[] } = Object(process)
-  const handles = attempt(() => _getActiveHandles?.call(process)) ?? []
-  return handles.filter((handle) => isServer(handle)).filter(({ listening }) => listening)
+  return attempt(() => _getActiveHandles?.call(process)) ?? []
 }
 
 /** Neither our own port, nor the primary of a cluster. */
@@ -1371,16 +1380,19 @@ function keepsProcessAlive(server: net.Server): boolean {
 
 // --- The application -----------------------------------------------------------------------------
 
-// The servers that `start` was given or that it found, and what passes through them: requests,
-// connections, HTTP/2 sessions. Tells how many requests are in flight, sends clients elsewhere, and
-// closes it all. Seen even where there is no monitor, since a shutdown waits for it.
+// The servers that `start` was given or that it found, and what passes through them: connections and
+// requests. Tells how many requests are in flight, sends clients elsewhere, and closes it all. Seen
+// even where there is no monitor, since a shutdown waits for it.
 
-/** A request that is being served, until the last byte of its answer is out. */
+/** Whatever keeps a connection busy, until its last byte is out: a request that is being served, or
+ *  an upgrade that is not answered yet. */
 interface RequestInFlight {
   startedAtMs: number
   /** Method and URL. */
   line: string
   client: Client
+  /** Of an upgrade alone: whether the application has answered it. */
+  isUpgradeAnswered?: () => boolean
 }
 
 /** An HTTP/2 session; its own type is in a module that we do not import. */
@@ -1389,17 +1401,16 @@ interface Http2Session extends NodeJS.EventEmitter {
   close(): void
   destroy(): void
   readonly socket?: { readonly remoteAddress?: string }
-  /** Also once it has closed and no stream is left, while its client may still keep the
-   *  connection. */
+  /** From `close()` on. */
+  readonly closed: boolean
+  /** Once it has closed and no stream is left, while its client may still keep the connection. */
   readonly destroyed: boolean
 }
-
-/** The connection of a WebSocket, say; over HTTP/2 it is a stream. */
-type Upgraded = net.Socket | Http2Stream
 
 /** A request of HTTP/2. */
 interface Http2Stream extends NodeJS.EventEmitter {
   readonly session?: Http2Session
+  readonly headersSent: boolean
   readonly sentHeaders?: Record<string, unknown>
   readonly destroyed: boolean
   respond(headers: Record<string, unknown>): void
@@ -1430,9 +1441,21 @@ class Quiet {
   }
 }
 
-/** Whoever sends requests: a connection of HTTP/1, or a session of HTTP/2. */
+/** What is known of a connection: `handshaking`, nothing before its handshake of TLS is over;
+ *  `unseen`, nothing, since it came before we saw its server; `serving`, its requests; `upgraded`, that
+ *  it is the application's own, as that of a WebSocket. */
+type ClientStage = 'handshaking' | 'unseen' | 'serving' | 'upgraded'
+
+/** A connection, from its first moment to its last. */
 class Client {
-  readonly peer: net.Socket | Http2Session
+  /** The connection itself, also below TLS and HTTP/2: when it closes, all is over. */
+  readonly socket: net.Socket | undefined
+  /** Who sends requests by it: the socket, that of TLS after its handshake, or the session of
+   *  HTTP/2. */
+  peer: net.Socket | Http2Session
+  stage: ClientStage
+  /** Streams of HTTP/2 that were upgraded. */
+  readonly upgradedStreams = new Set<Http2Stream>()
   requestsInFlight = 0
   /** Only the newest response may carry `Connection: close`, since Node.js drops whatever was
    *  pipelined behind such a response. */
@@ -1445,10 +1468,12 @@ class Client {
   /** What had been read when the last request was over: more, and half a head has come. */
   #bytesReadAtLastEnd = 0
   #bytesSeen = 0
-  #bytesSeenAtMs = 0
+  #bytesSeenAtMs = performance.now()
 
-  constructor(peer: net.Socket | Http2Session) {
+  constructor(peer: net.Socket | Http2Session, stage: ClientStage) {
     this.peer = peer
+    this.socket = 'goaway' in peer ? undefined : peer
+    this.stage = stage
   }
 
   requestBegins(response: object): void {
@@ -1463,7 +1488,7 @@ class Client {
     this.#bytesReadAtLastEnd = this.#bytesRead
   }
 
-  /** To be called every POLL_MS, before anybody asks whether it is idle. */
+  /** To be called every POLL_MS, before anybody asks whether it is quiet. */
   look(): void {
     this.#quiet.look(this.isBusy)
   }
@@ -1474,7 +1499,7 @@ class Client {
 
   /** Tells the client of an HTTP/2 session to open no more streams; those that it has opened
    *  meanwhile are served, which the session's own close() would refuse. Best said when a stream
-   *  has just come: a Node.js client refuses by itself what it opens before it has read this. Gives
+   *  has just come: a Node.js client refuses by itself what it opens before it has read this. Returns
    *  whether it was said now, so that streams may still be on their way. */
   sendSessionElsewhere(): boolean {
     const { peer } = this
@@ -1488,17 +1513,37 @@ class Client {
 
   /** Something is being received, served or sent. */
   get isBusy(): boolean {
-    return this.requestsInFlight > 0 || this.#isReceiving()
+    if (this.stage === 'upgraded' || isDestroyed(this.peer)) return false
+    if (this.stage === 'unseen' || this.requestsInFlight > 0) return true
+    // A session that was told to close still sends what its server has pushed.
+    if ('goaway' in this.peer) return this.peer.closed
+    return this.#isReceiving()
   }
 
-  /** Not so soon after a request or after it connected, since a request may be on its way, or may
-   *  have come and wait for a busy event loop to read it. */
-  get isIdle(): boolean {
+  /** Nothing has happened for so long that no request can be on its way: one may have been sent just
+   *  now, or have come and wait for a busy event loop to read it. */
+  get isQuiet(): boolean {
     const graceMs = this.#newestResponse ? QUIET_MS : FIRST_REQUEST_MS
     return !this.isBusy && this.#quiet.hasLasted(graceMs)
   }
 
-  /** Half a head has come, or half a body that nobody waited for, and its last byte lately. */
+  get isUpgraded(): boolean {
+    return this.stage === 'upgraded' || this.upgradedStreams.size > 0
+  }
+
+  /** Says goodbye as its protocol does; what is being sent is sent. */
+  end(): void {
+    const { peer } = this
+    attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
+  }
+
+  destroy(): void {
+    attempt(() => this.peer.destroy())
+    attempt(() => this.socket?.destroy()) // a session of HTTP/2 may leave it open
+  }
+
+  /** Half a handshake or half a head has come, or half a body that nobody waited for, and its last
+   *  byte lately. */
   #isReceiving(): boolean {
     const bytesRead = this.#bytesRead
     if (bytesRead !== this.#bytesSeen) {
@@ -1509,8 +1554,9 @@ class Client {
       this.#upload = undefined
       this.#bytesReadAtLastEnd = bytesRead
     }
-    const isPart = bytesRead > this.#bytesReadAtLastEnd || this.#upload !== undefined
-    return isPart && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
+    const isPartial = bytesRead > this.#bytesReadAtLastEnd || this.#upload !== undefined
+    const isReceiving = isPartial || this.stage === 'handshaking'
+    return isReceiving && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
   }
 
   get #bytesRead(): number {
@@ -1532,21 +1578,19 @@ class Application {
   readonly #observer: ServerObserver | undefined
   /** All that serve requests, with what takes the hook off each; the first one is the instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
-  // A connection stands in #sockets from its first moment to its last, where Node.js itself forgets
-  // some: of TLS it is the socket below. Who sends requests by it stands in #clients: the socket,
-  // that of TLS after its handshake, or the session of HTTP/2. One that is upgraded moves to
-  // #upgraded; of HTTP/2 a stream may stand there, whose session stays a client.
-  readonly #sockets = new Set<net.Socket>()
+  readonly #stoppedServers = new Set<net.Server>()
+  /** Each connection, by whoever sends requests by it. */
   readonly #clients = new Map<object, Client>()
-  /** Connections of WebSockets, say: no request is in flight there. */
-  readonly #upgraded = new Set<Upgraded>()
-  /** By response, or by stream where it is HTTP/2. */
+  /** By response; by stream where it is HTTP/2, by socket where it is an upgrade. */
   readonly #inFlight = new Map<object, RequestInFlight>()
   /** How many connections have come. */
   #connectionsSoFar = 0
+  /** The socket that was announced last as one of HTTP/2. */
+  #newestCarrier: net.Socket | undefined
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
-  #closingSinceMs = Infinity
+  /** `refusing`: no connection is accepted; `closing`: those that are quiet are closed, too. */
+  #stage: 'open' | 'refusing' | 'closing' = 'open'
   /** One listener for all responses: a closure for each would cost more than all else here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
@@ -1566,6 +1610,10 @@ class Application {
     return first
   }
 
+  get #servers(): net.Server[] {
+    return [...this.#unhooks.keys()]
+  }
+
   has(server: net.Server): boolean {
     return this.#unhooks.has(server)
   }
@@ -1579,8 +1627,13 @@ class Application {
   add(server: net.Server): void {
     if (this.has(server)) return
     const unhook = hookEmit(server, this)
-    if (unhook) this.#unhooks.set(server, unhook)
-    else log('warn', 'cannot see the requests of a server whose emit is not configurable')
+    if (!unhook) {
+      log('warn', 'cannot see the requests of a server whose emit is not configurable')
+      return
+    }
+    this.#unhooks.set(server, unhook)
+    for (const socket of connectionsOf(server)) this.#onEarlierConnection(server, socket)
+    if (this.#stage !== 'open') this.#stopListening(server)
   }
 
   /** Another server is the instance from now on. */
@@ -1590,15 +1643,23 @@ class Application {
   }
 
   get requestsInFlight(): number {
+    this.forgetEndedRequests()
     return this.#inFlight.size
   }
 
+  /** Connections of WebSockets and the like: no request is in flight there. */
   get upgradedConnections(): number {
-    return this.#upgraded.size
+    this.forgetEndedRequests()
+    let count = 0
+    for (const { stage, upgradedStreams } of this.#clients.values()) {
+      count += stage === 'upgraded' ? 1 : upgradedStreams.size
+    }
+    return count
   }
 
   /** What is being served, the oldest first. */
   get openRequests(): Iterable<RequestInFlight> {
+    this.forgetEndedRequests()
     return this.#inFlight.values()
   }
 
@@ -1608,9 +1669,15 @@ class Application {
     this.#unhooks.clear()
   }
 
-  /** Some responses never get their 'close'. */
-  forgetDeadRequests(): void {
-    for (const [key, { client }] of this.#inFlight) {
+  /** Some responses never get their 'close', and an answered upgrade has no event. */
+  forgetEndedRequests(): void {
+    for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
+      if (isUpgradeAnswered?.()) {
+        this.#requestEnded(key, 0)
+        if (key === client.peer) client.stage = 'upgraded'
+        else client.upgradedStreams.add(key as Http2Stream)
+        continue
+      }
       const isDead = attempt(() => isDestroyed(client.peer) || isDestroyed(key))
       // What cannot be looked at is not waited for.
       if (isDead ?? true) this.#requestEnded(key, 0)
@@ -1631,7 +1698,7 @@ class Application {
         return this.#onStream(args[0] as Http2Stream, args[1] as http.IncomingHttpHeaders)
       case 'upgrade':
       case 'connect':
-        return this.#onUpgrade(args[1] as net.Socket)
+        return this.#onUpgrade(args[0] as http.IncomingMessage, args[1] as net.Socket)
       case 'listening':
         return this.#onListening(server)
       case 'close':
@@ -1639,14 +1706,16 @@ class Application {
       case 'connection':
         return this.#onConnection(server, args[0] as net.Socket)
       case 'secureConnection':
-        return this.#onSecureConnection(server, args[0] as net.Socket)
+        return this.#onSecureConnection(server, args[0] as SecureSocket)
       case 'session':
-        this.#addClient(args[0] as Http2Session)
+        return this.#onSession(args[0] as Http2Session)
     }
   }
 
+  /** One that begins to listen after the signal is closed before it accepts. */
   #onListening(server: net.Server): void {
-    if (server === this.server) this.#observer?.onServerListening()
+    if (this.#stage !== 'open') this.#stopListening(server)
+    else if (server === this.server) this.#observer?.onServerListening()
   }
 
   /** Nobody may know a bystander any more. */
@@ -1662,21 +1731,62 @@ class Application {
 
   #onConnection(server: net.Server, socket: net.Socket): void {
     this.#connectionsSoFar++
-    trackUntilClose(this.#sockets, socket)
-    if (!isSecure(server) && !speaksHttp2(server, socket)) this.#addClient(socket)
+    if (!isSecure(server) && speaksHttp2(server, socket)) this.#newestCarrier = socket
+    this.#addClient(socket, isSecure(server) ? 'handshaking' : 'serving')
   }
 
-  #onSecureConnection(server: net.Server, socket: net.Socket): void {
-    if (!speaksHttp2(server, socket)) this.#addClient(socket)
+  /** Of one by TLS or HTTP/2, nothing but its socket can be found out later on. */
+  #onEarlierConnection(server: net.Server, socket: EarlierSocket): void {
+    if (isSecure(server) || speaksHttp2(server, socket)) {
+      this.#addClient(socket, 'unseen')
+      return
+    }
+    const client = this.#addClient(socket, socket.parser ? 'serving' : 'upgraded')
+    const { _httpMessage: response } = socket
+    if (!response || response.writableFinished) return
+    response.on('close', this.#onResponseClose)
+    this.#requestBegins(response, `${response.req.method} ${response.req.url}`, client)
   }
 
-  #addClient(peer: net.Socket | Http2Session): Client {
-    const client = new Client(peer)
+  #onSecureConnection(server: net.Server, socket: SecureSocket): void {
+    if (speaksHttp2(server, socket)) this.#newestCarrier = socket
+    this.#clientOf(socket)
+  }
+
+  /** It is announced while the connection that carries it is announced. */
+  #onSession(session: Http2Session): void {
+    const client = this.#clients.get(this.#newestCarrier ?? session)
+    this.#newestCarrier = undefined
+    if (client) this.#movesTo(client, session)
+    else this.#addClient(session)
+  }
+
+  /** Of TLS the socket below may be known. */
+  #clientOf(peer: SecureSocket | Http2Session): Client {
+    const known = this.#clients.get(peer)
+    if (known) return known
+    const { _parent: socketBelow = peer } = peer as SecureSocket
+    const client = this.#clients.get(socketBelow)
+    if (!client) return this.#addClient(peer)
+    this.#movesTo(client, peer)
+    return client
+  }
+
+  #addClient(peer: net.Socket | Http2Session, stage: ClientStage = 'serving'): Client {
+    const client = new Client(peer, stage)
     if (isDestroyed(peer)) return client // its 'close' is past
     this.#clients.set(peer, client)
     const emitter: NodeJS.EventEmitter = peer
-    emitter.once('close', () => this.#clients.delete(peer))
+    emitter.once('close', () => this.#clients.delete(client.peer))
     return client
+  }
+
+  /** Its requests are sent by another peer from now on. */
+  #movesTo(client: Client, peer: net.Socket | Http2Session): void {
+    this.#clients.delete(client.peer)
+    client.peer = peer
+    client.stage = 'serving'
+    this.#clients.set(peer, client)
   }
 
   /** The application may emit `request` with anything, so everything here may throw. */
@@ -1694,7 +1804,7 @@ class Application {
     if (this.#inFlight.has(response) || (stream && this.#inFlight.has(stream))) return
 
     response.on('close', this.#onResponseClose)
-    const client = this.#clients.get(stream?.session ?? socket) ?? this.#addClient(socket)
+    const client = this.#clientOf(stream?.session ?? socket)
     this.#requestBegins(response, `${method} ${url}`, client)
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
   }
@@ -1702,7 +1812,7 @@ class Application {
   /** It is not counted, but its connection is busy until it is answered. */
   #onHealthRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
     const { headers, socket } = request
-    const client = this.#clients.get(socket) ?? this.#addClient(socket)
+    const client = this.#clientOf(socket)
     client.requestBegins(response)
     response.once('close', () => client.requestEnded(request))
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
@@ -1717,22 +1827,22 @@ class Application {
     if (!session || isForView(path)) return
 
     const method = String(headers[':method'])
-    const client = this.#clients.get(session) ?? this.#addClient(session)
-    if (method === 'CONNECT') {
-      trackUntilClose(this.#upgraded, stream)
-      return
-    }
+    const client = this.#clientOf(session)
     const isHealth = this.#isJudged && isForHealth(method, path)
     if (isHealth) {
       this.#onHealthStream(stream, headers, client)
     } else {
-      stream.once('close', () => {
-        this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
-      })
+      stream.once('close', () => this.#onStreamClose(stream, client))
       this.#requestBegins(stream, `${method} ${path}`, client)
     }
+    if (method === 'CONNECT') this.#isUpgrading(stream, () => stream.headersSent)
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
     if (isHealth) return 'taken'
+  }
+
+  #onStreamClose(stream: Http2Stream, client: Client): void {
+    client.upgradedStreams.delete(stream)
+    this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
   }
 
   #onHealthStream(stream: Http2Stream, headers: http.IncomingHttpHeaders, client: Client): void {
@@ -1747,18 +1857,24 @@ class Application {
     answerHealth(headers, address, send).catch(doNothing)
   }
 
-  /** From now on it is no client that sends requests. */
-  #onUpgrade(socket: net.Socket): void {
+  /** Until the application answers, it is a request like any other. */
+  #onUpgrade({ method, url }: http.IncomingMessage, socket: net.Socket): void {
     if ('stream' in socket) return // a response of HTTP/2, whose stream is known
-    this.#clients.delete(socket)
-    trackUntilClose(this.#upgraded, socket)
+    const { bytesWritten } = socket
+    this.#requestBegins(socket, `${method} ${url}`, this.#clientOf(socket))
+    this.#isUpgrading(socket, () => socket.bytesWritten > bytesWritten)
+  }
+
+  #isUpgrading(key: object, isUpgradeAnswered: () => boolean): void {
+    const request = this.#inFlight.get(key)
+    if (request) request.isUpgradeAnswered = isUpgradeAnswered
   }
 
   #requestBegins(key: object, line: string, client: Client): void {
     this.#inFlight.set(key, { startedAtMs: performance.now(), line, client })
     client.requestBegins(key)
     this.requests++
-    if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetDeadRequests() // where nothing ticks
+    if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetEndedRequests() // where nothing ticks
   }
 
   #requestEnded(key: object, statusCode: number, upload?: http.IncomingMessage): void {
@@ -1792,40 +1908,25 @@ class Application {
     this.#isSendingSessionsElsewhere = false
   }
 
-  /** Refuses new connections, where the runtime can; what has come is served. In this order: the
-   *  application's own `close()` is replaced, since the server will be closed already; the kernel
-   *  is told to take no more; and when it has handed over what it had, the server stops
-   *  listening. */
+  /** Refuses new connections, where the runtime can; what has come is served. */
   async stopListening(limitMs: number): Promise<void> {
-    const servers = [...this.#unhooks.keys()].filter((server) => server instanceof net.Server)
-    for (const server of servers) {
-      replaceClose(server)
-      acceptNoMore(server)
-    }
+    this.#stage = 'refusing'
+    const servers = this.#servers.filter(hasSocketOfItsOwn)
+    for (const server of servers) acceptNoMore(server)
     if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
-    // The server's own close() would cut connections whose answer is not taken yet.
-    const close = methodOf(net.Server.prototype, 'close')
-    for (const server of servers) {
-      if (!server.listening) continue // else it would emit `close` once more
-      attempt(() => Reflect.apply(close, server, []))
-    }
-    if (await this.#closeServersOfBun(limitMs)) this.#closingSinceMs = performance.now()
+    for (const server of this.#servers) this.#stopListening(server)
+    if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
   }
 
   /** They stop listening by their `close()` alone, which finishes what is being served, but cuts
    *  answers that are not taken yet: so at a moment when there is none. Resolves to whether there
    *  was one in time. */
   async #closeServersOfBun(limitMs: number): Promise<boolean> {
-    const servers = this.#serversOfBun
+    const servers = this.#servers.filter(isOfBun)
     if (servers.length === 0) return true
     const isMoment = await pollUntil(() => !this.#isSending, limitMs)
     if (isMoment) servers.forEach(closeOnBun)
     return isMoment
-  }
-
-  /** Its http servers are no `net.Server`. */
-  get #serversOfBun(): net.Server[] {
-    return [...this.#unhooks.keys()].filter((server) => !(server instanceof net.Server))
   }
 
   /** Whether an answer has been written that is not taken yet. */
@@ -1849,146 +1950,113 @@ class Application {
     }
   }
 
-  /** Whether something is still being received, served or sent. */
-  get isServing(): boolean {
-    if (this.#inFlight.size > 0) return true
-    if (this.#closingSinceMs === Infinity) return false // there will always be a new one
-    if (this.#isSomebodyShakingHands) return true
-    return [...this.#clients.values()].some(({ isIdle, peer }) => !isIdle && !isDestroyed(peer))
+  /** Closes each connection as soon as it is quiet. To be called every POLL_MS; returns whether all
+   *  requests are over, and no connection is left by which another one may come. */
+  closeQuietConnections(): boolean {
+    const areRequestsOver = this.requestsInFlight === 0
+    if (this.#stage !== 'closing') return areRequestsOver // somebody may always connect
+    let areAllQuiet = true
+    for (const client of this.#clients.values()) {
+      if (client.isUpgraded || isDestroyed(client.peer)) continue
+      client.look()
+      if (!client.isQuiet) areAllQuiet = false
+      else if (!client.sendSessionElsewhere()) client.end()
+    }
+    if (areRequestsOver) this.#closeUnseenConnections()
+    return areRequestsOver && areAllQuiet
   }
 
-  /** Of a connection of TLS nothing is known before its handshake. */
-  get #isSomebodyShakingHands(): boolean {
-    if (performance.now() - this.#closingSinceMs > RECEIVING_MS) return false
-    const upgradedSockets = [...this.#upgraded].filter((peer) => !isStream(peer))
-    return this.#sockets.size > this.#clients.size + upgradedSockets.length
+  /** Of connections that came before we saw the server, Node.js itself may know which are idle. It
+   *  takes for idle what still sends its answer, too, so none that we know of may do that. */
+  #closeUnseenConnections(): void {
+    const clients = [...this.#clients.values()]
+    if (!clients.some(({ stage }) => stage === 'unseen')) return
+    if (clients.some(({ stage, isBusy }) => stage === 'serving' && isBusy)) return
+    for (const server of this.#servers as http.Server[]) {
+      attempt(() => server.closeIdleConnections?.())
+    }
   }
 
   /** Whether no connection is left but those that were upgraded. */
   get isDisconnected(): boolean {
-    return this.#sockets.size <= this.#connectionsUpgraded.size
+    return [...this.#clients.values()].every(({ isUpgraded }) => isUpgraded)
   }
 
-  /** By which upgraded ones go: of several streams it is one session. */
-  get #connectionsUpgraded(): Set<unknown> {
-    return new Set(Array.from(this.#upgraded, (peer) => (isStream(peer) ? peer.session : peer)))
-  }
-
-  /** To be called every POLL_MS while it closes: by that it is known who is idle. */
-  lookAtClients(): void {
-    for (const client of this.#clients.values()) client.look()
-  }
-
-  closeIdleConnections(): void {
-    for (const client of this.#clients.values()) {
-      if (!client.isIdle || client.sendSessionElsewhere()) continue
-      const { peer } = client
-      attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
-    }
-  }
-
-  /** Cuts what is still being served; gives how many requests that were. */
+  /** Cuts what is still being served; returns how many requests that were. */
   cutRequests(): number {
-    let count = this.#inFlight.size
-    for (const { peer, isBusy, requestsInFlight } of this.#clients.values()) {
-      if (!isBusy) continue
-      if (requestsInFlight === 0) count++ // half a head
-      attempt(() => peer.destroy())
+    let count = this.requestsInFlight
+    for (const client of this.#clients.values()) {
+      if (!client.isBusy) continue
+      if (client.requestsInFlight === 0) count++ // half a head
+      attempt(() => client.peer.destroy())
     }
     return count
   }
 
-  /** Ends all connections that were not upgraded; over HTTP/2 those by which no WebSocket goes. On
-   *  Bun, closes what had no moment to be closed. */
+  /** Ends all connections that were not upgraded. On Bun, closes what had no moment to be closed. */
   endConnections(): void {
-    const goingOn = this.#connectionsUpgraded
-    for (const { peer } of this.#clients.values()) {
-      if (!goingOn.has(peer)) attempt(() => peer.destroy())
+    for (const client of this.#clients.values()) {
+      if (!client.isUpgraded) client.destroy()
     }
-    for (const server of this.#serversOfBun) {
+    for (const server of this.#servers.filter(isOfBun)) {
       if (server.listening) closeOnBun(server)
     }
   }
 
   /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
   async endUpgraded(): Promise<void> {
-    await pollUntil(() => this.#upgraded.size === 0, GOODBYE_MS)
-    for (const socket of this.#upgraded) attempt(() => socket.end())
-    await pollUntil(() => this.#upgraded.size === 0, GOODBYE_MS)
-    destroyAll(this.#upgraded)
-    destroyAll(this.#sockets)
+    await pollUntil(() => this.upgradedConnections === 0, GOODBYE_MS)
+    for (const { stage, peer, upgradedStreams } of this.#clients.values()) {
+      for (const stream of upgradedStreams) attempt(() => stream.end())
+      if (stage === 'upgraded' && !('goaway' in peer)) attempt(() => peer.end())
+    }
+    await pollUntil(() => this.upgradedConnections === 0, GOODBYE_MS)
+    for (const client of this.#clients.values()) {
+      for (const stream of client.upgradedStreams) attempt(() => stream.destroy())
+      client.destroy()
+    }
+  }
+
+  /** What has stopped listening keeps no process alive any more. */
+  unrefServers(): void {
+    for (const server of this.#stoppedServers) server.unref()
+  }
+
+  /** Closes what has stopped listening, unless the program has done so. */
+  closeServers(): void {
+    for (const server of this.#stoppedServers) closeStandIn(server)
+  }
+
+  #stopListening(server: net.Server): void {
+    this.#stoppedServers.add(server)
+    stopListening(server)
   }
 }
 
-/** Wraps the server's `emit`, through which everything passes; gives what takes it off again, or
- *  nothing where it cannot be wrapped. */
+/** Sees all events of a server; returns what takes the hook off again, or nothing where `emit`
+ *  cannot be replaced. */
 function hookEmit(server: net.Server, application: Application): (() => void) | undefined {
-  const innerEmit = methodOf(server, 'emit')
-  const ownEmit = Object.getOwnPropertyDescriptor(server, 'emit')
-  let isOff = false
-
-  function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
-    if (!isOff) {
+  return replaceMethod(server, 'emit', (innerEmit) => {
+    return function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
       const outcome = attemptOwn(() => application.onEvent(server, event, args))
       if (outcome === 'taken') return true
+      return Reflect.apply(innerEmit, this, [event, ...args])
     }
-    return Reflect.apply(innerEmit, this, [event, ...args])
-  }
-  const hooked = { value: emit, configurable: true, writable: true }
-  if (!Reflect.defineProperty(server, 'emit', hooked)) return undefined
-
-  return () => {
-    isOff = true // whoever hooked in later still calls us
-    if (server.emit !== emit) return
-    Reflect.deleteProperty(server, 'emit')
-    // Reflect's function never throws, whatever became of the server.
-    if (ownEmit) Reflect.defineProperty(server, 'emit', ownEmit)
-  }
-}
-
-/** When we have closed the server, the application's own `close(callback)` must neither fail with
- *  ERR_SERVER_NOT_RUNNING nor cut what is still being sent: it calls back when the server has
- *  closed. Ends when the server listens again. */
-function replaceClose(
-  server: net.Server,
-  whenClosed: (callback: () => void) => void = (callback) => callWhenClosed(server, callback)
-): void {
-  const ownClose = Object.getOwnPropertyDescriptor(server, 'close')
-  const close = (callback?: () => void): net.Server => {
-    if (callback) whenClosed(callback)
-    return server
-  }
-  Reflect.defineProperty(server, 'close', { value: close, configurable: true, writable: true })
-  server.once('listening', () => {
-    Reflect.deleteProperty(server, 'close')
-    if (ownClose) Reflect.defineProperty(server, 'close', ownClose)
   })
 }
 
-/** Bun tells by the callback of `close()` alone when what was in flight is over. */
-function closeOnBun(server: net.Server): void {
-  const closed = new Promise<void>((resolve) => {
-    const isClosing = attempt(() => server.close(() => resolve())) !== undefined
-    if (!isClosing) resolve()
-  })
-  replaceClose(server, (callback) => void closed.then(() => setImmediate(callback)))
+/** A connection that came before its server was seen. Node.js keeps there the response that is
+ *  being served, and what parses HTTP, which an upgrade takes off. */
+type EarlierSocket = net.Socket & { _httpMessage?: http.ServerResponse | null; parser?: unknown }
+
+/** As far as the runtime tells. */
+function connectionsOf(server: net.Server): EarlierSocket[] {
+  const sockets = activeHandles().filter((handle) => handle instanceof net.Socket)
+  return sockets.filter((socket: net.Socket & { server?: unknown }) => socket.server === server)
 }
 
-/** One that never listened, or whose `close` event is past, emits none any more. */
-function callWhenClosed(server: net.Server, callback: () => void): void {
-  server.getConnections((_, count) => {
-    if (server.listening || count > 0) server.once('close', callback)
-    else callback()
-  })
-}
-
-/** Tells the kernel to accept no more connections for us: those that come now wait in their
- *  clients, and are refused when the server closes. Node.js has no public way to say so; where this
- *  fails, a few more may be reset. */
-function acceptNoMore(server: net.Server): void {
-  const { _handle } = server as { _handle?: { listen?: (backlog: number) => void } | null }
-  attempt(() => _handle?.listen?.(0))
-}
+/** With the socket below TLS. */
+type SecureSocket = net.Socket & { alpnProtocol?: unknown; _parent?: net.Socket }
 
 function isSecure(server: net.Server): boolean {
   return 'setSecureContext' in server
@@ -1999,23 +2067,115 @@ function speaksHttp2(server: net.Server, socket: net.Socket & { alpnProtocol?: u
   return 'updateSettings' in server && (socket.alpnProtocol ?? 'h2') === 'h2'
 }
 
-function isStream(peer: Upgraded): peer is Http2Stream {
-  return 'session' in peer
-}
-
 function isDestroyed(peer: object): boolean {
   return 'destroyed' in peer && peer.destroyed === true
 }
 
-function trackUntilClose<T extends Upgraded>(all: Set<T>, peer: T): void {
-  if (peer.destroyed) return // its 'close' is past
-  const emitter: NodeJS.EventEmitter = peer
-  emitter.once('close', () => all.delete(peer))
-  all.add(peer)
+// --- Servers that stop listening -----------------------------------------------------------------
+
+// A server stops listening when the kernel's handle of it is closed. The server keeps a stand-in for
+// that: to the program it listens until the program itself closes it, and then all of Node.js's own
+// code runs, with its callbacks and events. What `net.Server` asks of its handle is not documented,
+// but has been the same on Node.js 20 to 26.
+
+/** What a server asks of its handle, and we of it. */
+interface Handle {
+  close(onClosed?: () => void): void
+  ref?(): void
+  unref?(): void
+  hasRef?(): boolean
+  /** Fills the object in. A Unix socket has no such method. */
+  getsockname?(address: object): number
+  listen?(backlog: number): number
+  readonly fd?: number
 }
 
-function destroyAll(peers: Set<Upgraded>): void {
-  for (const peer of peers) attempt(() => peer.destroy())
+type ServerWithHandle = net.Server & { _handle?: Handle | null; _connectionKey?: string }
+
+/** Each stand-in, while it keeps the process alive as the listening server did. */
+const keepAlives = new WeakMap<Handle, ReturnType<typeof setInterval>>()
+
+function stopListening(server: ServerWithHandle): void {
+  if (!server.listening || isOfBun(server)) return
+  const { _handle: handle } = server
+  if (!handle) {
+    // The server's own close() might cut connections whose answer is not taken yet.
+    attempt(() => Reflect.apply(methodOf(net.Server.prototype, 'close'), server, []))
+    return
+  }
+  if (keepAlives.has(handle)) return
+  server._handle = standInFor(handle)
+  attempt(() => handle.close())
+}
+
+function standInFor(handle: Handle): Handle {
+  const address = {}
+  handle.getsockname?.(address)
+  const keepAlive = setInterval(doNothing, TIMER_MAX_MS)
+  if (handle.hasRef?.() === false) keepAlive.unref()
+  const standIn: Handle = {
+    close(onClosed) {
+      clearInterval(keepAlive)
+      if (onClosed) setImmediate(onClosed)
+    },
+    ref: () => void keepAlive.ref(),
+    unref: () => void keepAlive.unref(),
+    hasRef: () => keepAlive.hasRef(),
+    fd: -1
+  }
+  if (handle.getsockname) {
+    standIn.getsockname = (out) => {
+      for (const [name, value] of Object.entries(address)) Reflect.set(out, name, value)
+      return 0
+    }
+  }
+  keepAlives.set(standIn, keepAlive)
+  return standIn
+}
+
+/** Closes a server that has stopped listening, unless the program has. */
+function closeStandIn(server: ServerWithHandle): void {
+  const { _handle: handle } = server
+  if (handle && keepAlives.has(handle)) attempt(() => server.close())
+}
+
+/** Tells the kernel to accept no more connections for us: those that come now wait in their
+ *  clients, and are refused when the server closes. Node.js has no public way to say so; where this
+ *  fails, a few more may be reset. */
+function acceptNoMore({ _handle: handle }: ServerWithHandle): void {
+  attempt(() => handle?.listen?.(0))
+}
+
+/** Whether nobody else accepts connections by the server's socket: then what waits there is ours. A
+ *  socket is shared if it was inherited (`listen({ fd })`), if it came over IPC, or in a cluster,
+ *  which puts a `close` of its own on the handle. Where that cannot be told, it may be shared. */
+function hasSocketOfItsOwn({ _handle: handle, _connectionKey: key }: ServerWithHandle): boolean {
+  if (!handle || Object.hasOwn(handle, 'close')) return false
+  return key !== undefined && OWN_SOCKET.test(key)
+}
+
+/** How Node.js tells sockets that it has opened from one another; of others there is no address. */
+const OWN_SOCKET = /^(?:[46]:.*:\d+|-1:.*[/\\].*:-1)$/ // 4:127.0.0.1:8080, -1:/run/app.sock:-1
+
+/** Its http servers are no `net.Server`, and have no handle. */
+function isOfBun(server: net.Server): boolean {
+  return !(server instanceof net.Server)
+}
+
+/** Bun tells by the callback of `close()` alone when what was in flight is over. So a `close()` of
+ *  the program's, which would fail now, waits for ours; until the server listens again. */
+function closeOnBun(server: net.Server): void {
+  const closed = new Promise<void>((resolve) => {
+    const isClosing = attempt(() => server.close(() => resolve())) !== undefined
+    if (!isClosing) resolve()
+  })
+  const restore = replaceMethod(server, 'close', () => {
+    return function close(callback?: (error?: Error) => void): net.Server {
+      if (callback) void closed.then(() => setImmediate(callback))
+      return server
+    }
+  })
+  server.once('listening', () => restore?.())
 }
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
@@ -2047,18 +2207,17 @@ function closeConnectionAfter(
   const { shouldKeepAlive } = response
   response.shouldKeepAlive = false
 
-  const innerWriteHead = methodOf(response, 'writeHead')
-
-  function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
-    const isLast = client.isNewest(response)
-    if (!application.isSendingElsewhere || !isLast || isUploading(response.req)) {
-      response.shouldKeepAlive = shouldKeepAlive
-      return Reflect.apply(innerWriteHead, this, args as [number])
+  replaceMethod(response, 'writeHead', (innerWriteHead) => {
+    return function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
+      const isLast = client.isNewest(response)
+      if (!application.isSendingElsewhere || !isLast || isUploading(response.req)) {
+        response.shouldKeepAlive = shouldKeepAlive
+        return Reflect.apply(innerWriteHead, this, args as [number])
+      }
+      attempt(() => replaceKeepAliveSet(this))
+      return Reflect.apply(innerWriteHead, this, args.map(withoutKeepAlive) as [number])
     }
-    attempt(() => replaceKeepAliveSet(this))
-    return Reflect.apply(innerWriteHead, this, args.map(withoutKeepAlive) as [number])
-  }
-  response.writeHead = writeHead
+  })
 }
 
 /** A client that still sends its body would see the connection break, and never read the answer. */
@@ -3231,6 +3390,8 @@ type ProberAsker = Pick<Asker, 'isPerson' | 'remoteAddress'>
 class Prober {
   /** How many drained answers it had. */
   drainedAnswers = 0
+  /** As how many answers each of its own counts. */
+  #answersPerAsk = 1
   readonly address: string
   asks = 0
   /** When it asked the last few times, in a ring: a new array each time, and a new place in the
@@ -3246,9 +3407,11 @@ class Prober {
     return this.address.replace(MAPPED_ADDRESS, '')
   }
 
-  ask(nowTickMs: number): void {
+  ask(nowTickMs: number, answersPerAsk: number): void {
     this.#askedAtTickMs[this.asks % PROBER_MEMORY] = nowTickMs
     this.asks++
+    this.#answersPerAsk = answersPerAsk
+    this.drainedAnswers += answersPerAsk
   }
 
   get lastAskedAtTickMs(): number {
@@ -3271,8 +3434,27 @@ class Prober {
 
   /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
   stillAsks(nowTickMs: number): boolean {
-    const longestMs = Math.max(...this.#pauses, 0)
-    return nowTickMs - this.lastAskedAtTickMs <= PAUSES_MISSED * longestMs + PAUSE_MARGIN_MS
+    const silenceMs = nowTickMs - this.lastAskedAtTickMs
+    return silenceMs <= PAUSES_MISSED * this.#longestPauseMs + PAUSE_MARGIN_MS
+  }
+
+  get #longestPauseMs(): number {
+    return Math.max(...this.#pauses, 0)
+  }
+
+  /** How long it takes to give it so many answers at its pace. */
+  timeForAnswers(count: number): number {
+    return Math.ceil(count / this.#answersPerAsk) * this.intervalMs
+  }
+
+  /** Whether it can have so many drained answers in time. With the first one it may begin to ask
+   *  faster, as HAProxy does (`fastinter`): so that one is waited for at its usual pace, and the
+   *  others for as long as they would take if they came evenly. */
+  canHave(answers: number, nowTickMs: number, latestTickMs: number): boolean {
+    const asksLeft = Math.ceil((answers - this.drainedAnswers) / this.#answersPerAsk)
+    const leftMs = latestTickMs - this.lastAskedAtTickMs
+    if (this.drainedAnswers === 0) return this.#longestPauseMs < leftMs
+    return nowTickMs - this.lastAskedAtTickMs <= leftMs / asksLeft
   }
 
   /** How often it asks; less and less while it is silent, and 0 for who asked once. */
@@ -3315,16 +3497,15 @@ class Probers {
     this.#lookupsInTick = 0
   }
 
-  /** Remembers who asks, and how many drained answers the reply counts for. */
-  note(asker: ProberAsker, drainedAnswers: number): void {
+  /** Remembers who asks, and as how many answers the reply counts. */
+  note(asker: ProberAsker, answersPerAsk: number): void {
     if (asker.isPerson) return
     const address = this.#addressOf(asker)
     if (address === undefined) return
 
     const prober = this.#byAddress.get(address) ?? this.#add(address)
-    prober.drainedAnswers += drainedAnswers
-    prober.ask(this.#monitor.clock.nowTickMs)
-    if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober, drainedAnswers)
+    prober.ask(this.#monitor.clock.nowTickMs, answersPerAsk)
+    if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober)
   }
 
   /** Whoever asks often enough to be a balancer, and has not stopped; from now on their drained
@@ -3338,10 +3519,12 @@ class Probers {
     return frequent
   }
 
-  /** Whether a drain has to wait for it. While the monitor is closed nobody can be told. */
-  isMissing(prober: Prober, fall: number): boolean {
-    if (!this.#monitor.isRunning) return false
-    return prober.drainedAnswers < fall && prober.stillAsks(this.#monitor.clock.nowTickMs)
+  /** Whether a drain has to wait until it has so many answers. While the monitor is closed nobody
+   *  can be told. */
+  isMissing(prober: Prober, answers: number, latestTickMs: number): boolean {
+    if (!this.#monitor.isRunning || prober.drainedAnswers >= answers) return false
+    const { nowTickMs } = this.#monitor.clock
+    return prober.stillAsks(nowTickMs) && prober.canHave(answers, nowTickMs, latestTickMs)
   }
 
   get known(): Iterable<Prober> {
@@ -3379,17 +3562,22 @@ class Probers {
 
 /** A prober may ask too seldom for a shutdown to tell it: the log says so while there is time to
  *  change that. */
-function tellIfTooSlow({ shownAddress, intervalMs }: Prober, drainedAnswersEach: number): void {
+function tellIfTooSlow(prober: Prober): void {
   const { options } = signals
   if (!options) return
   const { fall } = options
   const tellingMs = tellingLimitMs(options)
-  const neededMs = Math.ceil(fall / drainedAnswersEach) * intervalMs
+  const neededMs = prober.timeForAnswers(fall)
   if (neededMs <= tellingMs) return
-  const pause = `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
   const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
   const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
-  log('info', `${pause}: ${needed}, but ${limit}; raise timeoutMs, unless it asks faster then`)
+  const advice = 'raise timeoutMs, unless it asks faster then'
+  log('info', `${describePace(prober)}: ${needed}, but ${limit}; ${advice}`)
+}
+
+/** `10.0.0.5 asks every 2.0 s` */
+function describePace({ shownAddress, intervalMs }: Prober): string {
+  return `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
 }
 
 const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
@@ -3444,38 +3632,40 @@ function toDrainOptions({
 class Draining {
   reason: string
   readonly awaitedProbers: Prober[]
-  readonly #probers: Probers
-  readonly #application: Application
+  readonly #monitor: Monitor
   readonly #sinceMs = performance.now()
   /** How many drained answers a prober needs. */
   #fall: number
   /** It is not finished before that. */
   #earliestMs: number
+  /** Who cannot be told by then is not waited for. */
+  #latestTickMs: number
 
   constructor(
-    probers: Probers,
-    application: Application,
-    { reason, fall, minimumMs }: Required<DrainOptions>
+    owner: Monitor,
+    { reason, fall, minimumMs }: Required<DrainOptions>,
+    limitMs: number
   ) {
-    this.#probers = probers
-    this.#application = application
-    this.awaitedProbers = probers.chooseFrequent()
+    this.#monitor = owner
+    this.awaitedProbers = owner.probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
     this.#earliestMs = this.#sinceMs + minimumMs
+    this.#latestTickMs = owner.clock.nowTickMs + limitMs
   }
 
   /** A second drain waits for the same probers as the first. */
-  change({ reason, fall, minimumMs }: Required<DrainOptions>): void {
+  change({ reason, fall, minimumMs }: Required<DrainOptions>, limitMs: number): void {
     this.reason = reason
     this.#fall = fall
     this.#earliestMs = Math.max(this.#earliestMs, performance.now() + minimumMs)
+    this.#latestTickMs = this.#monitor.clock.nowTickMs + limitMs
   }
 
-  /** Whether each of them knows, and `minimumMs` is over. */
+  /** Whether each of them knows that can, and `minimumMs` is over. */
   get isTold(): boolean {
     if (performance.now() < this.#earliestMs) return false
-    return !this.awaitedProbers.some((prober) => this.#probers.isMissing(prober, this.#fall))
+    return !this.awaitedProbers.some((prober) => this.#isMissing(prober))
   }
 
   get hasSomebodyToTell(): boolean {
@@ -3484,7 +3674,7 @@ class Draining {
 
   /** For whoever looks now; the command waits for QUIET_MS of this. */
   get isFinished(): boolean {
-    return this.isTold && this.#application.requestsInFlight === 0
+    return this.isTold && this.#monitor.application.requestsInFlight === 0
   }
 
   get seconds(): number {
@@ -3493,55 +3683,55 @@ class Draining {
 
   /** How many probers know. */
   get informedCount(): number {
-    return this.awaitedProbers.filter(({ drainedAnswers }) => drainedAnswers >= this.#fall).length
+    return this.awaitedProbers.filter((prober) => this.#isInformed(prober)).length
   }
 
   /** How many are still to be told. */
   get missingCount(): number {
-    return this.awaitedProbers.filter((prober) => this.#probers.isMissing(prober, this.#fall))
-      .length
+    return this.awaitedProbers.filter((prober) => this.#isMissing(prober)).length
+  }
+
+  /** Who still asks, but too seldom to be told in time. */
+  get tooSlowProbers(): Prober[] {
+    const { nowTickMs } = this.#monitor.clock
+    return this.awaitedProbers.filter((prober) => {
+      const isOver = this.#isInformed(prober) || this.#isMissing(prober)
+      return !isOver && prober.stillAsks(nowTickMs)
+    })
+  }
+
+  #isInformed({ drainedAnswers }: Prober): boolean {
+    return drainedAnswers >= this.#fall
+  }
+
+  #isMissing(prober: Prober): boolean {
+    return this.#monitor.probers.isMissing(prober, this.#fall, this.#latestTickMs)
   }
 }
 
-/** How a drain by hand ended. */
-type DrainOutcome = { drained: true } | { drained: false; explanation: string }
-
-/** Drains, and reports each change of what it waits for; now and then also that there is none. */
+/** Drains, and waits until each prober was told and no request is in flight. Reports what it waits
+ *  for. Resolves to why it ended before, '' where it did not. */
 async function untilDrained(
   options: Required<DrainOptions>,
   report: (progress: string) => void = doNothing
-): Promise<DrainOutcome> {
-  if (!monitor.isRunning) return { drained: true }
-  const draining = monitor.beginDraining(options)
-  if (draining.hasSomebodyToTell) log('info', describeWait(draining, options.timeoutMs))
-
+): Promise<string> {
+  if (!monitor.isRunning) return ''
+  const draining = monitor.beginDraining(options, options.timeoutMs)
   const { application } = monitor
   const quiet = new QuietWatch(application)
-  const startedAtMs = performance.now()
-  let progressBefore = ''
-  let reportedAtMs = -Infinity
-  for (;;) {
-    if (monitor.draining !== draining) {
-      return { drained: false, explanation: 'Not drained: resumed meanwhile' }
-    }
+  let progress = ''
+  const isOver = (): boolean => {
+    if (monitor.draining !== draining) return true
     const { isTold } = draining
     if (isTold) application.sendSessionsElsewhere()
     quiet.look(application.requestsInFlight > 0 || !isTold)
-
-    const nowMs = performance.now()
-    const progress = describeProgress(draining, quiet.hasRequestComeLately)
-    if (progress !== progressBefore || nowMs - reportedAtMs >= REPORT_MS) {
-      report(`Draining: ${progress}`)
-      progressBefore = progress
-      reportedAtMs = nowMs
-    }
-
-    if (quiet.isQuiet) return { drained: true }
-    if (nowMs - startedAtMs >= options.timeoutMs) {
-      return { drained: false, explanation: describeLate(options.timeoutMs, progress) }
-    }
-    await unreffedPause(POLL_MS)
+    progress = describeProgress(draining, quiet.hasRequestComeLately)
+    report(`Draining: ${progress}`)
+    return quiet.isQuiet
   }
+  const isInTime = await pollUntil(isOver, options.timeoutMs)
+  if (monitor.draining !== draining) return 'Not drained: resumed meanwhile'
+  return isInTime ? '' : describeLate(options.timeoutMs, progress)
 }
 
 /** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
@@ -3621,36 +3811,35 @@ function unreffedPause(ms: number): Promise<void> {
 // The end of an instance, in an order in which no request is refused that might still come, and
 // none meets a closed database.
 
-/** Ends what the instance does: tells `onSignal`, drains, closes the server, waits for its
- *  requests, calls `cleanUp`, ends upgraded connections, and stops the monitor. Resolves when all
- *  that is done; what takes longer than `exitAfterMs` is logged, and ends the process with 1.
- *  Without options it takes those of `shutdownOnSignal`. Called twice it is one shutdown. Do not
- *  await it before you answer a request, which it waits for. A call in `onSignal` or `cleanUp`
- *  would wait for itself: it resolves at once, with a warning, and with `shutdownOnSignal` so does
- *  every call while `cleanUp` runs. Where nothing tells who calls, a second call waits 5 s at most
- *  for those two. Rejects with a `TypeError` or `RangeError` for options that are wrong. */
+/** Ends what the instance does: tells `onSignal`, drains, stops listening, waits for the requests,
+ *  calls `cleanUp`, ends upgraded connections, stops the monitor, and closes the servers that the
+ *  application has not closed. Resolves when all that is done; what takes longer than `exitAfterMs`
+ *  is logged, and ends the process with 1. Without options it takes those of `shutdownOnSignal`.
+ *  Called twice it is one shutdown. Do not await it before you answer a request, which it waits for.
+ *  A second call waits for `onSignal` and `cleanUp` for 5 s at most, since they may be what makes the
+ *  call, and would wait for themselves. Rejects with a `TypeError` or `RangeError` for options that
+ *  are wrong. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
   async (options) => {
     const checked = options === undefined ? optionsOfSignals() : toShutdownOptions(options)
-    if (currentShutdown?.hasCleanedUp) return // whoever else listens may be asking
-    if (currentShutdown?.isAskedByItself) {
-      log('warn', 'is shutting down already, and does not wait for itself in onSignal or cleanUp')
-      return
-    }
-    if (currentShutdown) await currentShutdown.join()
-    else await beginShutdown(checked)
+    const earlier = currentShutdown
+    const current = beginShutdown(checked)
+    if (current === earlier) await current.join()
+    else await current.done
   }
 )
 
 function optionsOfSignals(): CheckedShutdownOptions {
-  return signals.options ?? toShutdownOptions({})
+  return { ...(signals.options ?? toShutdownOptions({})), isDelay: false }
 }
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
   /** As they were given, since `onSignal` and `cleanUp` may use `this`. */
   given: ShutdownOptions
   exitAfterMs: number
+  /** Whether the signal is only delayed: whoever else hears of it does all the rest. */
+  isDelay: boolean
 }
 
 const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
@@ -3672,7 +3861,8 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
     RangeError
   )
-  return { given: options, ...drainOptions, minimumMs: fittingMinimumMs(drainOptions), exitAfterMs }
+  const minimumMs = fittingMinimumMs(drainOptions)
+  return { given: options, ...drainOptions, minimumMs, exitAfterMs, isDelay: false }
 }
 
 /** A time that cannot be kept costs a warning. */
@@ -3697,18 +3887,20 @@ function fitEnvironment(
   log('warn', `cannot use FTW_MONITOR_TIMEOUT_MS=${text}: ${used}`)
 }
 
-function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Promise<void> {
-  if (!currentShutdown) {
-    currentShutdown = new Shutdown(options, signal)
-    void currentShutdown.perform()
-  }
-  return currentShutdown.done
+/** One that only delayed a signal is over when the application hears of that, and may then shut down
+ *  in its own way. */
+function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Shutdown {
+  const isDelayOver = currentShutdown?.isDelay === true && !currentShutdown.isRunning
+  if (currentShutdown && !isDelayOver) return currentShutdown
+  currentShutdown = new Shutdown(options, signal)
+  void currentShutdown.perform()
+  return currentShutdown
 }
 
 /** `telling`: the verdict is red, and each prober is told. `settling`: until no request comes.
  *  `closing`: no connection is accepted, and every request finishes. `cleaning`: `cleanUp`, and the
- *  goodbye of upgraded connections. `others`: whoever else listens for the signal has it. */
-type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'others' | 'over'
+ *  goodbye of upgraded connections. */
+type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'over'
 
 /** How long probers may take to be told: all of the time but what requests have in any case. */
 function tellingLimitMs({ timeoutMs }: { timeoutMs: number }): number {
@@ -3717,13 +3909,11 @@ function tellingLimitMs({ timeoutMs }: { timeoutMs: number }): number {
 
 class Shutdown {
   phase: ShutdownPhase = 'telling'
-  /** While `onSignal` or `cleanUp` is called; what they await comes later. */
-  #isCallingBack = false
   /** Resolves when it is over. */
   readonly done: Promise<void>
   readonly #options: CheckedShutdownOptions
   readonly #signal: NodeJS.Signals | undefined
-  /** Whoever presses Ctrl-C at a terminal waits for no balancer. */
+  /** Who presses Ctrl-C at a terminal does not want to wait for a balancer. */
   readonly #isAtTerminal: boolean
   readonly #monitor: Monitor
   readonly #application: Application
@@ -3735,7 +3925,7 @@ class Shutdown {
   #resolveDone: () => void = doNothing
   /** Whether somebody waits for it who did not begin it. */
   #isJoined = false
-  /** Resolves when whoever joined may be what it waits for. */
+  /** Resolves when `cleanUp` has had CALLBACKS_MS: it may wait for this very shutdown. */
   readonly #released: Promise<void>
   #release: () => void = doNothing
 
@@ -3758,63 +3948,33 @@ class Shutdown {
     return this.phase !== 'over'
   }
 
+  /** Whether it only delays a signal, which is all that `FTW_MONITOR=auto` does. */
+  get isDelay(): boolean {
+    return this.#options.isDelay
+  }
+
   async perform(): Promise<void> {
     const { given, exitAfterMs } = this.#options
-    const event = { signal: this.#signal }
-    // The one timer that keeps the process alive: else that might end before cleanUp was called.
-    const deadline = setTimeout(() => this.#exitUndone(), exitAfterMs)
+    // It keeps the process alive: else that might end before cleanUp was called.
+    const deadline = setTimeout(() => this.#onDeadline(), exitAfterMs)
 
     log('info', `shuts down${this.#signal ? ` after ${this.#signal}` : ''}`)
-    const told = this.#do('onSignal', () => this.#callBack(() => given.onSignal?.(event)))
+    const event = { signal: this.#signal }
+    const told = this.#do('onSignal', () => given.onSignal?.(event))
     this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     await this.#do('draining', () => this.#drain())
     this.#enter('closing')
     await this.#do('the requests in flight', () => this.#close())
-    this.#enter('cleaning')
-    const cleaned = this.#do('cleanUp', () => this.#callBack(() => given.cleanUp?.(event)))
-    await this.#do('upgraded connections', () => this.#endUpgraded())
-    const callbacksMs = Math.min(CALLBACKS_MS, (exitAfterMs - this.#elapsedMs()) / 2)
-    const releaseTimer = setTimeout(() => this.#releaseJoined(), callbacksMs).unref()
-    await Promise.all([told, cleaned])
-    clearTimeout(releaseTimer)
+    if (!this.isDelay) await this.#cleanUp(event, told)
 
-    this.#enter('others')
-    clearTimeout(deadline) // all is done: what the others have ended may end the process
-    await signals.tellOthers(exitAfterMs - this.#elapsedMs())
-
+    clearTimeout(deadline)
     const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
     await this.#monitor.end()
+    if (!this.#signal) this.closeServers() // else whoever listens for it may want to
     this.#monitor.unhookServers()
     clearTimeout(keepAlive)
     this.#enter('over')
     this.#resolveDone()
-  }
-
-  /** Whoever is killed in the middle can see in the log how far it was. */
-  #enter(phase: ShutdownPhase): void {
-    this.phase = phase
-    log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
-  }
-
-  /** Whether a call of shutdown() comes from `onSignal` or `cleanUp`: it does while they are
-   *  called, and later on where nobody else has the signal yet. */
-  get isAskedByItself(): boolean {
-    return this.#isCallingBack || (this.phase === 'cleaning' && signals.holdsBack)
-  }
-
-  /** Whether nothing of ours is still to be done. */
-  get hasCleanedUp(): boolean {
-    return this.phase === 'others' || this.phase === 'over'
-  }
-
-  /** Notices where the application calls shutdown() in there, which would wait for itself. */
-  #callBack(callback: () => unknown): unknown {
-    this.#isCallingBack = true
-    try {
-      return callback()
-    } finally {
-      this.#isCallingBack = false
-    }
   }
 
   /** For a call of shutdown() that did not begin it. */
@@ -3824,54 +3984,53 @@ class Shutdown {
   }
 
   #releaseJoined(): void {
-    if (this.#isJoined) {
-      log(
-        'warn',
-        'resolves shutdown() before it is over: onSignal or cleanUp may be waiting for it'
-      )
-    }
     this.#release()
+    if (!this.#isJoined) return
+    log('warn', 'resolves shutdown() before it is over: onSignal or cleanUp may be waiting for it')
+  }
+
+  unrefServers(): void {
+    for (const application of this.#applications) application.unrefServers()
+  }
+
+  /** Closes what the application has not closed itself. */
+  closeServers(): void {
+    for (const application of this.#applications) application.closeServers()
+  }
+
+  /** Whoever is killed in the middle can see in the log how far it was. */
+  #enter(phase: ShutdownPhase): void {
+    this.phase = phase
+    log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
   }
 
   /** Tells whoever probes, and waits for a quiet moment. */
   async #drain(): Promise<void> {
-    const tellingMs = tellingLimitMs(this.#options)
-    this.#application.sendClientsElsewhere()
-    const draining = this.#beginTelling(tellingMs)
-    const isTold = (): boolean => {
-      if (this.#isAtTerminal) return true
-      const isTelling = draining !== undefined && this.#monitor.draining === draining
-      return isTelling ? draining.isTold : this.#elapsedMs() >= this.#options.minimumMs
+    const { minimumMs } = this.#options
+    const tellingMs = this.#isAtTerminal ? 0 : tellingLimitMs(this.#options)
+    if (this.#isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
+    const options = { ...this.#options, minimumMs: Math.min(minimumMs, tellingMs) }
+    const draining = this.#monitor.beginDraining(options, tellingMs)
+    const isInTime = await pollUntil(() => draining.isTold, tellingMs)
+    if (!isInTime) log('warn', describeLate(tellingMs, describeProgress(draining)))
+    for (const prober of draining.tooSlowProbers) {
+      if (!this.#isAtTerminal) log('info', `${describePace(prober)}: too seldom to be told in time`)
     }
-    const isInTime = await pollUntil(isTold, tellingMs)
-    if (!isInTime && draining) log('warn', describeLate(tellingMs, describeProgress(draining)))
 
     this.#enter('settling')
     this.#application.sendSessionsElsewhere()
     if (!this.#application.server) return
-    const isSomebodyTold = draining?.hasSomebodyToTell === true
     const quiet = new QuietWatch(this.#application)
     const isQuiet = (): boolean => {
       quiet.look()
       return quiet.isQuiet
     }
-    const limitMs = tellingMs - this.#elapsedMs()
+    const limitMs = tellingLimitMs(this.#options) - this.#elapsedMs()
+    const isSomebodyTold = draining.hasSomebodyToTell && !this.#isAtTerminal
     await pollUntil(isQuiet, isSomebodyTold ? limitMs : Math.min(limitMs, SETTLE_MS))
   }
 
-  /** Takes the instance out; gives who is to be told, if anybody is. */
-  #beginTelling(tellingMs: number): Draining | undefined {
-    if (!this.#monitor.isRunning) return undefined
-    const draining = this.#monitor.beginDraining(this.#options)
-    if (this.#isAtTerminal) {
-      log('info', 'finishes its requests; Ctrl-C again ends it at once')
-      return undefined
-    }
-    if (draining.hasSomebodyToTell) log('info', describeWait(draining, tellingMs))
-    return draining
-  }
-
-  /** Closes the servers; each connection as soon as no request is in flight on it. */
+  /** Stops listening, and closes each connection when no request is in flight on it. */
   async #close(): Promise<void> {
     const { timeoutMs } = this.#options
     if (this.#isServerUnknown) await this.#waitForUnknownServer()
@@ -3889,6 +4048,8 @@ class Shutdown {
     // What was ended is still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
+    else if (this.isDelay)
+      return // whoever hears of the signal may finish them, or cut them
     else await this.#cutRequests()
     for (const application of this.#applications) application.endConnections()
   }
@@ -3898,13 +4059,8 @@ class Shutdown {
     const { timeoutMs } = this.#options
     application.sendClientsElsewhere()
     await application.stopListening(timeoutMs - this.#elapsedMs())
-    const isOver = (): boolean => {
-      application.forgetDeadRequests()
-      application.lookAtClients()
-      application.closeIdleConnections()
-      return !application.isServing
-    }
-    return pollUntil(isOver, timeoutMs - this.#elapsedMs())
+    const areClosed = (): boolean => application.closeQuietConnections()
+    return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }
 
   async #cutRequests(): Promise<void> {
@@ -3936,6 +4092,20 @@ class Shutdown {
     await pollUntil(isGone, limitMs)
   }
 
+  async #cleanUp(
+    event: { signal: NodeJS.Signals | undefined },
+    told: Promise<void>
+  ): Promise<void> {
+    const { given, exitAfterMs } = this.#options
+    this.#enter('cleaning')
+    const cleaned = this.#do('cleanUp', () => given.cleanUp?.(event))
+    await this.#do('upgraded connections', () => this.#endUpgraded())
+    const callbacksMs = Math.min(CALLBACKS_MS, (exitAfterMs - this.#elapsedMs()) / 2)
+    const releaseTimer = setTimeout(() => this.#releaseJoined(), callbacksMs).unref()
+    await Promise.all([told, cleaned])
+    clearTimeout(releaseTimer)
+  }
+
   async #endUpgraded(): Promise<void> {
     await Promise.all(this.#applications.map((application) => application.endUpgraded()))
   }
@@ -3946,12 +4116,8 @@ class Shutdown {
     try {
       await part()
     } catch (error) {
-      if (isServerClosed(error)) {
-        log('info', `${name} ended early: it closed the server, which was closed already`)
-      } else {
-        log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
-        process.exitCode ||= 1
-      }
+      log('error', `failed to shut down: ${name}: ${errorText(error)}`, ...framesOf(error))
+      process.exitCode ||= 1
     }
     this.#undone.delete(name)
   }
@@ -3960,45 +4126,50 @@ class Shutdown {
     return performance.now() - this.#startedAtMs
   }
 
-  #exitUndone(): void {
+  #onDeadline(): void {
+    if (this.isDelay) return
     const seconds = this.#options.exitAfterMs / 1_000
     log('error', `exits after ${seconds} s; not done: ${[...this.#undone].join(', ')}`)
     process.exit(1)
   }
 }
 
-/** What a `close` says that was bound before the shutdown: we have closed the server already. */
-function isServerClosed(error: unknown): boolean {
-  return attempt(() => (error as NodeJS.ErrnoException).code) === 'ERR_SERVER_NOT_RUNNING'
-}
-
 // --- Signals -------------------------------------------------------------------------------------
 
-// What `shutdownOnSignal` listens for, and what becomes of it. On Node.js a signal is held back
-// from other listeners until the shutdown has cleaned up; Bun and Deno tell them at once.
+// What `shutdownOnSignal` listens for, and what becomes of it. A signal is delayed: nobody else hears
+// of it until the instance has shut down; then our listeners and hooks come off, and it is let
+// through, as if it came now. (Bun and Deno tell the others at once.)
 
-/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`, after which
- *  the process ends, even if something still keeps it alive (which is logged). Other listeners
- *  of the signal have it when `cleanUp` is done, and 5 s to end the process in their own way. One
- *  that comes again changes nothing before that, and ends the process after it; only a `SIGINT` a
- *  second or more after the first signal ends it at once, with 130. Called again it replaces the
- *  options. May come before or after `start`. Where that was never called no server is known, and
- *  requests in flight are not waited for, as without us. `stop()` takes the listeners off. Throws
- *  a `TypeError` or `RangeError` for wrong options. */
+/** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`. Then other
+ *  listeners of the signal have it, and have until `exitAfterMs`, but at least 5 s; after that the
+ *  process ends, even if something still keeps it alive (which is logged). A signal that comes again
+ *  meanwhile changes nothing; only a `SIGINT` a second or more after the first signal ends the
+ *  process at once, with 130. Called again it replaces the options. May come before or after
+ *  `start`. Where that was never called no server is known, and requests in flight are not waited
+ *  for, as without us. `stop()` takes the listeners off. Throws a `TypeError` or `RangeError` for
+ *  wrong options. */
 export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
   'shutdownOnSignal',
   (options = {}) => {
     const checked = toShutdownOptions(options)
-    const { signals: names = ['SIGTERM', 'SIGINT'] } = options
+    const { signals: names = ENDING_SIGNALS } = options
     must(
       Array.isArray(names) && names.length > 0 && names.every((it) => SIGNAL_NUMBERS.has(it)),
       `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
     )
-    signals.release()
-    signals.listen(new Set(names), checked)
+    signals.listen(names, checked)
     monitor.findListeningServers()
   }
 )
+
+const ENDING_SIGNALS: NodeJS.Signals[] = ['SIGTERM', 'SIGINT']
+
+/** All that `FTW_MONITOR=auto` does with a signal: without us nobody would have ended the process in
+ *  another way than the program and the signal itself do. */
+function delaySignals(): void {
+  signals.listen(ENDING_SIGNALS, { ...toShutdownOptions({}), isDelay: true })
+  monitor.findListeningServers()
+}
 
 /** The signals by which somebody may ask a process to end, with Linux's numbers. */
 const SIGNAL_NUMBERS = new Map<string, number>([
@@ -4020,63 +4191,45 @@ class Signals {
   /** What was said last, while they are heard. */
   options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
-  /** The one that began the shutdown. */
-  #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
+  /** When the one came that began the shutdown. */
+  #firstAtMs: number | undefined
   #isRepeatLogged = false
-  #areOthersTold = false
-  #restoreEmit: () => void = doNothing
+  #restoreEmit: (() => void) | undefined
   /** While we shut down, `process.removeAllListeners()` must not take ours, too: without any
    *  listener the next signal would kill the process in the middle. */
   readonly #onListenerRemoved = (name: string | symbol, removed: unknown): void => {
     const own = this.#listeners.get(name as NodeJS.Signals)
-    if (!own || removed !== own || currentShutdown?.hasCleanedUp) return
-    process.on(name as NodeJS.Signals, own)
+    if (own && removed === own) process.on(name as NodeJS.Signals, own)
   }
 
   get areHeard(): boolean {
     return this.options !== undefined
   }
 
-  /** Whether nobody else hears of them before a shutdown has cleaned up. */
-  get holdsBack(): boolean {
-    return this.areHeard && !ARE_SIGNALS_TOLD_PAST_US
-  }
-
   /** After a signal nothing is to begin any more. */
   get hasCome(): boolean {
-    return this.#first !== undefined
+    return this.#firstAtMs !== undefined
   }
 
-  listen(names: Set<NodeJS.Signals>, options: CheckedShutdownOptions): void {
+  /** Hears of these signals from now on. */
+  listen(names: NodeJS.Signals[], options: CheckedShutdownOptions): void {
+    this.release()
     this.options = options
-    this.#holdBack(names)
-    for (const name of names) {
-      const listener: SignalListener = (signal, number) => this.#onSignal(signal, number, options)
-      this.#listeners.set(name, listener)
-      process.on(name, listener)
+    for (const name of new Set(names)) {
+      this.#listeners.set(name, (signal, number) => this.#onSignal(signal, number, options))
     }
+    if (!ARE_SIGNALS_TOLD_PAST_US) this.#holdBack()
+    for (const [name, listener] of this.#listeners) process.on(name, listener)
   }
 
   /** Takes the listeners off. */
   release(): void {
-    this.#restoreEmit()
     process.off('removeListener', this.#onListenerRemoved)
-    for (const [signal, listener] of this.#listeners) process.off(signal, listener)
+    for (const [name, listener] of this.#listeners) process.off(name, listener)
     this.#listeners.clear()
+    this.#restoreEmit?.()
+    this.#restoreEmit = undefined
     this.options = undefined
-  }
-
-  /** Lets whoever else listens have the signal, and some time to end the process. */
-  async tellOthers(limitMs: number): Promise<void> {
-    if (!this.#first || ARE_SIGNALS_TOLD_PAST_US) return
-    const { signal, number } = this.#first
-    this.#areOthersTold = true
-    const others = this.#visibleListeners(signal)
-    if (others.length === 0) return
-
-    // Each in a turn of its own: what one throws is an uncaught exception, as it would have been.
-    for (const other of others) process.nextTick(other.bind(process), signal, number)
-    await unreffedPause(Math.min(OTHERS_MS, Math.max(0, limitMs)))
   }
 
   #onSignal(
@@ -4084,64 +4237,95 @@ class Signals {
     number: number | undefined,
     options: CheckedShutdownOptions
   ): void {
-    if (!this.#first) {
-      this.#first = { signal, number, atMs: performance.now() }
+    if (this.#firstAtMs === undefined) {
+      this.#firstAtMs = performance.now()
       process.on('removeListener', this.#onListenerRemoved)
-      void this.#shutDownAndExit(options, signal)
+      void this.#shutDown(signal, number, options)
       return
     }
-    if (currentShutdown?.hasCleanedUp) process.exit()
-    if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
+    if (signal === 'SIGINT' && performance.now() - this.#firstAtMs >= INSIST_MS) {
       log('warn', 'SIGINT came again: ends at once')
-      process.exit(130)
+      if (!options.isDelay) process.exit(130)
+      this.#letThrough(signal, number)
+      return
     }
     if (!this.#isRepeatLogged) log('info', `${signal} came again: is shutting down already`)
     this.#isRepeatLogged = true
   }
 
-  async #shutDownAndExit(options: CheckedShutdownOptions, signal: NodeJS.Signals): Promise<void> {
-    await beginShutdown(options, signal)
-    // They were not where shutdown() had been called by hand before.
-    if (!this.#areOthersTold) await this.tellOthers(OTHERS_MS)
-    setTimeout(exitThoughAlive, ALIVE_MS).unref()
+  async #shutDown(
+    signal: NodeJS.Signals,
+    number: number | undefined,
+    options: CheckedShutdownOptions
+  ): Promise<void> {
+    const cameAtMs = performance.now()
+    const delay = beginShutdown(options, signal)
+    await delay.done
+    if (!this.areHeard) return // somebody has insisted meanwhile
+    const leftMs = options.exitAfterMs - (performance.now() - cameAtMs)
+    if (options.isDelay) {
+      this.#letThrough(signal, number)
+      setTimeout(() => log('warn', `the program goes on after ${signal}`), leftMs).unref()
+      return
+    }
+    const isAnybodyTold = this.#tellOthers(signal, number)
+    endProcess(delay, isAnybodyTold ? Math.max(leftMs, OTHERS_MS) : 0)
+  }
+
+  /** Has the signal do what it would have done without us. */
+  #letThrough(signal: NodeJS.Signals, number: number | undefined): void {
+    const isAnybodyTold = this.#tellOthers(signal, number)
+    if (!isAnybodyTold) process.kill(process.pid, signal)
+  }
+
+  /** Takes our listeners off, and lets the others hear of the signal, as if it came now: each in a
+   *  turn of its own, since what one throws is an uncaught exception. Returns whether there are
+   *  any. */
+  #tellOthers(signal: NodeJS.Signals, number: number | undefined): boolean {
+    this.release()
+    const others = shownListeners(signal)
+    if (ARE_SIGNALS_TOLD_PAST_US) return others.length > 0
+    for (const other of others) process.nextTick(other.bind(process), signal, number)
+    return others.length > 0
   }
 
   /** Sees these signals before anybody else does. Node.js looks `process.emit` up when a signal
    *  gets its first listener, so the present ones are taken off and added again in their order. */
-  #holdBack(names: Set<NodeJS.Signals>): void {
-    if (ARE_SIGNALS_TOLD_PAST_US) return
-    const hold = (signal: NodeJS.Signals, number?: number): void => {
-      const own = this.#listeners.get(signal)
-      // tsx has a listener in its child that process.listeners() does not show, and kills the child
-      // if that does not answer within 60 ms: so it comes before all that we do.
-      const hidden = this.#hiddenListeners(signal)
-      for (const listener of hidden) listener.call(process, signal, number)
-      if (hidden.length === 0) own?.(signal, number)
-      else setImmediate(() => own?.(signal, number))
-    }
-    const isHeld = (event: unknown): event is NodeJS.Signals =>
-      this.#listeners.has(event as NodeJS.Signals)
-    this.#restoreEmit = replaceEmit(isHeld, hold)
-    for (const name of names) {
+  #holdBack(): void {
+    const listeners = this.#listeners
+    this.#restoreEmit = replaceMethod(process, 'emit', (innerEmit) => {
+      return function emit(this: NodeJS.Process, ...args: [NodeJS.Signals, ...unknown[]]): unknown {
+        const [event, , number] = args
+        const own = listeners.get(event)
+        if (!own) return Reflect.apply(innerEmit, this, args as never)
+        holdBack(event, number as number | undefined, own)
+        return true
+      }
+    })
+    for (const name of listeners.keys()) {
       const present = process.rawListeners(name) as SignalListener[]
       for (const listener of present) process.off(name, listener)
       for (const listener of present) process.on(name, listener)
     }
   }
+}
 
-  /** Of others, and such as `process.listeners()` shows. */
-  #visibleListeners(signal: NodeJS.Signals): SignalListener[] {
-    const visible = process.listeners(signal) as SignalListener[]
-    const own = this.#listeners.get(signal)
-    const all = process.rawListeners(signal) as SignalListener[]
-    return all.filter((raw) => raw !== own && visible.includes(unwrapped(raw)))
-  }
+/** Tells our own listener alone. But tsx has one in its child that it hides, and kills the child if
+ *  that does not answer within 60 ms: so it comes before all that we do. */
+function holdBack(signal: NodeJS.Signals, number: number | undefined, own: SignalListener): void {
+  const shown = shownListeners(signal)
+  const all = process.rawListeners(signal) as SignalListener[]
+  const hidden = all.filter((each) => !shown.includes(each))
+  for (const listener of hidden) listener.call(process, signal, number)
+  if (hidden.length === 0) own(signal, number)
+  else setImmediate(() => own(signal, number))
+}
 
-  #hiddenListeners(signal: NodeJS.Signals): SignalListener[] {
-    const visible = process.listeners(signal) as SignalListener[]
-    const all = process.rawListeners(signal) as SignalListener[]
-    return all.filter((raw) => !visible.includes(unwrapped(raw)))
-  }
+/** Such as `process.listeners()` tells of. */
+function shownListeners(signal: NodeJS.Signals): SignalListener[] {
+  const shown = process.listeners(signal) as SignalListener[]
+  const all = process.rawListeners(signal) as SignalListener[]
+  return all.filter((each) => shown.includes(unwrapped(each)))
 }
 
 /** Of `once` there is a wrapper. */
@@ -4149,26 +4333,17 @@ function unwrapped(raw: SignalListener & { listener?: SignalListener }): SignalL
   return raw.listener ?? raw
 }
 
-/** Has `process.emit` hold some events; gives what takes that back. */
-function replaceEmit(
-  isHeld: (event: unknown) => event is NodeJS.Signals,
-  hold: (signal: NodeJS.Signals, number?: number) => void
-): () => void {
-  const innerEmit = methodOf(process, 'emit')
-  const ownEmit = Object.getOwnPropertyDescriptor(process, 'emit')
-
-  function emit(this: NodeJS.Process, event: unknown, ...args: unknown[]): boolean {
-    if (!isHeld(event)) return Reflect.apply(innerEmit, this, [event, ...args]) as boolean
-    hold(event, args[1] as number | undefined)
-    return true
+/** Ends the process in any case, when the others have had their time. */
+function endProcess(shutdownOfSignal: Shutdown, othersMs: number): void {
+  shutdownOfSignal.unrefServers()
+  const closeServers = (): void => shutdownOfSignal.closeServers()
+  if (othersMs === 0) closeServers()
+  else process.once('beforeExit', closeServers) // they have done what they had to do
+  const end = (): void => {
+    closeServers()
+    setTimeout(exitThoughAlive, ALIVE_MS).unref()
   }
-  Reflect.defineProperty(process, 'emit', { value: emit, configurable: true, writable: true })
-
-  return () => {
-    if ((process.emit as unknown) !== emit) return // whoever came later still calls us
-    Reflect.deleteProperty(process, 'emit')
-    if (ownEmit) Reflect.defineProperty(process, 'emit', ownEmit)
-  }
+  setTimeout(end, othersMs).unref()
 }
 
 /** A channel to the process that started this one, as PM2 has it, is nothing to tell of. */
@@ -4462,14 +4637,26 @@ addCommand(
 `,
   async (asker, ...words) => {
     const given = words.length > 0 ? { reason: words.join(' ') } : {}
-    const report = (progress: string): void => asker.write(`${progress}\n`)
-    const outcome = await untilDrained(toDrainOptions(given), report)
-    return outcome.drained ? DRAINED : outcome.explanation
+    return (await untilDrained(toDrainOptions(given), reporterTo(asker))) || DRAINED
   },
   { http: false, local: true }
 )
 
 const DRAINED = 'Drained'
+
+/** Tells what changes at once, and what does not every 10 s, since nobody waits for long without a
+ *  word. */
+function reporterTo(asker: Asker): (progress: string) => void {
+  let progressBefore = ''
+  let reportedAtMs = -Infinity
+  return (progress) => {
+    const nowMs = performance.now()
+    if (progress === progressBefore && nowMs - reportedAtMs < REPORT_MS) return
+    progressBefore = progress
+    reportedAtMs = nowMs
+    asker.write(`${progress}\n`)
+  }
+}
 
 addCommand(
   'warmup',
@@ -5085,6 +5272,34 @@ function isWord(name: unknown): boolean {
 function methodOf<T extends object, Name extends keyof T>(owner: T, name: Name): T[Name] {
   return owner[name]
 }
+
+/** Replaces a method of somebody else's by what `wrap` makes of it. Returns what takes that back:
+ *  then the object is as it was, or, where somebody has wrapped our method since, that does nothing
+ *  any more. Returns undefined where the method cannot be replaced. */
+function replaceMethod<Owner extends object, Name extends keyof Owner>(
+  owner: Owner,
+  name: Name,
+  wrap: (inner: Owner[Name] & Callable) => Callable
+): (() => void) | undefined {
+  const inner = owner[name] as Owner[Name] & Callable
+  const before = Object.getOwnPropertyDescriptor(owner, name)
+  let method: Callable = wrap(inner)
+  function replacement(this: unknown, ...args: unknown[]): unknown {
+    return Reflect.apply(method, this, args)
+  }
+  const descriptor = { value: replacement, configurable: true, writable: true }
+  if (!Reflect.defineProperty(owner, name, descriptor)) return undefined
+
+  return () => {
+    method = inner
+    if ((owner[name] as unknown) !== replacement) return
+    // Reflect's functions never throw, whatever became of the owner.
+    Reflect.deleteProperty(owner, name)
+    if (before) Reflect.defineProperty(owner, name, before)
+  }
+}
+
+type Callable = (this: never, ...args: never[]) => unknown
 
 /** Gives undefined if the function throws, as getters and methods of foreign objects may. */
 function attempt<T>(look: () => T): T | undefined {
