@@ -2136,7 +2136,8 @@ function standInFor(handle: Handle): Handle {
 /** Closes a server that has stopped listening, unless the program has. */
 function closeStandIn(server: ServerWithHandle): void {
   const { _handle: handle } = server
-  if (handle && keepAlives.has(handle)) attempt(() => server.close())
+  const isStandIn = handle ? keepAlives.has(handle) : serversClosedOnBun.has(server)
+  if (isStandIn) attempt(() => server.close())
 }
 
 /** Tells the kernel to accept no more connections for us: those that come now wait in their
@@ -2162,21 +2163,40 @@ function isOfBun(server: net.Server): boolean {
   return !(server instanceof net.Server)
 }
 
-/** Bun tells by the callback of `close()` alone when what was in flight is over. So a `close()` of
- *  the program's, which would fail now, waits for ours; until the server listens again. */
+/** Bun has no handle to close. So the stand-in is a `close()` that waits for ours, and nobody hears of
+ *  that before; until the server listens again. */
 function closeOnBun(server: net.Server): void {
+  let onClosed: () => void = doNothing
   const closed = new Promise<void>((resolve) => {
-    const isClosing = attempt(() => server.close(() => resolve())) !== undefined
-    if (!isClosing) resolve()
+    onClosed = resolve
   })
-  const restore = replaceMethod(server, 'close', () => {
-    return function close(callback?: (error?: Error) => void): net.Server {
-      if (callback) void closed.then(() => setImmediate(callback))
+  const restoreEmit = replaceMethod(server, 'emit', (innerEmit) => {
+    return function emit(this: net.Server, event: string, ...args: unknown[]): unknown {
+      if (event !== 'close') return Reflect.apply(innerEmit, this, [event, ...args])
+      onClosed()
+      return true
+    }
+  })
+  const isClosing = attempt(() => server.close(onClosed)) !== undefined
+  if (!isClosing) onClosed()
+
+  serversClosedOnBun.add(server)
+  const tell = (callback: (() => void) | undefined): void => {
+    callback?.()
+    restoreEmit?.()
+    if (serversClosedOnBun.delete(server)) server.emit('close')
+  }
+  const restoreClose = replaceMethod(server, 'close', () => {
+    return function close(callback?: () => void): net.Server {
+      void closed.then(() => setImmediate(tell, callback))
       return server
     }
   })
-  server.once('listening', () => restore?.())
+  server.once('listening', () => restoreClose?.())
 }
+
+/** Those which the program has not closed. */
+const serversClosedOnBun = new WeakSet<net.Server>()
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
 
