@@ -379,7 +379,8 @@ function shared<Exported>(name: string, own: Exported): Exported {
 export const start: (instance?: net.Server | net.Server[] | StartOptions) => Promise<Address> =
   shared('start', async (instance = {}) => {
     const options = toStartOptions(instance)
-    if (!monitor.mayGiveWay) {
+    const answer = monitor.answerStart(options)
+    if (answer === 'refuse') {
       log('warn', 'is started already; stop() it first')
       return monitor.address
     }
@@ -387,7 +388,7 @@ export const start: (instance?: net.Server | net.Server[] | StartOptions) => Pro
       log('warn', 'does not start: the instance is shutting down')
       return false
     }
-    if (monitor.isAsWanted(options)) return monitor.started
+    if (answer === 'goOn') return monitor.started
     currentShutdown = undefined
 
     monitor.giveWay()
@@ -473,27 +474,22 @@ class Monitor {
     return RUNNING.has(this.state)
   }
 
-  /** Whether start() may be called: nobody has, or this one found no port to listen on. */
-  get mayGiveWay(): boolean {
+  /** What a call of start() does while this is the current monitor: it begins a new one where this
+   *  one does not run, found no port to listen on, or was begun by `FTW_MONITOR=auto` in another way
+   *  than is wanted now. */
+  answerStart({ servers, ...others }: CheckedStartOptions): 'begin' | 'goOn' | 'refuse' {
     const hasNoPort = this.instance !== undefined && this.listener === undefined
-    return !this.isRunning || this.isByItself || hasNoPort
+    if (!this.isRunning || (hasNoPort && !this.#options.isByItself)) return 'begin'
+    if (!this.#options.isByItself) return 'refuse'
+
+    const isMoreWanted = Object.values(others).some((option) => option !== undefined)
+    const isOurs = servers.every((server) => server === this.application.server)
+    return isOurs && !isMoreWanted ? 'goOn' : 'begin'
   }
 
   /** Where it listens. */
   get address(): Address {
     return this.listener?.address ?? false
-  }
-
-  /** Whether `FTW_MONITOR=auto` has begun it, and no call of start(). */
-  get isByItself(): boolean {
-    return this.#options.isByItself === true
-  }
-
-  /** Whether it runs by itself just as a call of start() would have it. */
-  isAsWanted({ servers, ...others }: CheckedStartOptions): boolean {
-    const isMoreWanted = Object.values(others).some((option) => option !== undefined)
-    if (!this.isRunning || !this.isByItself || isMoreWanted) return false
-    return servers.every((server) => server === this.application.server)
   }
 
   /** Derived, since the server's `close` event comes only when its last request is gone. Before it
@@ -530,7 +526,7 @@ class Monitor {
   /** For one that is started by a call. */
   giveWay(): void {
     this.unhookServers()
-    if (this.isRunning || this.isByItself) void this.end()
+    if (!this.isOff) void this.end()
   }
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. A
@@ -5477,6 +5473,18 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 // --- The module ----------------------------------------------------------------------------------
 
 // What is current. Commands and databases, performers and collectors stand in their sections.
+
+// What we replace of somebody else's, and when we put it back. Where somebody has wrapped it since,
+// ours stays below that, and does nothing any more.
+//
+//   `emit` of each server      from `start` on; back at `stop` and at the end of a shutdown
+//   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
+//   `emit` of `process`        from `shutdownOnSignal` on; back at `stop`, and before the signal is
+//                              let through
+//   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
+//   `_handle` of a server      when it stops listening; gone when the program closes the server, or,
+//                              if it does not, at the end of the shutdown
+//   `close` of a server        on Bun alone, in place of `_handle`
 
 // With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
 // start() and shutdownOnSignal() do, when the program's server listens; before that, and where none
