@@ -11944,6 +11944,312 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
   })
 })
 
+// --- Never worse than without us -----------------------------------------------------------------
+
+// Whatever a program does without us, it does with us; it only does it later, or better. So most of
+// these programs are lived several times: without us, with FTW_MONITOR=auto, and with calls of their
+// own. Compared are how they ended, what they said on the way, and what became of a request.
+
+type Way = 'alone' | 'auto' | 'in code'
+
+const WITH_US: Way[] = ['auto', 'in code']
+
+interface Life extends Pick<ProcessOptions, 'cwd' | 'env' | 'stdio'> {
+  /** May replace `server`, `handle`, `options`, `begin`, which does nothing unless in code, and
+   *  `listen`. */
+  program: string
+}
+
+/** What every program here has; a request after `cleanUp` is answered `closed`. */
+const LIFE_PARTS = `
+  import { once } from 'node:events'
+  import http from 'node:http'
+  import http2 from 'node:http2'
+  import net from 'node:net'
+  import { setTimeout as pause } from 'node:timers/promises'
+  import { promisify } from 'node:util'
+  ${PRINT}
+
+  const LOOPBACK = { host: '127.0.0.1', port: 0 }
+  let isOpen = true
+  const cleanUp = () => {
+    isOpen = false
+    print('cleaned up')
+  }
+  let handle = async ({ url }, response) => {
+    print('asked for', url)
+    const [, kind, ms] = /^\\/(slow|block)(\\d+)$/.exec(url) ?? []
+    if (kind === 'slow') await pause(Number(ms))
+    if (kind === 'block') Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, Number(ms))
+    response.end(isOpen ? 'served' : 'closed')
+  }
+  let server = http.createServer((request, response) => handle(request, response))
+  let listen = async () => {
+    server.listen(LOOPBACK)
+    await once(server, 'listening')
+  }
+  const options = {}`
+
+const BEGINS_IN_CODE = `
+  const monitor = await import(${JSON.stringify(MODULE.href)})
+  let begin = async () => {
+    monitor.shutdownOnSignal(options)
+    await monitor.start({ server, listen: LOOPBACK })
+  }`
+
+/** Where a program's clean-up, which takes its time, must not be hurried. */
+const SHORT = { FTW_MONITOR_TIMEOUT_MS: '1500' }
+
+/** Boots a program in one of the ways. */
+function startLife(t: TestContext, way: Way, life: Life) {
+  const source = `
+    ${LIFE_PARTS}
+    ${way === 'in code' ? BEGINS_IN_CODE : 'let begin = () => {}'}
+    ${life.program}
+    await listen()
+    await begin()
+    print('ready', server.address()?.port ?? 0)`
+  const env: Record<string, string> = { FTW_MONITOR_AUTOWARMUP: '0', ...life.env }
+  const words = ['--no-warnings', '--input-type=module', '-e', source]
+  if (way === 'auto') {
+    env['FTW_MONITOR'] = 'auto'
+    env['FTW_MONITOR_LISTEN'] ??= '127.0.0.1:0'
+    words.unshift(`--import=${MODULE.href}`)
+  }
+  const watched = watch(t, process.execPath, words, { ...life, env })
+  const hasSaid = (text: string) => {
+    return until(() => watched.output.includes(text), `${text}, ${way}, in: ${watched.output}`)
+  }
+  /** Waits until it is ready, and gives its port. */
+  const isReady = async () => {
+    const readyLine = /^ready (\d+)$/m
+    const isThere = () => {
+      assert.equal(watched.child.exitCode, null, watched.output)
+      return readyLine.test(watched.output)
+    }
+    await until(isThere, `the program is ready, ${way}`)
+    if (way === 'auto') await hasSaid('ftw-monitor listening on')
+    return Number(readyLine.exec(watched.output)?.[1])
+  }
+  /** Waits for its end: what it said itself since it was ready, but the requests that came. */
+  const awaitEnd = async (limitMs?: number) => {
+    const startedAt = performance.now()
+    await inTime(watched.exit, `the end, ${way}, of ${watched.output}`, limitMs)
+    const { exitCode, signalCode } = watched.child
+    const lines = watched.output.replace(/^[^]*^ready.*\n/m, '').split('\n')
+    const said = lines.filter((line) => line !== '' && !/^(ftw-monitor|asked for) /.test(line))
+    return { exitCode, signalCode, said, ms: performance.now() - startedAt }
+  }
+  return { watched, way, hasSaid, isReady, awaitEnd }
+}
+
+/** Has a program that is ready end by a signal while it serves a request. */
+async function endServing(life: ReturnType<typeof startLife>, signal: NodeJS.Signals = 'SIGTERM') {
+  const port = await life.isReady()
+  const answer = getPage(port, '/slow500').then(({ body }) => body, codeOf)
+  await life.hasSaid('asked for /slow500')
+  life.watched.child.kill(signal)
+  const { ms, ...end } = await life.awaitEnd()
+  return { ms, end, answer: await answer }
+}
+
+/** Fails unless a program ends with us as it does without us, in about the same time, and the
+ *  request that was in flight is served. */
+async function assertNoWorse(
+  t: TestContext,
+  program: string,
+  { ways = WITH_US, ...setup }: Omit<Life, 'program'> & { ways?: Way[] } = {}
+): Promise<void> {
+  const liveOnce = (way: Way) => endServing(startLife(t, way, { program, ...setup }))
+  const alone = liveOnce('alone')
+  const compare = async (way: Way) => {
+    const { end, answer, ms } = await liveOnce(way)
+    assert.deepEqual({ way, ...end }, { way, ...(await alone).end })
+    assert.equal(answer, 'served', way)
+    const laterMs = ms - (await alone).ms
+    assert.ok(laterMs < 3_000, `${way} it ends ${laterMs} ms later`)
+  }
+  await Promise.all(ways.map(compare))
+}
+
+/** The ways in which programs close a server; each waits until it is closed. */
+const CLOSINGS: Record<string, string> = {
+  'closes its server with a callback': `
+    await new Promise((resolve) => server.close((error) => {
+      print('error', error?.code)
+      resolve()
+    }))`,
+  'closes its server, and then awaits its close event': `
+    server.close()
+    await once(server, 'close')`,
+  'awaits the close event of what close() returns': "await once(server.close(), 'close')",
+  'listens for the close event before it closes its server': `
+    await new Promise((resolve) => {
+      server.on('close', resolve)
+      server.close()
+    })`,
+  'promisifies close()': 'await promisify(server.close.bind(server))()',
+  'calls a close() that was bound at boot': 'await closeAsAtBoot()',
+  "calls net.Server's own close()": `
+    await new Promise((resolve) => net.Server.prototype.close.call(server, resolve))`,
+  'disposes of its server': 'await server[Symbol.asyncDispose]()',
+  'looks whether its server listens': `
+    if (!server.listening || server.address().port !== port) process.exit(1)
+    await new Promise((resolve) => server.close(resolve))
+    print('listens', server.listening, server.address())`
+}
+
+const AT_BOOT = `
+  const closeAsAtBoot = promisify(server.close.bind(server))
+  let port
+  server.on('listening', () => {
+    port = server.address().port
+  })
+  server.on('close', () => print('event close'))`
+
+/** Programs with an end of their own; each cleans up, and says so. */
+const ENDS: Record<string, string> = {
+  'dies of the signal without a listener': '',
+  'raises the signal again when it has closed': `
+    process.once('SIGTERM', (signal) => {
+      server.close(() => {
+        cleanUp()
+        process.kill(process.pid, signal)
+      })
+    })`,
+  'raises the signal again if nobody else listens for it': `
+    const onSignal = async (signal) => {
+      print('listeners', process.listenerCount(signal))
+      if (process.listenerCount(signal) > 1) return
+      await new Promise((resolve) => server.close(resolve))
+      cleanUp()
+      process.off(signal, onSignal)
+      process.kill(process.pid, signal)
+    }
+    process.on('SIGTERM', onSignal)`,
+  'has a listener that raises the signal again, beside one that flushes for a while': `
+    let isFlushing = false
+    process.on('SIGTERM', async () => {
+      if (isFlushing) return
+      isFlushing = true
+      await pause(1_500)
+      cleanUp()
+      process.exit(3)
+    })
+    const hook = async (signal) => {
+      await new Promise((resolve) => server.close(resolve))
+      process.off(signal, hook)
+      process.kill(process.pid, signal)
+    }
+    process.on('SIGTERM', hook)`
+}
+
+/** The same by packages, of which many programs do not even know that they have them. */
+const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
+  [
+    'signal-exit',
+    'loads it first',
+    `import { onExit } from 'signal-exit'
+    onExit((...args) => print('exit', JSON.stringify(args)))`
+  ],
+  [
+    'signal-exit',
+    'loads it when it serves already',
+    `const beginBefore = begin
+    begin = async () => {
+      await beginBefore()
+      await pause(100)
+      const { onExit } = await import('signal-exit')
+      onExit((...args) => print('exit', JSON.stringify(args)))
+    }`
+  ],
+  [
+    'signal-exit',
+    'closes its server beside it',
+    `import { onExit } from 'signal-exit'
+    onExit((...args) => print('exit', JSON.stringify(args)))
+    process.on('SIGTERM', () => server.close(() => {
+      cleanUp()
+      process.exit(6)
+    }))`
+  ],
+  [
+    'node-cleanup',
+    'cleans up at the end',
+    `import nodeCleanup from 'node-cleanup'
+    nodeCleanup((...args) => print('exit', JSON.stringify(args)))`
+  ],
+  [
+    '@godaddy/terminus',
+    'has it close its server',
+    `import { createTerminus } from '@godaddy/terminus'
+    createTerminus(server, { onSignal: async () => cleanUp(), logger: print })`
+  ],
+  [
+    '@gquittet/graceful-server',
+    'has it close its server',
+    `import GracefulServer from '@gquittet/graceful-server'
+    const graceful = GracefulServer(server, { closePromises: [async () => cleanUp()] })
+    graceful.on(GracefulServer.SHUTTING_DOWN, () => print('shutting down'))
+    graceful.on(GracefulServer.SHUTDOWN, (error) => print('shut down', error.message))`
+  ]
+]
+
+describeProcesses('Never worse than without us', PAIRWISE, () => {
+  for (const [what, closing] of Object.entries(CLOSINGS)) {
+    test(`a signal listener that ${what} cleans up as without us`, async (t) => {
+      const program = `${AT_BOOT}
+        process.on('SIGTERM', async () => {
+          ${closing}
+          cleanUp()
+          process.exit(4)
+        })`
+      await assertNoWorse(t, program)
+    })
+
+    test(`a cleanUp that ${what} is done in time`, async (t) => {
+      const program = `${AT_BOOT}
+        options.cleanUp = async () => {
+          ${closing}
+          cleanUp()
+          process.exitCode = 4
+        }`
+      const life = startLife(t, 'in code', { program, env: SHORT })
+      const { end, answer, ms } = await endServing(life)
+      assert.equal(answer, 'served')
+      assert.equal(end.exitCode, 4, life.watched.output)
+      assert.ok(end.said.includes('cleaned up'), life.watched.output)
+      assert.equal(end.said.filter((line) => line === 'event close').length, 1)
+      assert.ok(ms < 3_500, `it ends after ${ms} ms`)
+    })
+  }
+
+  for (const [what, program] of Object.entries(ENDS)) {
+    test(`a program that ${what} ends as without us`, async (t) => {
+      // In code, a process without listeners of its own ends with 0.
+      await assertNoWorse(t, program, { ways: program === '' ? ['auto'] : WITH_US })
+    })
+  }
+
+  for (const [name, what, program] of ENDS_BY_PACKAGE) {
+    const how = needsPackage(name)
+    test(`a program with ${name} that ${what} ends as without us`, how, async (t) => {
+      await assertNoWorse(t, program, { cwd: PACKAGES ?? '.' })
+    })
+  }
+
+  test('a job that a signal listener finishes is not cut, however long it takes', async (t) => {
+    const program = `
+      process.on('SIGTERM', async () => {
+        server.close()
+        await pause(6_500)
+        print('finished')
+        process.exit(7)
+      })`
+    await assertNoWorse(t, program)
+  })
+})
+
 // --- The program ---------------------------------------------------------------------------------
 
 interface Point {
