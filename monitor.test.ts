@@ -12150,7 +12150,7 @@ const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
     'signal-exit',
     'loads it first',
     `import { onExit } from 'signal-exit'
-    onExit((...args) => print('exit', JSON.stringify(args)))`
+    onExit((...args) => void print('exit', JSON.stringify(args)))`
   ],
   [
     'signal-exit',
@@ -12160,14 +12160,14 @@ const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
       await beginBefore()
       await pause(100)
       const { onExit } = await import('signal-exit')
-      onExit((...args) => print('exit', JSON.stringify(args)))
+      onExit((...args) => void print('exit', JSON.stringify(args)))
     }`
   ],
   [
     'signal-exit',
     'closes its server beside it',
     `import { onExit } from 'signal-exit'
-    onExit((...args) => print('exit', JSON.stringify(args)))
+    onExit((...args) => void print('exit', JSON.stringify(args)))
     process.on('SIGTERM', () => server.close(() => {
       cleanUp()
       process.exit(6)
@@ -12190,10 +12190,35 @@ const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
     'has it close its server',
     `import GracefulServer from '@gquittet/graceful-server'
     const graceful = GracefulServer(server, { closePromises: [async () => cleanUp()] })
-    graceful.on(GracefulServer.SHUTTING_DOWN, () => print('shutting down'))
-    graceful.on(GracefulServer.SHUTDOWN, (error) => print('shut down', error.message))`
+    graceful.on(GracefulServer.SHUTDOWN, (error) => print('shut down', error.message))
+    graceful.setReady()`
   ]
 ]
+
+/** Cleans up in the way that fits: in code by cleanUp, else by a listener of its own. */
+const CLEANS_UP = `
+  options.cleanUp = cleanUp
+  if (process.env.FTW_MONITOR === 'auto') {
+    process.on('SIGTERM', () => {
+      cleanUp()
+      process.exit()
+    })
+  }`
+
+const ANSWERS_UPGRADE = (event: string, code: number, ms: number) => `
+  server.on('${event}', async (_, socket) => {
+    print('asked for an upgrade')
+    socket.on('error', () => {})
+    await pause(${ms})
+    socket.end('HTTP/1.1 ${code} ' + (isOpen ? 'open' : 'closed') + '\\r\\n\\r\\n')
+    print('answered')
+  })`
+
+const UPGRADINGS = {
+  'an upgrade': ANSWERS_UPGRADE('upgrade', 101, 400),
+  'an upgrade that is refused after long': ANSWERS_UPGRADE('upgrade', 401, 2_500),
+  'a CONNECT': ANSWERS_UPGRADE('connect', 200, 400)
+}
 
 describeProcesses('Never worse than without us', PAIRWISE, () => {
   for (const [what, closing] of Object.entries(CLOSINGS)) {
@@ -12248,6 +12273,76 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       })`
     await assertNoWorse(t, program)
   })
+
+  for (const way of WITH_US) {
+    for (const [what, upgrading] of Object.entries(UPGRADINGS)) {
+      test(`${way}: ${what} is a request in flight until its answer is out`, async (t) => {
+        const life = startLife(t, way, { program: `${CLEANS_UP}\n${upgrading}` })
+        const port = await life.isReady()
+        const socket = connectTo(port, { allowHalfOpen: true })
+        t.after(() => socket.destroy())
+        const method = upgrading.includes("'connect'") ? 'CONNECT' : 'GET'
+        const head = headOf('/', 'Connection: Upgrade', 'Upgrade: echo').replace('GET', method)
+        socket.end(head, () => {})
+        await life.hasSaid('asked for an upgrade')
+        life.watched.child.kill('SIGTERM')
+        const answer = inTime(readAll(socket), 'the answer').catch(codeOf)
+        const { said } = await life.awaitEnd()
+        assert.match(await answer, /^HTTP\/1\.1 \d+ open\r\n/)
+        assert.deepEqual(said, ['answered', 'cleaned up'])
+      })
+    }
+
+    test(`${way}: what an HTTP/2 server pushes is not cut`, async (t) => {
+      const program = `${CLEANS_UP}
+        server = http2.createServer()
+        server.on('stream', (stream) => {
+          stream.pushStream({ ':path': '/pushed' }, async (_, pushed) => {
+            pushed.on('error', () => {})
+            pushed.respond()
+            for (let part = 0; part < 4; part++) {
+              pushed.write('x'.repeat(10_000))
+              print('pushes')
+              await pause(600)
+            }
+            pushed.end('done')
+          })
+          stream.respond()
+          stream.end('served')
+        })`
+      const life = startLife(t, way, { program })
+      const session = await connectSession(t, await life.isReady())
+      const pushed = new Promise<string>((resolve) => {
+        session?.on('stream', (stream) => void readAll(stream).then(resolve, codeOf))
+      })
+      assert.equal(await askStream(session), 'served')
+      await life.hasSaid('pushes')
+      life.watched.child.kill('SIGTERM')
+      assert.equal((await inTime(pushed, 'all that is pushed')).length, 40_004)
+      session?.close()
+      assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
+    })
+
+    test(`${way}: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up`, async (t) => {
+      const program = `${CLEANS_UP}
+        const { default: dns } = await import('node:dns')
+        const lookup = dns.lookup
+        dns.lookup = (name, ...args) => {
+          if (name !== 'monitor.invalid') return lookup(name, ...args)
+          print('looks up')
+          setInterval(() => {}, 1_000)
+        }
+        begin = (beginBefore => async () => void beginBefore())(begin)`
+      const env = { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
+      const life = startLife(t, way, { program, env })
+      await life.hasSaid('ready')
+      await life.hasSaid('looks up')
+      life.watched.child.kill('SIGTERM')
+      const { said, ms } = await life.awaitEnd()
+      assert.ok(said.includes('cleaned up'), life.watched.output)
+      assert.ok(ms < 4_500, `it ends after ${ms} ms`)
+    })
+  }
 })
 
 // --- The program ---------------------------------------------------------------------------------
