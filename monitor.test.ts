@@ -11994,7 +11994,7 @@ const BEGINS_IN_CODE = `
   const monitor = await import(${JSON.stringify(MODULE.href)})
   let begin = async () => {
     monitor.shutdownOnSignal(options)
-    await monitor.start({ server, listen: LOOPBACK })
+    await monitor.start(server)
   }`
 
 /** Where a program's clean-up, which takes its time, must not be hurried. */
@@ -12009,11 +12009,11 @@ function startLife(t: TestContext, way: Way, life: Life) {
     await listen()
     await begin()
     print('ready', server.address()?.port ?? 0)`
-  const env: Record<string, string> = { FTW_MONITOR_AUTOWARMUP: '0', ...life.env }
+  const quiet = { FTW_MONITOR_AUTOWARMUP: '0', FTW_MONITOR_LISTEN: '127.0.0.1:0' }
+  const env: Record<string, string> = { ...quiet, ...life.env }
   const words = ['--no-warnings', '--input-type=module', '-e', source]
   if (way === 'auto') {
     env['FTW_MONITOR'] = 'auto'
-    env['FTW_MONITOR_LISTEN'] ??= '127.0.0.1:0'
     words.unshift(`--import=${MODULE.href}`)
   }
   const watched = watch(t, process.execPath, words, { ...life, env })
@@ -12220,6 +12220,33 @@ const UPGRADINGS = {
   'a CONNECT': ANSWERS_UPGRADE('connect', 200, 400)
 }
 
+/** What a program calls when connections have come already. */
+const LATE_BEGINS: Record<string, { way: Way; begins: string }> = {
+  'start()': {
+    way: 'in code',
+    begins: `
+      const begins = begin
+      begin = () => {}`
+  },
+  'stop() and another start()': {
+    way: 'in code',
+    begins: `
+      const begins = async () => {
+        await monitor.stop()
+        await begin()
+      }`
+  },
+  'a start() with options after FTW_MONITOR=auto began': {
+    way: 'auto',
+    begins: `
+      const copy = await import(${JSON.stringify(`${MODULE.href}?copy=late`)})
+      const begins = async () => {
+        await copy.start({ server, healthPath: '/ready' })
+        if (options.cleanUp) copy.shutdownOnSignal(options)
+      }`
+  }
+}
+
 describeProcesses('Never worse than without us', PAIRWISE, () => {
   for (const [what, closing] of Object.entries(CLOSINGS)) {
     test(`a signal listener that ${what} cleans up as without us`, async (t) => {
@@ -12322,25 +12349,93 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       session?.close()
       assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
     })
+  }
 
-    test(`${way}: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up`, async (t) => {
-      const program = `${CLEANS_UP}
-        const { default: dns } = await import('node:dns')
-        const lookup = dns.lookup
-        dns.lookup = (name, ...args) => {
-          if (name !== 'monitor.invalid') return lookup(name, ...args)
-          print('looks up')
-          setInterval(() => {}, 1_000)
-        }
-        begin = (beginBefore => async () => void beginBefore())(begin)`
-      const env = { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
-      const life = startLife(t, way, { program, env })
-      await life.hasSaid('ready')
-      await life.hasSaid('looks up')
+  test('a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up', async (t) => {
+    const program = `
+      const { default: dns } = await import('node:dns')
+      dns.lookup = () => {
+        print('looks up')
+        setInterval(() => {}, 1_000)
+      }
+      options.cleanUp = cleanUp
+      const beginBefore = begin
+      begin = () => void beginBefore()`
+    const env = { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
+    const life = startLife(t, 'in code', { program, env })
+    await life.hasSaid('ready')
+    await life.hasSaid('looks up')
+    life.watched.child.kill('SIGTERM')
+    const { said, ms } = await life.awaitEnd()
+    assert.ok(said.includes('cleaned up'), life.watched.output)
+    assert.ok(ms < 4_500, `it ends after ${ms} ms`)
+  })
+
+  for (const [what, { way, begins }] of Object.entries(LATE_BEGINS)) {
+    /** Boots it, has a client connect, and then the program call start(). */
+    const beginLate = async <Client>(
+      t: TestContext,
+      more: string,
+      connect: (life: ReturnType<typeof startLife>, port: number) => Promise<Client>
+    ) => {
+      const program = `
+        ${CLEANS_UP}
+        ${begins}
+        process.on('SIGUSR2', async () => {
+          await begins()
+          print('begun')
+        })
+        ${more}`
+      const life = startLife(t, way, { program, env: SHORT })
+      const port = await life.isReady()
+      const client = await connect(life, port)
+      life.watched.child.kill('SIGUSR2')
+      await life.hasSaid('begun')
       life.watched.child.kill('SIGTERM')
-      const { said, ms } = await life.awaitEnd()
-      assert.ok(said.includes('cleaned up'), life.watched.output)
-      assert.ok(ms < 4_500, `it ends after ${ms} ms`)
+      return { life, client }
+    }
+
+    test(`a keep-alive connection from before ${what} lets cleanUp close the server`, async (t) => {
+      const agent = new http.Agent({ keepAlive: true })
+      t.after(() => agent.destroy())
+      const { life } = await beginLate(
+        t,
+        `options.cleanUp = async () => {
+          await new Promise((resolve) => server.close(resolve))
+          cleanUp()
+        }`,
+        async (_, port) => await getPage(port, '/', { agent })
+      )
+      const { said, exitCode, ms } = await life.awaitEnd()
+      assert.deepEqual([said.at(-1), exitCode], ['cleaned up', 0], life.watched.output)
+      assert.ok(ms < 3_500, `it ends after ${ms} ms`)
+    })
+
+    test(`a request from before ${what} is served before cleanUp`, async (t) => {
+      const { life, client } = await beginLate(t, '', async (before, port) => {
+        const answer = getPage(port, '/slow1200').then(({ body }) => body, codeOf)
+        await before.hasSaid('asked for /slow1200')
+        return { answer }
+      })
+      assert.equal(await client.answer, 'served')
+      assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
+    })
+
+    test(`an HTTP/2 stream from before ${what} is served before cleanUp`, async (t) => {
+      const { life, client } = await beginLate(
+        t,
+        `const handleOne = handle
+        handle = (_, response) => handleOne({ url: '/slow1200' }, response)
+        server = http2.createServer((request, response) => handle(request, response))`,
+        async (before, port) => {
+          const session = await connectSession(t, port)
+          const answer = askStream(session)
+          await before.hasSaid('asked for /slow1200')
+          return { answer }
+        }
+      )
+      assert.equal(await client.answer, 'served')
+      assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
     })
   }
 })
