@@ -12247,6 +12247,113 @@ const LATE_BEGINS: Record<string, { way: Way; begins: string }> = {
   }
 }
 
+/** Something else keeps it alive: it works on its boot, say. */
+const BEGINS_WITHOUT_SERVER = `
+  const beginBefore = begin
+  begin = () => void beginBefore()
+  listen = () => setInterval(() => {}, 1_000)`
+
+/** Programs whose server begins to listen 400 ms after the signal. */
+const LATE_LISTENS: Record<string, string> = {
+  'while probers are told': `
+    options.cleanUp = cleanUp
+    options.minimumMs = 1_000
+    ${BEGINS_WITHOUT_SERVER}`,
+  'while cleanUp goes on': `
+    options.cleanUp = async () => {
+      cleanUp()
+      await pause(1_000)
+    }
+    ${BEGINS_WITHOUT_SERVER}`,
+  'while others have the signal': `
+    options.cleanUp = cleanUp
+    process.on('SIGTERM', () => setTimeout(() => process.exit(), 1_000))
+    ${BEGINS_WITHOUT_SERVER}`,
+  'while another one is closing': `
+    late = http.createServer((request, response) => handle(request, response))
+    options.cleanUp = async () => {
+      cleanUp()
+      await pause(500)
+    }
+    begin = async () => {
+      monitor.shutdownOnSignal(options)
+      void monitor.start({ server: [server, late] })
+    }`
+}
+
+/** Whether the first server of such a program is there before the signal. */
+const listensAtOnce = (program: string) => !program.includes(BEGINS_WITHOUT_SERVER)
+
+const LISTENS_ON_FD = `
+  listen = async () => {
+    server.listen({ fd: 3 })
+    await once(server, 'listening')
+  }`
+
+const LISTENS_ON_IPC = `
+  const [, shared] = await once(process, 'message')
+  print('has its socket')
+  process.disconnect()
+  listen = async () => {
+    server.listen(shared)
+    await once(server, 'listening')
+  }`
+
+const LISTENS_WHEN_TOLD = `
+  const listenAtLast = listen
+  listen = async () => {
+    await once(process.stdin, 'data')
+    await listenAtLast()
+  }`
+
+/** A socket for several processes, as systemd passes it on. Nobody may connect to it until it is
+ *  released, since until then this process would accept. */
+async function shareSocket(t: TestContext, kind: string) {
+  const server = net.createServer()
+  const path = join(scratchFolder(t), 'bound')
+  server.listen(kind === 'Unix' ? { path } : LOOPBACK)
+  await once(server, 'listening')
+  const { _handle: handle } = server as unknown as { _handle: net.Server & { fd: number } }
+  const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', handle.fd]
+  const release = () => void server.close()
+  if (kind === 'TCP') {
+    const port = portOf(server)
+    return { stdio, handle, release, port, where: port, options: {} }
+  }
+  const socketPath = `${path}2`
+  fs.linkSync(path, socketPath) // the other name goes when this process closes the server
+  return { stdio, handle, release, port: 0, where: socketPath, options: { socketPath } }
+}
+
+const BURST = 20
+const BURST_CONNECTED = Array<string>(BURST).fill('at once')
+const BURST_SERVED = Array<string>(BURST).fill('served')
+
+/** Many connections at one moment, each with a request. One that finds the backlog full is tried
+ *  again by the kernel after a second, or fails. */
+function connectBurst(t: TestContext, where: number | string) {
+  const startedAt = performance.now()
+  const connectOnce = async () => {
+    const socket = connectTo(where, {})
+    t.after(() => socket.destroy())
+    const answer = readAll(socket).catch(codeOf)
+    socket.write(headOf('/', 'Connection: close'))
+    const connected = once(socket, 'connect').then(() => {
+      const ms = performance.now() - startedAt
+      return ms < 900 ? 'at once' : `after ${ms} ms`
+    }, codeOf)
+    return { connected: await connected, answer }
+  }
+  const connections = Array.from({ length: BURST }, connectOnce)
+  const connected = inTime(Promise.all(connections), 'all are connected')
+  const answers = async () => {
+    const texts = (await connected).map(({ answer }) => inTime(answer, 'an answer'))
+    return (await Promise.all(texts)).map((text) => text.split('\r\n').at(-1))
+  }
+  const outcomes = connected.then((all) => all.map((each) => each.connected))
+  return { connected: outcomes, answered: answers() }
+}
+
 describeProcesses('Never worse than without us', PAIRWISE, () => {
   for (const [what, closing] of Object.entries(CLOSINGS)) {
     test(`a signal listener that ${what} cleans up as without us`, async (t) => {
@@ -12354,9 +12461,11 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
   test('a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up', async (t) => {
     const program = `
       const { default: dns } = await import('node:dns')
-      dns.lookup = () => {
+      const { lookup } = dns
+      dns.lookup = (name, ...args) => {
+        if (name !== 'monitor.invalid') return lookup(name, ...args)
         print('looks up')
-        setInterval(() => {}, 1_000)
+        setInterval(() => {}, 1_000) // as the thread that looks it up keeps the process alive
       }
       options.cleanUp = cleanUp
       const beginBefore = begin
@@ -12436,6 +12545,117 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       )
       assert.equal(await client.answer, 'served')
       assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
+    })
+  }
+
+  for (const [what, program] of Object.entries(LATE_LISTENS)) {
+    test(`no request meets a cleaned-up program where a server begins to listen ${what}`, async (t) => {
+      const port = await freePort()
+      const life = startLife(t, 'in code', {
+        program: `
+          let late = server
+          ${program}
+          options.onSignal = () => {
+            setTimeout(() => late.listen({ host: '127.0.0.1', port: ${port} }), 400)
+          }`
+      })
+      await life.hasSaid('ready')
+      const outcomes: string[] = []
+      const asker = askUntilOver(t, 10, async () => {
+        outcomes.push(await getPage(port, '/slow200').then(({ body }) => body, codeOf))
+      })
+      await until(() => asker.answers > 2, 'it is asked')
+      const neighbour = listensAtOnce(program)
+        ? getPage(await life.isReady(), '/slow800')
+        : undefined
+      if (neighbour) await life.hasSaid('asked for /slow800')
+      life.watched.child.kill('SIGTERM')
+      const { said } = await life.awaitEnd()
+      await asker.stop()
+      assert.equal((await neighbour)?.body ?? 'served', 'served')
+      const accepted = life.watched.output.match(/^asked for \/slow200$/gm) ?? []
+      const answers = outcomes.filter((outcome) => !/^E[A-Z]+$|hang up/.test(outcome))
+      assert.deepEqual(
+        answers,
+        accepted.map(() => 'served')
+      )
+      assert.ok(said.includes('cleaned up'), life.watched.output)
+    })
+  }
+
+  for (const kind of ['TCP', 'Unix']) {
+    for (const when of ['when it is told to', 'already']) {
+      test(`a ${kind} socket that another process holds, which listens ${when}, refuses nobody at our end`, async (t) => {
+        const socket = await shareSocket(t, kind)
+        const listensLater = when === 'already' ? '' : LISTENS_WHEN_TOLD
+        const first = startLife(t, 'in code', { program: LISTENS_ON_FD, stdio: socket.stdio })
+        const second = startLife(t, 'alone', {
+          program: LISTENS_ON_FD + listensLater,
+          stdio: socket.stdio
+        })
+        socket.release()
+        await first.isReady()
+        if (listensLater === '') await second.isReady()
+        first.watched.child.kill('SIGTERM')
+        assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
+        const blocked =
+          listensLater === '' ? getPage(socket.port, '/block700', socket.options) : null
+        if (blocked) await second.hasSaid('asked for /block700')
+        const burst = connectBurst(t, socket.where)
+        assert.deepEqual(await burst.connected, BURST_CONNECTED)
+        second.watched.child.stdin?.write('listen')
+        assert.deepEqual(await burst.answered, BURST_SERVED)
+        await blocked
+      })
+    }
+  }
+
+  test('a handle that came over IPC, which another process holds, too, refuses nobody at our end', async (t) => {
+    const socket = await shareSocket(t, 'TCP')
+    const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', 'ipc']
+    const first = startLife(t, 'in code', { program: LISTENS_ON_IPC, stdio })
+    const second = startLife(t, 'alone', { program: LISTENS_ON_IPC + LISTENS_WHEN_TOLD, stdio })
+    for (const { watched } of [first, second]) watched.child.send('socket', socket.handle)
+    await Promise.all([first.isReady(), second.hasSaid('has its socket')])
+    socket.release()
+    first.watched.child.kill('SIGTERM')
+    assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
+    const burst = connectBurst(t, socket.where)
+    assert.deepEqual(await burst.connected, BURST_CONNECTED)
+    second.watched.child.stdin?.write('listen')
+    assert.deepEqual(await burst.answered, BURST_SERVED)
+  })
+
+  for (const policy of ['SCHED_NONE', 'SCHED_RR']) {
+    test(`in a cluster with ${policy} the end of a worker keeps nobody from the others`, async (t) => {
+      const program = `
+        const { default: cluster } = await import('node:cluster')
+        if (cluster.isPrimary) {
+          cluster.schedulingPolicy = cluster.${policy}
+          cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
+          cluster.on('exit', ({ process: { pid } }) => print('over', pid))
+          for (let count = 0; count < 2; count++) cluster.fork()
+          listen = () => {}
+          begin = () => {}
+        } else {
+          const beginBefore = begin
+          begin = async () => {
+            await beginBefore()
+            print('worker', process.pid, server.address().port)
+          }
+        }`
+      const { watched, hasSaid } = startLife(t, 'in code', { program })
+      const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
+      await until(() => workers().length === 2, 'both workers serve')
+      const [, pid, port] = workers()[0] ?? []
+      process.kill(Number(pid), 'SIGTERM')
+      await hasSaid(`over ${pid}`)
+      const blocked = getPage(Number(port), '/block700')
+      await hasSaid('asked for /block700')
+      const burst = connectBurst(t, Number(port))
+      assert.deepEqual(await burst.connected, BURST_CONNECTED)
+      assert.deepEqual(await burst.answered, BURST_SERVED)
+      await blocked
     })
   }
 })
