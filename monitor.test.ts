@@ -12054,27 +12054,28 @@ async function endServing(life: ReturnType<typeof startLife>, signal: NodeJS.Sig
   await life.hasSaid('asked for /slow500')
   life.watched.child.kill(signal)
   const { ms, ...end } = await life.awaitEnd()
-  return { ms, end, answer: await answer }
+  return { ms, end, answer: await answer, output: life.watched.output }
 }
 
 /** Fails unless a program ends with us as it does without us, in about the same time, and the
- *  request that was in flight is served. */
+ *  request that was in flight is served. Returns all that was said with us. */
 async function assertNoWorse(
   t: TestContext,
   program: string,
   setup: Omit<Life, 'program'> & { ways?: Way[]; signal?: NodeJS.Signals } = {}
-): Promise<void> {
+): Promise<string> {
   const { ways = WITH_US, signal, ...others } = setup
   const liveOnce = (way: Way) => endServing(startLife(t, way, { program, ...others }), signal)
   const alone = liveOnce('alone')
   const compare = async (way: Way) => {
-    const { end, answer, ms } = await liveOnce(way)
+    const { end, answer, ms, output } = await liveOnce(way)
     assert.deepEqual({ way, ...end }, { way, ...(await alone).end })
     assert.equal(answer, 'served', way)
     const laterMs = ms - (await alone).ms
     assert.ok(laterMs < 3_000, `${way} it ends ${laterMs} ms later`)
+    return output
   }
-  await Promise.all(ways.map(compare))
+  return (await Promise.all(ways.map(compare))).join('\n')
 }
 
 /** The ways in which programs close a server; each waits until it is closed. */
@@ -12148,7 +12149,16 @@ const ENDS: Record<string, string> = {
     process.on('SIGTERM', hook)`
 }
 
-/** The same by packages, of which many programs do not even know that they have them. */
+/** A program whose signal listener finishes a job. */
+const finishes = (ms: number) => `
+  process.on('SIGTERM', async () => {
+    server.close()
+    await pause(${ms})
+    print('finished')
+    process.exit(7)
+  })`
+
+/** Ends by packages, of which many programs do not even know that they have them. */
 const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
   [
     'signal-exit',
@@ -12446,15 +12456,21 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
     })
   }
 
-  test('a job that a signal listener finishes is not cut, however long it takes', async (t) => {
-    const program = `
-      process.on('SIGTERM', async () => {
-        server.close()
-        await pause(6_500)
-        print('finished')
-        process.exit(7)
-      })`
-    await assertNoWorse(t, program)
+  test('auto: a job that a signal listener finishes is not cut, and the log tells that it takes long', async (t) => {
+    const output = await assertNoWorse(t, finishes(6_500), { ways: ['auto'], env: SHORT })
+    const lines = output.match(/^ftw-monitor .*SIGTERM.*$/gm) ?? []
+    assert.equal(lines.length, 2, output) // the other one says that it shuts down
+  })
+
+  test('in code: a job that a signal listener finishes until exitAfterMs is not cut', async (t) => {
+    await assertNoWorse(t, finishes(6_500), { ways: ['in code'] })
+  })
+
+  test('in code: a signal listener has some seconds, however short exitAfterMs is', async (t) => {
+    const program = `${finishes(3_500)}
+      options.timeoutMs = 1_500
+      options.exitAfterMs = 1_600`
+    await assertNoWorse(t, program, { ways: ['in code'] })
   })
 
   for (const way of WITH_US) {
