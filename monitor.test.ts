@@ -12493,6 +12493,74 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       })
     }
 
+    test(`${way}: a WebSocket over HTTP/2 is a request in flight until its answer is out`, async (t) => {
+      const program = `${CLEANS_UP}
+        server = http2.createServer({ settings: { enableConnectProtocol: true } })
+        server.on('stream', async (stream) => {
+          print('asked for an upgrade')
+          stream.on('error', () => {})
+          await pause(2_500)
+          stream.respond({ ':status': 200 })
+          stream.end(isOpen ? 'open' : 'closed')
+          print('answered')
+        })`
+      const life = startLife(t, way, { program })
+      const session = await connectSession(t, await life.isReady())
+      assert.ok(session)
+      if (!session.remoteSettings.enableConnectProtocol) await once(session, 'remoteSettings')
+      const webSocket = session.request({
+        ':method': 'CONNECT',
+        ':protocol': 'websocket',
+        ':path': '/'
+      })
+      const answer = inTime(readAll(webSocket), 'the answer').catch(codeOf)
+      await life.hasSaid('asked for an upgrade')
+      life.watched.child.kill('SIGTERM')
+      const { said, ms } = await life.awaitEnd()
+      assert.equal(await answer, 'open')
+      assert.deepEqual(said, ['answered', 'cleaned up'])
+      assert.ok(ms < 6_000, `it ends after ${ms} ms`)
+    })
+
+    test(
+      `${way}: handshakes of ws behind a look-up find all open`,
+      needsPackage('ws'),
+      async (t) => {
+        const program = `${CLEANS_UP}
+        const { WebSocketServer } = await import('ws')
+        const webSockets = new WebSocketServer({ noServer: true })
+        server.on('upgrade', async (request, socket, head) => {
+          print('asked for', request.url)
+          await pause(400)
+          webSockets.handleUpgrade(request, socket, head, (webSocket) => {
+            webSocket.send(isOpen ? 'open' : 'closed')
+          })
+        })`
+        const life = startLife(t, way, { program, cwd: PACKAGES ?? '.' })
+        const port = await life.isReady()
+        const key = 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=='
+        const words = [
+          'Connection: Upgrade',
+          'Upgrade: websocket',
+          'Sec-WebSocket-Version: 13',
+          key
+        ]
+        const shakeHands = (path: string) => {
+          const socket = connectTo(port, {})
+          t.after(() => socket.destroy())
+          socket.write(headOf(path, ...words))
+          return readAll(socket).catch(codeOf)
+        }
+        const paths = ['/one', '/two', '/three']
+        const answers = paths.map(shakeHands)
+        for (const path of paths) await life.hasSaid(`asked for ${path}`)
+        life.watched.child.kill('SIGTERM')
+        const texts = await inTime(Promise.all(answers), 'all shake hands')
+        for (const text of texts) assert.match(text, /^HTTP\/1\.1 101 [^]*\r\n\r\n..open/)
+        assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
+      }
+    )
+
     test(`${way}: what an HTTP/2 server pushes is not cut`, async (t) => {
       const program = `${CLEANS_UP}
         server = http2.createServer()
