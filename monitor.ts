@@ -633,7 +633,7 @@ class Monitor {
       this.onServerListening()
       return
     }
-    if (signals.areHeard) this.bystanders.add(server)
+    if (signals.areHeard || signals.hasCome) this.bystanders.add(server)
     if (this.state === 'searching' && keepsProcessAlive(server)) this.#warnOfPortLater(server)
   }
 
@@ -1955,8 +1955,8 @@ class Application {
     for (const client of this.#clients.values()) {
       if (client.isUpgraded || isDestroyed(client.peer)) continue
       client.look()
+      if (client.isQuiet && !client.sendSessionElsewhere()) client.end()
       if (!client.isQuiet) areAllQuiet = false
-      else if (!client.sendSessionElsewhere()) client.end()
     }
     if (areRequestsOver) this.#closeUnseenConnections()
     return areRequestsOver && areAllQuiet
@@ -3987,7 +3987,8 @@ class Shutdown {
     const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
     await this.#monitor.end()
     if (!this.#signal) this.closeServers() // else whoever listens for it may want to
-    this.#monitor.unhookServers()
+    const isProcessEnding = this.#signal !== undefined && !this.isDelay
+    if (!isProcessEnding) this.#monitor.unhookServers() // else nothing is to be served any more
     clearTimeout(keepAlive)
     this.#enter('over')
     this.#resolveDone()
