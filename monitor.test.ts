@@ -12919,6 +12919,47 @@ describeProcesses('The program', PAIRWISE, () => {
     }
   })
 
+  test('a bundle that this file is a part of never runs the program, whatever its name', async (t) => {
+    const folder = scratchFolder(t)
+    const source = fs.readFileSync(PROGRAM, 'utf8')
+    const withoutExports = source.replace(
+      /^export (?=async|class|const|function|interface|type)/gm,
+      ''
+    )
+    const bundle = withoutExports.replace(/^#!.*/, '') + "\nconsole.log('bundled')\n"
+    fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
+    for (const name of [`monitor${EXTENSION}`, `ftw-monitor.m${EXTENSION.slice(1)}`]) {
+      const file = join(folder, name)
+      fs.writeFileSync(file, bundle)
+      const result = await runProgram(t, ['health_check'], { file })
+      assert.deepEqual(result, { status: 0, stdout: 'bundled\n', stderr: '' }, name)
+    }
+  })
+
+  test('a copy is the program by any name, from CommonJS too', async (t) => {
+    if (EXTENSION !== '.js') return t.skip('it is compiled')
+    const folder = scratchFolder(t)
+    const { port } = await bootInstance(t)
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const compiled = fileURLToPath(new URL('monitor.cjs', MODULE))
+    const files = { 'ask.mjs': PROGRAM, 'ftw-monitor.cjs': compiled }
+    for (const [name, original] of Object.entries(files)) {
+      const file = join(folder, name)
+      fs.copyFileSync(original, file)
+      const result = await runProgram(t, ['health_check'], { env, file })
+      assert.deepEqual(result, { status: 0, stdout: 'OK\n', stderr: '' }, name)
+    }
+    const script = join(folder, 'monitor.cjs')
+    fs.writeFileSync(script, "require('./ftw-monitor.cjs')\nconsole.log('required')\n")
+    for (const flags of ['', `--require=${join(folder, 'ftw-monitor.cjs')}`]) {
+      const required = await runProgram(t, ['health_check'], {
+        env: { ...env, NODE_OPTIONS: flags },
+        file: script
+      })
+      assert.deepEqual(required, { status: 0, stdout: 'required\n', stderr: '' }, flags)
+    }
+  })
+
   test('the strict parser of line protocol refuses what is none', () => {
     const line = 'm,a\\ b=c\\,d\\=e\\f x=1,y="a \\"q\\" \\\\",z=-1.5e+9'
     const { tags, fields } = parseLineProtocol(line)

@@ -59,6 +59,7 @@
 //   Status
 //   The page
 //   Layer: the program; all from here on may be deleted, and nothing above refers to it
+//   Called or imported
 
 import * as http from 'node:http'
 import * as net from 'node:net'
@@ -6871,18 +6872,6 @@ async function runDemo(): Promise<number> {
   return 0
 }
 
-/** Whether this file was called, and not imported. It may also be part of somebody's bundle. */
-function isProgram(): boolean {
-  const meta: ImportMeta & { main?: boolean } = import.meta
-  if (!/\/(ftw-)?monitor\.m?[jt]s$/.test(meta.url)) return false
-  if (meta.main) return true
-
-  // Node.js 20 has no import.meta.main, and later ones deny it to what was preloaded as well. An
-  // installed program is called by a link to it.
-  const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
-  return attempt(() => meta.resolve(`file:${path}`)) === meta.url // Bun resolves no such URL
-}
-
 async function runProgram(): Promise<void> {
   process.exitCode = 2 // until main() tells better
   process.stdout.on('error', doNothing) // `| head -1`
@@ -6893,4 +6882,40 @@ async function runProgram(): Promise<void> {
   }
 }
 
-if (isProgram()) void runProgram()
+// --- Called or imported --------------------------------------------------------------------------
+
+// The CommonJS build has a line in place of this section, since there is no import.meta.
+
+/** Whether this file was called, and not imported. A bundle of which it is a part may be called by
+ *  any name, too, but does not export what this file does. */
+async function isProgram(): Promise<boolean> {
+  const calledUrl = urlCalled()
+  if (calledUrl === undefined) return false
+  try {
+    const called = (await import(calledUrl)) as { start?: unknown } // it is loaded already
+    return called.start === start
+  } catch {
+    return false
+  }
+}
+
+/** The URL of what was called, if that may be this file. */
+function urlCalled(): string | undefined {
+  const meta: ImportMeta & { main?: boolean } = import.meta
+  if (meta.main) return meta.url
+
+  // Node.js 20 has no import.meta.main, and later ones deny it to what was preloaded as well. An
+  // installed program is called by a link to it.
+  const path = process.argv[1]?.replace(/[%?#\s]/g, encodeURIComponent)
+  const url = attempt(() => new URL(`file:${path}`).href)
+  if (url === meta.url) return url
+  // Before Node.js 20.6 links could not be followed, so only the name of the installed one counts.
+  if (!('resolve' in meta)) return url?.endsWith('/ftw-monitor') ? url : undefined
+  return attempt(() => meta.resolve(String(url))) === meta.url ? url : undefined
+}
+
+async function runIfCalled(): Promise<void> {
+  if (await isProgram()) await runProgram()
+}
+
+void runIfCalled()
