@@ -13,6 +13,7 @@
 
 import assert from 'node:assert/strict'
 import { spawn, spawnSync, type ChildProcess, type StdioOptions } from 'node:child_process'
+import dns from 'node:dns'
 import { getEventListeners, once } from 'node:events'
 import * as fs from 'node:fs'
 import * as http from 'node:http'
@@ -2218,6 +2219,51 @@ describeInProcess('Listening', ALONE, () => {
     }
   })
 
+  test('stop() does not wait for a look-up that hangs, after which nothing listens any more', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_LISTEN: 'slow.invalid:0' })
+    type Answer = (error: null, address: string, family: number) => void
+    let answer: Answer | undefined
+    const server = await serve(t)
+    t.mock.method(dns, 'lookup', (...words: unknown[]) => {
+      answer = words.at(-1) as Answer
+    })
+    const listen = t.mock.method(net.Server.prototype, 'listen')
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const started = monitor.start({ server, logger })
+    await until(() => answer, 'the name is looked up')
+    await inTime(monitor.stop(), 'it stops', 5_000)
+    assert.equal(await started, false)
+
+    answer?.(null, '127.0.0.1', 4)
+    const own = listen.mock.calls[0]?.this as net.Server
+    await until(() => !own.listening, 'the port is free')
+    assert.deepEqual(logger.lines, [])
+  })
+
+  test('a path at which nobody listens is told as such, and taken when it is removed', async (t) => {
+    const timers = takeTimers(t)
+    const path = join(scratchFolder(t), 'monitor')
+    const listens = `require('net').createServer().listen('${path}', () => process.kill(process.pid, 'SIGKILL'))`
+    await watch(t, process.execPath, ['-e', listens]).exit
+    assert.ok(fs.existsSync(path))
+
+    const server = await serve(t)
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    assert.equal(await monitor.start({ server, logger, listen: { path } }), false)
+    await until(() => warningsOf(logger).length, 'it warns')
+    const [warning = '', ...others] = warningsOf(logger)
+    assert.match(warning, /EADDRINUSE.*tries every second; nobody listens at .*monitor: remove it/)
+    assert.deepEqual(others, [])
+
+    fs.rmSync(path)
+    timers.pass(1_000)
+    const line = `info ftw-monitor listening on ${path}`
+    await until(() => logger.lines.includes(line), 'it listens')
+    await monitor.stop()
+  })
+
   test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
     quicken(t, 5)
     const port = await freePort()
@@ -2280,6 +2326,72 @@ describeInProcess('Listening', ALONE, () => {
     const connect = t.mock.method(net.Socket.prototype, 'connect')
     assert.equal(await monitor.start({ port: 8080, logger: recorder() }), false)
     assert.equal(connect.mock.callCount(), 0)
+  })
+})
+
+describeProcesses('Listening', SIDE_BY_SIDE, () => {
+  test('after a signal a name that cannot be resolved is not looked up again', async (t) => {
+    const script = `
+      import dns from 'node:dns'
+      const lookup = dns.lookup
+      dns.lookup = (name, ...words) => {
+        if (name !== 'late.invalid') return lookup(name, ...words)
+        print('looked up')
+        const error = Object.assign(new Error('later'), { code: 'EAI_AGAIN' })
+        setImmediate(() => words.at(-1)(error))
+      }
+      process.env.FTW_MONITOR_LISTEN = 'late.invalid:8160'
+      begin = () => monitor.start(server)`
+    const service = await bootService(t, { script })
+    const page = getPage(service.instancePort, '/slow2500')
+    await service.hasSaid('asked for /slow2500')
+    service.kill('SIGTERM')
+    await service.hasSaid('shuts down')
+    await page
+    const { output, status } = await service.awaitEnd()
+    const [, afterSignal = ''] = output.split('shuts down')
+    assert.ok(!afterSignal.includes('looked up'), output)
+    assert.equal(status, 0)
+  })
+
+  test('a successor by reusePort takes over the port at the signal, and no prober sees red', async (t) => {
+    const [major = 0, minor = 0] = process.versions.node.split('.').map(Number)
+    if (major < 22 || (major === 22 && minor < 12)) return t.skip('reusePort came with 22.12')
+    const port = await freePort()
+    const block = readmeBlock('js', 'reusePort').replace('8080', String(port))
+    const script = `
+      const { start, stop, shutdownOnSignal, registerWarmup } = monitor
+      registerWarmup('/', () => {})
+      const server = http.createServer((_, response) => response.end(process.env.NAME))
+      ${block}
+      while (!(await monitor.health()).healthy) await pause(20)
+      print('is warm')`
+    const run = async (name: string) => {
+      const watched = runScript(t, { script, env: { NAME: name, HOST: '127.0.0.1' } })
+      await until(() => watched.output.includes('is warm'), `${name} is warm`)
+      return watched
+    }
+    const older = await run('older')
+    await run('newer')
+    const verdicts: string[] = []
+    const prober = askUntilOver(t, 50, async () => {
+      verdicts.push(await ask(port + 80, 'health_check\n').catch(codeOf))
+    })
+    const bodies = new Set<string>()
+    const visitor = askUntilOver(t, 5, async () => bodies.add((await getPage(port, '/')).body))
+    await until(() => prober.answers >= 4 && bodies.size === 2, 'both serve')
+
+    older.child.kill('SIGTERM')
+    assert.equal(await older.exit, 0)
+    await until(() => verdicts.at(-1) === 'OK\n', 'the newer one answers')
+    await prober.stop()
+    await visitor.stop()
+    const without = verdicts.filter((verdict) => verdict !== 'OK\n')
+    assert.deepEqual(
+      without.filter((verdict) => !verdict.startsWith('ECONN')),
+      []
+    )
+    assert.ok(without.length < 30, 'the port is free for a second at most')
   })
 })
 

@@ -264,6 +264,7 @@ export interface ShutdownOptions extends DrainOptions {
 const PORT_OFFSET = 80 // as in ftw.monitor
 const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abort within a second
 const LISTEN_RETRY_MS = 1_000 // an old process may hold our port a little longer
+const LOOKUP_MS = 900 // for a name: stop() does not wait for a resolver that hangs
 const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
 const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
 const LOOK_MS = 900 // to connect to the instance; Kubernetes waits for one second
@@ -1194,14 +1195,15 @@ class Listener {
     }
   }
 
-  /** Resolves when the port is free. */
+  /** Resolves when the port is free. While a name is looked up nothing listens: if that takes long,
+   *  the port closes as soon as it opens. */
   async close(): Promise<void> {
     this.#isClosed = true
     for (const session of this.#sessions) session?.cutOff()
 
     const server = this.#server
     if (server?.listening) await new Promise((resolve) => server.close(resolve))
-    else await this.#settled
+    else await Promise.race([this.#settled, unreffedPause(LOOKUP_MS)])
   }
 
   enforceLimits(): void {
@@ -1232,9 +1234,20 @@ class Listener {
       this.#monitor.onListenFailed(`${text}; set FTW_MONITOR_LISTEN`)
       return
     }
-    if (!isRetry) log('warn', `${text}; tries every second; ${advice}`)
+    if (!isRetry) void this.#tellOfRetries(text, advice)
     this.#monitor.onListenDelayed()
-    this.clock.schedule(LISTEN_RETRY_MS, () => this.open(true))
+    this.clock.schedule(LISTEN_RETRY_MS, () => {
+      // A look-up of a name cannot be called off, and the process would have to wait for it.
+      if (!currentShutdown?.isRunning) this.open(true)
+    })
+  }
+
+  /** The socket of a killed process stays, and only connecting tells it from one in use. */
+  async #tellOfRetries(text: string, advice: string): Promise<void> {
+    const { path } = this.#endpoint
+    const isDead = path !== undefined && (await connectionOutcome({ path })) === 'refusing'
+    const deadAdvice = `nobody listens at ${path}: remove it before each start, as Node.js cannot`
+    log('warn', `${text}; tries every second; ${isDead ? deadAdvice : advice}`)
   }
 
   #admit(socket: net.Socket): void {
@@ -1276,10 +1289,7 @@ const NAME_ADVICE = 'the name may be known later; else set FTW_MONITOR_LISTEN'
 
 /** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
-  [
-    'EADDRINUSE',
-    'an older process may hold it; cluster workers need FTW_MONITOR_LISTEN each; remove a dead path'
-  ],
+  ['EADDRINUSE', 'an older process may hold it; cluster workers need FTW_MONITOR_LISTEN each'],
   ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN'],
   ['EAI_AGAIN', NAME_ADVICE],
   ['ENOTFOUND', NAME_ADVICE]
