@@ -2179,6 +2179,53 @@ describeInProcess('Listening', TOGETHER, () => {
       assert.match(instance.output, /^warned ftw-monitor .*\ngave false\n$/)
     }
   )
+
+  type ListenWords = (port: number) => unknown[]
+  const WANTS_OUR_PORT: Record<string, ListenWords> = {
+    'a port': (port) => [port],
+    'a port in a text, with a name': (port) => [String(port), 'localhost'],
+    'options with our address': (port) => [{ port, host: '127.0.0.1' }],
+    'options with any address': (port) => [{ port: String(port), host: '0.0.0.0' }]
+  }
+  for (const [how, words] of Object.entries(WANTS_OUR_PORT)) {
+    test(`the program's own listen comes before ours, told by ${how}`, async (t) => {
+      const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+      const second = http.createServer(hello)
+      closeLater(t, second)
+      Reflect.apply(second.listen, second, words(port))
+      await once(second, 'listening')
+      assert.equal((await getPage(port, '/')).body, 'hello')
+      assert.equal((await monitor.health()).healthy, true)
+      const [warning = '', ...others] = warningsOf(logger)
+      assert.match(warning, new RegExp(`gives 127.0.0.1:${port} to .*: set FTW_MONITOR_LISTEN`))
+      assert.deepEqual(others, [])
+    })
+  }
+
+  test('a Unix socket that the program wants is given to it, too', async (t) => {
+    const path = join(scratchFolder(t), 'monitor')
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const server = await serve(t)
+    assert.equal(await monitor.start({ server, logger, listen: { path } }), path)
+    const second = http.createServer(hello)
+    closeLater(t, second)
+    second.listen(path)
+    await once(second, 'listening')
+    assert.equal(warningsOf(logger).length, 1)
+  })
+
+  test('a program that listens at another place, or at a descriptor, leaves our port alone', async (t) => {
+    const { port, logger } = await bootInstance(t, { performers: WARM })
+    for (const words of [[{ port, host: '127.0.0.2' }], [0], [{ fd: 2 }], [], [() => {}]]) {
+      const other = net.createServer()
+      closeLater(t, other)
+      other.on('error', () => {})
+      Reflect.apply(other.listen, other, words)
+    }
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.deepEqual(warningsOf(logger), [])
+  })
 })
 
 describeInProcess('Listening', ALONE, () => {

@@ -554,7 +554,10 @@ class Monitor {
    *  from now on, or does already. */
   findServers(): void {
     for (const server of this.#options.servers) this.application.add(server)
-    this.#endSearch = observeListening((server) => this.#onServerFound(server))
+    this.#endSearch = observeListening({
+      onListen: (place) => this.#stepAside(place),
+      onListening: (server) => this.#onServerFound(server)
+    })
     this.findListeningServers()
   }
 
@@ -600,6 +603,16 @@ class Monitor {
   onServerClose(): void {
     const hasListened = this.isInstanceClosing // one that never listened emits `close` too
     if (hasListened && !currentShutdown) void this.#close('closed')
+  }
+
+  /** A program that could listen there without us can do so with us. */
+  #stepAside(wanted: Endpoint): void {
+    const { address, listener } = this
+    if (!listener || !address || !isInTheWay(address, wanted)) return
+    void listener.close()
+    this.listener = undefined
+    const place = describeAddress(address)
+    log('warn', `gives ${place} to the program, which listens there: set FTW_MONITOR_LISTEN`)
   }
 
   /** Takes the instance out; where it is out already, changes how. Probers are told for so long at
@@ -1301,11 +1314,16 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
 // that serves requests and keeps the process alive; a shutdown closes the others, too. One wrap
 // serves however many copies of this file.
 
-type ListenObserver = (server: net.Server) => void
+interface ListenObserver {
+  /** Something is about to listen at this place. */
+  onListen(wanted: Endpoint): void
+  onListening(server: net.Server): void
+}
+
 type Listen = net.Server['listen'] & { [LISTEN_WRAP]?: ListenWrap }
 
 /** What a wrapped `listen` is known by, also to another copy of this file. */
-const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.1')
+const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.2')
 
 interface ListenWrap {
   observers: Set<ListenObserver>
@@ -1313,8 +1331,7 @@ interface ListenWrap {
   remove(): void
 }
 
-/** Calls an observer with each server of this process that begins to listen; gives what ends
- *  that. */
+/** Tells an observer of each server of this process that begins to listen; gives what ends that. */
 function observeListening(observer: ListenObserver): () => void {
   // On Bun the http servers have a `listen` of their own.
   const prototypes = [net.Server.prototype, http.Server.prototype]
@@ -1341,13 +1358,15 @@ function wrapListen(prototype: net.Server): ListenWrap {
     // `unref()` comes after `listen()`, and tells that it is not the instance.
     setImmediate(() => {
       if (!server.listening) return
-      for (const observer of observers) attemptOwn(() => observer(server))
+      for (const observer of observers) attemptOwn(() => observer.onListening(server))
     })
   }
   const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
     const isAwaited = awaited.has(this) // since an earlier try, which failed
     if (!isAwaited) this.once('listening', () => onListening(this))
     awaited.add(this)
+    const wanted = attempt(() => placeOf(args)) ?? {}
+    for (const observer of observers) attemptOwn(() => observer.onListen(wanted))
     return Reflect.apply(inner, this, args)
   } as Listen
   const remove = (): void => {
@@ -1357,6 +1376,31 @@ function wrapListen(prototype: net.Server): ListenWrap {
   listen[LISTEN_WRAP] = wrap
   prototype.listen = listen
   return wrap
+}
+
+/** Where a call of `listen` wants to listen; of a handle and the like nothing is known. */
+function placeOf([first, second]: unknown[]): Endpoint {
+  if (isObject(first)) {
+    const { path, port, host } = first as Endpoint
+    return path === undefined ? { port: Number(port), host: host ?? '' } : { path }
+  }
+  if (typeof first === 'string' && Number.isNaN(Number(first))) return { path: first }
+  return { port: Number(first), host: typeof second === 'string' ? second : '' }
+}
+
+/** Whether nobody else can listen at the wanted place; of a name it is not known which address it
+ *  stands for. */
+function isInTheWay(address: net.AddressInfo | string, wanted: Endpoint): boolean {
+  if (typeof address === 'string') return wanted.path === address
+  const { port, host = '' } = wanted
+  if (port !== address.port) return false
+  const isOneAddressEach = [host, address.address].every((each) => isOneAddress(each))
+  return !isOneAddressEach || host === address.address
+}
+
+/** Neither a name nor any address. */
+function isOneAddress(host: string): boolean {
+  return net.isIP(host) > 0 && host !== '::' && host !== '0.0.0.0'
 }
 
 /** Those that listen already, as far as the runtime tells. */
