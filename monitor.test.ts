@@ -7656,6 +7656,40 @@ describeInProcess('Shutdown', ALONE, () => {
 })
 
 describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
+  test('shutdown() with some options takes the others from shutdownOnSignal', async (t) => {
+    const script = `
+      class Options {
+        timeoutMs = 1_000
+        exitAfterMs = 2_000
+        get name() { return 'its owner' }
+        onSignal() { print('not this one') }
+        cleanUp({ signal }) { print('cleaned up for', this.name, 'after', String(signal)) }
+      }
+      options = new Options()
+      process.on('uncaughtException', async () => {
+        await monitor.shutdown({
+          reason: 'crashed',
+          timeoutMs: 3_000,
+          onSignal: () => print('this one')
+        })
+        process.exit(1)
+      })
+      handle = () => setTimeout(() => { throw new Error('unexpected') }, 50)`
+    const service = await bootService(t, { script })
+    await probe(t, service.port)
+    const page = getPage(service.instancePort, '/').catch(codeOf)
+    await until(
+      async () => (await ask(service.port, 'health_check\n')) === 'crashed\n',
+      'it is red'
+    )
+    const { output, status } = await service.awaitEnd()
+    assert.equal(await page, 'ECONNRESET')
+    assert.match(output, /^this one$/m)
+    assert.match(output, /^cleaned up for its owner after undefined$/m)
+    assert.ok(!output.includes('not this one'), output)
+    assert.equal(status, 1)
+  })
+
   test('a cleanUp or an onSignal that fails is logged, and makes the status 1', async (t) => {
     const failures = {
       throws: "() => { throw new Error('broken') }",

@@ -3885,15 +3885,15 @@ function unreffedPause(ms: number): Promise<void> {
 /** Ends what the instance does: tells `onSignal`, drains, stops listening, waits for the requests,
  *  calls `cleanUp`, ends upgraded connections, stops the monitor, and closes the servers that the
  *  application has not closed. Resolves when all that is done; what takes longer than `exitAfterMs`
- *  is logged, and ends the process with 1. Without options it takes those of `shutdownOnSignal`.
- *  Called twice it is one shutdown. Do not await it before you answer a request, which it waits for.
+ *  is logged, and ends the process with 1. Options that are left out are those of
+ *  `shutdownOnSignal`. Called twice it is one shutdown. Do not await it before you answer a request, which it waits for.
  *  A second call waits for `onSignal` and `cleanUp` for 5 s at most, since they may be what makes the
  *  call, and would wait for themselves. Rejects with a `TypeError` or `RangeError` for options that
  *  are wrong. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
   async (options) => {
-    const checked = options === undefined ? optionsOfSignals() : toShutdownOptions(options)
+    const checked = options === undefined ? optionsOfSignals() : optionsBesideSignals(options)
     const earlier = currentShutdown
     const current = beginShutdown(checked)
     if (current === earlier) await current.join()
@@ -3903,6 +3903,25 @@ export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
 
 function optionsOfSignals(): CheckedShutdownOptions {
   return { ...(signals.options ?? toShutdownOptions({})), isDelay: false }
+}
+
+/** What shutdownOnSignal() was told, but for what is said here. */
+function optionsBesideSignals(options: ShutdownOptions): CheckedShutdownOptions {
+  const ofSignals = signals.options
+  if (!ofSignals) return toShutdownOptions(options)
+  mustBeShutdownOptions(options)
+  const merged: ShutdownOptions = {}
+  for (const name of SHUTDOWN_OPTIONS) {
+    const owner = Reflect.get(options, name) === undefined ? ofSignals.given : options
+    const value: unknown = Reflect.get(owner, name)
+    const isMethod = typeof value === 'function' // it may use `this`
+    Reflect.set(merged, name, isMethod ? value.bind(owner) : value)
+  }
+  const { timeoutMs = 0, exitAfterMs = Infinity } = merged
+  // Of two times that do not fit, the one that was told here is meant.
+  const other = options.timeoutMs === undefined ? 'timeoutMs' : 'exitAfterMs'
+  if (exitAfterMs <= timeoutMs && options[other] === undefined) delete merged[other]
+  return toShutdownOptions(merged)
 }
 
 interface CheckedShutdownOptions extends Required<DrainOptions> {
@@ -3915,11 +3934,15 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
 
 const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
 
-function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
+function mustBeShutdownOptions(options: ShutdownOptions): void {
   must(
     hasOnly(options, SHUTDOWN_OPTIONS),
     `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
   )
+}
+
+function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
+  mustBeShutdownOptions(options)
   const drainOptions = toDrainOptions(options)
   fitEnvironment(options, drainOptions)
   const { timeoutMs } = drainOptions
