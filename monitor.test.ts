@@ -11937,10 +11937,14 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.match(watched.output, /shuts down after SIGTERM/)
   })
 
-  test('with FTW_MONITOR=auto nothing is done in a worker thread and in child processes', async (t) => {
+  test('with FTW_MONITOR=auto nothing is done in a worker thread but to say so, and nothing in child processes', async (t) => {
     const port = await freePort()
     const file = join(scratchFolder(t), 'worker.cjs')
-    const end = "server.on('listening', () => setTimeout(() => process.exit(), 500))"
+    const end = `
+      server.on('listening', () => {
+        setTimeout(() => http.createServer(() => {}).listen(0), 100)
+        setTimeout(() => process.exit(), 500)
+      })`
     fs.writeFileSync(file, `${PRINT}\n${PLAIN_SERVER}\n${end}`)
     const { status, stdout, stderr } = await runUnmodifiedToEnd(
       t,
@@ -11952,7 +11956,9 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       { PORT: String(port) }
     )
     const expected = `child\nof a child\nlistens ${port}\nworker is over\n`
-    assert.deepEqual({ status, stdout, stderr }, { status: 0, stdout: expected, stderr: '' })
+    assert.deepEqual({ status, stdout }, { status: 0, stdout: expected })
+    const line = `does nothing for the server at 127.0.0.1:${port}, since it is in a worker thread`
+    assert.equal(stderr, `ftw-monitor ${line}: only the program itself can start() one there\n`)
   })
 
   test('with FTW_MONITOR=auto a server that listens elsewhere than PORT is told of once', async (t) => {

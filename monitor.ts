@@ -5580,21 +5580,39 @@ let monitor = new Monitor({ servers: [] }, 'new')
 
 const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
 
+/** Threads inherit the environment, and load what was preloaded. */
+const isWorkerThread = Reflect.get(methodOf(process, 'abort'), 'disabled') === true
+
+const isAutoWanted = readAutoSwitch()
+
 /** Whether this is a copy that begins by itself. */
-const isAuto = !preloadedExports && isAutoWanted()
+const isAuto = !preloadedExports && isAutoWanted && !isWorkerThread
 
 if (isAuto) {
   Reflect.defineProperty(net.Server, EXPORTS, { value: ownExports })
   monitor = new Monitor({ servers: [], isByItself: true })
   monitor.search()
 }
+if (isAutoWanted && isWorkerThread) tellOfServerInThread()
 
-function isAutoWanted(): boolean {
-  const { disabled: isWorkerThread } = methodOf(process, 'abort') as { disabled?: boolean }
+function readAutoSwitch(): boolean {
   const word = readEnv('FTW_MONITOR')
-  if (isWorkerThread || word === undefined) return false // threads inherit the environment
-  if (!KNOWN_SWITCH.test(word)) log('warn', `cannot use FTW_MONITOR=${word}: it is auto, or 0`)
+  if (word === undefined) return false
+  const isKnown = KNOWN_SWITCH.test(word)
+  if (!isKnown && !isWorkerThread) log('warn', `cannot use FTW_MONITOR=${word}: it is auto, or 0`)
   return /^auto$/i.test(word)
+}
+
+/** A thread has no signals. */
+function tellOfServerInThread(): void {
+  const onListening = (server: net.Server): void => {
+    if (!servesRequests(server) || !keepsProcessAlive(server)) return
+    endSearch()
+    const place = describeAddress(server.address() ?? '')
+    const text = `does nothing for the server at ${place}, since it is in a worker thread`
+    log('warn', `${text}: only the program itself can start() one there`)
+  }
+  const endSearch = observeListening({ onListen: doNothing, onListening })
 }
 
 // --- Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it -
