@@ -10182,6 +10182,48 @@ bare -3`
     assert.match(text, /\n# TYPE stock counter\nstock_total 1\nsold\{kind="# \{x\} 1"\} 2\n$/)
   })
 
+  test("a time stamp in seconds becomes one in Prometheus's milliseconds", async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const given = [
+      'open 2 1700000000.5',
+      'shut 1 1700000000123',
+      'half{a="b 1.5"} .5 1.25 # {} 1 2'
+    ]
+    monitor.registerMetrics(() => given.join('\n'))
+    monitor.registerMetrics(() => 'eaten 1 1700000000\n# EOF\n')
+    const text = await ask(port, 'metrics\n')
+    const taken = ['open 2 1700000000500', 'shut 1 1700000000123', 'half{a="b 1.5"} .5 1250']
+    for (const line of [...taken, 'eaten 1 1700000000000']) {
+      assert.ok(text.includes(`\n${line}\n`), `${line} in ${text}`)
+    }
+  })
+
+  test('a wrong line of a collector costs itself alone, and one line in the log names it', async (t) => {
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    const wrong = [
+      'this is no sample',
+      'stock{a="b} 1',
+      'stock 12abc',
+      '1stock 1',
+      'stock',
+      'stock 1 x'
+    ]
+    let lines: string[] = []
+    monitor.registerMetrics(() =>
+      ['# TYPE stock gauge', ...lines, 'stock 1', 'orders 1'].join('\n')
+    )
+    for (const line of wrong) {
+      lines = [line, line]
+      const text = `${await ask(port, 'metrics\n')}${await ask(port, 'metrics\n')}`
+      assert.equal(text.match(/^# TYPE stock gauge\nstock 1\norders 1$/gm)?.length, 2, text)
+      const warnings = warningsOf(logger).filter((warning) => warning.endsWith(`: ${line}`))
+      assert.equal(warnings.length, 1, warningsOf(logger).join('\n'))
+      lines = []
+      await ask(port, 'metrics\n')
+    }
+    assert.equal(warningsOf(logger).length, wrong.length)
+  })
+
   test('a counter of OpenMetrics replaces ours, whose name has a _total more', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     const lines = ['# TYPE process_cpu_seconds counter', 'process_cpu_seconds_total 1.5']
@@ -10203,7 +10245,7 @@ bare -3`
       [() => undefined, /no text/],
       [() => Buffer.from('stock 1\n'), /no text/],
       [() => '<!DOCTYPE html><h1>502</h1>', /<!DOCTYPE/],
-      [() => 'stock 1\nthis is no sample\n', /this is no sample/]
+      [() => '# TYPE stock unknown', /# TYPE stock unknown/]
     ]
     for (const [next, reason] of bad) {
       const before = warningsOf(logger).length

@@ -5900,54 +5900,77 @@ async function collectAll(): Promise<Map<string, string[]>> {
 }
 
 async function collectFrom(collector: Collector): Promise<Map<string, string[]>> {
-  try {
-    const families = familiesIn(await collector.call.ask())
-    collector.isFailing = false
-    return families
-  } catch (error) {
-    if (!collector.isFailing) log('warn', `leaves metrics out: ${errorText(error)}`)
-    collector.isFailing = true
-    return new Map()
-  }
-}
-
-/** Takes a text apart into the lines of each family. A line that Prometheus cannot read would
- *  cost it all metrics. */
-function familiesIn(text: unknown): Map<string, string[]> {
-  if (typeof text !== 'string') return failWith('what registerMetrics was given gave no text')
   const families = new Map<string, string[]>()
-  let current = ''
-  for (const given of text.split(/\r?\n/)) {
-    if (METRICS_COMMENT.test(given)) continue
-    const line = given.replace(EXEMPLAR, '')
-    const [, described] = FAMILY_LINE.exec(line) ?? []
-    const [, sample = ''] = SAMPLE_LINE.exec(line) ?? []
-    const name = described ?? sample
-    if (name === '') failWith(`no line of Prometheus's text format: ${line.slice(0, 100)}`)
-    if (described !== undefined || !isSampleOf(current, sample)) current = name
-    const lines = families.get(current)
-    if (lines) lines.push(line)
-    else families.set(current, [line])
+  let trouble = ''
+  try {
+    const text = await collector.call.ask()
+    if (typeof text !== 'string') failWith('what registerMetrics was given gave no text')
+    const wrongLine = sortByFamily(text, families)
+    if (wrongLine) trouble = `no line of Prometheus's text format: ${wrongLine.slice(0, 100)}`
+  } catch (error) {
+    trouble = errorText(error)
   }
+  if (trouble !== '' && !collector.isFailing) log('warn', `leaves metrics out: ${trouble}`)
+  collector.isFailing = trouble !== ''
   return families
 }
+
+/** Puts each line into its family; gives the first wrong one. That is left out, since with it
+ *  Prometheus would take no metrics at all. */
+function sortByFamily(text: string, families: Map<string, string[]>): string {
+  const isOpenMetrics = OPEN_METRICS_END.test(text)
+  let current = ''
+  let wrongLine = ''
+  for (const given of text.split(/\r?\n/)) {
+    if (METRICS_COMMENT.test(given)) continue
+    const line = DESCRIPTION.test(given) ? given : toSample(given, isOpenMetrics)
+    if (line === '') {
+      wrongLine ||= given
+      continue
+    }
+    current = familyOf(line, current)
+    const lines = families.get(current) ?? []
+    lines.push(line)
+    families.set(current, lines)
+  }
+  return wrongLine
+}
+
+/** A sample belongs to the family before it, whose name its own begins with (a histogram's does), or
+ *  else to one of its own. */
+function familyOf(line: string, before: string): string {
+  const [, hash, name = ''] = METRIC_NAME.exec(line) ?? []
+  const isInside = hash === undefined && before !== '' && `${name}_`.startsWith(`${before}_`)
+  return isInside ? before : name
+}
+
+const OPEN_METRICS_END = /^# EOF\s*$/m
 
 /** A blank line, or a comment; also what OpenMetrics adds, `# EOF` and `# UNIT size bytes`. */
 const METRICS_COMMENT = /^\s*(?:$|#(?! (?:HELP|TYPE)\b))/
 
-/** Behind a sample of OpenMetrics; Prometheus's text format knows none. */
-const EXEMPLAR = / # \{[^}]*\} \S+(?: \S+)?\s*$/ // size 7 # {trace_id="abc"} 1
+/** `# HELP size How big.`, `# TYPE size gauge` */
+const DESCRIPTION =
+  /^# (?:HELP [a-z_:]|TYPE [a-z_:][\w:]* (?:counter|gauge|histogram|summary|untyped)\s*$)/i
 
-const FAMILY_LINE = /^# (?:HELP|TYPE) ([\w:]+)/ // # TYPE size gauge
+/** `# TYPE size`, or `size` */
+const METRIC_NAME = /^(# \w+ )?([\w:]+)/
 
-/** `size{unit="B"} 7`, perhaps with a time after it */
-const SAMPLE_LINE =
-  /^([\w:]+)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+[-+]?(?:\.?\d|inf|nan)\S*(?:\s+-?\d+)?\s*$/i
+/** `size{unit="B"} 7 1700000000000`; OpenMetrics may add ` # {trace_id="abc"} 1`. */
+const SAMPLE =
+  /^([a-z_:][\w:]*(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+(\S+))(?:\s+(-?[\d.]+))?\s*(?:# \{.*)?$/i
 
-/** A histogram has samples of further names. */
-function isSampleOf(name: string, sample: string): boolean {
-  if (sample === name) return true
-  return sample.startsWith(`${name}_`) && /_(bucket|sum|count|created|total)$/.test(sample)
+/** `7`, `-1.5e-3`, `+Inf` */
+const SAMPLE_VALUE = /^[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)$/i
+
+/** Gives a sample as Prometheus's text format has it, '' for what is none. There times are in
+ *  milliseconds, in OpenMetrics in seconds. */
+function toSample(line: string, isOpenMetrics: boolean): string {
+  const [, sample = '', value = '', time] = SAMPLE.exec(line) ?? []
+  if (!SAMPLE_VALUE.test(value)) return ''
+  if (time === undefined) return sample
+  const isInSeconds = isOpenMetrics || time.includes('.')
+  return `${sample} ${isInSeconds ? Math.round(Number(time) * 1_000) : time}`
 }
 
 function linesOfFamily({ name, help, values }: Family): string[] {
