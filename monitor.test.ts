@@ -10040,6 +10040,42 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.doesNotMatch(logger.lines.join('\n'), /hunter2|user:/)
   })
 
+  test('a password is hidden, whatever it holds, and a path is not', async (t) => {
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    const shown = async (reason: string) => {
+      void monitor.drain({ reason })
+      return await ask(port, 'health_check\n')
+    }
+    for (const secret of [
+      'hun/ter',
+      'hun@te/r',
+      '/hunter',
+      ':hun:te/r',
+      'hunter?#/',
+      'hunter//x@y'
+    ]) {
+      for (const user of ['app', '', 'app:12', 'a.b']) {
+        const reply = await shown(`is (postgres://${user}:${secret}@db.internal/shop)`)
+        assert.equal(reply, 'is (postgres://***@db.internal/shop)\n')
+      }
+    }
+    assert.equal(await shown('redis://tok/en@db x@y'), 'redis://***@db x@y\n')
+    const harmless = [
+      'http://localhost:8080/@@warmup',
+      'http://[::1]:8080/shop/@@warmup',
+      '(file:///srv/node_modules/@scope/name@1.0/index.js:1:2)',
+      'https://registry.npmjs.org/@types/node',
+      'root@localhost'
+    ]
+    for (const text of harmless) assert.equal(await shown(text), `${text}\n`)
+    assert.equal(await shown(`http://app:pa@host/@@warmup`), 'http://***@host/@@warmup\n')
+    assert.doesNotMatch(logger.lines.join('\n'), /hun/)
+
+    const startedAt = performance.now()
+    await shown('//a'.repeat(200_000))
+    assert.ok(performance.now() - startedAt < 2_000)
+  })
+
   test('only this machine is told the addresses of probers and the texts of errors', async (t) => {
     const { port } = await bootInstance(t, {
       databases: {

@@ -3886,10 +3886,10 @@ function unreffedPause(ms: number): Promise<void> {
  *  calls `cleanUp`, ends upgraded connections, stops the monitor, and closes the servers that the
  *  application has not closed. Resolves when all that is done; what takes longer than `exitAfterMs`
  *  is logged, and ends the process with 1. Options that are left out are those of
- *  `shutdownOnSignal`. Called twice it is one shutdown. Do not await it before you answer a request, which it waits for.
- *  A second call waits for `onSignal` and `cleanUp` for 5 s at most, since they may be what makes the
- *  call, and would wait for themselves. Rejects with a `TypeError` or `RangeError` for options that
- *  are wrong. */
+ *  `shutdownOnSignal`. Called twice it is one shutdown. Do not await it before you answer a request,
+ *  which it waits for. A second call waits for `onSignal` and `cleanUp` for 5 s at most, since they
+ *  may be what makes the call, and would wait for themselves. Rejects with a `TypeError` or
+ *  `RangeError` for options that are wrong. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
   async (options) => {
@@ -5483,10 +5483,23 @@ function clean(text: string): string {
 
 /** Texts of errors repeat the URLs that clients of databases were given. */
 function withoutPasswords(text: string): string {
-  return text.replace(CREDENTIALS, '//***@')
+  return text.replace(/\S+/g, (word) => withoutLongPassword(word.replace(CREDENTIALS, '//***@')))
+}
+
+/** A password may hold anything, slashes too, so what ends it is the last `@`. */
+function withoutLongPassword(word: string): string {
+  const beginsAt = word.indexOf('//') + 2
+  const endsAt = word.lastIndexOf('@')
+  if (beginsAt < 2 || endsAt < beginsAt) return word
+  if (PATH_BEFORE_AT.test(word.slice(beginsAt, endsAt))) return word
+  return `${word.slice(0, beginsAt)}***${word.slice(endsAt)}`
 }
 
 const CREDENTIALS = /\/\/[^\s/@][^\s/]*@/g // of postgres://user:password@host
+
+/** Of `http://localhost:8080/@@warmup`, `https://registry.npmjs.org/@types/node` and
+ *  `file:///srv/name@1.0`. */
+const PATH_BEFORE_AT = /^(?:\/|(?:\*\*\*@)?(?:\[[\da-f:]+\]|[^/:@]+)(?::\d+)?\/(?:.*\/)?@*$)/
 
 const CONTROL_CHARACTER = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu
 
@@ -5936,7 +5949,7 @@ function sortByFamily(text: string, families: Map<string, string[]>): string {
   return wrongLine
 }
 
-/** A sample belongs to the family before it, whose name its own begins with (a histogram's does), or
+/** A sample belongs to the family before it if its name begins with that one's (a histogram's does),
  *  else to one of its own. */
 function familyOf(line: string, before: string): string {
   const [, hash, name = ''] = METRIC_NAME.exec(line) ?? []
