@@ -3465,9 +3465,8 @@ class Prober {
   #answersPerAsk = 1
   readonly address: string
   asks = 0
-  /** When it asked the last few times, in a ring: a new array each time, and a new place in the
-   *  Map, were 5 % of a check. */
-  readonly #askedAtTickMs = Array<number>(PROBER_MEMORY).fill(-Infinity)
+  /** When it asked the last few times, the oldest first. */
+  readonly #askedAtTickMs: number[] = []
 
   constructor(address: string) {
     this.address = address
@@ -3479,14 +3478,15 @@ class Prober {
   }
 
   ask(nowTickMs: number, answersPerAsk: number): void {
-    this.#askedAtTickMs[this.asks % PROBER_MEMORY] = nowTickMs
     this.asks++
     this.#answersPerAsk = answersPerAsk
     this.drainedAnswers += answersPerAsk
+    this.#askedAtTickMs.push(nowTickMs)
+    if (this.#askedAtTickMs.length > PROBER_MEMORY) this.#askedAtTickMs.shift()
   }
 
   get lastAskedAtTickMs(): number {
-    return this.#askBefore(1)
+    return this.#askedAtTickMs.at(-1) ?? -Infinity
   }
 
   /** The mean of the pauses that are known, -1 if there is none. */
@@ -3500,7 +3500,8 @@ class Prober {
 
   /** Whether it asks often enough to be a balancer, and not a person. */
   get isFrequent(): boolean {
-    return this.lastAskedAtTickMs - this.#askBefore(PROBER_ASKS) <= PROBER_MS
+    const earlierMs = this.#askedAtTickMs.at(-PROBER_ASKS) ?? -Infinity
+    return this.lastAskedAtTickMs - earlierMs <= PROBER_MS
   }
 
   /** A balancer whose server is in maintenance asks no more, nor does a person with curl. */
@@ -3530,25 +3531,15 @@ class Prober {
 
   /** How often it asks; less and less while it is silent, and 0 for who asked once. */
   rate(nowTickMs: number): number {
-    const [oldestAskMs = nowTickMs, ...others] = this.#knownAsks
+    const [oldestAskMs = nowTickMs, ...others] = this.#askedAtTickMs
     if (others.length === 0) return 0
     return others.length / (nowTickMs - oldestAskMs)
-  }
-
-  /** When it asked, so many asks ago; 1 is the last one. -Infinity where it never did. */
-  #askBefore(count: number): number {
-    return this.#askedAtTickMs[(this.asks - count) % PROBER_MEMORY] ?? -Infinity
-  }
-
-  get #knownAsks(): number[] {
-    const known = this.#askedAtTickMs.filter((atMs) => atMs > -Infinity)
-    return known.sort((one, other) => one - other)
   }
 
   /** From ask to ask. One of more than PROBER_MS was an absence, as in maintenance, and tells of no
    *  rhythm, unless there are no others. */
   get #pauses(): number[] {
-    const known = this.#knownAsks
+    const known = this.#askedAtTickMs
     const all = known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
     const regular = all.filter((pauseMs) => pauseMs <= PROBER_MS)
     return regular.length > 0 ? regular : all
@@ -5949,8 +5940,8 @@ function sortByFamily(text: string, families: Map<string, string[]>): string {
   return wrongLine
 }
 
-/** A sample belongs to the family before it if its name begins with that one's (a histogram's does),
- *  else to one of its own. */
+/** A sample belongs to the family before it if its name begins with that one's, as a histogram's
+ *  does, else to one of its own. */
 function familyOf(line: string, before: string): string {
   const [, hash, name = ''] = METRIC_NAME.exec(line) ?? []
   const isInside = hash === undefined && before !== '' && `${name}_`.startsWith(`${before}_`)
