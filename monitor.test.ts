@@ -10632,7 +10632,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.equal(await lag(), 0)
   })
 
-  test('the page is told apart by the host, the process and the package of its instance', async (t) => {
+  test('on this machine the page is told apart by the host, the process and the package of its instance', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM })
     const title = async (host: string) => {
       const { body } = await openPage(port, { headers: { Host: host } })
@@ -10642,13 +10642,16 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     }
     setEnvironment(t, {})
     const pidText = `process ${process.pid}`
-    assert.equal(await title('web1.example:8160'), `web1.example, ${pidText}`)
     assert.equal(await title('[::1]:8160'), `::1, ${pidText}`)
-    assert.equal(await title('<b>'), `&#60;b&#62;, ${pidText}`)
+    assert.equal(await title('127.0.0.1'), `127.0.0.1, ${pidText}`)
     setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop' })
     assert.equal(await title('localhost:8160'), `web2, ${pidText}, shop`)
     setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop', npm_package_version: '2.3.1' })
     assert.equal(await title('localhost:8160'), `web2, ${pidText}, shop 2.3.1`)
+
+    // Strangers see what they have said themselves.
+    assert.equal(await title('web1.example:8160'), 'web1.example')
+    assert.equal(await title('<b>'), '&#60;b&#62;')
   })
 
   test('the page shows the last two minutes as a chart', async (t) => {
@@ -13522,6 +13525,32 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(first.indexOf('up 12 s'), second.indexOf('up 12 s'))
     const healthy = await runProgram(t, ['status', `web1=${one}`, `${one}`])
     assert.equal(healthy.status, 0, healthy.stdout)
+  })
+
+  test('`wait` and `status` print nothing raw of what a monitor says', async (t) => {
+    const site = { componentId: EVIL, observedValue: 0, stage: 'running' }
+    const number = [{ observedValue: EVIL }]
+    const checks = {
+      'warmup:duration': [site],
+      uptime: number,
+      'requests:inFlight': number,
+      'eventLoop:utilization': [{ observedValue: null }],
+      'memory:resident': [{}]
+    }
+    for (const output of ['Warmup in progress', EVIL]) {
+      const body = JSON.stringify({ status: 'fail', output, checks })
+      const port = await fakeInstance(t, (socket) => {
+        socket.once('data', () => {
+          socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
+        })
+      })
+      const waited = await runProgram(t, ['wait', '--timeout', '0', '--port', String(port)])
+      assert.doesNotMatch(waited.stdout.replaceAll('\n', ''), UNSAFE)
+      assert.equal(waited.stdout.split('\n').length, 3)
+      const { stdout } = await runProgram(t, ['status', `web1=${port}`])
+      assert.doesNotMatch(stdout.trimEnd(), UNSAFE)
+      assert.match(stdout, output === EVIL ? /^web1 / : /^web1 {2}Warmup in progress\n$/)
+    }
   })
 
   test('`ftw-monitor status --watch` goes on through a restart, until Ctrl-C', async (t) => {

@@ -6506,7 +6506,7 @@ function renderPage(known: Status, exchange: Exchange, nonce: string): string {
   const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
   const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
   const heading = headingOf(known)
-  const identity = describeProcess(exchange.response.req)
+  const identity = describeProcess(exchange)
   return `<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">${refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -6538,12 +6538,14 @@ function sinceWhen({ changes }: Status): string {
   return `For ${duration((Date.now() - Date.parse(time)) / 1_000)}, since ${toSecond(time)}`
 }
 
-/** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. */
-function describeProcess({ headers }: http.IncomingMessage): string {
-  const host = readEnv('HOSTNAME') ?? nameInHost(headers.host ?? '')
+/** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. A stranger sees the
+ *  host alone that they asked for. */
+function describeProcess({ local, response }: Exchange): string {
+  const askedHost = nameInHost(response.req.headers.host ?? '') || 'localhost'
+  if (!local) return askedHost
+  const parts = [readEnv('HOSTNAME') ?? askedHost, `process ${process.pid}`]
   const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
   const version = readEnv('npm_package_version') ?? ''
-  const parts = [host || 'localhost', `process ${process.pid}`]
   if (name !== undefined) parts.push(`${name} ${version}`.trim())
   return parts.join(', ')
 }
@@ -6792,7 +6794,8 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
     const sites = checks['warmup:duration'] ?? []
     const running = sites.findIndex(({ stage }) => stage === 'running')
     if (reason !== WARMING_UP.reason || running < 0) return reason
-    return `${reason}: ${sites[running]?.componentId}, ${running + 1} of ${sites.length}`
+    const site = clean(String(sites[running]?.componentId))
+    return `${reason}: ${site}, ${running + 1} of ${sites.length}`
   } catch (error) {
     return clean(errorText(error))
   }
@@ -6906,13 +6909,19 @@ async function instanceStatus(
   const [, name = word] = NAMED_INSTANCE.exec(word) ?? []
   try {
     const { reason, checks } = await askStatus(parseInstance(word).to)
-    const value = (measure: string): number => checks[measure]?.[0]?.observedValue ?? -1
-    const figures = [`up ${duration(value('uptime'))}`]
+    const value = (measure: string): number => {
+      const observed: unknown = checks[measure]?.[0]?.observedValue
+      return typeof observed === 'number' ? observed : -1
+    }
+    const figures: string[] = []
+    const uptimeSeconds = value('uptime')
+    if (uptimeSeconds >= 0) figures.push(`up ${duration(uptimeSeconds)}`)
     const inFlight = value('requests:inFlight')
     if (inFlight >= 0) figures.push(`${inFlight} in flight`)
     const utilization = value('eventLoop:utilization')
     if (utilization >= 0) figures.push(`loop ${percentage(utilization)} %`)
-    figures.push(`${Math.round(value('memory:resident') / 2 ** 20)} MiB`)
+    const bytes = value('memory:resident')
+    if (bytes >= 0) figures.push(`${Math.round(bytes / 2 ** 20)} MiB`)
     return { name, reason, figures: figures.join(', ') }
   } catch (error) {
     return { name, reason: clean(errorText(error)), figures: '' }
