@@ -2202,6 +2202,15 @@ describeInProcess('Listening', TOGETHER, () => {
     })
   }
 
+  test('another copy of this file is not given our port', async (t) => {
+    const { port, server, logger } = await bootInstance(t, { performers: WARM })
+    const other = await importMonitor(t)
+    const listen = { port, host: '127.0.0.1' }
+    assert.equal(await other.start({ server, listen, logger: recorder() }), false)
+    assert.deepEqual(warningsOf(logger), [])
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
   test('a Unix socket that the program wants is given to it, too', async (t) => {
     const path = join(scratchFolder(t), 'monitor')
     const monitor = await importMonitor(t)

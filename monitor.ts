@@ -1195,6 +1195,7 @@ class Listener {
       .createServer({ allowHalfOpen: true }, (socket) => this.#admit(socket))
       .unref()
     this.#server = server
+    Reflect.defineProperty(server, MONITOR_SERVER, { value: true })
     this.#settled = new Promise((resolve) => {
       server.once('listening', () => resolve())
       server.once('error', () => resolve())
@@ -1325,6 +1326,9 @@ type Listen = net.Server['listen'] & { [LISTEN_WRAP]?: ListenWrap }
 /** What a wrapped `listen` is known by, also to another copy of this file. */
 const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.2')
 
+/** What marks the servers of monitors, which are no business of another one's. */
+const MONITOR_SERVER: unique symbol = Symbol.for('ftw-monitor.server.1')
+
 interface ListenWrap {
   observers: Set<ListenObserver>
   /** Takes the wrap off, unless somebody has wrapped it again. */
@@ -1362,6 +1366,7 @@ function wrapListen(prototype: net.Server): ListenWrap {
     })
   }
   const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
+    if (MONITOR_SERVER in this) return Reflect.apply(inner, this, args)
     const isAwaited = awaited.has(this) // since an earlier try, which failed
     if (!isAwaited) this.once('listening', () => onListening(this))
     awaited.add(this)
