@@ -5158,7 +5158,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
   })
 
-  test('a warm-up asked for meanwhile joins what covers it, and follows what does not', async (t) => {
+  test('each site is warmed once for all who ask meanwhile, and what is new is queued', async (t) => {
     const calls: string[] = []
     let gate = latch()
     gate.open()
@@ -5199,7 +5199,42 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
     assert.equal(await begin('/@@warmup', '/@@warmup', '/shop/@@warmup'), '/ /shop')
     assert.equal(await begin('/shop/@@warmup', '/shop/@@warmup'), '/shop')
-    assert.equal(await begin('/shop/@@warmup', '/@@warmup', '/@@warmup'), '/shop / /shop')
+    assert.equal(await begin('/shop/@@warmup', '/@@warmup', '/@@warmup'), '/shop /')
+  })
+
+  test('who asks for one site during a warm-up of all waits for that one, and hears of it alone', async (t) => {
+    let isByHand = false
+    const calls: string[] = []
+    const gates = { '/': latch(), '/slow': latch() }
+    const { port, instancePort } = await bootInstance(t, {
+      performers: {
+        '/': async () => {
+          if (!isByHand) return
+          calls.push('/')
+          await gates['/'].opened
+          throw new Error('root is broken')
+        },
+        '/shop': () => void calls.push('/shop'),
+        '/slow': () => isByHand && gates['/slow'].opened
+      }
+    })
+    isByHand = true
+    calls.length = 0
+    const all = getPage(instancePort, '/@@warmup')
+    await until(() => calls.length === 1, 'the first site is running')
+    const byView = getPage(instancePort, '/shop/@@warmup')
+    const byLine = ask(port, 'warmup /shop\n')
+    await getPage(instancePort, '/') // by then the view has seen the other request
+    await untilSeen(port)
+
+    gates['/'].open()
+    const { status, body } = await inTime(byView, 'the view answers', 5_000)
+    assert.deepEqual([status, body], [200, 'Warmup successful\n'])
+    assert.equal(await inTime(byLine, 'the command replies', 5_000), 'Warmup successful\n')
+    assert.ok(await isPendingFor(50, all))
+    gates['/slow'].open()
+    assert.equal((await all).body, 'Warmup failed: root is broken\n')
+    assert.deepEqual(calls.slice(0, 2), ['/', '/shop']) // before '/' is tried again
   })
 
   test('a failed warm-up is settled by a whole one that succeeds, not by one site', async (t) => {

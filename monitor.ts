@@ -287,7 +287,7 @@ const HEALTHY_POLL_MS = 250 // of untilHealthy: seldom enough to ask databases f
 // Of the warm-up
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
-const WARMUP_MS = 30 * 60_000 // for one run, as in ftw.monitor
+const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor gives as much to all of them
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
 
@@ -2888,83 +2888,84 @@ function sitesAt(path: string): string[] {
   return path === '/' ? all : all.filter((name) => name === path)
 }
 
+/** How the warm-up of a site stands. */
+type SiteStage = 'off' | 'waiting' | 'running' | 'warm' | 'failed'
+
 /** A site from boot to the end of the instance. */
 class Site {
   readonly name: string
-  #stage: SiteStage
-  #isAwaited = true
-  #failure = ''
+  stage: SiteStage
+  /** Whether it has to be warm before the instance is green. */
+  isAwaited = true
+  /** Why its last warm-up failed, '' if it did not. */
+  failure = ''
+  /** Of the warm-up that is to come, or runs. */
+  #controller = new AbortController()
   #startedAtMs = 0
   #seconds = 0
 
   constructor(name: string, stage: 'off' | 'waiting') {
     this.name = name
-    this.#stage = stage
-  }
-
-  get stage(): SiteStage {
-    return this.#stage
-  }
-
-  /** Whether it has to be warm before the instance is green. */
-  get isAwaited(): boolean {
-    return this.#isAwaited
-  }
-
-  /** Why its last warm-up failed, '' if it did not. */
-  get failure(): string {
-    return this.#failure
+    this.stage = stage
   }
 
   /** How long its warm-up took, or has run so far. */
   get seconds(): number {
-    return this.#stage === 'running' ? this.#secondsSinceStart() : this.#seconds
+    return this.stage === 'running' ? this.#secondsSinceStart : this.#seconds
   }
 
-  /** Its warm-up is still to come, or goes on; if it is awaited, the instance is red until then. */
+  /** Its warm-up is to come, if it does not run already. */
   expect(isAwaited: boolean): void {
-    if (this.#stage !== 'running') this.#stage = 'waiting'
-    this.#isAwaited = isAwaited
+    if (this.stage !== 'running') this.stage = 'waiting'
+    this.isAwaited = isAwaited
   }
 
-  begin(): void {
-    this.#stage = 'running'
-    this.#failure = ''
+  /** Never rejects, and ends when it is aborted, since a performer may not heed the signal. */
+  async warmUp(url: string, clock: Clock): Promise<void> {
+    const { name } = this
+    const { signal } = this.#controller
+    const expire = (): void => this.abort(`no end after ${WARMUP_MS / 60_000} minutes`)
+    clock.schedule(WARMUP_MS, expire)
+    this.stage = 'running'
+    this.failure = ''
     this.#startedAtMs = performance.now()
+
+    try {
+      signal.throwIfAborted()
+      const performer = performers.get(name) ?? loadPage
+      await untilAbort(signal, performer({ site: name, url, signal }))
+      signal.throwIfAborted()
+      this.stage = 'warm'
+    } catch (error) {
+      this.stage = 'failed'
+      this.failure = errorText(error)
+    }
+    this.#seconds = this.#secondsSinceStart
+
+    clock.cancel(expire)
+    this.#controller = new AbortController() // work that goes on afterwards must not be aborted
   }
 
-  end(failure: string): void {
-    this.#seconds = this.#secondsSinceStart()
-    this.#stage = failure ? 'failed' : 'warm'
-    this.#failure = failure
+  /** Ends the warm-up that is to come, or runs. */
+  abort(reason: string): void {
+    this.#controller.abort(new Error(reason))
   }
 
-  #secondsSinceStart(): number {
+  get #secondsSinceStart(): number {
     return (performance.now() - this.#startedAtMs) / 1_000
   }
 }
 
-/** The warm-up of some sites, one after the other. */
-interface Run {
-  /** What is running, and what is still to be done. */
-  sites: string[]
-  controller: AbortController
-  /** Resolves to why it failed, '' if it did not. */
-  done: Promise<string>
-}
-
-/** How the warm-up of a site stands. */
-type SiteStage = 'off' | 'waiting' | 'running' | 'warm' | 'failed'
-
 type WarmupStage = 'off' | 'cold' | 'running' | 'done' | 'failed'
 
-/** Warms the sites of one boot, and tries again what has failed. */
+/** Warms the sites of one boot, one after the other, and tries again what has failed. */
 class WarmupRunner {
   readonly #monitor: Monitor
   readonly #isAutomatic = !isSwitchedOff('FTW_MONITOR_AUTOWARMUP')
   readonly #sites = new Map<string, Site>()
-  /** The first one is running, the others wait. */
-  readonly #runs: Run[] = []
+  /** The first one runs, the others wait. Each promise resolves to why that site failed, '' if it
+   *  did not. */
+  readonly #queue = new Map<Site, Promise<string>>()
   /** Our own request for the view bears this token. */
   #token: string | undefined
   readonly #viewController = new AbortController()
@@ -2983,18 +2984,12 @@ class WarmupRunner {
   }
 
   get stage(): WarmupStage {
-    const isRunAwaited = this.#runs.some((run) =>
-      run.sites.some((name) => this.#site(name).isAwaited)
-    )
-    if (isRunAwaited) return 'running'
-    let stage: WarmupStage = 'done'
-    for (const name of siteNames()) {
-      const site = this.#site(name)
-      if (site.stage === 'failed') return 'failed'
-      if (site.stage === 'off') stage = 'off'
-      else if (site.stage !== 'warm' && site.isAwaited) return 'cold'
-    }
-    return stage
+    const queued = [...this.#queue.keys()]
+    if (queued.some(({ isAwaited }) => isAwaited)) return 'running'
+    const { sites } = this
+    if (sites.some(({ stage }) => stage === 'failed')) return 'failed'
+    if (sites.some(({ stage, isAwaited }) => stage === 'waiting' && isAwaited)) return 'cold'
+    return sites.some(({ stage }) => stage === 'off') ? 'off' : 'done'
   }
 
   /** Why the instance is not warm, '' if it is. */
@@ -3013,19 +3008,43 @@ class WarmupRunner {
     else this.#phase = 'begun'
   }
 
-  /** Joins a run that still has these sites before it, or queues one; the instance is red until it
-   *  is over, unless nobody awaits it. Resolves to why it failed, '' if it did not. */
-  warmUp(sites: string[], isAwaited = true): Promise<string> {
-    for (const name of sites) this.#site(name).expect(isAwaited)
-    const covering = this.#runs.find((run) => sites.every((site) => run.sites.includes(site)))
-    if (covering) return covering.done
+  /** Queues those of the sites that are not queued yet; the instance is red until all of these are
+   *  over, unless nobody awaits them. Resolves to why they failed, '' if they did not. */
+  async warmUp(names: string[], isAwaited = true): Promise<string> {
+    const sites = names.map((name) => this.#site(name))
+    const added = sites.filter((site) => !this.#queue.has(site))
+    if (added.length > 0) log('info', `warms up ${added.map(({ name }) => name).join(', ')}`)
+    for (const site of sites) site.expect(isAwaited)
+    const failures = await Promise.all(sites.map((site) => this.#enqueue(site)))
+    return failures.filter(Boolean).join('; ')
+  }
 
-    const controller = new AbortController()
-    const before = this.#runs.at(-1)?.done
-    const run = { sites: [...sites], controller, done: Promise.resolve('') }
-    this.#runs.push(run)
-    run.done = this.#perform(run, before)
-    return run.done
+  #enqueue(site: Site): Promise<string> {
+    const queued = this.#queue.get(site)
+    if (queued) return queued
+    const done = this.#warmInTurn(site)
+    this.#queue.set(site, done)
+    return done
+  }
+
+  async #warmInTurn(site: Site): Promise<string> {
+    await [...this.#queue.values()].at(-1)
+    const { instance, clock } = this.#monitor
+    await site.warmUp(withoutSlashes(`${instance?.url}${site.name}`), clock)
+
+    const failure = describeFailures([site])
+    this.#queue.delete(site)
+    if (this.#phase !== 'over') this.#logOutcome(site)
+    if (this.#queue.size === 0) this.#takeNextStep()
+    return failure
+  }
+
+  #logOutcome({ name, failure, seconds }: Site): void {
+    const { sites } = this
+    const warm = sites.filter(({ stage }) => stage === 'warm')
+    const outcome = failure ? `failed (${failure})` : 'is warm'
+    const text = `(${warm.length}/${sites.length}) ${name} ${outcome} after ${seconds.toFixed(1)} s`
+    log(failure ? 'warn' : 'info', text)
   }
 
   /** The view has seen our own request. */
@@ -3041,7 +3060,7 @@ class WarmupRunner {
 
   abort(reason: string): void {
     this.#viewController.abort(new Error(reason))
-    for (const { controller } of this.#runs) controller.abort(new Error(reason))
+    for (const site of this.#queue.keys()) site.abort(reason)
   }
 
   end(): void {
@@ -3087,21 +3106,18 @@ class WarmupRunner {
   }
 
   /** Warms what still waits, and tries again what has failed. */
-  #takeNextStep(): void {
+  readonly #takeNextStep = (): void => {
     const { isInstanceClosing, clock } = this.#monitor
-    if (this.#phase !== 'begun' || this.#runs.length > 0 || currentShutdown) return
+    if (this.#phase !== 'begun' || this.#queue.size > 0 || currentShutdown) return
     if (isInstanceClosing) {
-      clock.schedule(TICK_MS, () => this.#takeNextStep()) // one of another process may come back
+      clock.schedule(TICK_MS, this.#takeNextStep) // one of another process may come back
       return
     }
 
     const waiting = this.sites.filter(({ stage }) => stage === 'waiting')
-    if (waiting.length > 0) {
-      void this.warmUp(waiting.map(({ name }) => name))
-      return
-    }
     const { failure } = this
-    if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
+    if (waiting.length > 0) void this.warmUp(waiting.map(({ name }) => name))
+    else if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
     else if (this.#retryAtTickMs === undefined) this.#retryLater(failure)
   }
 
@@ -3133,52 +3149,6 @@ class WarmupRunner {
   get nextTrySeconds(): number {
     if (this.#retryAtTickMs === undefined) return -1
     return (this.#retryAtTickMs - this.#monitor.clock.nowTickMs) / 1_000
-  }
-
-  async #perform(run: Run, runBefore: Promise<string> | undefined): Promise<string> {
-    await runBefore
-    const { clock } = this.#monitor
-    const { signal } = run.controller
-    const expire = (): void => {
-      run.controller.abort(new Error(`no end after ${WARMUP_MS / 60_000} minutes`))
-    }
-    clock.schedule(WARMUP_MS, expire)
-
-    if (!signal.aborted) log('info', `warms up ${run.sites.join(', ')}`)
-    const sites = run.sites.map((name) => this.#site(name))
-    for (const [index, site] of sites.entries()) {
-      await this.#warmSite(site, signal)
-      run.sites.shift()
-      this.#logOutcome(site, `${index + 1}/${sites.length}`)
-    }
-
-    clock.cancel(expire) // work that goes on after the warm-up must not be aborted
-    this.#runs.shift() // it was the first, since each waits for the one before it
-    this.#takeNextStep()
-    return describeFailures(sites)
-  }
-
-  /** A performer may not heed the signal. */
-  async #warmSite(site: Site, signal: AbortSignal): Promise<void> {
-    const { name } = site
-    const performer = performers.get(name) ?? loadPage
-    const url = withoutSlashes(`${this.#monitor.instance?.url}${name}`)
-    site.begin()
-    try {
-      signal.throwIfAborted()
-      await untilAbort(signal, performer({ site: name, url, signal }))
-      signal.throwIfAborted()
-      site.end('')
-    } catch (error) {
-      site.end(errorText(error))
-    }
-  }
-
-  #logOutcome({ name, failure, seconds }: Site, position: string): void {
-    if (this.#phase === 'over') return
-    const outcome = failure ? `failed (${failure})` : 'is warm'
-    const text = `(${position}) ${name} ${outcome} after ${seconds.toFixed(1)} s`
-    log(failure ? 'warn' : 'info', text)
   }
 }
 
