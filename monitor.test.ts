@@ -4833,6 +4833,31 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilVerdict(monitor)
   })
 
+  test('a page that is late while it is warmed up is no fault; one that fails is', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/' })
+    const warm = latch()
+    let code = 0 // for none
+    const { monitor, port } = await bootInstance(t, {
+      performers: { '/': () => warm.opened },
+      handler: (_, response) => {
+        if (code > 0) response.writeHead(code).end()
+      },
+      until: 'started'
+    })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '0 1\n', 'it warms up')
+    const { healthy, reason } = await monitor.health()
+    assert.deepEqual([healthy, reason], [false, 'Warmup in progress'])
+    assert.equal((await monitor.status()).grade, 'warn')
+    code = 500
+    await untilVerdict(monitor, "Error: Check '/' failed: it answered 500")
+    code = 200
+    await untilVerdict(monitor, 'Warmup in progress')
+    warm.open()
+    await untilVerdict(monitor)
+    code = 0
+    assert.equal((await monitor.health()).reason, "Error: Check '/' timed out.")
+  })
+
   test('a page that was not asked for does not pass, where the instance accepts just then', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health', FTW_MONITOR_AUTOWARMUP: 'off' })
     const monitor = await importMonitor(t)

@@ -2723,6 +2723,14 @@ class PageCheck extends Dependency {
   constructor(page: string) {
     super(`Check '${page}'`, page, false, () => checkPage(page), 'failed')
   }
+
+  /** Whether it does not pass because the instance is not ready yet: nobody has asked for the page,
+   *  or it is late, as a cold page is. */
+  get isPremature(): boolean {
+    if (monitor.state !== 'accepting') return true
+    const { stage } = monitor.warmup
+    return this.trouble === 'timed out' && (stage === 'cold' || stage === 'running')
+  }
 }
 
 function allDependencies(): Dependency[] {
@@ -2732,10 +2740,9 @@ function allDependencies(): Dependency[] {
 /** The first one that the instance cannot do without, and that does not pass. */
 function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
-  const isBooting = monitor.state !== 'accepting'
   return allDependencies().find((each) => {
     if (each.isPassing || each.isOptional) return false
-    return !(isBooting && each instanceof PageCheck)
+    return !(each instanceof PageCheck && each.isPremature)
   })
 }
 
