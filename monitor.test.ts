@@ -5118,10 +5118,15 @@ describeInProcess('Warm-up', TOGETHER, () => {
       ['/@@warmup?now=1', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
       ['/shop/@@warmup', 200, 'Warmup successful\n', ['/shop']],
       ['/shop/hats/@@warmup', 200, 'Warmup successful\n', ['/shop/hats']],
+      ['http://localhost:8080/@@warmup', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
+      ['HTTP://a/shop/@@warmup?now=1', 200, 'Warmup successful\n', ['/shop']],
       ['/nowhere/@@warmup', 404, undefined, []],
       ['/hats/@@warmup', 404, undefined, []],
       ['/shop', 200, 'hello', []],
-      ['/?next=/@@warmup', 200, 'hello', []]
+      ['/?next=/@@warmup', 200, 'hello', []],
+      ['/?next=a?/@@warmup', 200, 'hello', []],
+      ['http://localhost/?next=/@@warmup', 200, 'hello', []],
+      ['http://localhost?/@@warmup', 200, 'hello', []]
     ]
     for (const [path, status, body, expected] of rows) {
       calls.length = 0

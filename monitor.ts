@@ -3101,7 +3101,7 @@ class WarmupRunner {
       if (this.#phase === 'askingView') this.#viewController.abort()
     })
     try {
-      const answer = await fetch(`${instance.url}/@@warmup`, {
+      const answer = await fetch(`${instance.url}${VIEW_PATH}`, {
         headers: { ...instance.headers, [TOKEN_HEADER]: this.#token },
         redirect: 'manual',
         signal: this.#viewController.signal
@@ -3373,17 +3373,18 @@ function answerView(response: http.ServerResponse, code: number, text: string): 
 const WARMED_UP = 'Warmup successful'
 
 /** Whether a request of the application's is answered by us. */
-function isForView(url: string): boolean {
-  return !monitor.isOff && warmupSite(url) !== undefined
+function isForView(target: string): boolean {
+  return !monitor.isOff && warmupSite(target) !== undefined
 }
 
 /** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
-function warmupSite(url: string): string | undefined {
-  const [, site] = WARMUP_URL.exec(url) ?? []
-  return site === '' ? '/' : site
+function warmupSite(target: string): string | undefined {
+  const { path } = parseTarget(target)
+  if (!path.endsWith(VIEW_PATH)) return undefined
+  return path.slice(0, -VIEW_PATH.length) || '/'
 }
 
-const WARMUP_URL = /^([^?]*)\/@@warmup(?:\?|$)/ // /shop/@@warmup?now
+const VIEW_PATH = '/@@warmup'
 
 // --- The health path -----------------------------------------------------------------------------
 
@@ -3397,8 +3398,7 @@ type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string
 function isForHealth(method: string | undefined, target: string): boolean {
   const { healthPath } = monitor // known also after it has given up, when it must not be green
   if (healthPath === undefined || (method !== 'GET' && method !== 'HEAD')) return false
-  const [path] = target.replace(ORIGIN, '').split('?')
-  return path === healthPath
+  return parseTarget(target).path === healthPath
 }
 
 /** Tells what anybody may know. Visitors share an address with the balancer that they come by: so
@@ -5217,7 +5217,7 @@ class Exchange implements Asker {
   #body = ''
 
   constructor(session: HttpSession, response: http.ServerResponse) {
-    const { name, args, query } = parseTarget(response.req.url ?? '')
+    const { name, args, query } = parseCommand(response.req.url ?? '')
     this.session = session
     this.response = response
     this.name = name || nameOfRoot(response.req.headers)
@@ -5284,16 +5284,15 @@ function nameOfRoot({ accept }: http.IncomingHttpHeaders): string {
 const PAGE = '/'
 
 /** Reads `/NAME/ARG…?QUERY`; the name is '' of `/`. */
-function parseTarget(url: string): { name: string; args: string[]; query: string } {
-  if (PLAIN_PATH.test(url)) return { name: url.slice(1), args: [], query: '' }
+function parseCommand(target: string): { name: string; args: string[]; query: string } {
+  if (PLAIN_PATH.test(target)) return { name: target.slice(1), args: [], query: '' }
 
-  const [path = '', query = ''] = url.replace(ORIGIN, '').split('?')
+  const { path, query } = parseTarget(target)
   const parts = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
   const [name = '', ...args] = parts ?? [path] // no command has a name that cannot be decoded
   return { name, args, query }
 }
 
-const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (RFC 9112, 3.2.2)
 const PLAIN_PATH = /^\/\w+$/ // /health_check, where nothing is to be taken apart or decoded
 
 // --- Helpers -------------------------------------------------------------------------------------
@@ -5394,6 +5393,17 @@ function attemptOwn<T>(act: () => T): T | undefined {
 }
 
 let faultLoggedAtMs = -Infinity
+
+/** Takes the target of a request apart: `/shop?now`, or `http://host/shop?now`, which a client sends
+ *  that takes us for its proxy. */
+function parseTarget(target: string): { path: string; query: string } {
+  const local = target.startsWith('/') ? target : target.replace(ORIGIN, '')
+  const queryAt = local.indexOf('?')
+  if (queryAt < 0) return { path: local, query: '' }
+  return { path: local.slice(0, queryAt), query: local.slice(queryAt + 1) }
+}
+
+const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (RFC 9112, 3.2.2)
 
 // The environment
 
