@@ -6283,6 +6283,55 @@ describeInProcess('Warm-up', ALONE, () => {
 })
 
 describeInProcess('Warm-up', PAIRWISE, () => {
+  for (const scheme of ['http', 'https'] as const) {
+    const isSecure = scheme === 'https'
+    const options = isSecure ? needs('openssl') : {}
+    test(
+      `our own requests over ${scheme} go past a proxy that the environment names`,
+      options,
+      async (t) => {
+        let connections = 0
+        const proxy = net.createServer((socket) => {
+          connections++
+          socket.on('error', () => {}) // and no answer
+        })
+        await startListening(t, proxy)
+        const { keyFile = '', certFile = '' } = isSecure ? certify(t, 'localhost') : {}
+        const script = `
+        import { readFileSync } from 'node:fs'
+        const { default: module } = await import('node:${scheme}')
+        const options = ${isSecure}
+          ? { key: readFileSync('${keyFile}'), cert: readFileSync('${certFile}') }
+          : {}
+        const seen = []
+        const server = module.createServer(options, ({ url, headers }, response) => {
+          seen.push(url + ' ' + headers.authorization)
+          response.end()
+        })
+        server.listen(0, 'localhost')
+        await new Promise((resolve) => server.on('listening', resolve))
+        const url = '${scheme}://ad:min@localhost:' + server.address().port
+        monitor.start({ server, url, listen: { host: '127.0.0.1', port: 0 } })
+        await monitor.untilHealthy()
+        print(seen.join('\\n'))
+        process.exit()`
+        const address = `http://127.0.0.1:${portOf(proxy)}`
+        const env = {
+          NODE_USE_ENV_PROXY: '1',
+          http_proxy: address,
+          HTTPS_PROXY: address,
+          NODE_EXTRA_CA_CERTS: certFile,
+          FTW_MONITOR_CHECK: '/page'
+        }
+        const watched = runScript(t, { script, env })
+        assert.equal(await inTime(watched.exit, 'it is green', 8_000), 0, watched.output)
+        const login = `Basic ${btoa('ad:min')}`
+        assert.match(watched.stdout, new RegExp(`^/ ${login}$`, 'm'))
+        assert.equal(connections, 0)
+      }
+    )
+  }
+
   for (const [where, begin] of Object.entries(STARTS)) {
     const options = where.endsWith('mounted') ? {} : SLOW
     const name = `a warm-up that hangs does not keep the process alive, started ${where}`

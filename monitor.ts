@@ -2622,7 +2622,7 @@ async function checkPage(page: string): Promise<true> {
   const { instance } = monitor
   if (!instance) throw new Error('the instance is booting')
   const url = `${instance.url}${page}`
-  const code = await visitQuietly(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
+  const code = await visit(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
   if (code >= 400) throw new Error(`it answered ${code}`)
   return true
 }
@@ -3094,19 +3094,14 @@ class WarmupRunner {
    *  answers too. What nobody answers is warmed up all the same, by the performers alone. */
   async #askView(): Promise<void> {
     const { instance, clock } = this.#monitor
-    if (!instance || instance.path !== undefined) return // fetch knows no Unix sockets
+    if (!instance || instance.path !== undefined) return // no view is asked by a Unix socket
 
     this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
     clock.schedule(VIEW_MS, () => {
       if (this.#phase === 'askingView') this.#viewController.abort()
     })
     try {
-      const answer = await fetch(`${instance.url}${VIEW_PATH}`, {
-        headers: { ...instance.headers, [TOKEN_HEADER]: this.#token },
-        redirect: 'manual',
-        signal: this.#viewController.signal
-      })
-      await answer.body?.cancel()
+      await visit(`${instance.url}${VIEW_PATH}`, this.#viewController.signal, this.#token)
     } catch {
       // Nobody answered.
     }
@@ -3184,45 +3179,69 @@ function describeFailures(sites: Site[]): string {
 
 const TOKEN_HEADER = 'x-ftw-monitor-token'
 
-/** The default performer: loads the page that the first visitor would have waited for. */
+/** The default performer: loads the page that the first visitor would have waited for. Some servers
+ *  answer nothing but upgrades. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
-  const code = await visit(url, signal)
-  if (code >= 500) throw new Error(`it answered ${code}`)
-  if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
-}
-
-/** Gives the status of a page when all of it has come. Some servers answer nothing but upgrades. */
-async function visit(url: string, signal: AbortSignal): Promise<number> {
   const { clock } = monitor
   const warn = (): void => {
     log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
   }
   clock.schedule(PAGE_WARNING_MS, warn)
   try {
-    return await visitQuietly(url, signal)
+    const code = await visit(url, signal)
+    if (code >= 500) throw new Error(`it answered ${code}`)
+    if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
   } finally {
     clock.cancel(warn)
   }
 }
 
-function visitQuietly(url: string, signal: AbortSignal): Promise<number> {
-  return /^https:/i.test(url) ? visitByFetch(url, signal) : visitByHttp(url, signal)
+/** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
+ *  Resolves to the status when all of the answer has come. */
+function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
+  const isPage = token === undefined
+  const credentials = monitor.instance?.headers ?? {}
+  const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
+  const get = getInPlaceOfFetch(url, isPage)
+  return get ? visitByGet(get, url, headers, signal) : visitByFetch(url, headers, signal)
 }
 
-async function visitByFetch(url: string, signal: AbortSignal): Promise<number> {
-  const headers = monitor.instance?.headers ?? {}
+/** fetch sends token and credentials to a proxy that the environment names. For pages it is not fit
+ *  either: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https it has
+ *  to do all the same, since we do not load `node:https` for the many who have no use for it. */
+function getInPlaceOfFetch(url: string, isPage: boolean): typeof http.get | undefined {
+  const isSecure = /^https:/i.test(url)
+  if (isProxyNamed()) return isSecure ? process.getBuiltinModule?.('node:https').get : http.get
+  return isPage && !isSecure ? http.get : undefined
+}
+
+/** Whether Bun and Deno use a proxy, and Node.js may have been told to. */
+function isProxyNamed(): boolean {
+  return Object.keys(process.env).some((name) => PROXY_VARIABLE.test(name))
+}
+
+const PROXY_VARIABLE = /^(https?|all)_proxy$/i
+
+async function visitByFetch(
+  url: string,
+  headers: Record<string, string>,
+  signal: AbortSignal
+): Promise<number> {
   const page = await fetch(url, { headers, redirect: 'manual', signal })
   await page.body?.pipeTo(new WritableStream())
   return page.status
 }
 
-/** Without fetch, which refuses some ports, goes through proxies, and gives up after 300 s. */
-function visitByHttp(url: string, signal: AbortSignal): Promise<number> {
-  const { instance } = monitor
-  const headers = instance?.headers ?? {}
-  const options = { agent: false, headers, signal, socketPath: instance?.path }
+/** Without an agent, since the usual one may know of a proxy. */
+function visitByGet(
+  get: typeof http.get,
+  url: string,
+  headers: Record<string, string>,
+  signal: AbortSignal
+): Promise<number> {
+  const options = { agent: false, headers, signal, socketPath: monitor.instance?.path }
   return new Promise((resolve, reject) => {
-    const request = http.get(url, options, (page) => {
+    const request = get(url, options, (page) => {
       page.on('error', reject)
       page.on('end', () => resolve(page.statusCode ?? 0))
       page.resume()
