@@ -4858,6 +4858,13 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal((await monitor.health()).reason, "Error: Check '/' timed out.")
   })
 
+  test('a page of an instance that speaks HTTP/2 alone fails, and says why', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
+    const server = await startListening(t, http2.createServer())
+    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    await untilVerdict(monitor, /^Error: Check '\/health' failed: .*; it speaks no HTTP\/1$/)
+  })
+
   test('a page that was not asked for does not pass, where the instance accepts just then', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health', FTW_MONITOR_AUTOWARMUP: 'off' })
     const monitor = await importMonitor(t)
@@ -5556,6 +5563,39 @@ describeInProcess('Warm-up', TOGETHER, () => {
       })
     )
     assert.deepEqual(elsewhere, [])
+  })
+
+  test('an instance that speaks HTTP/2 alone is green when it accepts, after one warning', async (t) => {
+    const answer = () => assert.fail('no request of ours can be read')
+    const server = await startListening(t, http2.createServer(answer))
+    const { monitor, port, logger } = await bootInstance(t, { server })
+    const warning = 'cannot load /: the instance speaks no HTTP/1; a performer of yours could'
+    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor ${warning}`])
+    assert.equal(await ask(port, 'warmup\n'), 'Warmup successful\n')
+    monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
+    assert.equal(await ask(port, 'warmup\n'), 'Warmup failed: no stock\n')
+  })
+
+  test('so is one that speaks HTTP/2 alone over TLS', needs('openssl'), async (t) => {
+    const { keyFile, certFile } = certify(t, 'localhost')
+    const script = `
+      import http2 from 'node:http2'
+      import { readFileSync } from 'node:fs'
+      const key = readFileSync('${keyFile}')
+      const cert = readFileSync('${certFile}')
+      const server = http2.createSecureServer({ key, cert }, (_, response) => response.end())
+      await new Promise((resolve) => server.listen(0, 'localhost', resolve))
+      const logger = { info() {}, warn: (text) => print(text), error: print }
+      const url = 'https://localhost:' + server.address().port
+      monitor.start({ server, url, listen: { host: '127.0.0.1', port: 0 }, logger })
+      await monitor.untilHealthy()
+      process.exit()`
+    const env = { NODE_EXTRA_CA_CERTS: certFile }
+    const watched = runScript(t, { script, env, flags: ['--no-warnings'] })
+    assert.equal(await inTime(watched.exit, 'it is green'), 0, watched.output)
+    const warnings = watched.stdout.split('\n').filter((line) => line.includes('speaks no HTTP/1'))
+    const isLoadedByFetch = NODE_MAJOR >= 26 // which knows HTTP/2 from there on
+    assert.equal(warnings.length, isLoadedByFetch ? 0 : 1, watched.output)
   })
 
   test('the default performer reads the root page to the end of its body', async (t) => {
@@ -12086,6 +12126,16 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const monitorLine = /listening on 127\.0\.0\.1:(\d+)/
     await until(() => monitorLine.test(watched.output), 'the monitor listens')
     await untilHealthy(Number(monitorLine.exec(watched.output)?.[1]))
+  })
+
+  test('with FTW_MONITOR=auto a server that speaks HTTP/2 alone is green, after one warning', async (t) => {
+    const { watched } = await bootUnmodified(
+      t,
+      `const server = require('node:http2').createServer()
+      server.on('stream', (stream) => stream.respond({ ':status': 200 }, { endStream: true }))
+      server.listen(process.env.PORT, '127.0.0.1')`
+    )
+    assert.equal(watched.output.match(/speaks no HTTP\/1/g)?.length, 1, watched.output)
   })
 
   test('with FTW_MONITOR=auto an instance on a Unix socket is found', async (t) => {

@@ -3179,22 +3179,33 @@ function describeFailures(sites: Site[]): string {
 
 const TOKEN_HEADER = 'x-ftw-monitor-token'
 
-/** The default performer: loads the page that the first visitor would have waited for. Some servers
- *  answer nothing but upgrades. */
+/** The default performer: loads the page that the first visitor would have waited for. What speaks
+ *  no HTTP/1, such as gRPC, it cannot warm: so that is green as soon as it accepts. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
   const { clock } = monitor
   const warn = (): void => {
     log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
   }
-  clock.schedule(PAGE_WARNING_MS, warn)
+  clock.schedule(PAGE_WARNING_MS, warn) // some servers answer nothing but upgrades
   try {
     const code = await visit(url, signal)
     if (code >= 500) throw new Error(`it answered ${code}`)
     if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
+  } catch (error) {
+    if (!isOfOtherProtocol(error)) throw error
+    log('warn', `cannot load ${site}: the instance speaks no HTTP/1; a performer of yours could`)
   } finally {
     clock.cancel(warn)
   }
 }
+
+/** Whether somebody answered, but not in HTTP/1. */
+function isOfOtherProtocol(error: unknown): boolean {
+  const { code, cause } = error as { code?: string; cause?: { code?: string } } // fetch has a cause
+  return NO_HTTP1.has(code ?? cause?.code ?? '')
+}
+
+const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLICATION_PROTOCOL'])
 
 /** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
  *  Resolves to the status when all of the answer has come. */
@@ -3210,9 +3221,9 @@ function visit(url: string, signal: AbortSignal, token?: string): Promise<number
  *  either: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https it has
  *  to do all the same, since we do not load `node:https` for the many who have no use for it. */
 function getInPlaceOfFetch(url: string, isPage: boolean): typeof http.get | undefined {
-  const isSecure = /^https:/i.test(url)
-  if (isProxyNamed()) return isSecure ? process.getBuiltinModule?.('node:https').get : http.get
-  return isPage && !isSecure ? http.get : undefined
+  const isHttps = /^https:/i.test(url)
+  if (isProxyNamed()) return isHttps ? process.getBuiltinModule?.('node:https').get : http.get
+  return isPage && !isHttps ? http.get : undefined
 }
 
 /** Whether Bun and Deno use a proxy, and Node.js may have been told to. */
@@ -5531,7 +5542,7 @@ function boundedText(value: unknown): string {
 function adviceFor(message: unknown, code: string): string {
   if (message === 'bad port') return ' for fetch; register a warm-up performer that does without it'
   if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
-  if (code.startsWith('HPE_')) return '; of a server that speaks HTTP/2 alone, register a performer'
+  if (NO_HTTP1.has(code)) return '; it speaks no HTTP/1'
   if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
   return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
 }
