@@ -12138,6 +12138,44 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.equal(watched.output.match(/speaks no HTTP\/1/g)?.length, 1, watched.output)
   })
 
+  test('with FTW_MONITOR=auto and no PORT a server that waits for one request does not get ours', async (t) => {
+    const watched = runUnmodified(
+      t,
+      `const server = require('node:http').createServer(({ url }, response) => {
+        print('called back by', url)
+        response.end()
+        server.close()
+      })
+      server.listen(0, '127.0.0.1', () => print('listens at', server.address().port))`,
+      { env: { FTW_MONITOR_LISTEN: '127.0.0.1:0' } }
+    )
+    const place = /^listens at (\d+)$/m
+    await until(() => place.test(watched.output), 'it listens')
+    await pause(500)
+    await getPage(Number(place.exec(watched.output)?.[1]), '/callback?code=1')
+    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
+    assert.deepEqual(watched.output.match(/called back by .*/g), [
+      'called back by /callback?code=1'
+    ])
+  })
+
+  test('with FTW_MONITOR=auto and no PORT a server is warmed up when it has served a request', async (t) => {
+    const watched = runUnmodified(
+      t,
+      `const server = require('node:http').createServer(({ url }, response) => {
+        print('asked for', url)
+        response.end()
+      })
+      server.listen(0, '127.0.0.1', () => print('listens at', server.address().port))`,
+      { env: { FTW_MONITOR_LISTEN: '127.0.0.1:0' }, flags: [flagForPace(1 / 2)] }
+    )
+    const place = /^listens at (\d+)$/m
+    await until(() => place.test(watched.output), 'it listens')
+    await getPage(Number(place.exec(watched.output)?.[1]), '/first')
+    await until(() => watched.output.includes('is warm'), 'it is warm', 1_500)
+    assert.deepEqual(watched.output.match(/asked for .*/g), ['asked for /first', 'asked for /'])
+  })
+
   test('with FTW_MONITOR=auto an instance on a Unix socket is found', async (t) => {
     const folder = scratchFolder(t)
     const instance = join(folder, 'web')

@@ -285,6 +285,7 @@ const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
 const HEALTHY_POLL_MS = 250 // of untilHealthy: seldom enough to ask databases for a whole boot
 
 // Of the warm-up
+const GUESS_MS = 1_000 // until a server that nobody named is taken for the instance
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
 const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor gives as much to all of them
@@ -492,6 +493,11 @@ class Monitor {
   /** Where it listens. */
   get address(): Address {
     return this.listener?.address ?? false
+  }
+
+  /** Whether the instance is just the first server that came, since nobody named one. */
+  get isGuess(): boolean {
+    return this.#options.isByItself === true && !this.#isPortKnown
   }
 
   /** Derived, since the server's `close` event comes only when its last request is gone. Before it
@@ -3011,8 +3017,19 @@ class WarmupRunner {
   /** Warms up after boot, until all is warm: one passing error must not keep an instance out for
    *  good. Begins at the view, since performers then run as the work of a request does. */
   begin(): void {
-    if (this.#isAutomatic) void this.#beginAtView()
-    else this.#phase = 'begun'
+    const { isGuess, clock } = this.#monitor
+    if (!this.#isAutomatic) this.#phase = 'begun'
+    else if (isGuess) this.#beginWhenInUse(clock.nowTickMs + GUESS_MS)
+    else void this.#beginAtView()
+  }
+
+  /** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
+   *  So one that nobody named has served a request before, or has listened for a second. */
+  #beginWhenInUse(limitTickMs: number): void {
+    const { application, clock } = this.#monitor
+    const isInUse = application.requests > 0 || clock.nowTickMs >= limitTickMs
+    if (isInUse) void this.#beginAtView()
+    else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
   }
 
   /** Queues those of the sites that are not queued yet; the instance is red until all of these are
