@@ -5598,6 +5598,33 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(warnings.length, isLoadedByFetch ? 0 : 1, watched.output)
   })
 
+  test('an instance of IPv6 alone is reached, though another process may have 127.0.0.1', async (t) => {
+    for (const isPortShared of [false, true]) {
+      const ipv6 = { host: '::', port: 0, ipv6Only: true }
+      const server = await serve(t, hello, ipv6)
+      const asked: string[] = []
+      const other: http.RequestListener = ({ url = '' }, response) => {
+        asked.push(url)
+        response.end('of another process')
+      }
+      const port = portOf(server)
+      if (isPortShared) await serve(t, other, { host: '127.0.0.1', port })
+      const pages: string[] = []
+      const { monitor } = await bootInstance(t, {
+        server,
+        performers: {
+          '/': async ({ url }) => void pages.push(await (await fetch(`${url}/page`)).text())
+        }
+      })
+      const { url } = await monitor.status()
+      assert.deepEqual(pages, ['hello'], url)
+      assert.deepEqual(
+        asked.filter((each) => each !== '/@@warmup'),
+        []
+      )
+    }
+  })
+
   test('the default performer reads the root page to the end of its body', async (t) => {
     const gate = latch()
     const server = await serve(t, async (_, response) => {

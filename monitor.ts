@@ -976,7 +976,9 @@ function locateInstance(
   const ownUrl = port ? `${origin}:${port}` : origin
   const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
   const { plainUrl, headers } = splitCredentials(toldUrl)
-  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), headers }
+  const mayBeIpv6Alone = server !== undefined && address === '::' && plainUrl === undefined
+  const ipv6Url = mayBeIpv6Alone ? ownUrl.replace('//localhost', '//[::1]') : undefined
+  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), ipv6Url, headers }
 }
 
 /** Takes the credentials out of `http://user:password@host`, since fetch refuses them there, and
@@ -1062,6 +1064,9 @@ interface Location {
   path: string | undefined
   /** Without credentials. */
   url: string
+  /** The same over IPv6, which may be all that a server at `::` takes: then it is not at
+   *  `localhost` where that is 127.0.0.1, but another process may be. */
+  ipv6Url: string | undefined
   /** Of our own requests: the credentials, if the URL was told with some. */
   headers: Record<string, string>
 }
@@ -1069,7 +1074,9 @@ interface Location {
 /** The instance as somebody else sees it: where it is reached and, where we were not given its
  *  server, whether it accepts connections. Only a connection can tell that. */
 class Instance {
-  readonly url: string
+  /** At first that of its location. */
+  url: string
+  readonly ipv6Url: string | undefined
   readonly path: string | undefined
   readonly headers: Record<string, string>
   readonly #location: Location
@@ -1080,6 +1087,7 @@ class Instance {
   constructor(location: Location) {
     this.#location = location
     this.url = location.url
+    this.ipv6Url = location.ipv6Url
     this.path = location.path
     this.headers = location.headers
   }
@@ -2981,7 +2989,7 @@ class WarmupRunner {
   readonly #queue = new Map<Site, Promise<string>>()
   /** Our own request for the view bears this token. */
   #token: string | undefined
-  readonly #viewController = new AbortController()
+  #viewController = new AbortController()
   /** Begun when the view has seen our own request, or nobody has answered that. */
   #phase: 'askingView' | 'begun' | 'over' = 'askingView'
   /** When what has failed is tried again. */
@@ -3107,21 +3115,34 @@ class WarmupRunner {
     this.#takeNextStep()
   }
 
-  /** That the view is there is proved by our token alone: a catch-all route, or another worker,
-   *  answers too. What nobody answers is warmed up all the same, by the performers alone. */
+  /** That the view is there is proved by our token alone: a catch-all route, another worker or
+   *  another process answers too. What nobody answers is warmed up all the same, by the performers
+   *  alone. */
   async #askView(): Promise<void> {
-    const { instance, clock } = this.#monitor
+    const { instance } = this.#monitor
     if (!instance || instance.path !== undefined) return // no view is asked by a Unix socket
 
     this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
-    clock.schedule(VIEW_MS, () => {
-      if (this.#phase === 'askingView') this.#viewController.abort()
-    })
+    const { url, ipv6Url } = instance
+    await this.#askViewAt(url)
+    if (this.#phase !== 'askingView' || ipv6Url === undefined) return
+    instance.url = ipv6Url // for the performers, which begin as soon as the view is asked
+    await this.#askViewAt(ipv6Url)
+    if (this.#phase === 'askingView') instance.url = url
+  }
+
+  async #askViewAt(url: string): Promise<void> {
+    this.#viewController = new AbortController()
+    this.#monitor.clock.schedule(VIEW_MS, this.#giveUpView)
     try {
-      await visit(`${instance.url}${VIEW_PATH}`, this.#viewController.signal, this.#token)
+      await visit(`${url}${VIEW_PATH}`, this.#viewController.signal, this.#token)
     } catch {
       // Nobody answered.
     }
+  }
+
+  readonly #giveUpView = (): void => {
+    if (this.#phase === 'askingView') this.#viewController.abort()
   }
 
   /** Warms what still waits, and tries again what has failed. */
