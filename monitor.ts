@@ -37,6 +37,7 @@
 //   Databases and checks
 //   Shared calls and counters
 //   Warm-up
+//   Our own requests
 //   Who asks
 //   The view
 //   The health path
@@ -2860,8 +2861,9 @@ class Counter {
 
 // --- Warm-up -------------------------------------------------------------------------------------
 
-// Each site has a performer, and a stage. The stage of the whole is derived from its sites: the
-// instance is green if no site's last warm-up failed, and each that was there at boot was warmed.
+// Each site has a performer, and a stage. They are warmed one after the other, in one queue; who asks
+// for some of them waits for these. The stage of the whole is derived from its sites: the instance
+// is green if no site's last warm-up failed, and each that was there at boot was warmed.
 
 const performers = new Map<string, WarmupPerformer>()
 
@@ -2984,17 +2986,8 @@ class WarmupRunner {
   readonly #monitor: Monitor
   readonly #isAutomatic = !isSwitchedOff('FTW_MONITOR_AUTOWARMUP')
   readonly #sites = new Map<string, Site>()
-  /** The first one runs, the others wait. Each promise resolves to why that site failed, '' if it
-   *  did not. */
-  readonly #queue = new Map<Site, Promise<string>>()
-  /** Our own request for the view bears this token. */
-  #token: string | undefined
-  #viewController = new AbortController()
   /** Begun when the view has seen our own request, or nobody has answered that. */
   #phase: 'askingView' | 'begun' | 'over' = 'askingView'
-  /** When what has failed is tried again. */
-  #retryAtTickMs: number | undefined
-  #retryPauseMs = WARMUP_RETRY_MS
 
   constructor(owner: Monitor) {
     this.#monitor = owner
@@ -3018,12 +3011,8 @@ class WarmupRunner {
     return describeFailures(this.sites)
   }
 
-  isOurRequest(request: http.IncomingMessage): boolean {
-    return this.#token !== undefined && request.headers[TOKEN_HEADER] === this.#token
-  }
-
   /** Warms up after boot, until all is warm: one passing error must not keep an instance out for
-   *  good. Begins at the view, since performers then run as the work of a request does. */
+   *  good. */
   begin(): void {
     const { isGuess, clock } = this.#monitor
     if (!this.#isAutomatic) this.#phase = 'begun'
@@ -3031,16 +3020,37 @@ class WarmupRunner {
     else void this.#beginAtView()
   }
 
-  /** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
-   *  So one that nobody named has served a request before, or has listened for a second. */
-  #beginWhenInUse(limitTickMs: number): void {
-    const { application, clock } = this.#monitor
-    const isInUse = application.requests > 0 || clock.nowTickMs >= limitTickMs
-    if (isInUse) void this.#beginAtView()
-    else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
+  /** What is registered when the instance is green does not take it out, unless it fails. */
+  onRegistered(name: string, wasGreen: boolean): void {
+    if (this.#phase !== 'begun' || this.#site(name).stage !== 'waiting') return
+    void this.warmUp([name], !wasGreen)
   }
 
-  /** Queues those of the sites that are not queued yet; the instance is red until all of these are
+  abort(reason: string): void {
+    this.#viewController.abort(new Error(reason))
+    for (const site of this.#queue.keys()) site.abort(reason)
+  }
+
+  end(): void {
+    this.#phase = 'over'
+    this.abort('the monitor was stopped')
+  }
+
+  #site(name: string): Site {
+    const known = this.#sites.get(name)
+    if (known) return known
+    const site = new Site(name, this.#isAutomatic ? 'waiting' : 'off')
+    this.#sites.set(name, site)
+    return site
+  }
+
+  // The queue
+
+  /** The first site is running, the others wait. Each promise resolves to why that site failed, ''
+   *  if it did not. */
+  readonly #queue = new Map<Site, Promise<string>>()
+
+  /** Queues those of the sites that are not queued yet; the instance is red until all of them are
    *  over, unless nobody awaits them. Resolves to why they failed, '' if they did not. */
   async warmUp(names: string[], isAwaited = true): Promise<string> {
     const sites = names.map((name) => this.#site(name))
@@ -3079,49 +3089,43 @@ class WarmupRunner {
     log(failure ? 'warn' : 'info', text)
   }
 
+  // The view, at which it begins, since performers then run as the work of a request does
+
+  /** Our own request for the view bears this token. */
+  #token: string | undefined
+  #viewController = new AbortController()
+
+  isOurRequest(request: http.IncomingMessage): boolean {
+    return this.#token !== undefined && request.headers[TOKEN_HEADER] === this.#token
+  }
+
   /** The view has seen our own request. */
   onView(): void {
     if (this.#phase === 'askingView') this.#phase = 'begun'
   }
 
-  /** What is registered when the instance is green does not take it out, unless it fails. */
-  onRegistered(name: string, wasGreen: boolean): void {
-    if (this.#phase !== 'begun' || this.#site(name).stage !== 'waiting') return
-    void this.warmUp([name], !wasGreen)
+  /** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
+   *  So one that nobody named has served a request before, or has listened for a second. */
+  #beginWhenInUse(limitTickMs: number): void {
+    const { application, clock } = this.#monitor
+    const isInUse = application.requests > 0 || clock.nowTickMs >= limitTickMs
+    if (isInUse) void this.#beginAtView()
+    else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
   }
 
-  abort(reason: string): void {
-    this.#viewController.abort(new Error(reason))
-    for (const site of this.#queue.keys()) site.abort(reason)
-  }
-
-  end(): void {
-    this.#phase = 'over'
-    this.abort('the monitor was stopped')
-  }
-
-  #site(name: string): Site {
-    const known = this.#sites.get(name)
-    if (known) return known
-    const site = new Site(name, this.#isAutomatic ? 'waiting' : 'off')
-    this.#sites.set(name, site)
-    return site
-  }
-
+  /** What nobody answers is warmed up all the same, by the performers alone. */
   async #beginAtView(): Promise<void> {
-    await this.#askView()
+    const { instance } = this.#monitor
+    const isOnUnixSocket = instance?.path !== undefined // where nobody is asked for a view
+    if (instance && !isOnUnixSocket) await this.#askView(instance)
     if (this.#phase === 'over') return
     this.#phase = 'begun'
     this.#takeNextStep()
   }
 
   /** That the view is there is proved by our token alone: a catch-all route, another worker or
-   *  another process answers too. What nobody answers is warmed up all the same, by the performers
-   *  alone. */
-  async #askView(): Promise<void> {
-    const { instance } = this.#monitor
-    if (!instance || instance.path !== undefined) return // no view is asked by a Unix socket
-
+   *  another process answers, too. */
+  async #askView(instance: Instance): Promise<void> {
     this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
     const { url, ipv6Url } = instance
     await this.#askViewAt(url)
@@ -3144,6 +3148,12 @@ class WarmupRunner {
   readonly #giveUpView = (): void => {
     if (this.#phase === 'askingView') this.#viewController.abort()
   }
+
+  // Further tries
+
+  /** When what has failed is tried again. */
+  #retryAtTickMs: number | undefined
+  #retryPauseMs = WARMUP_RETRY_MS
 
   /** Warms what still waits, and tries again what has failed. */
   readonly #takeNextStep = (): void => {
@@ -3215,8 +3225,6 @@ function describeFailures(sites: Site[]): string {
   return failures.join('; ')
 }
 
-const TOKEN_HEADER = 'x-ftw-monitor-token'
-
 /** The default performer: loads the page that the first visitor would have waited for. What speaks
  *  no HTTP/1, such as gRPC, it cannot warm: so that is green as soon as it accepts. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
@@ -3237,13 +3245,10 @@ async function loadPage({ site, url, signal }: Warmup): Promise<void> {
   }
 }
 
-/** Whether somebody answered, but not in HTTP/1. */
-function isOfOtherProtocol(error: unknown): boolean {
-  const { code, cause } = error as { code?: string; cause?: { code?: string } } // fetch has a cause
-  return NO_HTTP1.has(code ?? cause?.code ?? '')
-}
+// --- Our own requests ----------------------------------------------------------------------------
 
-const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLICATION_PROTOCOL'])
+// What a warm-up and the checks of pages ask the instance for. It goes straight there, whatever
+// proxy this process is to use, and bears the credentials of the URL.
 
 /** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
  *  Resolves to the status when all of the answer has come. */
@@ -3255,16 +3260,16 @@ function visit(url: string, signal: AbortSignal, token?: string): Promise<number
   return get ? visitByGet(get, url, headers, signal) : visitByFetch(url, headers, signal)
 }
 
-/** fetch sends token and credentials to a proxy that the environment names. For pages it is not fit
- *  either: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https it has
- *  to do all the same, since we do not load `node:https` for the many who have no use for it. */
+/** fetch would send token and credentials to a proxy that the environment names. For pages it does
+ *  not do either: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https
+ *  it has to, since we do not load `node:https` for the many who have no use for it. */
 function getInPlaceOfFetch(url: string, isPage: boolean): typeof http.get | undefined {
   const isHttps = /^https:/i.test(url)
   if (isProxyNamed()) return isHttps ? process.getBuiltinModule?.('node:https').get : http.get
   return isPage && !isHttps ? http.get : undefined
 }
 
-/** Whether Bun and Deno use a proxy, and Node.js may have been told to. */
+/** Whether fetch may use a proxy: on Bun and Deno it does, on Node.js where it was told to. */
 function isProxyNamed(): boolean {
   return Object.keys(process.env).some((name) => PROXY_VARIABLE.test(name))
 }
@@ -3302,6 +3307,16 @@ function visitByGet(
     })
   })
 }
+
+const TOKEN_HEADER = 'x-ftw-monitor-token'
+
+/** Whether somebody answered, but not in HTTP/1. */
+function isOfOtherProtocol(error: unknown): boolean {
+  const { code, cause } = error as { code?: string; cause?: { code?: string } } // fetch has a cause
+  return NO_HTTP1.has(code ?? cause?.code ?? '')
+}
+
+const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLICATION_PROTOCOL'])
 
 // --- Who asks ------------------------------------------------------------------------------------
 
