@@ -34,6 +34,7 @@ import type {
   Database,
   DrainOptions,
   Logger,
+  WebServer,
   ShutdownOptions,
   StartOptions,
   WarmupPerformer
@@ -510,7 +511,7 @@ interface InstanceSetup {
   prepare?: (monitor: Monitor) => void
   handler?: http.RequestListener
   /** One that listens; by default there is a new one with the handler. */
-  server?: net.Server
+  server?: WebServer
   /** By default, one that keeps what is logged. */
   logger?: Logger
   /** What start() is told besides: by default, to listen on a free port of loopback. */
@@ -1398,7 +1399,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const listener = (_: unknown, response: { end(text: string): void }) => {
       response.end('hello')
     }
-    const servers: Record<string, net.Server> = {
+    const servers: Record<string, WebServer> = {
       https: https.createServer({ key, cert }, listener),
       http2: http2.createServer(listener),
       https2: http2.createSecureServer({ key, cert }, listener)
@@ -1441,6 +1442,29 @@ describeInProcess('Start and stop', TOGETHER, () => {
       assert.equal(await warm(kind, portOf(server)), 'Warmup successful\n', kind)
       assert.equal(calls, 2, kind)
     }
+  })
+
+  test('a net.Server, which serves no requests, is no instance, as the types say', async (t) => {
+    const { start } = await importMonitor(t)
+    const server = net.createServer()
+    // @ts-expect-error: a net.Server is none of those that are taken
+    await assert.rejects(start(server), TypeError)
+    // @ts-expect-error: the same
+    await assert.rejects(start({ server }), TypeError)
+    // @ts-expect-error: the same
+    await assert.rejects(start([http.createServer(), server]), TypeError)
+
+    const http2Server = http2.createServer()
+    const taken = [
+      http.createServer(),
+      https.createServer(),
+      http2Server,
+      http2.createSecureServer()
+    ]
+    const logger = recorder()
+    void start({ server: taken, logger })
+    void start({ server: http2Server, logger })
+    assert.deepEqual(errorsOf(logger), [])
   })
 
   test('what the caller passed wrongly rejects, and start works again', async (t) => {
@@ -7538,12 +7562,12 @@ describeInProcess('Shutdown', TOGETHER, () => {
       const { key, cert } = certify(t, 'localhost')
       const handler = (_: unknown, response: { end: (text: string) => void }) =>
         response.end('hello')
-      const servers: Record<string, net.Server> = {
+      const servers: Record<string, WebServer> = {
         https: https.createServer({ key, cert }, handler),
         http2: http2.createServer(handler),
         https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
       }
-      const closeAll = async ([name, server]: [string, net.Server]) => {
+      const closeAll = async ([name, server]: [string, WebServer]) => {
         await startListening(t, server)
         const monitor = await importMonitor(t)
         monitor.registerWarmup('/', () => {})

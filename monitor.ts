@@ -140,7 +140,8 @@ export interface Database {
   /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
    *  warning in `status`. */
   optional?: boolean
-  /** Has 900 ms to answer; only `true` is connected. A check shares a call that is pending. */
+  /** Has 900 ms to answer. Only `true` itself is connected: neither `1` nor what a query returns.
+   *  A check shares a call that is pending. */
   isConnected(): boolean | Promise<boolean>
   /** Lists the open connections, for the command `monitor`. */
   connections?(): OpenConnection[] | Promise<OpenConnection[]>
@@ -148,9 +149,9 @@ export interface Database {
   figures?(): Figures | Promise<Figures>
 }
 
-/** Whatever else the instance cannot serve without: it passes if it gives, or resolves to, anything
- *  but `false`, within 900 ms, and does not throw. A check of the instance shares a call that is
- *  pending. */
+/** Whatever else the instance cannot serve without: it passes if it returns, or resolves to,
+ *  anything but `false`, within 900 ms, and does not throw. `undefined`, `null`, `0` and `''` pass,
+ *  too, so that a check may just throw. A check of the instance shares a call that is pending. */
 export type Check = () => unknown
 
 /** What `registerCheck` may be told. */
@@ -201,11 +202,17 @@ export interface Endpoint {
   path?: string
 }
 
+/** A server of `node:http`, `node:https` or `node:http2`. All of these have a `setTimeout`, but a
+ *  plain `net.Server`, which serves no requests, has none. */
+export interface WebServer extends net.Server {
+  setTimeout(milliseconds?: number): unknown
+}
+
 /** What `start` may be told. */
 export interface StartOptions {
-  /** An http, https or http2 server, listening or not yet; a list where the instance listens at
-   *  several places, of which the first one is judged. */
-  server?: net.Server | net.Server[]
+  /** The server of the instance, listening or not yet; a list where the instance listens at several
+   *  places, of which the first one is judged. */
+  server?: WebServer | WebServer[]
   /** The instance's port. Default: the server's; without a server, `PORT`. */
   port?: number
   /** Scheme, name, port and path at which the instance reaches itself. Default: `FTW_MONITOR_URL`,
@@ -380,7 +387,7 @@ function shared<Exported>(name: string, own: Exported): Exported {
  *  address in use is tried again) and after a signal. Where `FTW_MONITOR=auto` has started the
  *  monitor already, it goes on as it is, unless something else is wanted here. Rejects with a
  *  `TypeError` or `RangeError` for what the caller passed wrongly. */
-export const start: (instance?: net.Server | net.Server[] | StartOptions) => Promise<Address> =
+export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promise<Address> =
   shared('start', async (instance = {}) => {
     const options = toStartOptions(instance)
     const answer = monitor.answerStart(options)
@@ -2583,8 +2590,9 @@ class VerdictHistory {
 const databases = new Map<string, RegisteredDatabase>()
 const registeredChecks = new Map<string, Dependency>()
 
-/** Registers a database, or replaces it. Gives the counters on which the service tells what it does
- *  with it. Throws a `TypeError` for a name with white space, and for what is no method. */
+/** Registers a database, or replaces it: it is connected where `isConnected` gives `true` itself.
+ *  Returns the counters on which the service tells what it does with it. Throws a `TypeError` for a
+ *  name with white space, and for what is no method. */
 export const registerDatabase: (name: string, database: Database) => Activity = shared(
   'registerDatabase',
   (name, database) => {
@@ -2607,8 +2615,9 @@ export const registerDatabase: (name: string, database: Database) => Activity = 
   }
 )
 
-/** Registers a check of what is no database, such as free space on a disk, or replaces it. Throws a
- *  `TypeError` for a name with white space, for what is no function, and for wrong options. */
+/** Registers a check of what is no database, such as free space on a disk, or replaces it. It
+ *  passes unless it throws or gives `false`: `null`, `0` and `''` pass. Throws a `TypeError` for a
+ *  name with white space, for what is no function, and for wrong options. */
 export const registerCheck: (name: string, check: Check, options?: CheckOptions) => void = shared(
   'registerCheck',
   (name, check, options = {}) => {
@@ -2861,7 +2870,7 @@ class Counter {
 
 // --- Warm-up -------------------------------------------------------------------------------------
 
-// Each site has a performer, and a stage. They are warmed one after the other, in one queue; who asks
+// Each site has a performer, and a stage. One queue warms them one after the other; whoever asks
 // for some of them waits for these. The stage of the whole is derived from its sites: the instance
 // is green if no site's last warm-up failed, and each that was there at boot was warmed.
 
@@ -3260,9 +3269,9 @@ function visit(url: string, signal: AbortSignal, token?: string): Promise<number
   return get ? visitByGet(get, url, headers, signal) : visitByFetch(url, headers, signal)
 }
 
-/** fetch would send token and credentials to a proxy that the environment names. For pages it does
- *  not do either: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https
- *  it has to, since we do not load `node:https` for the many who have no use for it. */
+/** fetch would send token and credentials to a proxy that the environment names. Nor is it fit for
+ *  pages: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https it has
+ *  to do, since we do not load `node:https` for the many who have no use for it. */
 function getInPlaceOfFetch(url: string, isPage: boolean): typeof http.get | undefined {
   const isHttps = /^https:/i.test(url)
   if (isProxyNamed()) return isHttps ? process.getBuiltinModule?.('node:https').get : http.get
@@ -5477,8 +5486,8 @@ function attemptOwn<T>(act: () => T): T | undefined {
 
 let faultLoggedAtMs = -Infinity
 
-/** Takes the target of a request apart: `/shop?now`, or `http://host/shop?now`, which a client sends
- *  that takes us for its proxy. */
+/** Takes the target of a request apart: `/shop?now`, or `http://host/shop?now` of a client that
+ *  takes us for its proxy. */
 function parseTarget(target: string): { path: string; query: string } {
   const local = target.startsWith('/') ? target : target.replace(ORIGIN, '')
   const queryAt = local.indexOf('?')

@@ -255,7 +255,7 @@ function isModule(server: string): boolean {
 }
 
 /** Starts the monitor of a module beside the host's server. */
-async function startMonitor(module: string, server: net.Server, port: number): Promise<Started> {
+async function startMonitor(module: string, server: http.Server, port: number): Promise<Started> {
   const startedAt = performance.now()
   const { start } = (await import(pathToFileURL(module).href)) as typeof import('../monitor.ts')
   const importedAt = performance.now()
@@ -280,7 +280,7 @@ async function serve(kind: string): Promise<void> {
   const { port } = server.address() as net.AddressInfo
 
   let started: Started = { port, monitorPort: port, importMs: 0, startMs: 0 }
-  if (isModule(kind)) started = await startMonitor(kind, server, port)
+  if (isModule(kind)) started = await startMonitor(kind, server as http.Server, port)
 
   process.on('disconnect', () => process.exit())
   process.on('message', () => {
