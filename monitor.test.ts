@@ -6184,6 +6184,17 @@ describeInProcess('Warm-up', ALONE, () => {
     await bootInstance(t, { performers: WARM })
   })
 
+  test('an instance whose fetch was replaced, and gives streams of Node.js, warms up', async (t) => {
+    const asked: unknown[] = []
+    t.mock.method(globalThis, 'fetch', async (url: unknown) => {
+      asked.push(url)
+      return { status: 200, body: Readable.from(['a page']) }
+    })
+    const url = 'https://localhost:9' // of which pages are loaded by fetch, too
+    await bootInstance(t, { options: { url } })
+    assert.deepEqual(asked, [`${url}/@@warmup`, url])
+  })
+
   test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off', async (t) => {
     for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
       setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })

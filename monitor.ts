@@ -3291,7 +3291,9 @@ async function visitByFetch(
   signal: AbortSignal
 ): Promise<number> {
   const page = await fetch(url, { headers, redirect: 'manual', signal })
-  await page.body?.pipeTo(new WritableStream())
+  // A fetch that the program has put in its place may give a stream of Node.js.
+  const parts = page.body as unknown as AsyncIterable<unknown> | null
+  for await (const part of parts ?? []) void part
   return page.status
 }
 
