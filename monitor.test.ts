@@ -4882,6 +4882,28 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal((await monitor.health()).reason, "Error: Check '/' timed out.")
   })
 
+  test('a cold page of two seconds is no fault during a boot, nor just after it', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/' })
+    let isLoaded = false
+    const { monitor } = await bootInstance(t, {
+      handler: async (_, response) => {
+        if (!isLoaded) await pause(2_000)
+        isLoaded = true
+        response.end()
+      },
+      until: 'started'
+    })
+    const reasons = new Set<string>()
+    const isHealthy = async () => {
+      const { healthy, reason } = await monitor.health()
+      reasons.add(reason)
+      return healthy
+    }
+    await until(isHealthy, 'it is healthy')
+    reasons.delete('Instance is booting')
+    assert.deepEqual([...reasons], ['Warmup in progress', 'OK'])
+  })
+
   test('a page of an instance that speaks HTTP/2 alone fails, and says why', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
     const server = await startListening(t, http2.createServer())

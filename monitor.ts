@@ -2462,10 +2462,17 @@ function judge(): Verdict {
   if (state === 'failed') return GAVE_UP
 
   const broken = firstBroken()
-  if (broken) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
+  const isJustCold = broken?.isCold === true
+  if (broken && !isJustCold) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
 
+  if (state !== 'accepting') return BOOTING
+  const verdict = judgeWarmup(warmup)
+  return verdict.healthy && isJustCold ? WARMING_UP : verdict
+}
+
+function judgeWarmup(warmup: WarmupRunner): Verdict {
   const { stage } = warmup
-  if (state !== 'accepting' || stage === 'cold') return BOOTING
+  if (stage === 'cold') return BOOTING
   if (stage === 'running') return WARMING_UP
   if (stage === 'failed') return fault(WARMUP_FAILED, `${WARMUP_FAILED}: ${warmup.failure}`)
   return HEALTHY
@@ -2703,6 +2710,15 @@ class Dependency {
     return this.#passes.answeredMs
   }
 
+  get askedAtMs(): number {
+    return this.#passes.askedAtMs
+  }
+
+  /** Whether it was only asked too early, before the instance was warm. */
+  get isCold(): boolean {
+    return false
+  }
+
   /** What is wrong with it, '' if nothing: its category alone. */
   get trouble(): string {
     return this.isPassing ? '' : (this.#outcome ?? this.#no)
@@ -2748,12 +2764,8 @@ class PageCheck extends Dependency {
     super(`Check '${page}'`, page, false, () => checkPage(page), 'failed')
   }
 
-  /** Whether it does not pass because the instance is not ready yet: nobody has asked for the page,
-   *  or it is late, as a cold page is. */
-  get isPremature(): boolean {
-    if (monitor.state !== 'accepting') return true
-    const { stage } = monitor.warmup
-    return this.trouble === 'timed out' && (stage === 'cold' || stage === 'running')
+  override get isCold(): boolean {
+    return this.trouble === 'timed out' && monitor.warmup.wasColdAt(this.askedAtMs)
   }
 }
 
@@ -2761,13 +2773,16 @@ function allDependencies(): Dependency[] {
   return [...databases.values(), ...registeredChecks.values()]
 }
 
-/** The first one that the instance cannot do without, and that does not pass. */
+/** The first one that the instance cannot do without, and that does not pass. What is just cold
+ *  comes last. */
 function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
-  return allDependencies().find((each) => {
+  const isBooting = monitor.state !== 'accepting'
+  const broken = allDependencies().filter((each) => {
     if (each.isPassing || each.isOptional) return false
-    return !(each instanceof PageCheck && each.isPremature)
+    return !(isBooting && each instanceof PageCheck)
   })
+  return broken.find(({ isCold }) => !isCold) ?? broken[0]
 }
 
 // --- Shared calls and counters -------------------------------------------------------------------
@@ -2780,9 +2795,10 @@ const TIMED_OUT = new Error('no answer in time')
 class SharedCall {
   /** How long the last answer took, -1 if there was none. */
   answeredMs = -1
+  /** When it was called last. */
+  askedAtMs = -Infinity
   readonly #call: () => unknown
   readonly #limitMs: number
-  #askedAtMs = -Infinity
   /** The answer of the pending call, undefined if there is none. */
   #answer: Promise<unknown> | undefined
   /** The same, or a rejection with TIMED_OUT when the limit is over. */
@@ -2795,10 +2811,10 @@ class SharedCall {
 
   ask(): Promise<unknown> {
     const isPending = this.#answer !== undefined
-    if (isPending && performance.now() - this.#askedAtMs < QUESTION_MS) return this.#answerInTime
+    if (isPending && performance.now() - this.askedAtMs < QUESTION_MS) return this.#answerInTime
 
-    this.#askedAtMs = performance.now()
-    const answer = this.#callBeside(this.#answer, this.#askedAtMs)
+    this.askedAtMs = performance.now()
+    const answer = this.#callBeside(this.#answer, this.askedAtMs)
     this.#answer = answer
     this.#answerInTime = withinLimit(answer, this.#limitMs)
     this.#answerInTime.catch(doNothing) // nobody may be waiting any more
@@ -2813,7 +2829,7 @@ class SharedCall {
       this.answeredMs = performance.now() - askedAtMs
       return answer
     } finally {
-      if (this.#askedAtMs === askedAtMs) this.#answer = undefined
+      if (this.askedAtMs === askedAtMs) this.#answer = undefined
     }
   }
 }
@@ -3058,6 +3074,14 @@ class WarmupRunner {
   /** The first site is running, the others wait. Each promise resolves to why that site failed, ''
    *  if it did not. */
   readonly #queue = new Map<Site, Promise<string>>()
+  /** When the last one was over for which the instance was red. */
+  #awaitedUntilMs = -Infinity
+
+  /** Whether the warm-up was still to come, or went on, when something was asked. */
+  wasColdAt(askedAtMs: number): boolean {
+    const { stage } = this
+    return stage === 'cold' || stage === 'running' || askedAtMs < this.#awaitedUntilMs
+  }
 
   /** Queues those of the sites that are not queued yet; the instance is red until all of them are
    *  over, unless nobody awaits them. Resolves to why they failed, '' if they did not. */
@@ -3085,6 +3109,7 @@ class WarmupRunner {
 
     const failure = describeFailures([site])
     this.#queue.delete(site)
+    if (site.isAwaited) this.#awaitedUntilMs = performance.now()
     if (this.#phase !== 'over') this.#logOutcome(site)
     if (this.#queue.size === 0) this.#takeNextStep()
     return failure
