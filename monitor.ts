@@ -3022,13 +3022,19 @@ class WarmupRunner {
     return Array.from(siteNames(), (name) => this.#site(name))
   }
 
+  /** Each check asks for it, so it makes no list. */
   get stage(): WarmupStage {
-    const queued = [...this.#queue.keys()]
-    if (queued.some(({ isAwaited }) => isAwaited)) return 'running'
-    const { sites } = this
-    if (sites.some(({ stage }) => stage === 'failed')) return 'failed'
-    if (sites.some(({ stage, isAwaited }) => stage === 'waiting' && isAwaited)) return 'cold'
-    return sites.some(({ stage }) => stage === 'off') ? 'off' : 'done'
+    for (const { isAwaited } of this.#queue.keys()) {
+      if (isAwaited) return 'running'
+    }
+    let whole: WarmupStage = 'done'
+    for (const name of siteNames()) {
+      const { stage, isAwaited } = this.#site(name)
+      if (stage === 'failed') return 'failed'
+      if (stage === 'waiting' && isAwaited) whole = 'cold'
+      else if (stage === 'off' && whole === 'done') whole = 'off'
+    }
+    return whole
   }
 
   /** Why the instance is not warm, '' if it is. */
@@ -3285,30 +3291,34 @@ async function loadPage({ site, url, signal }: Warmup): Promise<void> {
 // proxy this process is to use, and bears the credentials of the URL.
 
 /** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
- *  Resolves to the status when all of the answer has come. */
-function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
+ *  Resolves to the status when all of the answer has come. For pages over http fetch is not fit: it
+ *  knows no Unix sockets, refuses some ports, and gives up after 300 s. */
+async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
   const isPage = token === undefined
   const credentials = monitor.instance?.headers ?? {}
   const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
-  const get = getInPlaceOfFetch(url, isPage)
-  return get ? visitByGet(get, url, headers, signal) : visitByFetch(url, headers, signal)
-}
-
-/** fetch would send token and credentials to a proxy that the environment names. Nor is it fit for
- *  pages: it knows no Unix sockets, refuses some ports, and gives up after 300 s. Over https it has
- *  to do, since we do not load `node:https` for the many who have no use for it. */
-function getInPlaceOfFetch(url: string, isPage: boolean): typeof http.get | undefined {
   const isHttps = /^https:/i.test(url)
-  if (isProxyNamed()) return isHttps ? process.getBuiltinModule?.('node:https').get : http.get
-  return isPage && !isHttps ? http.get : undefined
+  const doesFetchGoStraight = !mayFetchUseProxy()
+  if (!isHttps && (isPage || !doesFetchGoStraight)) return visitByGet(url, headers, signal)
+  if (!doesFetchGoStraight) failWith(`a proxy would be asked for it: name its host in NO_PROXY`)
+  return visitByFetch(url, headers, signal)
 }
 
-/** Whether fetch may use a proxy: on Bun and Deno it does, on Node.js where it was told to. */
-function isProxyNamed(): boolean {
-  return Object.keys(process.env).some((name) => PROXY_VARIABLE.test(name))
+/** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
+ *  environment names, Node.js where it is told to. Hosts without are named there, too; whether ours
+ *  is one of them is not for us to tell. */
+function mayFetchUseProxy(): boolean {
+  const { env, execArgv, versions } = process
+  const names = Object.keys(env)
+  if (!names.some((name) => PROXY.test(name)) || names.some((name) => NO_PROXY.test(name)))
+    return false
+  if ('bun' in versions || 'deno' in versions) return true
+  const options = `${execArgv.join(' ')} ${env['NODE_OPTIONS']}`
+  return env['NODE_USE_ENV_PROXY'] === '1' || options.includes('--use-env-proxy')
 }
 
-const PROXY_VARIABLE = /^(https?|all)_proxy$/i
+const PROXY = /^(https?|all)_proxy$/i
+const NO_PROXY = /^no_proxy$/i
 
 async function visitByFetch(
   url: string,
@@ -3324,14 +3334,13 @@ async function visitByFetch(
 
 /** Without an agent, since the usual one may know of a proxy. */
 function visitByGet(
-  get: typeof http.get,
   url: string,
   headers: Record<string, string>,
   signal: AbortSignal
 ): Promise<number> {
   const options = { agent: false, headers, signal, socketPath: monitor.instance?.path }
   return new Promise((resolve, reject) => {
-    const request = get(url, options, (page) => {
+    const request = http.get(url, options, (page) => {
       page.on('error', reject)
       page.on('end', () => resolve(page.statusCode ?? 0))
       page.resume()
