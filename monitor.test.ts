@@ -14819,6 +14819,53 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     }
   )
 
+  test(
+    'of a collector those lines are left out that promtool cannot read',
+    needs('promtool'),
+    async (t) => {
+      const { monitor, port } = await bootInstance(t, { performers: WARM })
+      let line = ''
+      monitor.registerMetrics(() => line)
+      const lines = [
+        'stock 1',
+        'stock{} 1',
+        'stock{a="b"} 1',
+        'stock{a="b",} 1',
+        'stock { a = "b" , c = "}\\"\\n" } 1 17',
+        'stock{a="b"}1',
+        'stock +Inf',
+        'stock NaN',
+        'stock -.5e-3',
+        'stock 1e+21 1700000000000',
+        '# TYPE stock summary',
+        '# HELP stock',
+        'stock{a="b" c="d"} 1',
+        'stock{a} 1',
+        'stock{1a="b"} 1',
+        'stock{a=b} 1',
+        'stock{a="b} 1',
+        'stock{,} 1',
+        'stock 1e',
+        'stock 1,5',
+        'stock 1 2 3',
+        'stock1',
+        'stock',
+        '1stock 1',
+        'sto-ck 1',
+        '# TYPE stock unknown',
+        '<h1>502</h1>'
+      ]
+      for (line of lines) {
+        const { stderr } = await runToEnd(t, 'promtool', ['check', 'metrics'], {
+          input: `${line}\n`
+        })
+        const isReadable = !stderr.includes('error while linting')
+        const isTaken = (await ask(port, 'metrics\n')).endsWith(`\n${line}\n`)
+        assert.equal(isTaken, isReadable, `${line}: ${stderr}`)
+      }
+    }
+  )
+
   test('promtool has nothing to remark on metrics', needs('promtool'), async (t) => {
     const { monitor, port } = await bootInstance(t, { until: 'started' })
     const check = async () => {

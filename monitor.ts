@@ -6080,18 +6080,25 @@ const DESCRIPTION =
 /** `# TYPE size`, or `size` */
 const METRIC_NAME = /^(# \w+ )?([\w:]+)/
 
-/** `size{unit="B"} 7 1700000000000`; OpenMetrics may add ` # {trace_id="abc"} 1`. */
-const SAMPLE =
-  /^([a-z_:][\w:]*(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+(\S+))(?:\s+(-?[\d.]+))?\s*(?:# \{.*)?$/i
+/** `{path="/", code="200"}` */
+const LABELS = /\{\s*(?:[a-z_]\w*\s*=\s*"(?:\\.|[^"\\])*"\s*(?:,\s*|(?=\})))*\}/.source
 
 /** `7`, `-1.5e-3`, `+Inf` */
-const SAMPLE_VALUE = /^[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)$/i
+const VALUE = /[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)/.source
+
+/** `1700000000000`, and what OpenMetrics may add: `# {trace_id="abc"} 1` */
+const TIME_AND_EXEMPLAR = /(?:\s+(-?\d+(?:\.\d+)?))?\s*(?:# \{.*)?/.source
+
+/** `size{unit="B"} 7 1700000000000` */
+const SAMPLE = new RegExp(
+  `^([a-z_:][\\w:]*(?:\\s*${LABELS}\\s*|\\s+)${VALUE})${TIME_AND_EXEMPLAR}$`,
+  'i'
+)
 
 /** Gives a sample as Prometheus's text format has it, '' for what is none. There times are in
  *  milliseconds, in OpenMetrics in seconds. */
 function toSample(line: string, isOpenMetrics: boolean): string {
-  const [, sample = '', value = '', time] = SAMPLE.exec(line) ?? []
-  if (!SAMPLE_VALUE.test(value)) return ''
+  const [, sample = '', time] = SAMPLE.exec(line) ?? []
   if (time === undefined) return sample
   const isInSeconds = isOpenMetrics || time.includes('.')
   return `${sample} ${isInSeconds ? Math.round(Number(time) * 1_000) : time}`
