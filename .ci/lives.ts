@@ -51,9 +51,10 @@ const SLACK_MS = 3_000 // for the goodbye of upgraded connections, and a busy ma
 const PATIENCE_MS = TIMEOUT_MS + 1_500 // after the signal, of clients whose answer never ends
 const UNCOMPARED_MS = TIMEOUT_MS + 3_500 // after the signal a life without us is killed
 const SIGNAL_GRACE_MS = 60 // from a signal until the program has heard of it
-const CLIENT_GRACE_MS = 300 // after the end of the instance, for its clients to notice
+const CLIENT_GRACE_MS = 300 // for a client and its peer to part, or to hear of one another
+const LAST_READ_MS = 2_000 // after the end of the instance, for its clients to read what it sent
 const GREEN_AGAIN_MS = 150 // two rounds of a prober that disagree are no mere change
-const FIRST_PORT = 34_100 // above those of the tests
+const FIRST_PORT = 10_000 // below those of the tests, and of clients
 
 // --- Chance --------------------------------------------------------------------------------------
 
@@ -212,10 +213,13 @@ const LISTENERS: ListenerKind[] = [
 ]
 
 const HTTP1_CLIENTS: ClientKind[] = [
-  'fresh',
-  'fresh',
-  'keep-alive',
-  'keep-alive',
+  ...Array<ClientKind>(5).fill('fresh'),
+  ...Array<ClientKind>(5).fill('keep-alive'),
+  'pipelined',
+  'slow reader',
+  'upload',
+  'early',
+  'upgraded',
   'pipelined',
   'slow reader',
   'upload',
@@ -288,12 +292,12 @@ function drawHandled(
 
 function drawClients(chance: Chance, server: ServerKind): Client[] {
   const clients: Client[] = []
-  const count = chance.between(1, 4)
+  const count = chance.between(1, 5)
   for (let index = 0; index < count; index++) {
     clients.push({
       kind: drawClientKind(chance, server),
-      startsMs: chance.between(0, 900),
-      pauseMs: chance.oneOf([0, 40, 110, 250]),
+      startsMs: chance.between(0, 600),
+      pauseMs: chance.oneOf([0, 0, 30, 80, 250]),
       stopsMs: chance.oneOf([0, 300, 1_000, 2_500]),
       isOfSecond: server === 'two' && chance.isOneIn(2)
     })
@@ -357,6 +361,7 @@ interface Setup {
 type EventKind =
   | 'up'
   | 'armed'
+  | 'listens for signals'
   | 'listening'
   | 'started'
   | 'raised'
@@ -652,6 +657,7 @@ class Program {
       if (isListenerOnce) process.once(name, hear)
       else process.on(name, hear)
     }
+    report('listens for signals')
   }
 
   async #onSignal(signal: NodeJS.Signals, hear: (signal: NodeJS.Signals) => void): Promise<void> {
@@ -746,7 +752,12 @@ const SIZES: Partial<Record<RequestKind, number>> = {
   large: 600_000,
   huge: 4_000_000
 }
-const USUAL_KINDS: RequestKind[] = ['fast', 'fast', 'fast', 'slow', 'streamed', 'large']
+const USUAL_KINDS: RequestKind[] = [
+  ...Array<RequestKind>(10).fill('fast'),
+  'slow',
+  'streamed',
+  'large'
+]
 
 /** What a request is answered: its id stands at both ends. */
 function bodyOf(kind: RequestKind, id: string): string {
@@ -784,6 +795,8 @@ class Traffic {
   signalledAtMs = Infinity
   /** Whether the instance has ended. */
   isOver = false
+  /** Whether what is still open is closed by the trial. */
+  hasGivenUp = false
   readonly #sockets = new Set<{ destroy(): void }>()
 
   constructor(setup: Setup) {
@@ -821,7 +834,7 @@ class Traffic {
   }
 
   giveUp(): void {
-    this.isOver = true
+    this.hasGivenUp = true
     for (const socket of this.#sockets) socket.destroy()
   }
 
@@ -953,7 +966,7 @@ class Http1Connection {
       this.#onSettled = done
     })
     if (this.#socket.destroyed) this.#onClose()
-    else void send(this.#socket)
+    else await send(this.#socket)
     await settled
   }
 
@@ -980,7 +993,7 @@ class Http1Connection {
   #onClose(): void {
     this.isOpen = false
     this.#traffic.forget(this.#socket)
-    const state = this.#traffic.isOver && this.#reader.bytes === 0 ? 'pending' : 'broken'
+    const state = this.#traffic.hasGivenUp && this.#reader.bytes === 0 ? 'pending' : 'broken'
     for (const request of this.#waiting.splice(0)) {
       settle(request, this.#hasConnected ? state : 'refused', this.#failure)
     }
@@ -1122,43 +1135,60 @@ function giveUpLater(traffic: Traffic, socket: net.Socket): void {
 
 // --- Clients of HTTP/2 ---------------------------------------------------------------------------
 
-/** A session, by which several streams go at the same time; a new one when it has gone away. */
+/** A session, and the connection below it, which tells whether it was accepted. */
+class Http2Session {
+  readonly session: http2.ClientHttp2Session
+  hasConnected = false
+
+  constructor(traffic: Traffic) {
+    const tcp = traffic.connect(false)
+    tcp.on('connect', () => {
+      this.hasConnected = true
+    })
+    tcp.on('error', doNothing)
+    const secrets = { socket: tcp, rejectUnauthorized: false, ALPNProtocols: ['h2'] }
+    const isSecure = traffic.setup.life.server === 'h2'
+    const authority = isSecure ? 'https://localhost' : 'http://localhost'
+    this.session = http2.connect(authority, {
+      createConnection: () => (isSecure ? tls.connect(secrets) : tcp)
+    })
+    this.session.on('error', doNothing)
+  }
+
+  get isOpen(): boolean {
+    return !this.session.closed && !this.session.destroyed
+  }
+
+  close(): void {
+    this.session.close()
+    setTimeout(() => this.session.destroy(), CLIENT_GRACE_MS).unref()
+  }
+}
+
+/** Several streams at the same time by one session; a new one when it has gone away. */
 async function askByHttp2(traffic: Traffic, client: Client, chance: Chance): Promise<void> {
   while (traffic.mayAsk(client)) {
-    const session = openSession(traffic)
-    traffic.keep(session)
-    let isFirst = true
-    let isRefused = false
-    session.on('error', (error) => {
-      isRefused ||= isRefusal(error)
-    })
+    const peer = new Http2Session(traffic)
+    traffic.keep(peer.session)
     const asked: Promise<void>[] = []
-    while (traffic.mayAsk(client) && !session.closed && !session.destroyed) {
-      const request = traffic.add(client, chance.oneOf(USUAL_KINDS), isFirst)
-      isFirst = false
-      const done = askByStream(session, request)
+    while (traffic.mayAsk(client) && peer.isOpen) {
+      const request = traffic.add(client, chance.oneOf(USUAL_KINDS), asked.length === 0)
+      const done = askByStream(peer, request)
       asked.push(done)
       await Promise.race([done, pause(client.pauseMs + 30)])
       await pause(5)
     }
     await Promise.all(asked)
-    traffic.forget(session)
-    session.close()
-    setTimeout(() => session.destroy(), CLIENT_GRACE_MS).unref()
-    if (isRefused) return
+    traffic.forget(peer.session)
+    peer.close()
+    if (!peer.hasConnected) return
   }
 }
 
-function openSession(traffic: Traffic): http2.ClientHttp2Session {
-  const { life, port } = traffic.setup
-  const scheme = life.server === 'h2' ? 'https' : 'http'
-  return http2.connect(`${scheme}://${HOST}:${port}`, { rejectUnauthorized: false })
-}
-
-async function askByStream(session: http2.ClientHttp2Session, request: Sent): Promise<void> {
+async function askByStream(peer: Http2Session, request: Sent): Promise<void> {
   let stream: http2.ClientHttp2Stream
   try {
-    stream = session.request({ ':path': `/${request.kind}/${request.id}` })
+    stream = peer.session.request({ ':path': `/${request.kind}/${request.id}` })
   } catch (error) {
     settle(request, 'refused', String(error)) // it was never sent
     return
@@ -1185,9 +1215,8 @@ async function askByStream(session: http2.ClientHttp2Session, request: Sent): Pr
     stream.on('close', closed)
   })
   const isRefusedStream = stream.rstCode === http2.constants.NGHTTP2_REFUSED_STREAM
-  if (isRefusedStream || (failure && isRefusal(failure))) {
-    settle(request, 'refused', failure?.code)
-  } else if (hasEnded && status > 0 && !failure) checkAnswer(request, status, body)
+  if (isRefusedStream || !peer.hasConnected) settle(request, 'refused', failure?.code)
+  else if (hasEnded && status > 0 && !failure) checkAnswer(request, status, body)
   else settle(request, 'broken', failure?.code ?? `reset with ${stream.rstCode}`)
 }
 
@@ -1334,8 +1363,7 @@ async function exchange(socket: net.Socket, question: string): Promise<string> {
 }
 
 async function askPathByHttp2(traffic: Traffic): Promise<boolean | undefined> {
-  const session = openSession(traffic)
-  session.on('error', doNothing)
+  const { session } = new Http2Session(traffic)
   session.setTimeout(2_000, () => session.destroy())
   const stream = session.request({ ':path': HEALTH_PATH })
   let status = 0
@@ -1387,7 +1415,7 @@ const givenPorts = new Set<number>()
 /** A port whose followers, +1 and +80, are free, too, and which no other life has. */
 async function freePort(): Promise<number> {
   for (;;) {
-    const port = FIRST_PORT + 2 * Math.floor(Math.random() * 5_000)
+    const port = FIRST_PORT + 2 * Math.floor(Math.random() * 4_900)
     const ports = [port, port + 1, port + 80]
     if (ports.some((each) => givenPorts.has(each))) continue
     for (const each of ports) givenPorts.add(each)
@@ -1453,11 +1481,13 @@ class Living {
     const [status, signal] = await ended
     const endedAtMs = Date.now()
     child.emit('over')
+    this.#traffic.isOver = true
     await signalled
-    await pause(CLIENT_GRACE_MS)
-    this.#holder?.kill('SIGKILL')
+    const allDone = Promise.all(clients)
+    await Promise.race([allDone, pause(LAST_READ_MS, undefined, { ref: false })])
     this.#traffic.giveUp()
-    await Promise.all(clients)
+    await allDone
+    await this.#endHolder()
     return {
       events: this.#events(),
       sent: this.#traffic.sent,
@@ -1505,6 +1535,12 @@ class Living {
     listener?.close()
     closeSync(log)
     return child
+  }
+
+  async #endHolder(): Promise<void> {
+    if (!this.#holder) return
+    this.#holder.kill('SIGKILL')
+    await once(this.#holder, 'exit')
   }
 
   #command(isAuto: boolean): string[] {
@@ -1831,7 +1867,7 @@ class Judge {
 
   /** None where that cannot be compared. */
   #expectedEnds(): string[] {
-    if (this.#isInsisted || this.#isSecondItsOwn) return []
+    if (this.#isInsisted || this.#isSecondItsOwn || this.#isListenerLate) return []
     const own = this.#without.isKilled ? [] : [describeEnd(this.#without)]
     const { way, listener, cleanUp, moment } = this.#life
     if (way === 'auto' || !isSignalOurs(this.#life) || moment === 'up') return own
@@ -1841,6 +1877,16 @@ class Judge {
     const status = cleanUp === 'throws' ? 'status 1' : 'status 0'
     if (listener === 'none' || own[0] === 'status 0') return [status]
     return own
+  }
+
+  /** Without us the signal kills a program that does not listen for it yet. With us the program may
+   *  do so by the time at which it is told. */
+  get #isListenerLate(): boolean {
+    const { listener, moment } = this.#life
+    if (listener === 'none' || moment === 'up') return false
+    return [this.#withUs, this.#without].some((outcome) => {
+      return this.#first(outcome, 'listens for signals') > outcome.signalledAtMs
+    })
   }
 
   /** A second signal that comes when ours is over, or was never there, is the program's own
