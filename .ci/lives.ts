@@ -53,7 +53,7 @@ const UNCOMPARED_MS = TIMEOUT_MS + 3_500 // after the signal a life without us i
 const SIGNAL_GRACE_MS = 60 // from a signal until the program has heard of it
 const CLIENT_GRACE_MS = 300 // for a client and its peer to part, or to hear of one another
 const LAST_READ_MS = 2_000 // after the end of the instance, for its clients to read what it sent
-const GREEN_AGAIN_MS = 150 // two rounds of a prober that disagree are no mere change
+const DISAGREEMENT_MS = 700 // in more time than that there may be a change, and one back
 const FIRST_PORT = 10_000 // below those of the tests, and of clients
 
 // --- Chance --------------------------------------------------------------------------------------
@@ -1774,21 +1774,14 @@ class Judge {
     this.#judgeAgreement()
   }
 
-  /** Two ways disagree where each gave the same answer twice in a row, and the other one the
-   *  opposite in between. */
+  /** Two ways disagree where they say the opposite in turns, and each of them twice: what they are
+   *  asked meanwhile may change once. */
   #judgeAgreement(): void {
-    const latest = new Map<string, { isGreen: boolean; sinceMs: number; untilMs: number }>()
-    for (const { way, isGreen, askedAtMs, answeredAtMs } of this.#verdicts) {
-      const before = latest.get(way)
-      const sinceMs = before?.isGreen === isGreen ? before.sinceMs : answeredAtMs
-      latest.set(way, { isGreen, sinceMs, untilMs: askedAtMs })
-      for (const [other, its] of latest) {
-        if (its.isGreen === isGreen) continue
-        const overlapMs = Math.min(askedAtMs, its.untilMs) - Math.max(sinceMs, its.sinceMs)
-        if (overlapMs < GREEN_AGAIN_MS) continue
-        const color = isGreen ? 'green' : 'red'
-        this.faults.push(`${way} is ${color}, ${other} is not, for ${overlapMs} ms`)
-        return
+    const ways = [...new Set(this.#verdicts.map(({ way }) => way))]
+    for (const [index, way] of ways.entries()) {
+      for (const other of ways.slice(index + 1)) {
+        const fault = describeDisagreement(this.#verdicts, way, other)
+        if (fault) this.faults.push(fault)
       }
     }
   }
@@ -1801,7 +1794,7 @@ class Judge {
     if (count > 1) this.faults.push(`cleanUp was called ${count} times`)
     const isWanted = cleanUp !== 'none' && this.#isInCharge && !this.#isCutShort
     if (isWanted && count === 0) this.faults.push('cleanUp was not called')
-    this.#judgeOrder('cleanUp begin')
+    if (this.#isInCharge) this.#judgeOrder('cleanUp begin')
     // Bun and Deno tell other listeners at once.
     const isHeldBack = this.#isInCharge && this.#runtime === 'node'
     if (isHeldBack && !this.#isCutShort) this.#judgeOrder('listener begin')
@@ -1906,6 +1899,30 @@ class Judge {
       if (isOver || !others.includes(left)) this.faults.push(`left ${left} behind`)
     }
   }
+}
+
+function describeDisagreement(all: Verdict[], way: string, other: string): string | undefined {
+  const verdicts = all.filter((verdict) => verdict.way === way || verdict.way === other)
+  const turns: Verdict[] = []
+  for (const verdict of verdicts) {
+    const before = turns.at(-1)
+    const isRepeated = before?.way === verdict.way && before.isGreen === verdict.isGreen
+    if (isRepeated) turns.pop()
+    turns.push(verdict)
+  }
+  for (const [index, first] of turns.entries()) {
+    const [second, third, fourth] = turns.slice(index + 1)
+    if (!second || !third || !fourth) return undefined
+    if (second.way === first.way || second.isGreen === first.isGreen) continue
+    const isRepeated = third.isGreen === first.isGreen && fourth.isGreen === second.isGreen
+    const areInTurns = third.way === first.way && fourth.way === second.way
+    const tookMs = fourth.answeredAtMs - first.askedAtMs
+    if (!isRepeated || !areInTurns || tookMs > DISAGREEMENT_MS) continue
+    const green = first.isGreen ? first : second
+    const red = first.isGreen ? second : first
+    return `${green.way} is green, and ${red.way} is red, for ${tookMs} ms`
+  }
+  return undefined
 }
 
 function sign(ms: number): string {
