@@ -1702,7 +1702,8 @@ class Judge {
   #judgeRequests(): void {
     const losses = lossesOf(this.#withUs)
     const lossesWithout = lossesOf(this.#without)
-    const mayLose = this.#isCutShort || (!this.#isInCharge && lossesWithout.length > 0)
+    const isSafeWithout = lossesWithout.length === 0 && this.#without.sent.length > 0
+    const mayLose = this.#isCutShort || !(this.#isInCharge || isSafeWithout)
     if (losses.length > 0 && !mayLose) {
       const shown = losses.slice(0, 3).map((loss) => this.#describeLoss(loss))
       const count = `lost ${losses.length} of ${this.#withUs.sent.length} requests`
@@ -1864,6 +1865,8 @@ class Judge {
     const own = this.#without.isKilled ? [] : [describeEnd(this.#without)]
     const { way, listener, cleanUp, moment } = this.#life
     if (way === 'auto' || !isSignalOurs(this.#life) || moment === 'up') return own
+    // On Bun and Deno the program's own listener may be faster.
+    if (this.#runtime !== 'node' && listener !== 'none') return [...own, 'status 1']
     if (cleanUp === 'endless') return ['status 1']
 
     // In code the process ends as it was told, with 1 where cleanUp failed.
@@ -1902,27 +1905,31 @@ class Judge {
 }
 
 function describeDisagreement(all: Verdict[], way: string, other: string): string | undefined {
-  const verdicts = all.filter((verdict) => verdict.way === way || verdict.way === other)
-  const turns: Verdict[] = []
-  for (const verdict of verdicts) {
-    const before = turns.at(-1)
-    const isRepeated = before?.way === verdict.way && before.isGreen === verdict.isGreen
-    if (isRepeated) turns.pop()
-    turns.push(verdict)
-  }
+  const turns = turnsOf(all.filter((verdict) => verdict.way === way || verdict.way === other))
   for (const [index, first] of turns.entries()) {
     const [second, third, fourth] = turns.slice(index + 1)
     if (!second || !third || !fourth) return undefined
-    if (second.way === first.way || second.isGreen === first.isGreen) continue
-    const isRepeated = third.isGreen === first.isGreen && fourth.isGreen === second.isGreen
-    const areInTurns = third.way === first.way && fourth.way === second.way
+    const isContradiction = second.way !== first.way && second.isGreen !== first.isGreen
+    const isRepeated = isSame(first, third) && isSame(second, fourth)
     const tookMs = fourth.answeredAtMs - first.askedAtMs
-    if (!isRepeated || !areInTurns || tookMs > DISAGREEMENT_MS) continue
+    if (!isContradiction || !isRepeated || tookMs > DISAGREEMENT_MS) continue
     const green = first.isGreen ? first : second
     const red = first.isGreen ? second : first
     return `${green.way} is green, and ${red.way} is red, for ${tookMs} ms`
   }
   return undefined
+}
+
+/** Of the same answers in a row, the last one. */
+function turnsOf(verdicts: Verdict[]): Verdict[] {
+  return verdicts.filter((verdict, index) => {
+    const next = verdicts[index + 1]
+    return !next || !isSame(verdict, next)
+  })
+}
+
+function isSame(verdict: Verdict, other: Verdict): boolean {
+  return verdict.way === other.way && verdict.isGreen === other.isGreen
 }
 
 function sign(ms: number): string {
