@@ -1658,6 +1658,7 @@ class Judge {
   }
 
   judge(): string[] {
+    this.#judgeTrial()
     this.#judgeRequests()
     this.#judgeEchoes()
     this.#judgeVerdicts()
@@ -1697,13 +1698,24 @@ class Judge {
     return outcome.events.filter((event) => event.kind === kind).length
   }
 
+  /** A life without an instance would try nothing. */
+  #judgeTrial(): void {
+    const { moment } = this.#life
+    if (moment === 'up' || moment === 'armed') return
+    for (const outcome of [this.#withUs, this.#without]) {
+      if (this.#count(outcome, 'listening') === 0) this.faults.push('the program never listened')
+    }
+  }
+
   // Requests
 
   #judgeRequests(): void {
     const losses = lossesOf(this.#withUs)
     const lossesWithout = lossesOf(this.#without)
     const isSafeWithout = lossesWithout.length === 0 && this.#without.sent.length > 0
-    const mayLose = this.#isCutShort || !(this.#isInCharge || isSafeWithout)
+    const isOursAlone = this.#runtime === 'node' || this.#life.listener === 'none'
+    const isOurs = this.#isInCharge && isOursAlone
+    const mayLose = this.#isCutShort || !(isOurs || isSafeWithout)
     if (losses.length > 0 && !mayLose) {
       const shown = losses.slice(0, 3).map((loss) => this.#describeLoss(loss))
       const count = `lost ${losses.length} of ${this.#withUs.sent.length} requests`
@@ -1863,13 +1875,16 @@ class Judge {
   #expectedEnds(): string[] {
     if (this.#isInsisted || this.#isSecondItsOwn || this.#isListenerLate) return []
     const own = this.#without.isKilled ? [] : [describeEnd(this.#without)]
-    const { way, listener, cleanUp, moment } = this.#life
+    const { way, moment } = this.#life
     if (way === 'auto' || !isSignalOurs(this.#life) || moment === 'up') return own
+    return this.#expectedEndsInCode(own)
+  }
+
+  #expectedEndsInCode(own: string[]): string[] {
+    const { listener, cleanUp } = this.#life
     // On Bun and Deno the program's own listener may be faster.
     if (this.#runtime !== 'node' && listener !== 'none') return [...own, 'status 1']
     if (cleanUp === 'endless') return ['status 1']
-
-    // In code the process ends as it was told, with 1 where cleanUp failed.
     const status = cleanUp === 'throws' ? 'status 1' : 'status 0'
     if (listener === 'none' || own[0] === 'status 0') return [status]
     return own
