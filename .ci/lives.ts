@@ -985,8 +985,8 @@ class Http1Connection {
   }
 
   #onEnd(): void {
+    if (this.isOpen) this.#failure = 'ended'
     this.isOpen = false
-    this.#failure = 'ended'
     this.#socket.end()
   }
 
@@ -1018,7 +1018,10 @@ class Http1Connection {
 
   #onAnswer(answer: Answer): void {
     const request = this.#waiting.shift()
-    if (answer.isLast) this.isOpen = false
+    if (answer.isLast) {
+      this.isOpen = false
+      this.#failure = 'dropped behind Connection: close'
+    }
     if (!request) {
       if (this.#last) this.#last.state = 'twice'
       return
