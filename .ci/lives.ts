@@ -2071,6 +2071,12 @@ function tally(kinds: string[]): string {
   return Array.from(counts, ([kind, count]) => `${kind} ${count}`).join(', ')
 }
 
+/** Without what is of this life alone: `lost 2 of 9 requests (…` is `lost requests`. */
+function kindOfFault(fault: string): string {
+  const [sentence = ''] = fault.split(/[:(,]/)
+  return sentence.replaceAll(/(\bof )?\br?\d+ (ms )?/g, '').trim()
+}
+
 function printSummary(results: Result[], seconds: number): void {
   const sent = results.flatMap(({ withUs }) => withUs.sent)
   const answered = sent.filter(({ state }) => state === 'answered')
@@ -2086,6 +2092,8 @@ function printSummary(results: Result[], seconds: number): void {
     `  clients: ${tally(lives.flatMap(({ clients }) => clients.map(({ kind }) => kind)))}`
   )
   console.log(`  probers: ${tally(lives.map(({ prober }) => prober))}`)
+  const kinds = results.flatMap(({ faults }) => faults.map(kindOfFault))
+  if (kinds.length > 0) console.log(`  faults: ${tally(kinds)}`)
   console.log(`${failed.length} failed: ${failed.map(({ life }) => life.name).join(' ')}`)
 }
 
