@@ -1941,14 +1941,19 @@ class Judge {
 }
 
 function describeDisagreement(all: Verdict[], way: string, other: string): string | undefined {
-  const turns = turnsOf(all.filter((verdict) => verdict.way === way || verdict.way === other))
-  for (const [index, first] of turns.entries()) {
-    const [second, third, fourth] = turns.slice(index + 1)
-    if (!second || !third || !fourth) return undefined
-    const isContradiction = second.way !== first.way && second.isGreen !== first.isGreen
-    const isRepeated = isSame(first, third) && isSame(second, fourth)
-    const tookMs = fourth.answeredAtMs - first.askedAtMs
-    if (!isContradiction || !isRepeated || tookMs > DISAGREEMENT_MS) continue
+  let turns: Verdict[] = []
+  for (const verdict of all) {
+    if (verdict.way !== way && verdict.way !== other) continue
+    const last = turns.at(-1)
+    if (!last || turns.some((turn) => !maybeBoth(turn, verdict))) {
+      turns = [verdict]
+      continue
+    }
+    // What is asked at the same time may be answered before a change, and after it.
+    if (verdict.way !== last.way && verdict.askedAtMs >= last.answeredAtMs) turns.push(verdict)
+    const [first = verdict, second = verdict] = turns
+    const tookMs = verdict.answeredAtMs - first.askedAtMs
+    if (turns.length < 4 || tookMs > DISAGREEMENT_MS) continue
     const green = first.isGreen ? first : second
     const red = first.isGreen ? second : first
     return `${green.way} is green, and ${red.way} is red, for ${tookMs} ms`
@@ -1956,16 +1961,9 @@ function describeDisagreement(all: Verdict[], way: string, other: string): strin
   return undefined
 }
 
-/** Of the same answers in a row, the last one. */
-function turnsOf(verdicts: Verdict[]): Verdict[] {
-  return verdicts.filter((verdict, index) => {
-    const next = verdicts[index + 1]
-    return !next || !isSame(verdict, next)
-  })
-}
-
-function isSame(verdict: Verdict, other: Verdict): boolean {
-  return verdict.way === other.way && verdict.isGreen === other.isGreen
+/** Whether two answers may stand in one contradiction: each way goes on saying the same. */
+function maybeBoth(turn: Verdict, verdict: Verdict): boolean {
+  return (turn.way === verdict.way) === (turn.isGreen === verdict.isGreen)
 }
 
 function sign(ms: number): string {
@@ -2072,6 +2070,10 @@ function showOutcomes(withUs: Outcome, without: Outcome): void {
     for (const { atMs, kind, detail } of outcome.events) {
       if (kind === 'verdict') continue
       console.log(`    ${sign(atMs - signalledAtMs)} ${kind} ${detail}`)
+    }
+    for (const { way, isGreen, askedAtMs, answeredAtMs } of outcome.verdicts) {
+      const times = `${sign(askedAtMs - signalledAtMs)} to ${sign(answeredAtMs - signalledAtMs)}`
+      console.log(`    ${times} ${way} is ${isGreen ? 'green' : 'red'}`)
     }
   }
 }
