@@ -39,6 +39,8 @@ import * as tls from 'node:tls'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { promisify } from 'node:util'
 
+import type { WebServer } from '../monitor.ts'
+
 const HOST = '127.0.0.1'
 const HEALTH_PATH = '/ready'
 const PROGRAM = 'program' // the first argument of the process that is the instance
@@ -407,7 +409,7 @@ type Monitor = typeof import('../monitor.ts')
 
 class Program {
   readonly life: Life
-  readonly servers: net.Server[]
+  readonly servers: WebServer[]
   readonly #setup: Setup
   /** As some programs do it at boot. */
   readonly #boundCloses: (() => Promise<unknown>)[]
@@ -474,7 +476,7 @@ class Program {
 
   // What it serves
 
-  #createServers(): net.Server[] {
+  #createServers(): WebServer[] {
     const { server } = this.life
     const serve = (request: http.IncomingMessage, response: http.ServerResponse): void => {
       this.#serve(request, response)
@@ -483,7 +485,7 @@ class Program {
       request: http2.Http2ServerRequest,
       response: http2.Http2ServerResponse
     ) => void
-    const servers: net.Server[] = []
+    const servers: WebServer[] = []
     if (server === 'https') servers.push(https.createServer(this.#secrets(), serve))
     else if (server === 'h2') {
       const options = { ...this.#secrets(), allowHTTP1: true }
@@ -1942,21 +1944,19 @@ class Judge {
 
 function describeDisagreement(all: Verdict[], way: string, other: string): string | undefined {
   let turns: Verdict[] = []
-  for (const verdict of all) {
-    if (verdict.way !== way && verdict.way !== other) continue
+  for (const verdict of all.filter((each) => each.way === way || each.way === other)) {
+    const mayGoOn = turns.every((turn) => maybeBoth(turn, verdict))
     const last = turns.at(-1)
-    if (!last || turns.some((turn) => !maybeBoth(turn, verdict))) {
-      turns = [verdict]
-      continue
-    }
+    if (!mayGoOn || !last) turns = [verdict]
     // What is asked at the same time may be answered before a change, and after it.
-    if (verdict.way !== last.way && verdict.askedAtMs >= last.answeredAtMs) turns.push(verdict)
+    else if (verdict.way !== last.way && verdict.askedAtMs >= last.answeredAtMs) turns.push(verdict)
+
     const [first = verdict, second = verdict] = turns
     const tookMs = verdict.answeredAtMs - first.askedAtMs
     if (turns.length < 4 || tookMs > DISAGREEMENT_MS) continue
-    const green = first.isGreen ? first : second
-    const red = first.isGreen ? second : first
-    return `${green.way} is green, and ${red.way} is red, for ${tookMs} ms`
+    const green = first.isGreen ? first.way : second.way
+    const red = first.isGreen ? second.way : first.way
+    return `${green} is green, and ${red} is red, for ${tookMs} ms`
   }
   return undefined
 }
