@@ -1853,7 +1853,7 @@ class Judge {
   /** Whatever ran without us. */
   #judgeOwnCleanUps(): void {
     if (this.#isInsisted || this.#life.cleanUp === 'endless') return
-    if (this.#withUs.secondAtMs < Infinity && !this.#isInCharge) return
+    if (this.#isSecondItsOwn) return
     for (const kind of ['listener begin', 'listener end', 'exit'] as const) {
       const ranWithout = this.#count(this.#without, kind) > 0
       const ranWithUs = this.#count(this.#withUs, kind) > 0
