@@ -1535,6 +1535,11 @@ class Client {
   /** Streams of HTTP/2 that were upgraded. */
   readonly upgradedStreams = new Set<Http2Stream>()
   requestsInFlight = 0
+  /** Whether requests came by it of which one did not wait for the answer to another. */
+  #hasPipelined = false
+  /** Whether there may be more requests in what has been read with the newest one. */
+  #isMoreExpected = false
+  #bytesReadAtLastBegin = -1
   /** Only the newest response may carry `Connection: close`, since Node.js drops whatever was
    *  pipelined behind such a response. */
   #newestResponse: object | undefined
@@ -1554,7 +1559,13 @@ class Client {
     this.stage = stage
   }
 
-  requestBegins(response: object): void {
+  /** Without its response where others may be behind it that we have not seen. */
+  requestBegins(response?: object): void {
+    const bytesRead = this.#bytesRead
+    const isInSamePart = bytesRead === this.#bytesReadAtLastBegin
+    if (isInSamePart || this.requestsInFlight > 0) this.#hasPipelined = true
+    if (this.#hasPipelined) this.#expectMore()
+    this.#bytesReadAtLastBegin = bytesRead
     this.requestsInFlight++
     this.#newestResponse = response
   }
@@ -1572,7 +1583,14 @@ class Client {
   }
 
   isNewest(response: object): boolean {
-    return this.#newestResponse === response
+    return this.#newestResponse === response && !this.#isMoreExpected
+  }
+
+  #expectMore(): void {
+    this.#isMoreExpected = true
+    process.nextTick(() => {
+      this.#isMoreExpected = false
+    })
   }
 
   /** Tells the client of an HTTP/2 session to open no more streams; those that it has opened
@@ -1595,7 +1613,7 @@ class Client {
     if (this.stage === 'unseen' || this.requestsInFlight > 0) return true
     // A session that was told to close still sends what its server has pushed.
     if ('goaway' in this.peer) return this.peer.closed
-    return this.#isReceiving()
+    return isAnswering(this.peer) || this.#isReceiving()
   }
 
   /** Nothing has happened for so long that no request can be on its way: one may have been sent just
@@ -1823,7 +1841,9 @@ class Application {
     const { _httpMessage: response } = socket
     if (!response || response.writableFinished) return
     response.on('close', this.#onResponseClose)
-    this.#requestBegins(response, `${response.req.method} ${response.req.url}`, client)
+    const line = `${response.req.method} ${response.req.url}`
+    this.#inFlight.set(response, { startedAtMs: performance.now(), line, client })
+    client.requestBegins()
   }
 
   #onSecureConnection(server: net.Server, socket: SecureSocket): void {
@@ -2123,9 +2143,14 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
   })
 }
 
-/** A connection that came before its server was seen. Node.js keeps there the response that is
- *  being served, and what parses HTTP, which an upgrade takes off. */
+/** Node.js keeps at a connection the response that is being served, and what parses HTTP, which an
+ *  upgrade takes off. */
 type EarlierSocket = net.Socket & { _httpMessage?: http.ServerResponse | null; parser?: unknown }
+
+/** Also where the request came before its server was seen. */
+function isAnswering({ _httpMessage: response }: EarlierSocket): boolean {
+  return Boolean(response)
+}
 
 /** As far as the runtime tells. */
 function connectionsOf(server: net.Server): EarlierSocket[] {
