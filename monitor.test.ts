@@ -3654,6 +3654,21 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     }
   })
 
+  test('of requests that one packet brings, all are answered where the application answers at once', async (t) => {
+    const server = await serve(t, (_, response) => response.end('served'))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const peer = await converse(t, portOf(server))
+    const three = headOf('/1') + headOf('/2') + headOf('/3')
+    const isAnswered = (times: number) => {
+      return until(() => peer.transcript.split('served').length > times, `${times} are answered`)
+    }
+    peer.say(three)
+    await isAnswered(3)
+    await monitor.drain({ timeoutMs: 0 })
+    peer.say(three)
+    await isAnswered(6)
+  })
+
   test('a response that throws does not make drain() reject, and is sent', async (t) => {
     const kinds = Object.entries(THROWING_RESPONSES)
     for (const isDrainedBefore of [true, false]) {
