@@ -4440,7 +4440,12 @@ class Signals {
       this.#listeners.set(name, (signal, number) => this.#onSignal(signal, number, options))
     }
     if (!ARE_SIGNALS_TOLD_PAST_US) this.#holdBack()
-    for (const [name, listener] of this.#listeners) process.on(name, listener)
+    for (const [name, listener] of this.#listeners) {
+      const isHeardAlready = process.listenerCount(name) > 0
+      process.on(name, listener)
+      // Not in the first turn, which may have begun before the event loop looked for signals.
+      if (isHeardAlready) setImmediate(() => setImmediate(() => this.#listenAnew(name)))
+    }
   }
 
   /** Takes the listeners off. */
@@ -4510,8 +4515,7 @@ class Signals {
     return others.length > 0
   }
 
-  /** Sees these signals before anybody else does. Node.js looks `process.emit` up when a signal
-   *  gets its first listener, so the present ones are taken off and added again in their order. */
+  /** Sees these signals before anybody else does. */
   #holdBack(): void {
     const listeners = this.#listeners
     this.#restoreEmit = replaceMethod(process, 'emit', (innerEmit) => {
@@ -4523,11 +4527,16 @@ class Signals {
         return true
       }
     })
-    for (const name of listeners.keys()) {
-      const present = process.rawListeners(name) as SignalListener[]
-      for (const listener of present) process.off(name, listener)
-      for (const listener of present) process.on(name, listener)
-    }
+  }
+
+  /** Node.js looks `process.emit` up when a signal gets its first listener, so all of them are taken
+   *  off and added again in their order. Just after the event loop has looked for signals: one that
+   *  has come, and waits for that, would be lost with the last listener. */
+  #listenAnew(name: NodeJS.Signals): void {
+    if (ARE_SIGNALS_TOLD_PAST_US || !this.#listeners.has(name)) return
+    const present = process.rawListeners(name) as SignalListener[]
+    for (const listener of present) process.off(name, listener)
+    for (const listener of present) process.on(name, listener)
   }
 }
 
