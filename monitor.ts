@@ -567,6 +567,7 @@ class Monitor {
   /** Hooks into the servers that `start` was given, and sees each one that listens in this process
    *  from now on, or does already. */
   findServers(): void {
+    if (this.#endSearch) return
     for (const server of this.#options.servers) this.application.add(server)
     this.#endSearch = observeListening({
       onListen: (place) => this.#stepAside(place),
@@ -4366,9 +4367,8 @@ class Shutdown {
  *  process ends, even if something still keeps it alive (which is logged). A signal that comes again
  *  meanwhile changes nothing; only a `SIGINT` a second or more after the first signal ends the
  *  process at once, with 130. Called again it replaces the options. May come before or after
- *  `start`. Where that was never called no server is known, and requests in flight are not waited
- *  for, as without us. `stop()` takes the listeners off. Throws a `TypeError` or `RangeError` for
- *  wrong options. */
+ *  `start`; where that was never called, servers that listen are looked for at the signal. `stop()`
+ *  takes the listeners off. Throws a `TypeError` or `RangeError` for wrong options. */
 export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
   'shutdownOnSignal',
   (options = {}) => {
@@ -4441,8 +4441,9 @@ class Signals {
     }
     if (!ARE_SIGNALS_TOLD_PAST_US) this.#holdBack()
     for (const [name, listener] of this.#listeners) {
-      const isHeardAlready = process.listenerCount(name) > 0
-      process.on(name, listener)
+      const isHeardAlready = !ARE_SIGNALS_TOLD_PAST_US && process.listenerCount(name) > 0
+      // Until then a signal is not held back, and what only delays it has nothing to do with it.
+      if (!isHeardAlready || !options.isDelay) process.on(name, listener)
       // Not in the first turn, which may have begun before the event loop looked for signals.
       if (isHeardAlready) setImmediate(() => setImmediate(() => this.#listenAnew(name)))
     }
@@ -4466,6 +4467,7 @@ class Signals {
     if (this.#firstAtMs === undefined) {
       this.#firstAtMs = performance.now()
       process.on('removeListener', this.#onListenerRemoved)
+      monitor.findServers() // also where it was not started, since a shutdown waits for them
       void this.#shutDown(signal, number, options)
       return
     }
@@ -4533,10 +4535,13 @@ class Signals {
    *  off and added again in their order. Just after the event loop has looked for signals: one that
    *  has come, and waits for that, would be lost with the last listener. */
   #listenAnew(name: NodeJS.Signals): void {
-    if (ARE_SIGNALS_TOLD_PAST_US || !this.#listeners.has(name)) return
+    const own = this.#listeners.get(name)
+    if (!own) return
+    process.off('removeListener', this.#onListenerRemoved)
     const present = process.rawListeners(name) as SignalListener[]
     for (const listener of present) process.off(name, listener)
-    for (const listener of present) process.on(name, listener)
+    for (const listener of new Set([...present, own])) process.on(name, listener)
+    if (this.hasCome) process.on('removeListener', this.#onListenerRemoved)
   }
 }
 
