@@ -1695,11 +1695,14 @@ class Judge {
     return started < this.#withUs.signalledAtMs
   }
 
-  /** The program itself, or a person who insists, ends it in the middle. */
+  /** The program itself, or a person who insists, ends it in the middle. Bun and Deno tell the
+   *  program's own listener at once. */
   get #isCutShort(): boolean {
     if (this.#isInsisted) return true
-    if (this.#runtime === 'node') return false
-    return ['raises again', 'signal-exit', 'flushes'].includes(this.#life.listener)
+    const { listener, afterwards } = this.#life
+    if (this.#runtime === 'node' || listener === 'none') return false
+    if (['raises again', 'signal-exit', 'flushes'].includes(listener)) return true
+    return afterwards === 'exits' || this.#isSecondItsOwn
   }
 
   get #isInsisted(): boolean {
@@ -1727,11 +1730,12 @@ class Judge {
   // Requests
 
   #judgeRequests(): void {
-    const losses = lossesOf(this.#withUs)
     const lossesWithout = lossesOf(this.#without)
     const isOursAlone = this.#runtime === 'node' || this.#life.listener === 'none'
     const isOurs = this.#isInCharge && isOursAlone
     const mayLose = this.#isCutShort || !(isOurs || this.#isSafeWithout)
+    // Where the program closes its server by itself, what it has not read yet is lost by chance.
+    const losses = lossesOf(this.#withUs).filter((loss) => isOurs || this.#isSeen(loss))
     if (losses.length > 0 && !mayLose) {
       const shown = losses.slice(0, 3).map((loss) => this.#describeLoss(loss))
       const count = `lost ${losses.length} of ${this.#withUs.sent.length} requests`
@@ -1752,11 +1756,15 @@ class Judge {
     return lossesOf(this.#without).length === 0
   }
 
-  #describeLoss({ id, kind, client, state, why, endedAtMs, sentAtMs, bytes }: Sent): string {
+  #isSeen({ id }: Sent): boolean {
+    return this.#withUs.events.some(({ kind, detail }) => kind === 'got' && detail === id)
+  }
+
+  #describeLoss(loss: Sent): string {
+    const { id, kind, client, state, why, endedAtMs, sentAtMs, bytes } = loss
     const { signalledAtMs } = this.#withUs
-    const isSeen = this.#withUs.events.some((event) => event.kind === 'got' && event.detail === id)
     const times = `sent ${sign(sentAtMs - signalledAtMs)}, over ${sign(endedAtMs - signalledAtMs)}`
-    const seen = isSeen ? 'got' : 'never read'
+    const seen = this.#isSeen(loss) ? 'got' : 'never read'
     return `${id} (${kind} by ${client}, ${times} ms, ${seen}, ${bytes} bytes): ${state} ${why}`
   }
 
