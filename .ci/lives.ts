@@ -1916,13 +1916,14 @@ class Judge {
 
   #expectedEndsInCode(own: string[]): string[] {
     const { listener, cleanUp } = this.#life
+    const isFailing = cleanUp === 'throws' || cleanUp === 'endless'
+    const status = isFailing ? 'status 1' : 'status 0'
     // On Bun and Deno the program's own listener may be faster, and ours hears what it raises.
-    const isRaised = listener === 'raises again' || listener === 'signal-exit'
-    if (this.#runtime !== 'node' && isRaised) return [...own, 'status 0', 'status 1']
-    if (this.#runtime !== 'node' && listener !== 'none') return [...own, 'status 1']
-    if (cleanUp === 'endless') return ['status 1']
-    const status = cleanUp === 'throws' ? 'status 1' : 'status 0'
-    if (listener === 'none' || own[0] === 'status 0') return [status]
+    if (this.#runtime !== 'node' && listener !== 'none') {
+      const isRaised = listener === 'raises again' || listener === 'signal-exit'
+      return isRaised || isFailing ? [...own, status] : own
+    }
+    if (cleanUp === 'endless' || listener === 'none' || own[0] === 'status 0') return [status]
     return own
   }
 
