@@ -1932,6 +1932,8 @@ class Judge {
   get #isListenerLate(): boolean {
     const { listener, moment } = this.#life
     if (listener === 'none' || moment === 'up') return false
+    // It finds its server listening by then.
+    if (listener === 'exits unless listening' && moment !== 'serving') return true
     return [this.#withUs, this.#without].some((outcome) => {
       return this.#first(outcome, 'listens for signals') > outcome.signalledAtMs
     })
