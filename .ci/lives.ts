@@ -140,7 +140,8 @@ type ProberKind = 'none' | 'all' | 'line' | 'http' | 'agent' | 'path' | 'vanishe
 
 /** When the first signal comes: the program raises it itself in its first moments (`up`), in the
  *  turn in which it begins to listen for signals (`heard`), when all is prepared but it serves
- *  nobody yet (`armed`), or as soon as it does (`bound`). While it serves, it comes from outside. */
+ *  nobody yet (`armed`), or as soon as it does (`bound`). While it serves, it comes from
+ *  outside. */
 type Moment = 'up' | 'heard' | 'armed' | 'bound' | 'serving'
 
 interface Client {
@@ -779,12 +780,12 @@ function bodyOf(kind: RequestKind, id: string): string {
 }
 
 /** A request is *accepted* when
- *  - it is the first one of a connection that was established (of TLS: whose connection of TCP was),
- *    since nobody but the instance can have taken that, and it knew that it would close; or
+ *  - it is the first one of a connection that was established, of TLS by TCP: nobody but the instance
+ *    can have taken that, and it knew that it would close; or
  *  - the program got it, or a byte of its answer came. A later request by the same connection may
  *    cross the goodbye of a server that ends an idle connection, as HTTP allows; so may a stream
  *    that an HTTP/2 server refuses. Clients try these again.
- *  An accepted request is *lost* unless its whole answer came, as it should be, and once. One that is
+ *  One that was accepted is *lost* unless its whole answer came, as it should be, and once. What is
  *  answered for ever cannot be lost, nor what its client gave up. */
 interface Sent {
   id: string
@@ -1427,6 +1428,18 @@ interface Run {
   isShown: boolean
 }
 
+/** What runs, so that it ends with the trial, however that ends. */
+const children = new Set<ChildProcess>()
+
+function keepUntilExit(child: ChildProcess): void {
+  children.add(child)
+  child.on('exit', () => children.delete(child))
+}
+
+function endChildren(): void {
+  for (const child of children) child.kill('SIGKILL')
+}
+
 const givenPorts = new Set<number>()
 
 /** A port whose followers, +1 and +80, are free, too, and which no other life has. */
@@ -1545,9 +1558,11 @@ class Living {
     const stdio = ['ignore', log, log, ...(listener ? [handle] : [])]
     const words = this.#command(isAuto)
     const child = spawn(this.#run.runtime, words, { env, stdio: stdio as 'ignore'[] })
+    keepUntilExit(child)
     if (server === 'shared fd') {
       const held = ['ignore', 'ignore', 'ignore', handle] as 'ignore'[]
       this.#holder = spawn('sleep', ['60'], { stdio: held })
+      keepUntilExit(this.#holder)
     }
     listener?.close()
     closeSync(log)
@@ -2139,6 +2154,8 @@ async function main(words: string[]): Promise<void> {
   const folder = mkdtempSync(join(tmpdir(), 'ftw-lives-'))
   mkdirSync(folder, { recursive: true })
   const run: Run = { folder, ...certify(folder), monitor, runtime, isShown }
+  process.on('exit', endChildren)
+  for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exit(130))
   const startedAtMs = performance.now()
   const names = namesOf(options)
   const results: Result[] = []
