@@ -780,8 +780,8 @@ function bodyOf(kind: RequestKind, id: string): string {
 }
 
 /** A request is *accepted* when
- *  - it is the first one of a connection that was established, of TLS by TCP: nobody but the instance
- *    can have taken that, and it knew that it would close; or
+ *  - it is the first one of a connection that was established, of TLS by TCP: nobody but the
+ *    instance can have taken that, and it knew that it would close; or
  *  - the program got it, or a byte of its answer came. A later request by the same connection may
  *    cross the goodbye of a server that ends an idle connection, as HTTP allows; so may a stream
  *    that an HTTP/2 server refuses. Clients try these again.
