@@ -6467,7 +6467,9 @@ describeInProcess('Warm-up', PAIRWISE, () => {
         const page = new RegExp(`^/ ${login}$`, 'm')
         const proxied = runScript(t, { script, env })
         assert.equal(await inTime(proxied.exit, 'it is judged', 8_000), 0, proxied.output)
-        if (isSecure) assert.match(proxied.stdout, /^Warmup failed: .*NO_PROXY$/m)
+        // Before Node.js 22.21 fetch did not heed the environment.
+        const isRefused = isSecure && NODE_MAJOR > 20
+        if (isRefused) assert.match(proxied.stdout, /^Warmup failed: .*NO_PROXY$/m)
         else assert.match(proxied.stdout, page)
 
         const direct = runScript(t, { script, env: { ...env, NO_PROXY: 'localhost' } })
@@ -8811,6 +8813,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
         process.on('SIGTERM', () => { throw new Error('broken') })
         process.on('SIGTERM', ${hear('second')})`
     })
+    await getPage(service.instancePort, '/') // by then signals are held back
     const { output } = await service.end()
     assert.deepEqual(heardIn(output), ['heard second SIGTERM 15 late'])
     assert.match(output, /broken/)

@@ -711,7 +711,8 @@ class Monitor {
     const { server } = this.application
     const isKnown = server ? server.listening : this.#isPortKnown
     // Its server may be found after the port was known.
-    if (isAuto && server?.listening && !signals.areHeard) delaySignals()
+    const isSignalUnheard = !signals.areHeard && !signals.hasCome
+    if (isAuto && server?.listening && isSignalUnheard) delaySignals()
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
@@ -724,7 +725,9 @@ class Monitor {
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
-      this.instance = new Instance(locateInstance(this.#options, bound, server))
+      const location = locateInstance(this.#options, bound, server)
+      if (!URL.canParse(location.url)) failWith(`cannot use ${location.url}: set FTW_MONITOR_URL`)
+      this.instance = new Instance(location)
     } catch (error) {
       this.#giveUp(error)
       return
@@ -758,6 +761,7 @@ class Monitor {
     if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
     this.listener?.enforceLimits()
     this.application.forgetEndedRequests()
+    this.application.forgetClosedConnections()
   }
 
   /** Ends all that runs, at once; what may begin again begins anew. Resolves when the port is
@@ -1479,7 +1483,7 @@ interface Http2Session extends NodeJS.EventEmitter {
   goaway(code: number, lastStreamId: number): void
   close(): void
   destroy(): void
-  readonly socket?: { readonly remoteAddress?: string }
+  readonly socket?: { readonly remoteAddress?: string; readonly remotePort?: number }
   /** From `close()` on. */
   readonly closed: boolean
   /** Once it has closed and no stream is left, while its client may still keep the connection. */
@@ -1527,8 +1531,10 @@ type ClientStage = 'handshaking' | 'unseen' | 'serving' | 'upgraded'
 
 /** A connection, from its first moment to its last. */
 class Client {
-  /** The connection itself, also below TLS and HTTP/2: when it closes, all is over. */
-  readonly socket: net.Socket | undefined
+  /** The connection itself, also below TLS and HTTP/2: when it closes, all is over. Of a session that
+   *  came before its server was seen only that is known. */
+  readonly connection: net.Socket | Http2Session
+  readonly onClose: () => void
   /** Who sends requests by it: the socket, that of TLS after its handshake, or the session of
    *  HTTP/2. */
   peer: net.Socket | Http2Session
@@ -1536,11 +1542,8 @@ class Client {
   /** Streams of HTTP/2 that were upgraded. */
   readonly upgradedStreams = new Set<Http2Stream>()
   requestsInFlight = 0
-  /** Whether requests came by it of which one did not wait for the answer to another. */
-  #hasPipelined = false
-  /** Whether there may be more requests in what has been read with the newest one. */
+  /** Whether another request has been read, and is not seen yet. */
   #isMoreExpected = false
-  #bytesReadAtLastBegin = -1
   /** Only the newest response may carry `Connection: close`, since Node.js drops whatever was
    *  pipelined behind such a response. */
   #newestResponse: object | undefined
@@ -1554,19 +1557,19 @@ class Client {
   #bytesSeen = 0
   #bytesSeenAtMs = performance.now()
 
-  constructor(peer: net.Socket | Http2Session, stage: ClientStage) {
+  constructor(
+    peer: net.Socket | Http2Session,
+    stage: ClientStage,
+    onClose: (client: Client) => void
+  ) {
     this.peer = peer
-    this.socket = 'goaway' in peer ? undefined : peer
+    this.connection = peer
     this.stage = stage
+    this.onClose = () => onClose(this)
   }
 
   /** Without its response where others may be behind it that we have not seen. */
   requestBegins(response?: object): void {
-    const bytesRead = this.#bytesRead
-    const isInSamePart = bytesRead === this.#bytesReadAtLastBegin
-    if (isInSamePart || this.requestsInFlight > 0) this.#hasPipelined = true
-    if (this.#hasPipelined) this.#expectMore()
-    this.#bytesReadAtLastBegin = bytesRead
     this.requestsInFlight++
     this.#newestResponse = response
   }
@@ -1587,8 +1590,10 @@ class Client {
     return this.#newestResponse === response && !this.#isMoreExpected
   }
 
-  #expectMore(): void {
-    this.#isMoreExpected = true
+  /** To be called while a request is announced: what has been read with it may hold the next one,
+   *  and the application may answer at once. */
+  expectMore(): void {
+    this.#isMoreExpected = 'goaway' in this.peer ? false : hasMoreThanOneHead(this.peer)
     process.nextTick(() => {
       this.#isMoreExpected = false
     })
@@ -1636,7 +1641,7 @@ class Client {
 
   destroy(): void {
     attempt(() => this.peer.destroy())
-    attempt(() => this.socket?.destroy()) // a session of HTTP/2 may leave it open
+    attempt(() => this.connection.destroy()) // a session of HTTP/2 may leave it open
   }
 
   /** Half a handshake or half a head has come, or half a body that nobody waited for, and its last
@@ -1764,6 +1769,14 @@ class Application {
   unhook(): void {
     for (const unhook of this.#unhooks.values()) unhook()
     this.#unhooks.clear()
+    for (const client of this.#clients.values()) this.#forgetClient(client)
+  }
+
+  /** For an application that takes our listeners off: to be called now and then. */
+  forgetClosedConnections(): void {
+    for (const client of this.#clients.values()) {
+      if (isDestroyed(client.connection)) this.#forgetClient(client)
+    }
   }
 
   /** Some responses never get their 'close', and an answered upgrade has no event. */
@@ -1864,20 +1877,34 @@ class Application {
   #clientOf(peer: SecureSocket | Http2Session): Client {
     const known = this.#clients.get(peer)
     if (known) return known
-    const { _parent: socketBelow = peer } = peer as SecureSocket
-    const client = this.#clients.get(socketBelow)
-    if (!client) return this.#addClient(peer)
-    this.#movesTo(client, peer)
-    return client
+    const below =
+      'goaway' in peer ? this.#unseenBelow(peer) : this.#clients.get(peer._parent ?? peer)
+    if (!below) return this.#addClient(peer)
+    this.#movesTo(below, peer)
+    return below
+  }
+
+  /** The connection of a session that came before its server was seen. */
+  #unseenBelow({ socket }: Http2Session): Client | undefined {
+    const port = attempt(() => socket?.remotePort)
+    return [...this.#clients.values()].find(({ stage, connection }) => {
+      return stage === 'unseen' && 'remotePort' in connection && connection.remotePort === port
+    })
   }
 
   #addClient(peer: net.Socket | Http2Session, stage: ClientStage = 'serving'): Client {
-    const client = new Client(peer, stage)
+    const client = new Client(peer, stage, (closed) => this.#forgetClient(closed))
     if (isDestroyed(peer)) return client // its 'close' is past
     this.#clients.set(peer, client)
-    const emitter: NodeJS.EventEmitter = peer
-    emitter.once('close', () => this.#clients.delete(client.peer))
+    const emitter: NodeJS.EventEmitter = client.connection
+    emitter.on('close', client.onClose)
     return client
+  }
+
+  #forgetClient(client: Client): void {
+    this.#clients.delete(client.peer)
+    const emitter: NodeJS.EventEmitter = client.connection
+    attempt(() => emitter.off('close', client.onClose)) // it may be anything
   }
 
   /** Its requests are sent by another peer from now on. */
@@ -1993,7 +2020,9 @@ class Application {
   /** From now on each client of HTTP/1 is to go elsewhere with its next request. */
   sendClientsElsewhere(): void {
     this.#isSendingElsewhere = true
-    for (const [key, { client }] of this.#inFlight) sendElsewhere(key, client, this)
+    for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
+      if (!isUpgradeAnswered) sendElsewhere(key, client, this)
+    }
   }
 
   /** The same for HTTP/2, where each session is told once. Not before all probers know: a balancer
@@ -2010,9 +2039,8 @@ class Application {
   /** Refuses new connections, where the runtime can; what has come is served. */
   async stopListening(limitMs: number): Promise<void> {
     this.#stage = 'refusing'
-    const servers = this.#servers.filter(hasSocketOfItsOwn)
-    for (const server of servers) acceptNoMore(server)
-    if (servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
+    for (const server of this.#servers.filter(hasSocketOfItsOwn)) acceptNoMore(server)
+    if (this.#servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
     for (const server of this.#servers) this.#stopListening(server)
     if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
   }
@@ -2021,10 +2049,9 @@ class Application {
    *  answers that are not taken yet: so at a moment when there is none. Resolves to whether there
    *  was one in time. */
   async #closeServersOfBun(limitMs: number): Promise<boolean> {
-    const servers = this.#servers.filter(isOfBun)
-    if (servers.length === 0) return true
+    if (!IS_BUN) return true
     const isMoment = await pollUntil(() => !this.#isSending, limitMs)
-    if (isMoment) servers.forEach(closeOnBun)
+    if (isMoment) this.#servers.forEach(closeOnBun)
     return isMoment
   }
 
@@ -2041,9 +2068,7 @@ class Application {
     let quietTurns = 0
     while (quietTurns < 2 && performance.now() - startedAtMs < limitMs) {
       const connectionsBefore = this.#connectionsSoFar
-      const turnBeganAtMs = performance.now()
-      await new Promise((resolve) => setImmediate(resolve))
-      const isShort = performance.now() - turnBeganAtMs < SHORT_TURN_MS
+      const isShort = await isTurnShort()
       const isQuiet = this.#connectionsSoFar === connectionsBefore && isShort
       quietTurns = isQuiet ? quietTurns + 1 : 0
     }
@@ -2097,9 +2122,7 @@ class Application {
     for (const client of this.#clients.values()) {
       if (!client.isUpgraded) client.destroy()
     }
-    for (const server of this.#servers.filter(isOfBun)) {
-      if (server.listening) closeOnBun(server)
-    }
+    if (IS_BUN) this.#servers.forEach(closeOnBun)
   }
 
   /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
@@ -2147,6 +2170,16 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
 /** Node.js keeps at a connection the response that is being served, and what parses HTTP, which an
  *  upgrade takes off. */
 type EarlierSocket = net.Socket & { _httpMessage?: http.ServerResponse | null; parser?: unknown }
+
+/** Whether something follows the first head in what Node.js is just taking apart. */
+function hasMoreThanOneHead({ parser }: EarlierSocket): boolean {
+  const { getCurrentBuffer }: { getCurrentBuffer?: () => Buffer } = Object(parser)
+  const read = attempt(() => getCurrentBuffer?.call(parser))
+  const endsAt = read?.indexOf(END_OF_HEAD) ?? -1
+  return read !== undefined && endsAt >= 0 && endsAt + END_OF_HEAD.length < read.length
+}
+
+const END_OF_HEAD = '\r\n\r\n'
 
 /** Also where the request came before its server was seen. */
 function isAnswering({ _httpMessage: response }: EarlierSocket): boolean {
@@ -2200,7 +2233,7 @@ type ServerWithHandle = net.Server & { _handle?: Handle | null; _connectionKey?:
 const keepAlives = new WeakMap<Handle, ReturnType<typeof setInterval>>()
 
 function stopListening(server: ServerWithHandle): void {
-  if (!server.listening || isOfBun(server)) return
+  if (!server.listening || IS_BUN) return
   const { _handle: handle } = server
   if (!handle) {
     // The server's own close() might cut connections whose answer is not taken yet.
@@ -2262,14 +2295,12 @@ function hasSocketOfItsOwn({ _handle: handle, _connectionKey: key }: ServerWithH
 /** How Node.js tells sockets that it has opened from one another; of others there is no address. */
 const OWN_SOCKET = /^(?:[46]:.*:\d+|-1:.*[/\\].*:-1)$/ // 4:127.0.0.1:8080, -1:/run/app.sock:-1
 
-/** Its http servers are no `net.Server`, and have no handle. */
-function isOfBun(server: net.Server): boolean {
-  return !(server instanceof net.Server)
-}
+const IS_BUN = 'bun' in process.versions
 
 /** Bun has no handle to close. So the stand-in is a `close()` that waits for ours, and nobody hears of
  *  that before; until the server listens again. */
 function closeOnBun(server: net.Server): void {
+  if (!server.listening) return
   let onClosed: () => void = doNothing
   const closed = new Promise<void>((resolve) => {
     onClosed = resolve
@@ -2316,6 +2347,7 @@ function sendElsewhere(key: object, client: Client, application: Application): v
   attempt(() => {
     if (sentElsewhere.has(response) || response.headersSent) return
     sentElsewhere.add(response)
+    client.expectMore()
     closeConnectionAfter(response, client, application)
   })
 }
@@ -2328,16 +2360,19 @@ function closeConnectionAfter(
   client: Client,
   application: Application
 ): void {
-  const { shouldKeepAlive } = response
-  response.shouldKeepAlive = false
+  const { shouldKeepAlive, req: request } = response
+  // At once, since some call the prototype's own writeHead.
+  const isSetAtOnce = !isUploading(request)
+  if (isSetAtOnce) response.shouldKeepAlive = false
 
   replaceMethod(response, 'writeHead', (innerWriteHead) => {
     return function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
       const isLast = client.isNewest(response)
-      if (!application.isSendingElsewhere || !isLast || isUploading(response.req)) {
-        response.shouldKeepAlive = shouldKeepAlive
+      if (!application.isSendingElsewhere || !isLast || isUploading(request)) {
+        if (isSetAtOnce) response.shouldKeepAlive = shouldKeepAlive
         return Reflect.apply(innerWriteHead, this, args as [number])
       }
+      response.shouldKeepAlive = false
       attempt(() => replaceKeepAliveSet(this))
       return Reflect.apply(innerWriteHead, this, args.map(withoutKeepAlive) as [number])
     }
@@ -3192,7 +3227,9 @@ class WarmupRunner {
   /** That the view is there is proved by our token alone: a catch-all route, another worker or
    *  another process answers, too. */
   async #askView(instance: Instance): Promise<void> {
-    this.#token = crypto.randomUUID() // not before, since it loads all of Node.js's cryptography
+    // Not before, since it loads all of Node.js's cryptography; and some replace it.
+    this.#token = attempt(() => crypto.randomUUID())
+    if (this.#token === undefined) return
     const { url, ipv6Url } = instance
     await this.#askViewAt(url)
     if (this.#phase !== 'askingView' || ipv6Url === undefined) return
@@ -3331,20 +3368,32 @@ async function visit(url: string, signal: AbortSignal, token?: string): Promise<
 }
 
 /** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
- *  environment names, Node.js where it is told to. Hosts without are named there, too; whether ours
- *  is one of them is not for us to tell. */
+ *  environment names, Node.js where it is told to, or where the program has put a dispatcher of its
+ *  own in place. Whether our host is one of those in `NO_PROXY` is not for us to tell. */
 function mayFetchUseProxy(): boolean {
-  const { env, execArgv, versions } = process
-  const names = Object.keys(env)
-  if (!names.some((name) => PROXY.test(name)) || names.some((name) => NO_PROXY.test(name)))
-    return false
-  if ('bun' in versions || 'deno' in versions) return true
-  const options = `${execArgv.join(' ')} ${env['NODE_OPTIONS']}`
-  return env['NODE_USE_ENV_PROXY'] === '1' || options.includes('--use-env-proxy')
+  const names = Object.keys(process.env)
+  if (names.some((name) => NO_PROXY.test(name))) return false
+  const isToldByNames = IS_BUN || 'deno' in process.versions
+  if (isToldByNames) return names.some((name) => PROXY.test(name))
+  return DISPATCHERS.some((key) => {
+    const dispatcher: unknown = Reflect.get(globalThis, key)
+    return dispatcher !== undefined && !DIRECT_DISPATCHERS.includes(kindOfObject(dispatcher))
+  })
 }
 
 const PROXY = /^(https?|all)_proxy$/i
 const NO_PROXY = /^no_proxy$/i
+
+/** Where fetch finds what sends its requests; it is there from the first request on. */
+const DISPATCHERS = [
+  Symbol.for('undici.globalDispatcher.1'),
+  Symbol.for('undici.globalDispatcher.2')
+]
+const DIRECT_DISPATCHERS: unknown[] = ['Agent', 'Dispatcher1Wrapper']
+
+function kindOfObject(value: unknown): unknown {
+  return attempt(() => Object(value).constructor.name as unknown)
+}
 
 async function visitByFetch(
   url: string,
@@ -3998,6 +4047,14 @@ async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean
   return true
 }
 
+/** Whether the event loop has just been round with next to nothing to do: then it has read what came
+ *  before, and nothing can have come since but in that short time. */
+async function isTurnShort(): Promise<boolean> {
+  const beganAtMs = performance.now()
+  await new Promise((resolve) => setImmediate(resolve))
+  return performance.now() - beganAtMs < SHORT_TURN_MS
+}
+
 function unreffedPause(ms: number): Promise<void> {
   return new Promise((resolve) => {
     setTimeout(resolve, ms).unref()
@@ -4360,7 +4417,7 @@ class Shutdown {
 
 // What `shutdownOnSignal` listens for, and what becomes of it. A signal is delayed: nobody else hears
 // of it until the instance has shut down; then our listeners and hooks come off, and it is let
-// through, as if it came now. (Bun and Deno tell the others at once.)
+// through, as if it came now.
 
 /** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`. Then other
  *  listeners of the signal have it, and have until `exitAfterMs`, but at least 5 s; after that the
@@ -4405,17 +4462,21 @@ const SIGNAL_NUMBERS = new Map<string, number>([
 
 type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
-/** Bun and Deno do not tell signals by `process.emit`, so nobody can be kept from hearing them. */
-const ARE_SIGNALS_TOLD_PAST_US = 'bun' in process.versions || 'deno' in process.versions
-
 class Signals {
   /** What was said last, while they are heard. */
   options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
+  /** The listeners of others, each by what stands in its place. */
+  readonly #heldBack = new Map<SignalListener, SignalListener>()
   /** When the one came that began the shutdown. */
   #firstAtMs: number | undefined
   #isRepeatLogged = false
-  #restoreEmit: (() => void) | undefined
+  /** One of somebody else's is added just after this event. */
+  readonly #onNewListener = (name: string | symbol, listener: unknown): void => {
+    const own = this.#listeners.get(name as NodeJS.Signals)
+    const isOurs = listener === own || this.#heldBack.has(listener as SignalListener)
+    if (own && !isOurs) process.nextTick(() => this.#holdBack(name as NodeJS.Signals))
+  }
   /** While we shut down, `process.removeAllListeners()` must not take ours, too: without any
    *  listener the next signal would kill the process in the middle. */
   readonly #onListenerRemoved = (name: string | symbol, removed: unknown): void => {
@@ -4437,26 +4498,54 @@ class Signals {
     this.release()
     this.options = options
     for (const name of new Set(names)) {
-      this.#listeners.set(name, (signal, number) => this.#onSignal(signal, number, options))
+      const listener: SignalListener = (signal, number) => {
+        // tsx has a listener in its child that it hides, and kills the child if that does not answer
+        // within 60 ms: so it comes before all that we do.
+        if (isSomebodyHidden(name)) setImmediate(() => this.#onSignal(signal, number, options))
+        else this.#onSignal(signal, number, options)
+      }
+      this.#listeners.set(name, listener)
+      process.on(name, listener)
+      this.#holdBack(name)
     }
-    if (!ARE_SIGNALS_TOLD_PAST_US) this.#holdBack()
-    for (const [name, listener] of this.#listeners) {
-      const isHeardAlready = !ARE_SIGNALS_TOLD_PAST_US && process.listenerCount(name) > 0
-      // Until then a signal is not held back, and what only delays it has nothing to do with it.
-      if (!isHeardAlready || !options.isDelay) process.on(name, listener)
-      // Not in the first turn, which may have begun before the event loop looked for signals.
-      if (isHeardAlready) setImmediate(() => setImmediate(() => this.#listenAnew(name)))
-    }
+    process.on('newListener', this.#onNewListener)
   }
 
-  /** Takes the listeners off. */
+  /** Takes our listeners off, and gives those of others their places back. */
   release(): void {
+    process.off('newListener', this.#onNewListener)
     process.off('removeListener', this.#onListenerRemoved)
-    for (const [name, listener] of this.#listeners) process.off(name, listener)
+    for (const [name, own] of this.#listeners) {
+      for (const listener of process.rawListeners(name) as SignalListener[]) {
+        const original = this.#heldBack.get(listener)
+        if (original) replaceListener(name, listener, original)
+      }
+      process.off(name, own)
+    }
     this.#listeners.clear()
-    this.#restoreEmit?.()
-    this.#restoreEmit = undefined
+    this.#heldBack.clear()
     this.options = undefined
+  }
+
+  /** Puts something that does nothing into the place of each listener of others, in their order. It
+   *  looks like the original to `process.listeners()` and `process.off()`. There is always a listener
+   *  meanwhile: without any a signal would end the process, or be lost. */
+  #holdBack(name: NodeJS.Signals): void {
+    const own = this.#listeners.get(name)
+    const others = shownListeners(name).filter((listener) => listener !== own)
+    const areHeldBack = others.every((listener) => this.#heldBack.has(listener))
+    if (!own || areHeldBack) return
+
+    const originals = new Map<NamedListener, SignalListener>()
+    for (const listener of others) {
+      const original = this.#heldBack.get(listener) ?? listener
+      const place: NamedListener = () => {}
+      this.#heldBack.set(place, original)
+      originals.set(place, original)
+      replaceListener(name, listener, place)
+    }
+    // Not before, or off() would have taken it for the original.
+    for (const [place, original] of originals) place.listener = unwrapped(original)
   }
 
   #onSignal(
@@ -4503,7 +4592,10 @@ class Signals {
   /** Has the signal do what it would have done without us. */
   #letThrough(signal: NodeJS.Signals, number: number | undefined): void {
     const isAnybodyTold = this.#tellOthers(signal, number)
-    if (!isAnybodyTold) process.kill(process.pid, signal)
+    if (isAnybodyTold) return
+    // The kernel spares the first process of a container, which would serve nobody for ever.
+    if (process.pid === 1) process.exit(128 + (number ?? 0))
+    process.kill(process.pid, signal)
   }
 
   /** Takes our listeners off, and lets the others hear of the signal, as if it came now: each in a
@@ -4512,48 +4604,22 @@ class Signals {
   #tellOthers(signal: NodeJS.Signals, number: number | undefined): boolean {
     this.release()
     const others = shownListeners(signal)
-    if (ARE_SIGNALS_TOLD_PAST_US) return others.length > 0
     for (const other of others) process.nextTick(other.bind(process), signal, number)
     return others.length > 0
   }
-
-  /** Sees these signals before anybody else does. */
-  #holdBack(): void {
-    const listeners = this.#listeners
-    this.#restoreEmit = replaceMethod(process, 'emit', (innerEmit) => {
-      return function emit(this: NodeJS.Process, ...args: [NodeJS.Signals, ...unknown[]]): unknown {
-        const [event, , number] = args
-        const own = listeners.get(event)
-        if (!own) return Reflect.apply(innerEmit, this, args as never)
-        holdBack(event, number as number | undefined, own)
-        return true
-      }
-    })
-  }
-
-  /** Node.js looks `process.emit` up when a signal gets its first listener, so all of them are taken
-   *  off and added again in their order. Just after the event loop has looked for signals: one that
-   *  has come, and waits for that, would be lost with the last listener. */
-  #listenAnew(name: NodeJS.Signals): void {
-    const own = this.#listeners.get(name)
-    if (!own) return
-    process.off('removeListener', this.#onListenerRemoved)
-    const present = process.rawListeners(name) as SignalListener[]
-    for (const listener of present) process.off(name, listener)
-    for (const listener of new Set([...present, own])) process.on(name, listener)
-    if (this.hasCome) process.on('removeListener', this.#onListenerRemoved)
-  }
 }
 
-/** Tells our own listener alone. But tsx has one in its child that it hides, and kills the child if
- *  that does not answer within 60 ms: so it comes before all that we do. */
-function holdBack(signal: NodeJS.Signals, number: number | undefined, own: SignalListener): void {
-  const shown = shownListeners(signal)
-  const all = process.rawListeners(signal) as SignalListener[]
-  const hidden = all.filter((each) => !shown.includes(each))
-  for (const listener of hidden) listener.call(process, signal, number)
-  if (hidden.length === 0) own(signal, number)
-  else setImmediate(() => own(signal, number))
+function replaceListener(
+  name: NodeJS.Signals,
+  listener: SignalListener,
+  next: SignalListener
+): void {
+  process.on(name, next)
+  process.off(name, listener)
+}
+
+function isSomebodyHidden(signal: NodeJS.Signals): boolean {
+  return process.rawListeners(signal).length > shownListeners(signal).length
 }
 
 /** Such as `process.listeners()` tells of. */
@@ -4563,8 +4629,10 @@ function shownListeners(signal: NodeJS.Signals): SignalListener[] {
   return all.filter((each) => shown.includes(unwrapped(each)))
 }
 
-/** Of `once` there is a wrapper. */
-function unwrapped(raw: SignalListener & { listener?: SignalListener }): SignalListener {
+/** That of `once` is a wrapper. */
+type NamedListener = SignalListener & { listener?: SignalListener }
+
+function unwrapped(raw: NamedListener): SignalListener {
   return raw.listener ?? raw
 }
 
@@ -5515,8 +5583,10 @@ function replaceMethod<Owner extends object, Name extends keyof Owner>(
   name: Name,
   wrap: (inner: Owner[Name] & Callable) => Callable
 ): (() => void) | undefined {
-  const inner = owner[name] as Owner[Name] & Callable
   const before = Object.getOwnPropertyDescriptor(owner, name)
+  const innerBefore = owner[name] as Owner[Name] & Callable
+  // What is inherited is looked up each time, since somebody may replace it, too.
+  const inner = before ? innerBefore : inheritedMethod(owner, name)
   let method: Callable = wrap(inner)
   function replacement(this: unknown, ...args: unknown[]): unknown {
     return Reflect.apply(method, this, args)
@@ -5534,6 +5604,17 @@ function replaceMethod<Owner extends object, Name extends keyof Owner>(
 }
 
 type Callable = (this: never, ...args: never[]) => unknown
+
+function inheritedMethod<Owner extends object, Name extends keyof Owner>(
+  owner: Owner,
+  name: Name
+): Owner[Name] & Callable {
+  function inherited(this: unknown, ...args: unknown[]): unknown {
+    const method: Callable = Reflect.get(Object.getPrototypeOf(owner) as object, name)
+    return Reflect.apply(method, this, args)
+  }
+  return inherited as Owner[Name] & Callable
+}
 
 /** Gives undefined if the function throws, as getters and methods of foreign objects may. */
 function attempt<T>(look: () => T): T | undefined {
@@ -5721,7 +5802,7 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //
 //   `emit` of each server      from `start` on; back at `stop` and at the end of a shutdown
 //   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
-//   `emit` of `process`        from `shutdownOnSignal` on; back at `stop`, and before the signal is
+//   listeners of the signals   from `shutdownOnSignal` on; back at `stop`, and before the signal is
 //                              let through
 //   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or,
