@@ -3425,6 +3425,20 @@ const FORMS: Record<string, Form> = {
       response.end('ok')
     }
   },
+  'writeHead of a prototype that is put under it': {
+    answer: (_, response) => {
+      const prototype = Object.create(Object.getPrototypeOf(response), {
+        writeHead: {
+          value: function (this: http.ServerResponse, ...words: unknown[]) {
+            this.setHeader('X-A', '1')
+            return Reflect.apply(http.ServerResponse.prototype.writeHead, this, words)
+          }
+        }
+      })
+      Object.setPrototypeOf(response, prototype)
+      response.writeHead(201).end('ok')
+    }
+  },
   'a stream of its own': {
     answer: (_, response) => {
       Reflect.set(response, 'stream', { is: 'no HTTP/2' })
@@ -3669,6 +3683,17 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     await isAnswered(6)
   })
 
+  test('of requests that one packet brings first of all, all are answered where the application answers at once', async (t) => {
+    const server = await serve(t, (_, response) => response.end('served'))
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    await monitor.drain({ timeoutMs: 0 })
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/1') + headOf('/2') + headOf('/3'))
+    const answers = () => peer.transcript.match(/^served/gm)?.length ?? 0
+    await until(() => peer.isClosed || answers() === 3, 'it is over')
+    assert.equal(answers(), 3, peer.transcript)
+  })
+
   test('a response that throws does not make drain() reject, and is sent', async (t) => {
     const kinds = Object.entries(THROWING_RESPONSES)
     for (const isDrainedBefore of [true, false]) {
@@ -3689,6 +3714,25 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
         assert.match(answer, /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nok$/, kinds[index]![0])
       }
     }
+  })
+
+  test('a socket that waits for its upgrade is taken for no response while drained, nor after that', async (t) => {
+    const server = await serve(t)
+    const upgrading = once(server, 'upgrade')
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
+    const [, socket] = (await upgrading) as [unknown, net.Socket]
+    assert.equal((await monitor.status()).requestsInFlight, 1)
+    const traces = () => ({ keys: Reflect.ownKeys(socket), listeners: listenersOf(socket) })
+    const before = traces()
+    await monitor.drain({ timeoutMs: 0 })
+    assert.deepEqual(traces(), before)
+    monitor.resume()
+    assert.deepEqual(traces(), before)
+    socket.write(UPGRADED)
+    await peer.hear(UPGRADED)
+    assert.equal('writeHead' in socket, false)
   })
 
   test('a session that opens during a drain has its first request served', async (t) => {
@@ -3715,6 +3759,26 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     assert.match(expected.answer, /^HTTP\/1\.1 401 /)
     assert.equal(expected.errorCode, '')
     assert.deepEqual(await upload(t, portOf(drained), () => pause(100)), expected)
+  })
+
+  test('while drained, an application that closes the connection of an upload itself does so, too', async (t) => {
+    const server = await serve(t, (_, response) => {
+      response.shouldKeepAlive = false
+      response.statusCode = 413
+      response.end('too big')
+    })
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const halfAnUpload = `${headOf('/', 'Content-Length: 9').replace('GET', 'POST')}half`
+    const answer = async () => {
+      const peer = await converse(t, portOf(server))
+      peer.say(halfAnUpload)
+      await until(() => peer.transcript.endsWith('too big'), 'it is answered')
+      return peer.transcript.replace(/^Date: .*\r\n/gm, '')
+    }
+    const expected = await answer()
+    assert.match(expected, /^HTTP\/1\.1 413 [^]*^Connection: close\r$/m)
+    await monitor.drain({ timeoutMs: 0 })
+    assert.equal(await answer(), expected)
   })
 
   test('an upload in flight when a drain begins, and answered before its body has come, gets the same answer', async (t) => {
