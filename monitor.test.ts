@@ -1553,6 +1553,29 @@ describeInProcess('Start and stop', TOGETHER, () => {
     }
   })
 
+  test('stop() leaves no listener on connections that are kept alive, from before start() or after', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = await serve(t)
+    server.keepAliveTimeout = 60_000
+    const connect = async () => {
+      const connected = once(server, 'connection')
+      const peer = await converse(t, portOf(server))
+      const [socket] = (await connected) as [net.Socket]
+      peer.say(headOf('/'))
+      await until(() => peer.transcript.endsWith('hello'), 'it is served')
+      return socket
+    }
+    const early = await connect()
+    const before = listenersOf(early)
+    for (let round = 1; round <= 3; round++) {
+      await bootInstance(t, { monitor, server, until: 'started' })
+      const late = await connect()
+      await monitor.stop()
+      assert.deepEqual(listenersOf(early), before)
+      assert.deepEqual(listenersOf(late), before)
+    }
+  })
+
   test('stop() closes all connections, whatever state they are in', async (t) => {
     const { monitor, port } = await bootInstance(t)
     const talkAbout = async (begin: string) => {
@@ -2120,6 +2143,30 @@ describeInProcess('Addresses', ALONE, () => {
     const address = await monitor.start({ ...setup, listen: LOOPBACK })
     assert.ok(typeof address === 'object')
     await untilHealthy(address.port)
+  })
+
+  test('an instance of whose address no URL can be made costs one warning that names FTW_MONITOR_URL, and no process', async (t) => {
+    const address = 'fe80::1%eth0'
+    const server = await serve(t)
+    const bound = { ...(server.address() as net.AddressInfo), address, family: 'IPv6' }
+    server.address = () => bound
+    const setups: [StartOptions, Record<string, string>][] = [
+      [{ port: await freePort() }, { HOST: address }],
+      [{ server, healthPath: '/ready' }, {}]
+    ]
+    for (const [options, variables] of setups) {
+      setEnvironment(t, variables)
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      const at = await monitor.start({ ...options, listen: LOOPBACK, logger })
+      const headers = { Host: 'foo' } // whose name that is only the URL tells
+      if (typeof at === 'object') await getPage(at.port, '/health_check', { headers })
+      const warnings = warningsOf(logger).filter((line) => line.includes('FTW_MONITOR_URL'))
+      assert.equal(warnings.length, 1, logger.lines.join('\n'))
+      if (options.server) assert.equal((await getPage(bound.port, '/ready')).status, 503)
+      assert.equal((await monitor.health()).healthy, false)
+      await monitor.stop()
+    }
   })
 
   test("where it has given up for a wrong setting the health path is red, and not the application's", async (t) => {
@@ -2906,6 +2953,18 @@ async function askUpgraded(port: number): Promise<number | undefined> {
   return readSamples(body)['ftw_monitor_upgraded_connections']
 }
 
+/** Has a server upgrade connections, of which nobody but it hears any more; gives its ends of them. */
+function takeUpgradesBare(server: net.Server): net.Socket[] {
+  const upgraded: net.Socket[] = []
+  server.on('upgrade', (_, socket: net.Socket) => {
+    socket.removeAllListeners()
+    socket.on('error', () => {})
+    socket.write(UPGRADED)
+    upgraded.push(socket)
+  })
+  return upgraded
+}
+
 describeInProcess('The application', TOGETHER, () => {
   test('a server whose emit cannot be wrapped costs one warning, and the monitor goes on', async (t) => {
     const server = await serve(t)
@@ -3065,6 +3124,17 @@ describeInProcess('The application', TOGETHER, () => {
     await untilCount(0)
   })
 
+  test('an upgraded connection whose listeners the application takes off is counted until it is closed', async (t) => {
+    const server = await serve(t)
+    const upgraded = takeUpgradesBare(server)
+    const { monitor } = await bootInstance(t, { performers: WARM, server })
+    const count = async () => (await monitor.status()).upgradedConnections
+    await upgrade(t, portOf(server))
+    assert.equal(await count(), 1)
+    upgraded[0]!.destroy()
+    await until(async () => (await count()) === 0, 'it is forgotten', 5_000)
+  })
+
   test('an upgrade that is refused, or comes too late, leaves nothing behind', async (t) => {
     const server = await serve(t)
     echoUpgrades(server)
@@ -3138,6 +3208,31 @@ describeInProcess('The application', TOGETHER, () => {
 })
 
 describeInProcess('The application', ALONE, () => {
+  test('an emit that is put on the prototype after start() is called for each event, and after stop(), too', async (t) => {
+    const { monitor, server, instancePort } = await bootInstance(t, { performers: WARM })
+    const { prototype } = http.Server
+    const before = Object.getOwnPropertyDescriptor(prototype, 'emit')
+    t.after(() => {
+      Reflect.deleteProperty(prototype, 'emit')
+      if (before) Object.defineProperty(prototype, 'emit', before)
+    })
+    const innerEmit = prototype.emit as (...all: unknown[]) => boolean
+    const seen: unknown[] = []
+    const emit = function (this: http.Server, ...all: unknown[]): boolean {
+      if (this === server) seen.push(all[0])
+      return Reflect.apply(innerEmit, this, all)
+    }
+    prototype.emit = emit as typeof prototype.emit // as an instrumentation does
+    const events = async () => {
+      seen.length = 0
+      assert.equal((await getPage(instancePort, '/')).body, 'hello')
+      return [...seen]
+    }
+    assert.deepEqual(await events(), ['connection', 'request'])
+    await monitor.stop()
+    assert.deepEqual(await events(), ['connection', 'request'])
+  })
+
   test('a request that is none harms nobody, in flight as it stays', async (t) => {
     const timers = takeTimers(t)
     const server = await serve(t)
@@ -5216,6 +5311,27 @@ const STARTS: Record<string, string> = {
     monitor.start()`
 }
 
+/** Sets a dispatcher as setGlobalDispatcher(new ProxyAgent(…)) does; gives what goes by it. */
+async function dispatchVisibly(t: TestContext): Promise<string[]> {
+  await fetch('data:,loaded') // by now there is one
+  const seen: string[] = []
+  for (const version of [1, 2]) {
+    const key = Symbol.for(`undici.globalDispatcher.${version}`)
+    const inner = Reflect.get(globalThis, key)
+    if (!inner) continue
+    class ProxyAgent {
+      dispatch(options: { origin: unknown; path: string; headers: unknown }, handler: unknown) {
+        const { origin, path, headers } = options
+        seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
+        return inner.dispatch(options, handler)
+      }
+    }
+    Reflect.set(globalThis, key, new ProxyAgent())
+    t.after(() => Reflect.set(globalThis, key, inner))
+  }
+  return seen
+}
+
 describeInProcess('Warm-up', TOGETHER, () => {
   test('a wrong site or performer is a TypeError', async (t) => {
     const { registerWarmup } = await importMonitor(t)
@@ -5971,6 +6087,48 @@ describeInProcess('Warm-up', TOGETHER, () => {
 })
 
 describeInProcess('Warm-up', ALONE, () => {
+  test('where the program has replaced the global crypto the performers warm up, and it is green', async (t) => {
+    const before = Object.getOwnPropertyDescriptor(globalThis, 'crypto')
+    assert.ok(before)
+    t.after(() => Object.defineProperty(globalThis, 'crypto', before))
+    for (const value of [{ getRandomValues: (all: unknown) => all }, undefined]) {
+      Object.defineProperty(globalThis, 'crypto', { value, configurable: true })
+      let warmups = 0
+      const count = () => {
+        warmups++
+      }
+      const { port } = await bootInstance(t, { performers: { '/': count } })
+      assert.equal(warmups, 1)
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    }
+  })
+
+  for (const scheme of ['http', 'https']) {
+    for (const exempt of ['', 'localhost']) {
+      const where = exempt && ', whatever NO_PROXY says'
+      test(`a dispatcher of the program's own sees nothing of our requests over ${scheme}${where}`, async (t) => {
+        setEnvironment(t, {})
+        if (exempt) process.env['NO_PROXY'] = exempt
+        t.after(() => delete process.env['NO_PROXY'])
+        const seen = await dispatchVisibly(t)
+        const server = await serve(t)
+        await fetch(`http://127.0.0.1:${portOf(server)}/of-the-program`)
+        assert.match(seen.join('\n'), /of-the-program/)
+        seen.length = 0
+
+        const url = `${scheme}://me:secret@127.0.0.1:${portOf(server)}`
+        const { monitor } = await bootInstance(t, { server, options: { url }, until: 'started' })
+        const isOver = async () => {
+          const { warmup } = await monitor.status()
+          return ['warm', 'failed'].includes(warmup[0]?.status ?? '')
+        }
+        await until(isOver, 'the warm-up is over')
+        const ours = new RegExp(`x-ftw-monitor-token|${btoa('me:secret')}`, 'i')
+        assert.doesNotMatch(seen.join('\n'), ours)
+      })
+    }
+  }
+
   test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
     const clock = fakeClock(t)
     const timers = takeTimers(t, ['setInterval', 'setTimeout'], clock)
@@ -7778,6 +7936,28 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
   })
 
+  test('a session of HTTP/2 from before start() delays cleanUp no longer than its streams', async (t) => {
+    const held: http2.Http2ServerResponse[] = []
+    const server = await startListening(
+      t,
+      http2.createServer((_, response) => held.push(response))
+    )
+    // On Node.js 20 a session that was sent elsewhere leaves its connection open when it is destroyed.
+    server.on('connection', (socket: net.Socket) => t.after(() => socket.destroy()))
+    const session = await connectSession(t, portOf(server))
+    const answer = askStream(session)
+    await until(() => held.length === 1, 'a stream is in flight')
+    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    const cleaned = latch()
+    const ended = monitor.shutdown({ timeoutMs: 60_000, cleanUp: cleaned.open })
+    await until(() => isRefused(portOf(server)), 'it accepts no more')
+    assert.equal(await isPendingFor(300, cleaned.opened), true)
+    held[0]!.end('served')
+    assert.equal(await answer, 'served')
+    await inTime(cleaned.opened, 'cleanUp is called', 10_000)
+    await inTime(ended, 'the shutdown is over')
+  })
+
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
     const server = await serve(t)
     const upgraded = takeUpgrades(server)
@@ -7936,6 +8116,34 @@ describeInProcess('Shutdown', ALONE, () => {
     await ended
     await until(() => [never!, half!, last!].every(({ isClosed }) => isClosed), 'all are closed')
     assert.match(last!.transcript, /late/)
+  })
+
+  test('upgraded connections that are closed delay no shutdown, though the application took our listeners off', async (t) => {
+    const server = await serve(t)
+    const upgraded = takeUpgradesBare(server)
+    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const peer = await upgrade(t, portOf(server))
+    assert.equal((await monitor.status()).upgradedConnections, 1)
+    const clock = fakeClock(t)
+    const timers = takeTimers(t, ['setInterval', 'setTimeout'], clock)
+    upgraded[0]!.destroy()
+    await until(() => peer.isClosed, 'it is closed')
+    let cleanedAt = 0
+    let endedAt = 0
+    const cleanUp = () => {
+      cleanedAt = clock.now
+    }
+    const ended = monitor.shutdown({ cleanUp }).then(() => {
+      endedAt = clock.now
+    })
+    const isEnded = () => {
+      timers.pass(25)
+      return endedAt > 0
+    }
+    await until(isEnded, 'the shutdown is over')
+    await ended
+    const ms = endedAt - cleanedAt
+    assert.ok(ms < 1_000, `${ms} ms`) // what is open has two seconds to say goodbye
   })
 
   test('a connection that came just before the end has a second for its first request', async (t) => {
