@@ -127,6 +127,13 @@ const NEEDS_NAMESPACES =
     ? needs('sysctl')
     : { skip: 'this user may not make a network (unshare -rn, ip)' }
 
+/** In processes of its own a program is the first one, which the kernel spares. */
+const AS_FIRST_PROCESS = ['-Urpf', '--kill-child']
+const NEEDS_FIRST_PROCESS =
+  spawnSync('unshare', [...AS_FIRST_PROCESS, 'true']).status === 0
+    ? {}
+    : { skip: 'this user may not make processes of its own (unshare -Urpf)' }
+
 const NODE_MAJOR = Number(process.versions.node.split('.')[0])
 const NEEDS_PERMISSIONS = NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' }
 
@@ -2953,7 +2960,7 @@ async function askUpgraded(port: number): Promise<number | undefined> {
   return readSamples(body)['ftw_monitor_upgraded_connections']
 }
 
-/** Has a server upgrade connections, of which nobody but it hears any more; gives its ends of them. */
+/** Has a server upgrade connections of which we hear no more; gives its ends of them. */
 function takeUpgradesBare(server: net.Server): net.Socket[] {
   const upgraded: net.Socket[] = []
   server.on('upgrade', (_, socket: net.Socket) => {
@@ -12475,6 +12482,79 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     await watched.exit
     assert.equal(watched.child.signalCode, 'SIGTERM', watched.output)
     assert.deepEqual(linesOfShutdown(watched.output), [])
+  })
+
+  test(
+    'with FTW_MONITOR=auto the first process of a container loses nothing, and ends with the status of the signal',
+    NEEDS_FIRST_PROCESS,
+    async (t) => {
+      const endOne = async ([signal, expected]: [NodeJS.Signals, number]) => {
+        const port = await freePort()
+        const env = {
+          FTW_MONITOR: 'auto',
+          NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`,
+          PORT: String(port)
+        }
+        const source = `${PRINT}\nprint('process', process.pid)\n${PLAIN_SERVER}`
+        const words = [...AS_FIRST_PROCESS, process.execPath, '-e', source]
+        const watched = watch(t, 'unshare', words, { env })
+        await untilHealthy(port + 80)
+        assert.match(watched.output, /^process 1$/m)
+        const { pid } = watched.child
+        const own = fs.readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8')
+        const page = getPage(port, '/slow500')
+        await until(async () => (await askPerfMetrics(port + 80)).http.in_flight === 1, 'it came')
+        process.kill(Number(own), signal)
+        assert.equal((await page).body, 'served')
+        const status = await inTime(watched.exit, 'it ends')
+        assert.equal(status, expected, watched.output)
+      }
+      const ends: [NodeJS.Signals, number][] = [
+        ['SIGTERM', 143],
+        ['SIGINT', 130]
+      ]
+      await Promise.all(ends.map(endOne))
+    }
+  )
+
+  test('with FTW_MONITOR=auto a SIGINT a second after a SIGTERM gives the program its signals back for good', async (t) => {
+    const { watched, port } = await bootUnmodified(
+      t,
+      `let held
+      const answer = ({ url }, response) => {
+        if (url !== '/held') return response.end()
+        print('asked')
+        held = response
+      }
+      require('node:http').createServer(answer).listen(process.env.PORT, '127.0.0.1')
+      const names = ['SIGTERM', 'SIGINT']
+      const tellCounts = () => print('listeners', ...names.map((name) => process.listenerCount(name)))
+      for (const name of names) process.on(name, () => print('heard', name))
+      process.on('SIGINT', () => setTimeout(tellCounts, 600)) // by then the monitor has looked twice
+      process.on('SIGUSR2', () => {
+        if (held.writableEnded) print('over')
+        else held.end('late')
+      })`
+    )
+    const hasSaid = (text: string) => {
+      return until(() => watched.output.includes(text), `${text}, in: ${watched.output}`)
+    }
+    const page = getPage(port, '/held')
+    await hasSaid('asked\n')
+    watched.child.kill('SIGTERM')
+    await hasSaid('shuts down after SIGTERM')
+    await pause(1_100) // sooner it would be the same stop that arrives twice
+    watched.child.kill('SIGINT')
+    await hasSaid('listeners')
+    watched.child.kill('SIGUSR2')
+    assert.equal((await page).body, 'late')
+    await hasSaid('shutdown: over')
+    watched.child.kill('SIGUSR2')
+    await hasSaid('over\n')
+    assert.deepEqual(watched.output.match(/^(heard|listeners) .*/gm), [
+      'heard SIGINT',
+      'listeners 1 2'
+    ])
   })
 
   test('with FTW_MONITOR=auto a program that calls start() before its server is there ends as others do', async (t) => {
