@@ -7943,28 +7943,6 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
   })
 
-  test('a session of HTTP/2 from before start() delays cleanUp no longer than its streams', async (t) => {
-    const held: http2.Http2ServerResponse[] = []
-    const server = await startListening(
-      t,
-      http2.createServer((_, response) => held.push(response))
-    )
-    // On Node.js 20 a session that was sent elsewhere leaves its connection open when it is destroyed.
-    server.on('connection', (socket: net.Socket) => t.after(() => socket.destroy()))
-    const session = await connectSession(t, portOf(server))
-    const answer = askStream(session)
-    await until(() => held.length === 1, 'a stream is in flight')
-    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
-    const cleaned = latch()
-    const ended = monitor.shutdown({ timeoutMs: 60_000, cleanUp: cleaned.open })
-    await until(() => isRefused(portOf(server)), 'it accepts no more')
-    assert.equal(await isPendingFor(300, cleaned.opened), true)
-    held[0]!.end('served')
-    assert.equal(await answer, 'served')
-    await inTime(cleaned.opened, 'cleanUp is called', 10_000)
-    await inTime(ended, 'the shutdown is over')
-  })
-
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
     const server = await serve(t)
     const upgraded = takeUpgrades(server)

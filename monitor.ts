@@ -3372,12 +3372,14 @@ async function visit(url: string, signal: AbortSignal, token?: string): Promise<
  *  own in place. Whether our host is one of those in `NO_PROXY` is not for us to tell. */
 function mayFetchUseProxy(): boolean {
   const names = Object.keys(process.env)
-  if (names.some((name) => NO_PROXY.test(name))) return false
-  const isToldByNames = IS_BUN || 'deno' in process.versions
-  if (isToldByNames) return names.some((name) => PROXY.test(name))
+  const isHostExcepted = names.some((name) => NO_PROXY.test(name))
+  if (IS_BUN || 'deno' in process.versions) {
+    return !isHostExcepted && names.some((name) => PROXY.test(name))
+  }
+  const harmless = isHostExcepted ? [...DIRECT_DISPATCHERS, PROXY_DISPATCHER] : DIRECT_DISPATCHERS
   return DISPATCHERS.some((key) => {
     const dispatcher: unknown = Reflect.get(globalThis, key)
-    return dispatcher !== undefined && !DIRECT_DISPATCHERS.includes(kindOfObject(dispatcher))
+    return dispatcher !== undefined && !harmless.includes(kindOfObject(dispatcher))
   })
 }
 
@@ -3390,6 +3392,7 @@ const DISPATCHERS = [
   Symbol.for('undici.globalDispatcher.2')
 ]
 const DIRECT_DISPATCHERS: unknown[] = ['Agent', 'Dispatcher1Wrapper']
+const PROXY_DISPATCHER = 'EnvHttpProxyAgent' // which heeds NO_PROXY
 
 function kindOfObject(value: unknown): unknown {
   return attempt(() => Object(value).constructor.name as unknown)
