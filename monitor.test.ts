@@ -6697,8 +6697,8 @@ describeInProcess('Warm-up', PAIRWISE, () => {
         const proxied = runScript(t, { script, env })
         assert.equal(await inTime(proxied.exit, 'it is judged', 8_000), 0, proxied.output)
         // Before Node.js 22.21 fetch did not heed the environment.
-        const isRefused = isSecure && NODE_MAJOR > 20
-        if (isRefused) assert.match(proxied.stdout, /^Warmup failed: .*NO_PROXY$/m)
+        const isLeftOut = isSecure && NODE_MAJOR > 20
+        if (isLeftOut) assert.match(proxied.stdout, /^Warmup failed: .*NO_PROXY$/m)
         else assert.match(proxied.stdout, page)
 
         const direct = runScript(t, { script, env: { ...env, NO_PROXY: 'localhost' } })
@@ -13072,7 +13072,29 @@ const ENDS: Record<string, string> = {
       process.off(signal, hook)
       process.kill(process.pid, signal)
     }
-    process.on('SIGTERM', hook)`
+    process.on('SIGTERM', hook)`,
+  'closes the servers that it finds among its handles': `
+    process.on('SIGTERM', () => {
+      const servers = process._getActiveHandles().filter((each) => each instanceof net.Server)
+      for (const each of servers) each.close()
+      print('servers', servers.length)
+    })`,
+  'keeps nothing referenced': `
+    process.on('SIGTERM', () => {
+      for (const each of process._getActiveHandles()) each.unref?.()
+      cleanUp()
+    })`,
+  'removes the file of its Unix socket itself': `
+    const { unlinkSync } = await import('node:fs')
+    const { join } = await import('node:path')
+    const { tmpdir } = await import('node:os')
+    const path = join(tmpdir(), \`life-\${process.pid}\`)
+    http.createServer().listen(path)
+    process.on('SIGTERM', () => {
+      unlinkSync(path)
+      cleanUp()
+      process.exit(3)
+    })`
 }
 
 /** A program whose signal listener finishes a job. */
@@ -13367,6 +13389,48 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       await assertNoWorse(t, program)
     })
   }
+
+  test('auto: a program that is forced by a second SIGINT gets both, in their order', async (t) => {
+    const life = startLife(t, 'auto', {
+      program: `
+        let count = 0
+        process.on('SIGINT', () => {
+          count++
+          print('heard', count)
+          if (count > 1) process.exit(5)
+        })`
+    })
+    const answer = getPage(await life.isReady(), '/slow5000').catch(codeOf)
+    await life.hasSaid('asked for /slow5000')
+    life.watched.child.kill('SIGINT')
+    await life.hasSaid('shuts down')
+    await pause(1_100)
+    life.watched.child.kill('SIGINT')
+    const { exitCode, said } = await life.awaitEnd()
+    assert.deepEqual([exitCode, said], [5, ['heard 1', 'heard 2']])
+    await answer
+  })
+
+  test('auto: a worker of a cluster that disconnects ends', async (t) => {
+    const file = join(scratchFolder(t), 'cluster.mjs')
+    fs.writeFileSync(
+      file,
+      `import cluster from 'node:cluster'
+      import http from 'node:http'
+      if (cluster.isPrimary) {
+        const worker = cluster.fork()
+        worker.on('listening', () => setTimeout(() => worker.process.kill('SIGTERM'), 300))
+        worker.on('exit', (code) => console.log('worker ended with', code))
+      } else {
+        http.createServer().listen(0, '127.0.0.1')
+        process.on('SIGTERM', () => cluster.worker.disconnect())
+      }`
+    )
+    const env = { FTW_MONITOR: 'auto', FTW_MONITOR_LISTEN: '127.0.0.1:0' }
+    const watched = watch(t, process.execPath, [`--import=${MODULE.href}`, file], { env })
+    await inTime(watched.exit, 'both end')
+    assert.match(watched.output, /^worker ended with 0$/m)
+  })
 
   for (const signal of ['SIGTERM', 'SIGINT'] as const) {
     // In code, such a process ends with 0.
@@ -13685,6 +13749,44 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
       next.watched.child.stdin?.write('listen')
       assert.deepEqual(await burst.answered, BURST_SERVED)
       assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
+    })
+  }
+
+  for (const way of WITH_US) {
+    test(`${way}: a socket that was given to a child has its backlog back at the end`, async (t) => {
+      const heir = join(scratchFolder(t), 'heir.mjs')
+      fs.writeFileSync(
+        heir,
+        `import http from 'node:http'
+        import { setTimeout as pause } from 'node:timers/promises'
+        const server = http.createServer((_, response) => response.end('served'))
+        process.on('message', (_, socket) => server.listen(socket, () => process.send('listens')))
+        process.on('disconnect', async () => {
+          await pause(200) // for the parent's handle to close
+          console.log('alone')
+          Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 700) // and accepts nobody
+          setTimeout(() => process.exit(), 15_000)
+        })`
+      )
+      const program = `
+        options.cleanUp = cleanUp
+        const { fork } = await import('node:child_process')
+        const beginBefore = begin
+        begin = async () => {
+          await beginBefore()
+          const env = { ...process.env, FTW_MONITOR: '0' }
+          const child = fork(${JSON.stringify(heir)}, { env, execArgv: [] })
+          child.send('server', server)
+          await once(child, 'message')
+          process.on('exit', () => print('heir', child.pid))
+        }`
+      const life = startLife(t, way, { program })
+      const port = await life.isReady()
+      life.watched.child.kill('SIGTERM')
+      await life.hasSaid('alone')
+      const burst = connectBurst(t, port)
+      assert.deepEqual(await burst.connected, BURST_CONNECTED)
+      assert.deepEqual(await burst.answered, BURST_SERVED)
     })
   }
 

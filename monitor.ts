@@ -2039,7 +2039,7 @@ class Application {
   /** Refuses new connections, where the runtime can; what has come is served. */
   async stopListening(limitMs: number): Promise<void> {
     this.#stage = 'refusing'
-    for (const server of this.#servers.filter(hasSocketOfItsOwn)) acceptNoMore(server)
+    for (const server of this.#servers) acceptNoMore(server)
     if (this.#servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
     for (const server of this.#servers) this.#stopListening(server)
     if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
@@ -2224,72 +2224,106 @@ interface Handle {
   /** Fills the object in. A Unix socket has no such method. */
   getsockname?(address: object): number
   listen?(backlog: number): number
-  readonly fd?: number
+  /** Of a Unix socket. */
+  bind?(path: string): number
 }
 
-type ServerWithHandle = net.Server & { _handle?: Handle | null; _connectionKey?: string }
+type ServerWithHandle = net.Server & {
+  _handle?: Handle | null
+  _connectionKey?: string
+  _pipeName?: string | null
+}
 
-/** Each stand-in, while it keeps the process alive as the listening server did. */
-const keepAlives = new WeakMap<Handle, ReturnType<typeof setInterval>>()
+/** What we have put into servers. */
+const standIns = new WeakSet<Handle>()
 
 function stopListening(server: ServerWithHandle): void {
   if (!server.listening || IS_BUN) return
-  const { _handle: handle } = server
+  const { _handle: handle, _pipeName: path } = server
   if (!handle) {
     // The server's own close() might cut connections whose answer is not taken yet.
     attempt(() => Reflect.apply(methodOf(net.Server.prototype, 'close'), server, []))
     return
   }
-  if (keepAlives.has(handle)) return
-  server._handle = standInFor(handle)
+  if (standIns.has(handle)) return
+  const standIn = standInFor(handle)
+  server._handle = standIn
+  // Whoever was given the socket meanwhile has its backlog back.
+  if (hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(BACKLOG))
   attempt(() => handle.close())
+  // The file of a Unix socket has gone with that; the program may look for it, or remove it.
+  if (path) attempt(() => standIn.bind?.(path))
+  // In a cluster, that closes what it knows.
+  if (isOfCluster(handle)) process.once('disconnect', () => closeStandIn(server))
 }
 
+/** Keeps the process alive as the listening server did. */
 function standInFor(handle: Handle): Handle {
   const address = {}
   handle.getsockname?.(address)
   const keepAlive = setInterval(doNothing, TIMER_MAX_MS)
   if (handle.hasRef?.() === false) keepAlive.unref()
-  const standIn: Handle = {
-    close(onClosed) {
-      clearInterval(keepAlive)
-      if (onClosed) setImmediate(onClosed)
-    },
-    ref: () => void keepAlive.ref(),
-    unref: () => void keepAlive.unref(),
-    hasRef: () => keepAlive.hasRef(),
-    fd: -1
+
+  const standIn = unopenedLike(handle)
+  const close = methodOf(standIn, 'close')
+  standIn.close = (onClosed) => {
+    clearInterval(keepAlive)
+    Reflect.apply(close, standIn, [onClosed])
   }
+  standIn.ref = () => void keepAlive.ref()
+  standIn.unref = () => void keepAlive.unref()
+  standIn.hasRef = () => keepAlive.hasRef()
   if (handle.getsockname) {
     standIn.getsockname = (out) => {
       for (const [name, value] of Object.entries(address)) Reflect.set(out, name, value)
       return 0
     }
   }
-  keepAlives.set(standIn, keepAlive)
+  standIns.add(standIn)
   return standIn
 }
+
+/** Of the same kind, since Node.js gives handles to code of its own that takes nothing else: a plain
+ *  object there ended the process. The symbols tell whose it is. */
+function unopenedLike(handle: Handle): Handle {
+  const isPlain = handle.constructor === Object // as in a cluster that shares the connections out
+  const Kind = handle.constructor as new (type: number) => Handle
+  const unopened = isPlain ? undefined : attempt(() => new Kind(HANDLE_OF_SERVER))
+  if (!unopened) return { close: (onClosed) => onClosed && setImmediate(onClosed) }
+  for (const key of Object.getOwnPropertySymbols(handle)) {
+    Reflect.set(unopened, key, Reflect.get(handle, key))
+  }
+  return unopened
+}
+
+const HANDLE_OF_SERVER = 1 // as Node.js calls it, for TCP and for Unix sockets
+const BACKLOG = 511 // as Node.js asks for where the program does not
 
 /** Closes a server that has stopped listening, unless the program has. */
 function closeStandIn(server: ServerWithHandle): void {
   const { _handle: handle } = server
-  const isStandIn = handle ? keepAlives.has(handle) : serversClosedOnBun.has(server)
+  const isStandIn = handle ? standIns.has(handle) : serversClosedOnBun.has(server)
   if (isStandIn) attempt(() => server.close())
 }
 
 /** Tells the kernel to accept no more connections for us: those that come now wait in their
  *  clients, and are refused when the server closes. Node.js has no public way to say so; where this
  *  fails, a few more may be reset. */
-function acceptNoMore({ _handle: handle }: ServerWithHandle): void {
-  attempt(() => handle?.listen?.(0))
+function acceptNoMore(server: ServerWithHandle): void {
+  const { _handle: handle } = server
+  if (handle && hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(0))
 }
 
 /** Whether nobody else accepts connections by the server's socket: then what waits there is ours. A
- *  socket is shared if it was inherited (`listen({ fd })`), if it came over IPC, or in a cluster,
- *  which puts a `close` of its own on the handle. Where that cannot be told, it may be shared. */
-function hasSocketOfItsOwn({ _handle: handle, _connectionKey: key }: ServerWithHandle): boolean {
-  if (!handle || Object.hasOwn(handle, 'close')) return false
-  return key !== undefined && OWN_SOCKET.test(key)
+ *  socket is shared if it was inherited (`listen({ fd })`), if it came over IPC, or in a cluster.
+ *  Where that cannot be told, it may be shared. */
+function hasSocketOfItsOwn(handle: Handle, { _connectionKey: key }: ServerWithHandle): boolean {
+  return !isOfCluster(handle) && key !== undefined && OWN_SOCKET.test(key)
+}
+
+/** Which puts a `close` of its own on the handle. */
+function isOfCluster(handle: Handle): boolean {
+  return Object.hasOwn(handle, 'close')
 }
 
 /** How Node.js tells sockets that it has opened from one another; of others there is no address. */
@@ -4471,8 +4505,8 @@ class Signals {
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
   /** The listeners of others, each by what stands in its place. */
   readonly #heldBack = new Map<SignalListener, SignalListener>()
-  /** When the one came that began the shutdown. */
-  #firstAtMs: number | undefined
+  /** The one that began the shutdown. */
+  #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
   #isRepeatLogged = false
   /** One of somebody else's is added just after this event. */
   readonly #onNewListener = (name: string | symbol, listener: unknown): void => {
@@ -4493,7 +4527,7 @@ class Signals {
 
   /** After a signal nothing is to begin any more. */
   get hasCome(): boolean {
-    return this.#firstAtMs !== undefined
+    return this.#first !== undefined
   }
 
   /** Hears of these signals from now on. */
@@ -4556,17 +4590,21 @@ class Signals {
     number: number | undefined,
     options: CheckedShutdownOptions
   ): void {
-    if (this.#firstAtMs === undefined) {
-      this.#firstAtMs = performance.now()
+    if (!this.#first) {
+      this.#first = { signal, number, atMs: performance.now() }
       process.on('removeListener', this.#onListenerRemoved)
       monitor.findServers() // also where it was not started, since a shutdown waits for them
       void this.#shutDown(signal, number, options)
       return
     }
-    if (signal === 'SIGINT' && performance.now() - this.#firstAtMs >= INSIST_MS) {
-      log('warn', 'SIGINT came again: ends at once')
-      if (!options.isDelay) process.exit(130)
-      this.#letThrough(signal, number)
+    if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
+      if (!options.isDelay) {
+        log('warn', 'SIGINT came again: ends at once')
+        process.exit(130)
+      }
+      log('warn', 'SIGINT came again: lets the signals through')
+      this.#letThrough(this.#first.signal, this.#first.number)
+      process.kill(process.pid, signal) // as the second one that it is
       return
     }
     if (!this.#isRepeatLogged) log('info', `${signal} came again: is shutting down already`)
