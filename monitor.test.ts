@@ -13089,7 +13089,7 @@ const ENDS: Record<string, string> = {
     const { join } = await import('node:path')
     const { tmpdir } = await import('node:os')
     const path = join(tmpdir(), \`life-\${process.pid}\`)
-    http.createServer().listen(path)
+    http.createServer((_, response) => response.end()).listen(path)
     process.on('SIGTERM', () => {
       unlinkSync(path)
       cleanUp()
@@ -13422,7 +13422,7 @@ describeProcesses('Never worse than without us', PAIRWISE, () => {
         worker.on('listening', () => setTimeout(() => worker.process.kill('SIGTERM'), 300))
         worker.on('exit', (code) => console.log('worker ended with', code))
       } else {
-        http.createServer().listen(0, '127.0.0.1')
+        http.createServer((_, response) => response.end()).listen(0, '127.0.0.1')
         process.on('SIGTERM', () => cluster.worker.disconnect())
       }`
     )
