@@ -4909,6 +4909,70 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
     assert.equal(calls, 1)
   })
 
+  const LATE_COMERS: Record<string, (monitor: Monitor) => void> = {
+    registered: (monitor) => monitor.registerDatabase('tenant7', { isConnected: () => true }),
+    replaced: (monitor) => monitor.registerDatabase('other', { isConnected: () => true })
+  }
+
+  for (const [what, change] of Object.entries(LATE_COMERS)) {
+    test(`a database that is ${what} while a check waits is asked before anybody judges it`, async (t) => {
+      const gate = latch()
+      const main: Database = { isConnected: () => true }
+      const { monitor, port } = await bootInstance(t, {
+        performers: WARM,
+        databases: { main, other: { isConnected: () => true } }
+      })
+      main.isConnected = async () => {
+        await gate.opened
+        return true
+      }
+      const replies = Promise.all([
+        ...['health_check\n', 'agent_check\n', 'metrics\n'].map((line) => ask(port, line)),
+        monitor.health().then(({ reason }) => reason),
+        monitor.status().then(({ databases }) => databases.map(({ connected }) => connected))
+      ])
+      await pause(50)
+      change(monitor)
+      gate.open()
+      const [check, agent, metrics, reason, connected] = await replies
+      assert.deepEqual([check, reason], ['OK\n', 'OK'])
+      assert.match(String(agent), /^up /)
+      assert.match(String(metrics), /^ftw_monitor_healthy 1$/m)
+      assert.doesNotMatch(String(metrics), /^ftw_monitor_database_connected.* 0$/m)
+      assert.ok(Array.isArray(connected) && !connected.includes(false))
+    })
+  }
+
+  test('a broken database that takes the place of another while a check waits is told at once', async (t) => {
+    const gate = latch()
+    const { monitor } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => true } }
+    })
+    monitor.registerCheck('slow', () => gate.opened)
+    const verdict = monitor.health()
+    await pause(50)
+    monitor.registerDatabase('main', { isConnected: () => false })
+    gate.open()
+    assert.equal((await verdict).reason, "Error: Database 'main' disconnected.")
+  })
+
+  test('a service that registers without end is not waited for', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    let count = 0
+    const isConnected = async () => {
+      count++
+      monitor.registerDatabase(`tenant${count}`, { isConnected })
+      await pause(20)
+      return true
+    }
+    monitor.registerDatabase('tenant', { isConnected })
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    const metrics = await ask(port, 'metrics\n')
+    assert.doesNotMatch(metrics, /^ftw_monitor_database_connected.* 0$/m)
+    assert.ok(count < 20, `${count} were asked`)
+  })
+
   test('a wrong check is a TypeError that says so', async (t) => {
     const monitor = await importMonitor(t)
     const { registerCheck } = monitor as unknown as { registerCheck(...args: unknown[]): void }

@@ -2614,10 +2614,13 @@ async function inspectAndJudge(): Promise<Verdict> {
 }
 
 /** Also where the verdict does not depend on it, as while it drains. */
-function inspectAll(): Promise<unknown> {
+async function inspectAll(): Promise<void> {
   const inspections = allDependencies().map((each) => each.ask())
   if (monitor.isLookDue) inspections.push(monitor.look())
-  return Promise.all(inspections)
+  await Promise.all(inspections)
+  // What was registered meanwhile is asked, too; but only once, since that may go on without end.
+  const added = allDependencies().filter(({ isAsked }) => !isAsked)
+  await Promise.all(added.map((each) => each.ask()))
 }
 
 // --- Changes of the verdict ----------------------------------------------------------------------
@@ -2785,7 +2788,7 @@ class Dependency {
   async ask(): Promise<void> {
     try {
       const answer = await this.#passes.ask()
-      const wasBroken = this.#outcome !== undefined && !this.isPassing
+      const wasBroken = this.isAsked && !this.isPassing
       this.#outcome = answer === true ? 'passes' : this.#no
       this.#detail = ''
       // Whatever failed to warm up may have failed for want of it.
@@ -2795,6 +2798,11 @@ class Dependency {
       this.#outcome = isLate ? 'timed out' : 'failed'
       this.#detail = isLate ? '' : errorText(error)
     }
+  }
+
+  /** Whether it has answered, or failed to, at least once: before that, nobody judges it. */
+  get isAsked(): boolean {
+    return this.#outcome !== undefined
   }
 
   get isPassing(): boolean {
@@ -2874,7 +2882,7 @@ function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
   const isBooting = monitor.state !== 'accepting'
   const broken = allDependencies().filter((each) => {
-    if (each.isPassing || each.isOptional) return false
+    if (each.isPassing || each.isOptional || !each.isAsked) return false
     return !(isBooting && each instanceof PageCheck)
   })
   return broken.find(({ isCold }) => !isCold) ?? broken[0]
@@ -6134,8 +6142,8 @@ addCommand(
   'metrics',
   'Get metrics for Prometheus, in its text exposition format',
   async () => {
-    await inspectAll()
     const collected = await collectAll()
+    await inspectAll() // last, so that nothing is registered between it and the verdict
     const families = [
       ...processFamilies(),
       ...instanceFamilies(),
@@ -6330,7 +6338,7 @@ function databaseFamilies(): Family[] {
     ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
 
   return [
-    ofEach('connected', 'Whether it is connected.', ({ isPassing }) => Number(isPassing)),
+    ofEach('connected', 'Whether it is connected.', passingValue),
     counted('loads'),
     counted('stores'),
     counted('connections')
@@ -6338,8 +6346,12 @@ function databaseFamilies(): Family[] {
 }
 
 function checkFamily(): Family {
-  const values = valuesByLabel('check', registeredChecks, ({ isPassing }) => Number(isPassing))
+  const values = valuesByLabel('check', registeredChecks, passingValue)
   return { name: 'ftw_monitor_check_passing', help: 'Whether it passes.', values }
+}
+
+function passingValue({ isAsked, isPassing }: Dependency): number {
+  return isAsked ? Number(isPassing) : -1
 }
 
 function valuesByLabel<T>(
