@@ -345,6 +345,11 @@ function isCalledByModule(): boolean {
   return (new Error('where').stack ?? '').includes(`${MODULE.href}?copy=`)
 }
 
+/** Has the event loop stand still. */
+function standStill(ms: number): void {
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
+}
+
 /** How many listeners an emitter has of each kind. */
 function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
   const counts = emitter.eventNames().map((name) => [String(name), emitter.listenerCount(name)])
@@ -5149,6 +5154,14 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.deepEqual([...reasons], ['Warmup in progress', 'OK'])
   })
 
+  test('a page is not late where the application has blocked', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    const verdict = monitor.health()
+    standStill(2_000)
+    assert.equal((await verdict).reason, 'OK')
+  })
+
   test('a page of an instance that speaks HTTP/2 alone fails, and says why', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
     const server = await startListening(t, http2.createServer())
@@ -5337,6 +5350,28 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal(questions.length, 3)
     questions[2]?.(true)
     assert.equal(await answered, 'Instance is booting')
+  })
+
+  test('a database that takes several round trips is not late where the application has blocked', async (t) => {
+    const echo = await startListening(
+      t,
+      net.createServer((socket) => void socket.pipe(socket))
+    )
+    const socket = net.connect(portOf(echo), '127.0.0.1')
+    t.after(() => socket.destroy())
+    await once(socket, 'connect')
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    const isConnected = async () => {
+      for (let trip = 0; trip < 5; trip++) {
+        socket.write('SELECT 1')
+        await once(socket, 'data')
+      }
+      return true
+    }
+    monitor.registerDatabase('main', { isConnected })
+    const verdict = monitor.health()
+    standStill(1_000)
+    assert.equal((await verdict).reason, 'OK')
   })
 
   test('the older of two questions decides where it is answered first', async (t) => {

@@ -2750,10 +2750,15 @@ function registerPageChecks(healthPath: string | undefined): void {
 async function checkPage(page: string): Promise<true> {
   const { instance } = monitor
   if (!instance) throw new Error('the instance is booting')
-  const url = `${instance.url}${page}`
-  const code = await visit(url, AbortSignal.timeout(2 * ANSWER_MS)) // it is late before
-  if (code >= 400) throw new Error(`it answered ${code}`)
-  return true
+  const controller = new AbortController()
+  try {
+    const visited = visit(`${instance.url}${page}`, controller.signal)
+    const code = await withinLimit(visited, 2 * ANSWER_MS) // it is late before
+    if (code >= 400) throw new Error(`it answered ${code}`)
+    return true
+  } finally {
+    controller.abort()
+  }
 }
 
 /** A database or a check, and what its last answer was. */
@@ -2944,12 +2949,16 @@ function successOf<T>(promise: Promise<T>): Promise<T> {
   })
 }
 
-/** Rejects with TIMED_OUT what does not settle in time. */
+/** Rejects with TIMED_OUT what does not settle in time. The limit is waited for in two halves: while
+ *  the application blocks the event loop no answer can be read, and that spoils one of them alone. */
 function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
   return new Promise((resolve, reject) => {
     // setImmediate: after the application has blocked, read first what came in time.
     const timeOut = (): unknown => setImmediate(reject, TIMED_OUT)
-    const timer = setTimeout(timeOut, limitMs).unref()
+    const waitAgain = (): void => {
+      timer = setTimeout(timeOut, limitMs / 2).unref()
+    }
+    let timer = setTimeout(waitAgain, limitMs / 2).unref()
     const endWait = (): void => clearTimeout(timer)
     promise.then(resolve, reject)
     promise.then(endWait, endWait)
