@@ -4235,7 +4235,7 @@ describeInProcess('The verdict', TOGETHER, () => {
     open()
     assert.deepEqual(await check, {
       healthy: false,
-      reason: "Error: Database 'main' disconnected."
+      reason: "Error: Database 'other' disconnected."
     })
   })
 })
@@ -4947,20 +4947,6 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
       assert.ok(Array.isArray(connected) && !connected.includes(false))
     })
   }
-
-  test('a broken database that takes the place of another while a check waits is told at once', async (t) => {
-    const gate = latch()
-    const { monitor } = await bootInstance(t, {
-      performers: WARM,
-      databases: { main: { isConnected: () => true } }
-    })
-    monitor.registerCheck('slow', () => gate.opened)
-    const verdict = monitor.health()
-    await pause(50)
-    monitor.registerDatabase('main', { isConnected: () => false })
-    gate.open()
-    assert.equal((await verdict).reason, "Error: Database 'main' disconnected.")
-  })
 
   test('a service that registers without end is not waited for', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -11919,6 +11905,17 @@ describeInProcess('The wire: lines', ALONE, () => {
     assert.deepEqual(await sendMore(), [false, false, false])
     timers.pass(2_000)
     await until(async () => (await sendMore()).every(Boolean), 'they are closed')
+  })
+
+  test('a connection that repeats a command by bare line feeds takes a small share of the time', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const peer = await converse(t, port)
+    peer.say(`interactive\nlivez\n${'\n'.repeat(20_000)}`)
+    await until(() => peer.transcript.includes('Alive'), 'the command is answered')
+    peer.transcript = ''
+    await pause(500)
+    const replies = peer.transcript.split('Alive').length - 1
+    assert.ok(replies > 16 && replies < 2_000, `${replies} in 500 ms`)
   })
 
   test('a client that does not read its replies is cut off after 30 s, not earlier', async (t) => {

@@ -342,7 +342,8 @@ const FAULT_LOG_MS = 60_000 // between faults of our own
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
 const PROXY_LINE_MAX = 107 // bytes, as the PROXY protocol says of its version 1
 const PROXY_HEADER_MAX = 4_096 // bytes of version 2: addresses, and a few extensions of balancers
-const LINES_PER_TURN = 16 // of one connection, then the application has its turn
+const LINES_PER_TURN = 16 // of one connection, then all others and the application have theirs
+const TURN_PAUSE_MS = 10 // between such turns, or one client could fill the time that is left
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
 const CONNECTIONS_MAX = 256 // of the usual 1,024 descriptors; the others are for the application
 const SEND_MS = 60_000 // for a line or an HTTP head: people type
@@ -2950,7 +2951,8 @@ function successOf<T>(promise: Promise<T>): Promise<T> {
 }
 
 /** Rejects with TIMED_OUT what does not settle in time. The limit is waited for in two halves: while
- *  the application blocks the event loop no answer can be read, and that spoils one of them alone. */
+ *  the application blocks the event loop no answer can be read, but that spoils only one of them.
+ */
 function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
   return new Promise((resolve, reject) => {
     // setImmediate: after the application has blocked, read first what came in time.
@@ -5075,7 +5077,7 @@ const PHASE_MS: Record<Phase, number> = {
   idle: SILENCE_MS, // in interactive mode
   running: COMMAND_MS,
   awaitingReader: COMMAND_MS, // for a client that does not take our replies
-  yielding: COMMAND_MS, // to the application, until the event loop's next turn
+  yielding: COMMAND_MS, // to the application and to other connections
   closing: LINGER_MS // until the client closes after us
 }
 
@@ -5300,20 +5302,21 @@ class LineSession extends Session implements Asker {
     this.socket.once('drain', () => {
       if (this.phase !== 'awaitingReader') return
       this.enter(phase)
-      this.yieldTurn() // a reader who keeps up would leave the application none
+      this.yieldTurn() // else a reader who keeps up would leave nothing to the application
     })
   }
 
-  /** Leaves the rest of the turn to the application; the limit of the phase goes on. */
+  /** Leaves the time to the others; the limit of the phase goes on. */
   yieldTurn(): void {
     const { phase, phaseSinceTickMs } = this
     this.enter('yielding')
-    setImmediate(() => {
+    const goOn = (): void => {
       if (this.phase !== 'yielding') return
       this.phase = phase
       this.phaseSinceTickMs = phaseSinceTickMs
       this.serve()
-    })
+    }
+    setTimeout(goOn, TURN_PAUSE_MS).unref()
   }
 
   /** Does what the next line asks for; gives whether there was one for us. */
