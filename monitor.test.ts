@@ -14,7 +14,7 @@
 import assert from 'node:assert/strict'
 import { spawn, spawnSync, type ChildProcess, type StdioOptions } from 'node:child_process'
 import dns from 'node:dns'
-import { getEventListeners, once } from 'node:events'
+import { EventEmitter, getEventListeners, once } from 'node:events'
 import * as fs from 'node:fs'
 import * as http from 'node:http'
 import * as http2 from 'node:http2'
@@ -3245,18 +3245,43 @@ describeInProcess('The application', ALONE, () => {
     assert.deepEqual(await events(), ['connection', 'request'])
   })
 
-  test('a request that is none harms nobody, in flight as it stays', async (t) => {
+  test('a request that is none is the affair of the application alone, and is not counted', async (t) => {
     const timers = takeTimers(t)
     const server = await serve(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, server, until: 'started' })
+    const { monitor, port, logger } = await bootInstance(t, {
+      performers: WARM,
+      server,
+      until: 'started',
+      options: { listen: LOOPBACK, healthPath: '/ready' }
+    })
+    server.removeAllListeners('request')
+    const heard: unknown[] = []
+    server.on('request', (request) => heard.push(request))
+    server.on('upgrade', (request) => heard.push(request))
     const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
-    for (const request of [{}, undefined, { url: '/x', method: 'GET' }, { url: 7 }]) {
+    const mock = { method: 'GET', headers: {}, httpVersion: '1.1' }
+    const mocks = [
+      undefined,
+      {},
+      { url: 7 },
+      { ...mock, url: '/x' },
+      { ...mock, url: '/@@warmup', socket: {} },
+      { ...mock, url: '/ready', socket: new EventEmitter() }
+    ]
+    for (const request of mocks) {
       emit('request', request, { on() {}, end() {} })
+      emit('request', request, new EventEmitter())
+      emit('request', request)
+      emit('upgrade', request, new EventEmitter(), Buffer.alloc(0))
+      emit('upgrade', request)
     }
+    assert.equal(heard.length, 5 * mocks.length)
+    assert.deepEqual(errorsOf(logger), [])
     await monitor.drain({ timeoutMs: 50 })
     monitor.resume()
     timers.pass(1_000)
     assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
+    assert.match(await ask(port, 'metrics\n'), /^ftw_monitor_http_requests_total 0$/m)
   })
 })
 

@@ -1916,8 +1916,9 @@ class Application {
     this.#clients.set(peer, client)
   }
 
-  /** The application may emit `request` with anything, so everything here may throw. */
+  /** The application may emit `request` with anything: what comes by no connection is its own. */
   #onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
+    if (!isRequest(request, response)) return
     const { method, url = '', socket } = request
     if (isForView(url)) {
       warmupView(request, response)
@@ -1985,8 +1986,10 @@ class Application {
   }
 
   /** Until the application answers, it is a request like any other. */
-  #onUpgrade({ method, url }: http.IncomingMessage, socket: net.Socket): void {
+  #onUpgrade(request: http.IncomingMessage, socket: net.Socket): void {
+    if (!isObject(request) || !isPeer(socket)) return
     if ('stream' in socket) return // a response of HTTP/2, whose stream is known
+    const { method, url } = request
     const { bytesWritten } = socket
     this.#requestBegins(socket, `${method} ${url}`, this.#clientOf(socket))
     this.#isUpgrading(socket, () => socket.bytesWritten > bytesWritten)
@@ -2203,6 +2206,14 @@ function isSecure(server: net.Server): boolean {
 /** A connection without TLS has no `alpnProtocol`. */
 function speaksHttp2(server: net.Server, socket: net.Socket & { alpnProtocol?: unknown }): boolean {
   return 'updateSettings' in server && (socket.alpnProtocol ?? 'h2') === 'h2'
+}
+
+function isPeer(value: unknown): boolean {
+  return hasMethods(value, 'once', 'destroy')
+}
+
+function isRequest(request: http.IncomingMessage | undefined, response: unknown): boolean {
+  return isPeer(request?.socket) && hasMethods(response, 'on')
 }
 
 function isDestroyed(peer: object): boolean {
