@@ -2981,14 +2981,24 @@ describeInProcess('The application', TOGETHER, () => {
   test('a server whose emit cannot be wrapped costs one warning, and the monitor goes on', async (t) => {
     const server = await serve(t)
     Object.defineProperty(server, 'emit', { value: server.emit.bind(server), configurable: false })
-    const options = { port: portOf(server) } // it goes on as without the server
-    const setup = { server, options, performers: WARM }
-    const { logger, instancePort, port } = await bootInstance(t, setup)
+    const setup = { server, performers: WARM } // it goes on as without the server
+    const { logger, instancePort, port } = await inTime(bootInstance(t, setup), 'it starts', 3_000)
     const warnings = warningsOf(logger).filter((line) => line.includes('emit'))
     assert.equal(warnings.length, 1)
     assert.match(warnings[0] ?? '', /cannot see the requests of a server whose emit is not/)
     assert.equal((await getPage(instancePort, '/')).status, 200)
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+  })
+
+  test('a server whose emit cannot be wrapped may listen after start()', async (t) => {
+    const monitor = await importMonitor(t)
+    const server = http.createServer(hello)
+    Object.defineProperty(server, 'emit', { value: server.emit.bind(server), configurable: false })
+    const started = monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+    assert.equal((await monitor.health()).reason, 'Instance is booting')
+    await startListening(t, server)
+    assert.ok(await inTime(started, 'it starts', 3_000))
+    await untilVerdict(monitor)
   })
 
   test('watching requests changes nothing that the application or its clients see', async (t) => {

@@ -722,7 +722,7 @@ class Monitor {
 
   /** Finds out where the instance is, and opens the monitor port beside it. */
   #open(): void {
-    const { server } = this.application
+    const server = this.application.server ?? this.#unseenServer
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
@@ -744,7 +744,13 @@ class Monitor {
 
   /** Also where it is known wrongly, of which the opening tells. */
   get #isPortKnown(): boolean {
-    return this.#options.port !== undefined || readEnv('PORT') !== undefined
+    if (this.#options.port !== undefined || this.#unseenServer) return true
+    return readEnv('PORT') !== undefined
+  }
+
+  /** The one that `start` was given, listens, and has an `emit` that cannot be replaced. */
+  get #unseenServer(): net.Server | undefined {
+    return this.#options.servers.find((each) => each.listening && !this.application.has(each))
   }
 
   #accept(): void {
