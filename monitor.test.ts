@@ -340,6 +340,10 @@ function takeTimers(
   return { pass, stall, count }
 }
 
+// The copies in a process are one. Here each is to have a state of its own, so that none may find
+// what the first one has left for the others.
+Object.defineProperty(globalThis, Symbol.for('ftw-monitor.exports.1'), { get: () => undefined })
+
 /** Whether it is a copy of the module that has called the function which asks. */
 function isCalledByModule(): boolean {
   return (new Error('where').stack ?? '').includes(`${MODULE.href}?copy=`)
@@ -12668,9 +12672,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
 
   test('with FTW_MONITOR=auto a program that calls start() before its server is there ends as others do', async (t) => {
     const begin = `
-      const [own] = Object.getOwnPropertySymbols(require('node:net').Server)
-        .filter((symbol) => String(symbol).includes('ftw-monitor.functions'))
-      require('node:net').Server[own].start()`
+      globalThis[Symbol.for('ftw-monitor.exports.1')].start()`
     const { watched, port } = await bootUnmodified(t, begin + PLAIN_SERVER, { HOST: '127.0.0.1' })
     const page = getPage(port, '/slow1500')
     await pause(100)
@@ -12963,24 +12965,73 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const { stdout } = await runUnmodifiedToEnd(
       t,
       withCopies(`
-        const left = require('node:net').Server[Symbol.for('ftw-monitor.functions.1')]
-        const isFunction = (name) => typeof one[name] === 'function'
-        print(Object.keys(left).sort(), '=', Object.keys(one).filter(isFunction).sort())`)
+        const left = globalThis[Symbol.for('ftw-monitor.exports.1')]
+        const functionsOf = (all) => Object.keys(all).filter((name) => typeof all[name] === 'function')
+        print(functionsOf(left).sort(), '=', functionsOf(one).sort())`)
     )
     const [left, exported] = stdout.trim().split(' = ')
     assert.equal(left, exported)
   })
 
-  test('copies stay apart without FTW_MONITOR=auto', async (t) => {
-    const { stdout } = await runUnmodifiedToEnd(
-      t,
-      withCopies(`
-        one.registerDatabase('main', { isConnected: () => true })
-        print((await one.status()).databases.length, (await other.status()).databases.length)`),
-      { FTW_MONITOR: '' }
-    )
-    assert.equal(stdout, '1 0\n')
+  test('all copies in a process are one, whichever is loaded first', async (t) => {
+    const second = EXTENSION === '.js' ? fileURLToPath(new URL('monitor.cjs', MODULE)) : ''
+    const loadSecond = second ? `createRequire(import.meta.url)(${quote(second)})` : 'third'
+    const watched = runScript(t, {
+      script: `
+        import { createRequire } from 'node:module'
+        import * as third from ${JSON.stringify(copyOf('third'))}
+        const second = ${loadSecond}
+        const server = http.createServer(async (_, response) => {
+          await pause(500)
+          response.end('served')
+        })
+        server.listen(0, '127.0.0.1')
+        const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 } })
+        second.shutdownOnSignal({ cleanUp: () => print('cleaned up') })
+        await third.untilHealthy()
+        second.registerDatabase('main', { isConnected: () => false })
+        print((await monitor.health()).reason)
+        void third.drain({ reason: 'Moving house' })
+        print((await monitor.health()).reason)
+        http.get(server.address(), (page) => page.resume().on('end', () => print('served')))
+        await pause(100)
+        process.kill(process.pid, 'SIGTERM')`
+    })
+    assert.equal(await watched.exit, 0, watched.output)
+    const expected = "Error: Database 'main' disconnected.\nMoving house\nserved\ncleaned up\n"
+    assert.equal(watched.stdout.replaceAll(/^ftw-monitor .*\n/gm, ''), expected)
+    assert.equal(watched.stderr, '')
   })
+
+  const OTHER_COPIES: Record<string, [text: RegExp | string, replaced: string]> = {
+    'of another version': [/'\d+\.\d+\.\d+'/, "'0.9.0'"],
+    'without all that the later one has': ["shared('untilHealthy'", "shared('untilWell'"]
+  }
+
+  for (const [what, [text, replaced]] of Object.entries(OTHER_COPIES)) {
+    test(`a first copy ${what} is warned of once, by its file and version`, async (t) => {
+      const folder = scratchFolder(t)
+      fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
+      const file = join(folder, `first${EXTENSION}`)
+      fs.writeFileSync(file, fs.readFileSync(PROGRAM, 'utf8').replace(text, replaced))
+      const { stdout, stderr } = await runUnmodifiedToEnd(
+        t,
+        `const main = async () => {
+          const first = await import(${JSON.stringify(file)})
+          const later = await import('${MODULE.href}')
+          first.registerDatabase('main', { isConnected: () => true })
+          print((await later.status()).databases.length, await later.untilHealthy?.())
+        }
+        main()`,
+        { FTW_MONITOR: '0', NODE_OPTIONS: '--no-warnings' }
+      )
+      assert.equal(stdout, '1 \n')
+      const [line = '', ...others] = stderr.trimEnd().split('\n')
+      assert.deepEqual(others, [])
+      for (const part of [file, PROGRAM]) assert.ok(line.includes(part), line)
+      assert.match(line, what.includes('version') ? /0\.9\.0.*1\.0\.0/ : /1\.0\.0.*1\.0\.0/)
+    })
+  }
 
   test('a copy called ftw-monitor.mjs can be preloaded anywhere, and is the program, too', async (t) => {
     if (EXTENSION !== '.js') return t.skip('it is compiled')

@@ -355,22 +355,39 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
 
 // --- Copies of this file -------------------------------------------------------------------------
 
-// A process may hold several copies: one that `FTW_MONITOR=auto` preloaded, and another one that
-// the program imports. The first one then does the work of both.
+// A process may hold several copies: one that `FTW_MONITOR=auto` preloaded and one that the program
+// imports, one that is imported and one that is required, one in each of two bundles. What one of
+// them registers, the verdict of another one would not know. So the copy that is loaded first does
+// the work of all.
 
-/** Where the preloaded copy leaves what it exports; the number is that of their list. */
-const EXPORTS: unique symbol = Symbol.for('ftw-monitor.functions.1')
+/** Where the first copy leaves what it exports: on the global object, of which Jest gives each file
+ *  of tests one of its own. The number is that of their list. */
+const EXPORTS: unique symbol = Symbol.for('ftw-monitor.exports.1')
+
+/** Where this copy is: CommonJS has no `import.meta`, but a stack says so, too. */
+const FILE_IN_STACK = /(?:file:|\/|\w:\\)[^\n]*?(?=:\d+:\d+)/ // at <anonymous> (/srv/app.cjs:9:5)
+const FILE: string = FILE_IN_STACK.exec(`${new Error().stack}`)?.[0] ?? ''
 
 /** What this copy exports, by name. Each layer adds to it. */
-const ownExports: Record<string, unknown> = {}
+const ownExports: Record<string, unknown> = { VERSION, FILE }
 
-/** What the preloaded copy exports, if this is another one. */
-const preloadedExports = (net.Server as { [EXPORTS]?: Record<string, unknown> })[EXPORTS]
+/** What the first copy exports, if this is another one. */
+const firstExports = (globalThis as { [EXPORTS]?: Record<string, unknown> })[EXPORTS]
+if (!firstExports) Reflect.defineProperty(globalThis, EXPORTS, { value: ownExports })
 
-/** Stands around each exported function: in place of ours it offers that of the preloaded copy. */
+/** Stands around each exported function: in place of ours it offers that of the first copy. */
 function shared<Exported>(name: string, own: Exported): Exported {
   ownExports[name] = own
-  return (preloadedExports?.[name] ?? own) as Exported
+  return (firstExports?.[name] ?? own) as Exported
+}
+
+/** Two versions may differ in more than their names. What the first one lacks is our own, and knows
+ *  nothing of what is registered there. */
+function warnOfOtherVersion(first: Record<string, unknown>): void {
+  const isComplete = Object.keys(ownExports).every((name) => name in first)
+  if (isComplete && first['VERSION'] === VERSION) return
+  const loaded = `${String(first['FILE'])} (${String(first['VERSION'])})`
+  log('warn', `is loaded twice: ${loaded} does the work of ${FILE} (${VERSION}), too`)
 }
 
 // --- The monitor and its life --------------------------------------------------------------------
@@ -5889,8 +5906,7 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 
 // With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
 // start() and shutdownOnSignal() do, when the program's server listens; before that, and where none
-// ever does, as in npm and in child processes, it touches nothing but listen(). A program that
-// imports a copy of its own speaks to the one that was preloaded.
+// ever does, as in npm and in child processes, it touches nothing but listen().
 
 const signals = new Signals()
 
@@ -5905,17 +5921,17 @@ const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
 /** Threads inherit the environment, and load what was preloaded. */
 const isWorkerThread = Reflect.get(methodOf(process, 'abort'), 'disabled') === true
 
-const isAutoWanted = readAutoSwitch()
+const isAutoWanted = !firstExports && readAutoSwitch()
 
 /** Whether this is a copy that begins by itself. */
-const isAuto = !preloadedExports && isAutoWanted && !isWorkerThread
+const isAuto = isAutoWanted && !isWorkerThread
 
 if (isAuto) {
-  Reflect.defineProperty(net.Server, EXPORTS, { value: ownExports })
   monitor = new Monitor({ servers: [], isByItself: true })
   monitor.search()
 }
 if (isAutoWanted && isWorkerThread) tellOfServerInThread()
+if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all layers are there
 
 function readAutoSwitch(): boolean {
   const word = readEnv('FTW_MONITOR')
