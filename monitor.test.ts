@@ -227,6 +227,7 @@ const VARIABLES = [
   'FTW_MONITOR_WARMUP',
   'FTW_MONITOR_CHECK',
   'FTW_MONITOR_HEALTH_PATH',
+  'FTW_MONITOR_LOCAL',
   'FTW_MONITOR_TIMEOUT_MS',
   'FTW_MONITOR_MINIMUM_MS',
   'HOSTNAME',
@@ -2183,6 +2184,26 @@ describeInProcess('Addresses', ALONE, () => {
       assert.equal((await monitor.health()).healthy, false)
       await monitor.stop()
     }
+  })
+
+  test('with FTW_MONITOR_LOCAL=socket nobody who comes by the port is on this machine', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_LOCAL: 'socket' })
+    const { monitor, port, instancePort } = await bootInstance(t)
+    assert.equal(await ask(port, 'drain pwned\n'), 'drain is for this machine only\n')
+    assert.equal((await getPage(instancePort, '/@@warmup')).status, 403)
+    await monitor.stop()
+    const path = join(scratchFolder(t), 'monitor')
+    const server = await serve(t)
+    await monitor.start({ server, listen: { path }, logger: recorder() })
+    assert.match(await ask(path, 'drain\n'), /Drained\n$/)
+    await monitor.stop()
+    setEnvironment(t, { FTW_MONITOR_LOCAL: 'sockets' })
+    const logger = recorder()
+    assert.equal(await monitor.start({ server, listen: LOOPBACK, logger }), false)
+    assert.match(
+      warningsOf(logger).join(),
+      /cannot use FTW_MONITOR_LOCAL=sockets: it must be socket/
+    )
   })
 
   test("where it has given up for a wrong setting the health path is red, and not the application's", async (t) => {
@@ -9809,6 +9830,24 @@ describeInProcess('The command table', TOGETHER, () => {
       async () => (await ask(path, 'health_check\n')) === 'OK\n',
       'it is in service again'
     )
+  })
+
+  test('with local: socket what a forwarder on this machine brings is a stranger', async (t) => {
+    const { monitor, port, instancePort } = await bootInstance(t, {
+      databases: { main: { isConnected: () => Promise.reject(new Error('10.0.0.7 is down')) } },
+      options: { listen: LOOPBACK, local: 'socket' },
+      until: 'started'
+    })
+    monitor.register('own', 'Own', (connection) => connection.write('Done\n'), { local: true })
+    for (const name of ['own', 'drain', 'resume', 'warmup']) {
+      assert.equal(await ask(port, `${name}\n`), `${name} is for this machine only\n`)
+    }
+    assert.equal(await ask(port, 'health_check\n'), "Error: Database 'main' failed.\n")
+    assert.doesNotMatch((await getPage(port, '/status')).body, /10\.0\.0\.7/)
+    assert.equal((await getPage(instancePort, '/@@warmup')).status, 403)
+    monitor.registerDatabase('main', { isConnected: () => true })
+    await untilVerdict(monitor) // our own request for the view is ours all the same
+    await assert.rejects(monitor.start({ local: 'port' } as never), /local must be 'socket'/)
   })
 
   test('a command cannot be offered over HTTP and be for this machine only', async (t) => {

@@ -225,6 +225,10 @@ export interface StartOptions {
   /** A path at which the service's own port answers the verdict, before the service sees the
    *  request: for platforms that give a container one port. Default: `FTW_MONITOR_HEALTH_PATH`. */
   healthPath?: string
+  /** `'socket'`: only who comes by a Unix socket is taken for somebody on this machine, since what
+   *  forwards others to our ports runs here, too. Default: `FTW_MONITOR_LOCAL`, else all who come
+   *  from an address of this machine. */
+  local?: 'socket'
   /** Default: `console`. */
   logger?: Logger
 }
@@ -475,6 +479,8 @@ class Monitor {
   instance: Instance | undefined
   /** Where the service's own port answers the verdict, if it does. */
   healthPath: string | undefined
+  /** Whether nobody who comes by a port is on this machine. */
+  isOnlySocketLocal = false
   listener: Listener | undefined
   draining: Draining | undefined
   /** Resolves to where it listens, or to `false` where it cannot, or not yet. */
@@ -743,6 +749,7 @@ class Monitor {
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
+      this.isOnlySocketLocal = isOnlySocketLocal(this.#options)
       const location = locateInstance(this.#options, bound, server)
       if (!URL.canParse(location.url)) failWith(`cannot use ${location.url}: set FTW_MONITOR_URL`)
       this.instance = new Instance(location)
@@ -804,7 +811,7 @@ class Monitor {
   }
 }
 
-const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'logger']
+const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'local', 'logger']
 
 /** What `start` was told; the first server is the instance. */
 interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
@@ -823,12 +830,13 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   )
 
   const { server = [], ...others } = options
-  const { port, url, listen, healthPath, logger = console } = others
+  const { port, url, listen, healthPath, local = 'socket', logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), `url ${URL_SENTENCE}`)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
   must(healthPath === undefined || isPagePath(healthPath), 'healthPath must be a path, as /ready')
+  must(local === 'socket', "local must be 'socket'")
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
   return { ...others, servers }
@@ -3554,8 +3562,14 @@ function isLocalOperator({ headers }: http.IncomingMessage, session: Session): b
 const LOCAL_SITES = [undefined, 'none', 'same-origin']
 
 function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
-  if (remoteAddress === undefined) return false
+  if (remoteAddress === undefined || monitor.isOnlySocketLocal) return false
   return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
+}
+
+/** Where something on this machine forwards strangers to our ports, their addresses tell nothing. */
+function isOnlySocketLocal({ local }: CheckedStartOptions): boolean {
+  const read = (text: string): boolean | undefined => text === 'socket' || undefined
+  return local === 'socket' || readEnvAs('FTW_MONITOR_LOCAL', read, 'must be socket') === true
 }
 
 const LOCAL_ADDRESS = /^((::ffff:)?127\.|::1$)/ // 127.0.0.1, ::ffff:127.0.0.1, ::1
@@ -5931,7 +5945,7 @@ if (isAuto) {
   monitor.search()
 }
 if (isAutoWanted && isWorkerThread) tellOfServerInThread()
-if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all layers are there
+if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all is loaded
 
 function readAutoSwitch(): boolean {
   const word = readEnv('FTW_MONITOR')
