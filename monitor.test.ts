@@ -228,6 +228,7 @@ const VARIABLES = [
   'FTW_MONITOR_CHECK',
   'FTW_MONITOR_HEALTH_PATH',
   'FTW_MONITOR_LOCAL',
+  'FTW_MONITOR_KEEP_ALIVE_MS',
   'FTW_MONITOR_TIMEOUT_MS',
   'FTW_MONITOR_MINIMUM_MS',
   'HOSTNAME',
@@ -3238,6 +3239,38 @@ describeInProcess('The application', TOGETHER, () => {
     })
   }
 
+  test('keepAliveMs keeps connections for longer than the server would, until stop()', async (t) => {
+    const server = await serve(t)
+    server.keepAliveTimeout = 50
+    const limits = () => [server.keepAliveTimeout, server.headersTimeout]
+    const monitor = await importMonitor(t)
+    const options = { server, listen: LOOPBACK, logger: recorder() }
+    await monitor.start(options)
+    assert.deepEqual(limits(), [50, 60_000])
+    await monitor.stop()
+
+    await monitor.start({ ...options, keepAliveMs: 75_000 })
+    assert.deepEqual(limits(), [75_000, 76_000])
+    const peer = await converse(t, portOf(server))
+    peer.say(headOf('/'))
+    await until(() => peer.transcript.includes('hello'), 'a first answer')
+    await pause(1_300) // more than the server would wait, with the second that Node.js 24 adds
+    peer.say(headOf('/', 'Connection: close'))
+    await until(() => peer.isClosed, 'a second answer')
+    assert.equal(peer.transcript.split('hello').length - 1, 2)
+    await monitor.stop()
+    assert.deepEqual(limits(), [50, 60_000])
+
+    await monitor.start({ ...options, keepAliveMs: 20_000 })
+    assert.deepEqual(limits(), [20_000, 60_000])
+    server.keepAliveTimeout = 30_000
+    await monitor.stop()
+    assert.deepEqual(limits(), [30_000, 60_000], 'the application has its way')
+    for (const keepAliveMs of [-1, NaN, 2 ** 31]) {
+      await assert.rejects(monitor.start({ ...options, keepAliveMs }), RangeError)
+    }
+  })
+
   test('a request that a checkExpectation listener serves is counted, and finished', async (t) => {
     const held: http.ServerResponse[] = []
     const server = await serve(t, (_, response) => response.end('served'))
@@ -3278,6 +3311,20 @@ describeInProcess('The application', ALONE, () => {
     assert.deepEqual(await events(), ['connection', 'request'])
     await monitor.stop()
     assert.deepEqual(await events(), ['connection', 'request'])
+  })
+
+  test('FTW_MONITOR_KEEP_ALIVE_MS is for the instance alone, and a wrong one is left out', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_KEEP_ALIVE_MS: '65000' })
+    const server = await serve(t)
+    const other = await serve(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    assert.deepEqual([server.keepAliveTimeout, other.keepAliveTimeout], [65_000, 5_000])
+    assert.equal(server.headersTimeout, 66_000)
+    await monitor.stop()
+    setEnvironment(t, { FTW_MONITOR_KEEP_ALIVE_MS: 'long' })
+    const { logger } = await bootInstance(t, { monitor, server })
+    assert.match(warningsOf(logger).join(), /cannot use FTW_MONITOR_KEEP_ALIVE_MS=long/)
+    assert.equal(server.keepAliveTimeout, 5_000)
   })
 
   test('a request that is none is the affair of the application alone, and is not counted', async (t) => {

@@ -229,6 +229,10 @@ export interface StartOptions {
    *  forwards others to our ports runs here, too. Default: `FTW_MONITOR_LOCAL`, else all who come
    *  from an address of this machine. */
   local?: 'socket'
+  /** For how long the server keeps a connection open on which no request comes, in milliseconds:
+   *  longer than the balancer does, or a request may meet a connection that is just being closed.
+   *  Default: `FTW_MONITOR_KEEP_ALIVE_MS`, else what the server says itself. */
+  keepAliveMs?: number
   /** Default: `console`. */
   logger?: Logger
 }
@@ -285,6 +289,7 @@ const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const SHORT_TURN_MS = 0.2 // of the event loop: with nothing to do it takes a tenth of that
+const HEAD_MS = 1_000 // for a head, beyond the time for which a connection is kept without one
 const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
@@ -330,7 +335,7 @@ const EXIT_MARGIN_MS = 3_000 // after timeoutMs: for WebSockets to end, and for 
 const GOODBYE_MS = 1_000 // for cleanUp to say goodbye, and for a peer to answer it
 const ALIVE_MS = 1_000 // for a process that is done to end by itself
 const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
-const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment: a week
+const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment, and of idle connections: a week
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
@@ -592,6 +597,8 @@ class Monitor {
    *  from now on, or does already. */
   findServers(): void {
     if (this.#endSearch) return
+    const { keepAliveMs } = this.#options
+    this.application.keepAliveMs = keepAliveMs ?? readMilliseconds('FTW_MONITOR_KEEP_ALIVE_MS')
     for (const server of this.#options.servers) this.application.add(server)
     this.#endSearch = observeListening({
       onListen: (place) => this.#stepAside(place),
@@ -811,7 +818,16 @@ class Monitor {
   }
 }
 
-const START_OPTIONS = ['server', 'port', 'url', 'listen', 'healthPath', 'local', 'logger']
+const START_OPTIONS = [
+  'server',
+  'port',
+  'url',
+  'listen',
+  'healthPath',
+  'local',
+  'keepAliveMs',
+  'logger'
+]
 
 /** What `start` was told; the first server is the instance. */
 interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
@@ -830,7 +846,8 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   )
 
   const { server = [], ...others } = options
-  const { port, url, listen, healthPath, local = 'socket', logger = console } = others
+  const { port, url, listen, healthPath, logger = console } = others
+  const { local = 'socket', keepAliveMs } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), `url ${URL_SENTENCE}`)
@@ -839,7 +856,14 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   must(local === 'socket', "local must be 'socket'")
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
+  checkKeepAlive(keepAliveMs)
   return { ...others, servers }
+}
+
+function checkKeepAlive(ms: unknown = 0): void {
+  must(typeof ms === 'number', 'keepAliveMs must be a number')
+  const isInRange = ms >= 0 && ms <= MILLISECONDS_MAX
+  must(isInRange, `keepAliveMs must be a number from 0 to ${MILLISECONDS_MAX}`, RangeError)
 }
 
 function checkPort(port: unknown, listen: unknown): void {
@@ -1709,6 +1733,8 @@ interface ServerObserver {
 class Application {
   requests = 0
   errors = 0
+  /** What the servers' `keepAliveTimeout` is to be, where that was told. */
+  keepAliveMs: number | undefined
   readonly #observer: ServerObserver | undefined
   /** All that serve requests, with what takes the hook off each; the first one is the instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
@@ -1765,7 +1791,11 @@ class Application {
       log('warn', 'cannot see the requests of a server whose emit is not configurable')
       return
     }
-    this.#unhooks.set(server, unhook)
+    const restoreLimits = keepConnections(server as http.Server, this.keepAliveMs)
+    this.#unhooks.set(server, () => {
+      unhook()
+      restoreLimits()
+    })
     for (const socket of connectionsOf(server)) this.#onEarlierConnection(server, socket)
     if (this.#stage !== 'open') this.#stopListening(server)
   }
@@ -2200,6 +2230,19 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
       return Reflect.apply(innerEmit, this, [event, ...args])
     }
   })
+}
+
+/** Has a server keep its connections for so long; returns what takes that back. */
+function keepConnections(server: http.Server, keepAliveMs: number | undefined): () => void {
+  const { keepAliveTimeout, headersTimeout } = server
+  if (keepAliveMs === undefined || keepAliveTimeout === undefined) return doNothing
+  const headMs = headersTimeout && Math.max(headersTimeout, keepAliveMs + HEAD_MS) // 0: no limit
+  server.keepAliveTimeout = keepAliveMs
+  server.headersTimeout = headMs
+  return () => {
+    if (server.keepAliveTimeout === keepAliveMs) server.keepAliveTimeout = keepAliveTimeout
+    if (server.headersTimeout === headMs) server.headersTimeout = headersTimeout
+  }
 }
 
 /** Node.js keeps at a connection the response that is being served, and what parses HTTP, which an
@@ -3566,7 +3609,7 @@ function isLocalSocket({ remoteAddress, localAddress }: net.Socket): boolean {
   return remoteAddress === localAddress || LOCAL_ADDRESS.test(remoteAddress)
 }
 
-/** Where something on this machine forwards strangers to our ports, their addresses tell nothing. */
+/** Where something on this machine forwards strangers to our ports, addresses tell nothing. */
 function isOnlySocketLocal({ local }: CheckedStartOptions): boolean {
   const read = (text: string): boolean | undefined => text === 'socket' || undefined
   return local === 'socket' || readEnvAs('FTW_MONITOR_LOCAL', read, 'must be socket') === true
@@ -5911,6 +5954,8 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //
 //   `emit` of each server      from `start` on; back at `stop` and at the end of a shutdown
 //   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
+//   `keepAliveTimeout` and     the same, where `keepAliveMs` says so, unless the program has set
+//   `headersTimeout`           them since
 //   listeners of the signals   from `shutdownOnSignal` on; back at `stop`, and before the signal is
 //                              let through
 //   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
