@@ -15384,6 +15384,34 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.equal(await cluster.exit, 0, cluster.output)
   })
 
+  test("with the README's recipe a fatal error costs its own request alone, and ends in 1", async (t) => {
+    const recipe = readmeBlock('js', 'uncaughtException').replace(/^import .*$/m, '')
+    const { watched, port, instancePort } = await bootProcess(t, {
+      script: `
+        const { shutdown, shutdownOnSignal } = monitor
+        ${recipe}
+        shutdownOnSignal({ cleanUp: () => print('cleaned up'), timeoutMs: 40_000 })
+        server.on('request', ({ url }, response) => {
+          if (url === '/crash') setTimeout(() => { throw new Error('half a cart') }, 10)
+          else setTimeout(() => response.end('served'), url === '/slow' ? 2_000 : 0)
+        })`
+    })
+    const prober = askUntilOver(t, 100, () => ask(port, 'health_check\n'))
+    await until(() => prober.answers >= 3, 'somebody probes')
+    const slow = getPage(instancePort, '/slow')
+    const crash = getPage(instancePort, '/crash')
+    const crashedAt = performance.now()
+    void crash.catch(() => {})
+    await until(() => watched.stderr.includes('half a cart'), 'the error is told')
+    assert.equal(await ask(port, 'health_check\n'), 'Crashed\n')
+    assert.equal((await getPage(instancePort, '/')).body, 'served')
+    assert.equal((await slow).body, 'served')
+    await assert.rejects(crash)
+    assert.equal(await watched.exit, 1, watched.output)
+    assert.ok(performance.now() - crashedAt < 8_000)
+    assert.match(watched.stdout, /^cleaned up$/m)
+  })
+
   test('HAProxy accepts the configurations of the README', needs('haproxy'), async (t) => {
     for (const [check, configuration] of Object.entries(haproxyOfReadme())) {
       const file = join(scratchFolder(t), 'haproxy.cfg')
