@@ -1869,6 +1869,20 @@ describeInProcess('Start and stop', ALONE, () => {
     }
   })
 
+  test('where the monitor is switched off, health() tells of databases and checks alone', async (t) => {
+    setEnvironment(t, { FTW_MONITOR: '0' })
+    const monitor = await importMonitor(t)
+    const server = http.createServer(hello)
+    assert.equal(await monitor.start({ server, logger: recorder() }), false)
+    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
+    monitor.registerDatabase('main', { isConnected: () => false })
+    assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
+    monitor.registerDatabase('main', { isConnected: () => true })
+    assert.equal((await monitor.status()).healthy, true)
+    await monitor.shutdown()
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  })
+
   test('FTW_MONITOR=1 leaves the monitor on', async (t) => {
     const port = await freePort()
     const monitor = await importMonitor(t)

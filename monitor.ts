@@ -2582,7 +2582,8 @@ function transient(reason: string): Verdict {
 }
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
- *  never contains `OK`. Answers within a second, and never rejects. */
+ *  never contains `OK`. Answers within a second, and never rejects. With `FTW_MONITOR=0` it tells
+ *  of databases and checks alone. */
 export const health: () => Promise<{ healthy: boolean; reason: string }> = shared(
   'health',
   async () => {
@@ -2646,9 +2647,14 @@ function judge(): Verdict {
   const isJustCold = broken?.isCold === true
   if (broken && !isJustCold) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
 
-  if (state !== 'accepting') return BOOTING
+  if (state !== 'accepting') return judgeBoot()
   const verdict = judgeWarmup(warmup)
   return verdict.healthy && isJustCold ? WARMING_UP : verdict
+}
+
+/** Where no monitor is wanted, a health route of the service's own must not be red for ever. */
+function judgeBoot(): Verdict {
+  return isSwitchedOff('FTW_MONITOR') ? HEALTHY : BOOTING
 }
 
 function judgeWarmup(warmup: WarmupRunner): Verdict {
