@@ -1395,8 +1395,7 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
 // --- Servers that listen -------------------------------------------------------------------------
 
 // Which servers listen in this process. Where `start` was given none, the instance is the first one
-// that serves requests and keeps the process alive; a shutdown closes the others, too. One wrap
-// serves however many copies of this file.
+// that serves requests and keeps the process alive; a shutdown closes the others, too.
 
 interface ListenObserver {
   /** Something is about to listen at this place. */
@@ -1404,41 +1403,25 @@ interface ListenObserver {
   onListening(server: net.Server): void
 }
 
-type Listen = net.Server['listen'] & { [LISTEN_WRAP]?: ListenWrap }
-
-/** What a wrapped `listen` is known by, also to another copy of this file. */
-const LISTEN_WRAP: unique symbol = Symbol.for('ftw-monitor.listen.2')
-
 /** What marks the servers of monitors, which are no business of another one's. */
 const MONITOR_SERVER: unique symbol = Symbol.for('ftw-monitor.server.1')
-
-interface ListenWrap {
-  observers: Set<ListenObserver>
-  /** Takes the wrap off, unless somebody has wrapped it again. */
-  remove(): void
-}
 
 /** Tells an observer of each server of this process that begins to listen; gives what ends that. */
 function observeListening(observer: ListenObserver): () => void {
   // On Bun the http servers have a `listen` of their own.
   const prototypes = [net.Server.prototype, http.Server.prototype]
   const own = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
-  const wraps = own.map(wrapListen)
-  for (const { observers } of wraps) observers.add(observer)
-
+  const observers = new Set([observer])
+  const restores = own.map((prototype) => {
+    return replaceMethod(prototype, 'listen', (inner) => observedListen(inner, observers))
+  })
   return () => {
-    for (const wrap of wraps) {
-      wrap.observers.delete(observer)
-      if (wrap.observers.size === 0) wrap.remove()
-    }
+    observers.clear()
+    for (const restore of restores) restore?.()
   }
 }
 
-function wrapListen(prototype: net.Server): ListenWrap {
-  const inner = methodOf(prototype, 'listen') as Listen
-  if (inner[LISTEN_WRAP]) return inner[LISTEN_WRAP]
-
-  const observers = new Set<ListenObserver>()
+function observedListen(inner: Callable, observers: Set<ListenObserver>): Callable {
   const awaited = new WeakSet<net.Server>()
   const onListening = (server: net.Server): void => {
     awaited.delete(server)
@@ -1448,7 +1431,7 @@ function wrapListen(prototype: net.Server): ListenWrap {
       for (const observer of observers) attemptOwn(() => observer.onListening(server))
     })
   }
-  const listen = function listen(this: net.Server, ...args: unknown[]): net.Server {
+  return function listen(this: net.Server, ...args: unknown[]): unknown {
     if (MONITOR_SERVER in this) return Reflect.apply(inner, this, args)
     const isAwaited = awaited.has(this) // since an earlier try, which failed
     if (!isAwaited) this.once('listening', () => onListening(this))
@@ -1456,14 +1439,7 @@ function wrapListen(prototype: net.Server): ListenWrap {
     const wanted = attempt(() => placeOf(args)) ?? {}
     for (const observer of observers) attemptOwn(() => observer.onListen(wanted))
     return Reflect.apply(inner, this, args)
-  } as Listen
-  const remove = (): void => {
-    if (methodOf(prototype, 'listen') === listen) prototype.listen = inner
   }
-  const wrap = { observers, remove }
-  listen[LISTEN_WRAP] = wrap
-  prototype.listen = listen
-  return wrap
 }
 
 /** Where a call of `listen` wants to listen; of a handle and the like nothing is known. */
