@@ -6581,15 +6581,20 @@ async function statusFor(isLocal: boolean): Promise<Status> {
       failure: isLocal ? failure : '',
       nextTrySeconds: stage === 'failed' ? warmup.nextTrySeconds : -1
     })),
-    databases: Array.from(databases.values(), (each) => {
+    databases: answered(databases).map((each) => {
       return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
     }),
-    checks: Array.from(registeredChecks.values(), (each) => {
+    checks: answered(registeredChecks).map((each) => {
       return { ...dependencyStatus(each, isLocal), passing: each.isPassing }
     }),
     probers: proberStatuses(probers, clock, isLocal),
     draining: draining && drainingStatus(draining)
   }
+}
+
+/** Those of which something is known. */
+function answered(dependencies: Map<string, Dependency>): Dependency[] {
+  return [...dependencies.values()].filter(({ isAsked }) => isAsked)
 }
 
 /** The latest first, and none that has been silent for an hour. */
