@@ -93,7 +93,7 @@ export type Command = (
 /** Who may run a command besides those who connect to the monitor port and send its line. */
 export interface CommandOptions {
   /** Offer it as `GET /NAME/ARG…` too (default: no). Any web page can make a browser send a GET, so
-   *  only for commands that change nothing. */
+   *  this is only for commands that change nothing. */
   http?: boolean
   /** Refuse askers that are not on this machine (default: no). Not together with `http`. */
   local?: boolean
@@ -145,7 +145,7 @@ export interface Database {
   isConnected(): boolean | Promise<boolean>
   /** Lists the open connections, for the command `monitor`. */
   connections?(): OpenConnection[] | Promise<OpenConnection[]>
-  /** Gives figures, for `dbinfo`, `zeocache` and `perf_metrics`. */
+  /** Returns figures, for `dbinfo`, `zeocache` and `perf_metrics`. */
   figures?(): Figures | Promise<Figures>
 }
 
@@ -237,7 +237,7 @@ export interface StartOptions {
   logger?: Logger
 }
 
-/** Where the monitor listens, as `net.Server.address()` gives it; `false` where it does not. */
+/** Where the monitor listens, as `net.Server.address()` returns it; `false` where it does not. */
 export type Address = net.AddressInfo | string | false
 
 /** What `drain` may be told. */
@@ -288,7 +288,7 @@ const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
-const SHORT_TURN_MS = 0.2 // of the event loop: with nothing to do it takes a tenth of that
+const SHORT_TURN_MS = 0.2 // of the event loop: a turn with nothing to do takes a tenth of that
 const HEAD_MS = 1_000 // for a head, beyond the time for which a connection is kept without one
 const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
@@ -299,35 +299,35 @@ const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never an
 const REASON_MAX = 500 // characters; balancers show less
 const CHANGES_MAX = 10 // of the verdict, that the status shows
 const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
-const HEALTHY_POLL_MS = 250 // of untilHealthy: seldom enough to ask databases for a whole boot
+const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole boot
 
 // Of the warm-up
 const GUESS_MS = 1_000 // until a server that nobody named is taken for the instance
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
-const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor gives as much to all of them
+const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor allows as much for all of them
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
 
 // Of draining
-const PROBER_ASKS = 3 // who asks less often within PROBER_MS is a person, not a balancer
-const PROBER_MS = 65_000 // twice the 30 s that are AWS's default, and a delay
+const PROBER_ASKS = 3 // whoever asks less often within PROBER_MS is a person, not a balancer
+const PROBER_MS = 65_000 // twice AWS's default of 30 s, and some delay
 const PROBER_MEMORY = 16 // asks: several checks may come at once, and then none for a while
-const PROBERS_MAX = 64 // more than anybody has balancers
-const USER_AGENT_MAX = 80 // characters: of a prober's, to tell it by
+const PROBERS_MAX = 64 // nobody has that many balancers
+const USER_AGENT_MAX = 80 // characters, to tell probers apart
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
-const PAUSES_MISSED = 3 // of a prober's own longest pauses, and a margin: then it asks no more
+const PAUSES_MISSED = 3 // of its own longest pauses, and a margin: then a prober is gone
 const PAUSE_MARGIN_MS = 1_000
 const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an address that several
 // backends share, `fall` says how many answers they need together)
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
-const POLL_MS = 25 // draining and shutdown look so often whether they may go on
-const QUIET_LOOKS = 4 // in QUIET_MS; in a busy event loop it takes longer to read what has come
+const POLL_MS = 25 // how often draining and shutdown look whether they may go on
+const QUIET_LOOKS = 4 // in QUIET_MS: a busy event loop needs longer to read what has come
 
 // Of a shutdown
 const REQUESTS_MS = 5_000 // of timeoutMs, that requests have after the last prober
-const TELLING_SHARE = 4 / 5 // of timeoutMs at least, where that is short
-const SETTLE_MS = 2_000 // for a quiet moment, where nobody was told: traffic may know no pause
+const TELLING_SHARE = 4 / 5 // of a short timeoutMs, at least
+const SETTLE_MS = 2_000 // for a quiet moment, where nobody was told: traffic may never pause
 const CALLBACKS_MS = 5_000 // for onSignal and cleanUp, which may wait for a shutdown() of their own
 const OTHERS_MS = 5_000 // for whoever else listens for the signal
 const INSIST_MS = 1_000 // one stop may arrive twice; a person who presses Ctrl-C again takes longer
@@ -373,7 +373,7 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
  *  of tests one of its own. The number is that of their list. */
 const EXPORTS: unique symbol = Symbol.for('ftw-monitor.exports.1')
 
-/** Where this copy is: CommonJS has no `import.meta`, but a stack says so, too. */
+/** Where this copy is. Only a stack tells that in an ES module and in CommonJS alike. */
 const FILE_IN_STACK = /(?:file:|\/|\w:\\)[^\n]*?(?=:\d+:\d+)/ // at <anonymous> (/srv/app.cjs:9:5)
 const FILE: string = FILE_IN_STACK.exec(`${new Error().stack}`)?.[0] ?? ''
 
@@ -384,7 +384,7 @@ const ownExports: Record<string, unknown> = { VERSION, FILE }
 const firstExports = (globalThis as { [EXPORTS]?: Record<string, unknown> })[EXPORTS]
 if (!firstExports) Reflect.defineProperty(globalThis, EXPORTS, { value: ownExports })
 
-/** Stands around each exported function: in place of ours it offers that of the first copy. */
+/** Wraps each export: offers the first copy's function in place of ours. */
 function shared<Exported>(name: string, own: Exported): Exported {
   ownExports[name] = own
   return (firstExports?.[name] ?? own) as Exported
@@ -514,9 +514,9 @@ class Monitor {
     return RUNNING.has(this.state)
   }
 
-  /** What a call of start() does while this is the current monitor: it begins a new one where this
-   *  one does not run, found no port to listen on, or was begun by `FTW_MONITOR=auto` in another way
-   *  than is wanted now. */
+  /** What a call of start() does while this is the current monitor: it begins a new one if this one
+   *  does not run, found no port to listen on, or was begun by `FTW_MONITOR=auto` with other
+   *  options than these. */
   answerStart({ servers, ...others }: CheckedStartOptions): 'begin' | 'goOn' | 'refuse' {
     const hasNoPort = this.instance !== undefined && this.listener === undefined
     if (!this.isRunning || (hasNoPort && !this.#options.isByItself)) return 'begin'
@@ -1012,7 +1012,7 @@ interface Bound {
   path: string | undefined
 }
 
-/** Gives the host at which this machine reaches what is bound to an address, or to all of them. */
+/** Returns the host at which this machine reaches what is bound to an address, or to all. */
 function hostReaching(address: string): string {
   if (address === '') return 'localhost'
   if (address === '0.0.0.0') return '127.0.0.1'
@@ -1406,7 +1406,8 @@ interface ListenObserver {
 /** What marks the servers of monitors, which are no business of another one's. */
 const MONITOR_SERVER: unique symbol = Symbol.for('ftw-monitor.server.1')
 
-/** Tells an observer of each server of this process that begins to listen; gives what ends that. */
+/** Tells an observer of each server of this process that begins to listen; returns a function that
+ *  ends this. */
 function observeListening(observer: ListenObserver): () => void {
   // On Bun the http servers have a `listen` of their own.
   const prototypes = [net.Server.prototype, http.Server.prototype]
@@ -1495,11 +1496,11 @@ function keepsProcessAlive(server: net.Server): boolean {
 
 // --- The application -----------------------------------------------------------------------------
 
-// The servers that `start` was given or that it found, and what passes through them: connections and
-// requests. Tells how many requests are in flight, sends clients elsewhere, and closes it all. Seen
-// even where there is no monitor, since a shutdown waits for it.
+// The servers that `start` was given or that it found, and what passes through them: connections
+// and requests. This section counts the requests in flight, sends clients elsewhere, and closes it
+// all. It sees them even where there is no monitor, since a shutdown waits for them.
 
-/** Whatever keeps a connection busy, until its last byte is out: a request that is being served, or
+/** Whatever keeps a connection busy until its last byte is out: a request that is being served, or
  *  an upgrade that is not answered yet. */
 interface RequestInFlight {
   startedAtMs: number
@@ -1533,8 +1534,8 @@ interface Http2Stream extends NodeJS.EventEmitter {
   destroy(): void
 }
 
-/** For how long nothing has happened: by the clock, and in looks, which tell that a busy event loop
- *  has read meanwhile what came. */
+/** For how long nothing has happened, by the clock and in looks: several looks prove that a busy
+ *  event loop has meanwhile read what came. */
 class Quiet {
   #sinceMs = performance.now()
   #looks = 0
@@ -1545,7 +1546,7 @@ class Quiet {
     this.#looks = 0
   }
 
-  /** To be called every POLL_MS; `isDisturbed` where something happens. */
+  /** Call it every POLL_MS; `isDisturbed` if something happens. */
   look(isDisturbed: boolean): void {
     if (isDisturbed) this.begin()
     else this.#looks++
@@ -1556,19 +1557,19 @@ class Quiet {
   }
 }
 
-/** What is known of a connection: `handshaking`, nothing before its handshake of TLS is over;
- *  `unseen`, nothing, since it came before we saw its server; `serving`, its requests; `upgraded`, that
- *  it is the application's own, as that of a WebSocket. */
+/** What is known of a connection. `handshaking`: nothing, until its TLS handshake is over.
+ *  `unseen`: nothing, since it came before we saw its server. `serving`: its requests. `upgraded`:
+ *  that it belongs to the application, as a WebSocket's does. */
 type ClientStage = 'handshaking' | 'unseen' | 'serving' | 'upgraded'
 
 /** A connection, from its first moment to its last. */
 class Client {
-  /** The connection itself, also below TLS and HTTP/2: when it closes, all is over. Of a session that
-   *  came before its server was seen only that is known. */
+  /** The connection itself, below TLS and HTTP/2: when it closes, all is over. Of a session that
+   *  came before its server was seen, only this is known. */
   readonly connection: net.Socket | Http2Session
   readonly onClose: () => void
-  /** Who sends requests by it: the socket, that of TLS after its handshake, or the session of
-   *  HTTP/2. */
+  /** What requests come by: the socket, the TLS socket after its handshake, or the HTTP/2
+   *  session. */
   peer: net.Socket | Http2Session
   stage: ClientStage
   /** Streams of HTTP/2 that were upgraded. */
@@ -1584,7 +1585,7 @@ class Client {
   readonly #quiet = new Quiet()
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
-  /** What had been read when the last request was over: more, and half a head has come. */
+  /** What had been read when the last request was over: if it is more now, half a head has come. */
   #bytesReadAtLastEnd = 0
   #bytesSeen = 0
   #bytesSeenAtMs = performance.now()
@@ -1613,7 +1614,7 @@ class Client {
     this.#bytesReadAtLastEnd = this.#bytesRead
   }
 
-  /** To be called every POLL_MS, before anybody asks whether it is quiet. */
+  /** Call it every POLL_MS, before you ask whether it is quiet. */
   look(): void {
     this.#quiet.look(this.isBusy)
   }
@@ -1631,10 +1632,10 @@ class Client {
     })
   }
 
-  /** Tells the client of an HTTP/2 session to open no more streams; those that it has opened
-   *  meanwhile are served, which the session's own close() would refuse. Best said when a stream
-   *  has just come: a Node.js client refuses by itself what it opens before it has read this. Returns
-   *  whether it was said now, so that streams may still be on their way. */
+  /** Tells the client of an HTTP/2 session to open no more streams. Those that it opens meanwhile
+   *  are served; the session's own close() would refuse them. The best moment is when a stream has
+   *  just come, since a Node.js client itself refuses what it opens before it has read this.
+   *  Returns whether it was told just now, so that streams may still be on their way. */
   sendSessionElsewhere(): boolean {
     const { peer } = this
     if (this.#isSentElsewhere || !('goaway' in peer)) return false
@@ -1654,8 +1655,8 @@ class Client {
     return isAnswering(this.peer) || this.#isReceiving()
   }
 
-  /** Nothing has happened for so long that no request can be on its way: one may have been sent just
-   *  now, or have come and wait for a busy event loop to read it. */
+  /** Nothing has happened for so long that no request can be on its way: sent just now, or waiting
+   *  until a busy event loop reads it. */
   get isQuiet(): boolean {
     const graceMs = this.#newestResponse ? QUIET_MS : FIRST_REQUEST_MS
     return !this.isBusy && this.#quiet.hasLasted(graceMs)
@@ -1665,7 +1666,7 @@ class Client {
     return this.stage === 'upgraded' || this.upgradedStreams.size > 0
   }
 
-  /** Says goodbye as its protocol does; what is being sent is sent. */
+  /** Says goodbye in the way of its protocol; what is being sent is still sent. */
   end(): void {
     const { peer } = this
     attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
@@ -1676,7 +1677,7 @@ class Client {
     attempt(() => this.connection.destroy()) // a session of HTTP/2 may leave it open
   }
 
-  /** Half a handshake or half a head has come, or half a body that nobody waited for, and its last
+  /** Part of a handshake, of a head, or of a body that nobody waited for has come, and its last
    *  byte lately. */
   #isReceiving(): boolean {
     const bytesRead = this.#bytesRead
@@ -1712,22 +1713,23 @@ class Application {
   /** What the servers' `keepAliveTimeout` is to be, where that was told. */
   keepAliveMs: number | undefined
   readonly #observer: ServerObserver | undefined
-  /** All that serve requests, with what takes the hook off each; the first one is the instance. */
+  /** All that serve requests, each with the function that takes the hook off; the first one is the
+   *  instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
   readonly #stoppedServers = new Set<net.Server>()
-  /** Each connection, by whoever sends requests by it. */
+  /** Each connection, by what its requests come by. */
   readonly #clients = new Map<object, Client>()
   /** By response; by stream where it is HTTP/2, by socket where it is an upgrade. */
   readonly #inFlight = new Map<object, RequestInFlight>()
   /** How many connections have come. */
   #connectionsSoFar = 0
-  /** The socket that was announced last as one of HTTP/2. */
+  /** The last socket that was announced as one of HTTP/2. */
   #newestCarrier: net.Socket | undefined
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
-  /** `refusing`: no connection is accepted; `closing`: those that are quiet are closed, too. */
+  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. */
   #stage: 'open' | 'refusing' | 'closing' = 'open'
-  /** One listener for all responses: a closure for each would cost more than all else here. */
+  /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
   constructor(observer?: ServerObserver) {
@@ -1827,15 +1829,15 @@ class Application {
         continue
       }
       const isDead = attempt(() => isDestroyed(client.peer) || isDestroyed(key))
-      // What cannot be looked at is not waited for.
+      // Do not wait for what cannot be looked at.
       if (isDead ?? true) this.#requestEnded(key, 0)
     }
   }
 
   // What the hooks see
 
-  /** Sees each event of a server before the application does; what is taken, the application does
-   *  not see. */
+  /** Sees each event of a server before the application does. An event that is `taken` never
+   *  reaches the application. */
   onEvent(server: net.Server, event: string, args: unknown[]): 'taken' | void {
     switch (event) {
       case 'request':
@@ -1860,13 +1862,13 @@ class Application {
     }
   }
 
-  /** One that begins to listen after the signal is closed before it accepts. */
+  /** A server that begins to listen after the signal is closed before it accepts. */
   #onListening(server: net.Server): void {
     if (this.#stage !== 'open') this.#stopListening(server)
     else if (server === this.server) this.#observer?.onServerListening()
   }
 
-  /** Nobody may know a bystander any more. */
+  /** Forget a closed bystander, so that it can be collected as garbage. */
   #onClose(server: net.Server): void {
     if (!this.#observer) this.#forget(server)
     else if (server === this.server) this.#observer.onServerClose()
@@ -1883,7 +1885,7 @@ class Application {
     this.#addClient(socket, isSecure(server) ? 'handshaking' : 'serving')
   }
 
-  /** Of one by TLS or HTTP/2, nothing but its socket can be found out later on. */
+  /** Of a connection by TLS or HTTP/2, only the socket can be found later on. */
   #onEarlierConnection(server: net.Server, socket: EarlierSocket): void {
     if (isSecure(server) || speaksHttp2(server, socket)) {
       this.#addClient(socket, 'unseen')
@@ -1911,7 +1913,7 @@ class Application {
     else this.#addClient(session)
   }
 
-  /** Of TLS the socket below may be known. */
+  /** Where the peer is a TLS socket, the socket below may be known. */
   #clientOf(peer: SecureSocket | Http2Session): Client {
     const known = this.#clients.get(peer)
     if (known) return known
@@ -1945,7 +1947,7 @@ class Application {
     attempt(() => emitter.off('close', client.onClose)) // it may be anything
   }
 
-  /** Its requests are sent by another peer from now on. */
+  /** From now on its requests come by another peer. */
   #movesTo(client: Client, peer: net.Socket | Http2Session): void {
     this.#clients.delete(client.peer)
     client.peer = peer
@@ -1985,7 +1987,7 @@ class Application {
     answerHealth(headers, socket.remoteAddress, send).catch(doNothing) // it may be no request
   }
 
-  /** A request of HTTP/2, of which `request` need not tell. */
+  /** A request of HTTP/2, for which `request` may not be emitted. */
   #onStream(stream: Http2Stream, headers: http.IncomingHttpHeaders): 'taken' | void {
     const { session } = stream
     const path = String(headers[':path'])
@@ -2066,8 +2068,8 @@ class Application {
     }
   }
 
-  /** The same for HTTP/2, where each session is told once. Not before all probers know: a balancer
-   *  that still sends requests here would open new sessions again and again. */
+  /** The same for HTTP/2, where each session is told once, when all probers know: a balancer that
+   *  still sends requests here would open new sessions again and again. */
   sendSessionsElsewhere(): void {
     this.#isSendingSessionsElsewhere = true
   }
@@ -2086,9 +2088,9 @@ class Application {
     if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
   }
 
-  /** They stop listening by their `close()` alone, which finishes what is being served, but cuts
-   *  answers that are not taken yet: so at a moment when there is none. Resolves to whether there
-   *  was one in time. */
+  /** They stop listening only by their `close()`, which finishes what is being served, but cuts
+   *  answers that are not taken yet. So it is called at a moment when there are none. Resolves to
+   *  whether such a moment came in time. */
   async #closeServersOfBun(limitMs: number): Promise<boolean> {
     if (!IS_BUN) return true
     const isMoment = await pollUntil(() => !this.#isSending, limitMs)
@@ -2102,8 +2104,8 @@ class Application {
   }
 
   /** The kernel resets what it has accepted and the event loop has not: of 60 requests that came
-   *  while the event loop was busy 54 to 59 were lost. A turn looks for connections at its
-   *  beginning, so one that is short has left little time for another one. */
+   *  while the event loop was busy, 54 to 59 were lost. A turn looks for connections at its
+   *  beginning, so a short one has left little time for another connection. */
   async #untilNoneConnects(limitMs: number): Promise<void> {
     const startedAtMs = performance.now()
     let quietTurns = 0
@@ -2115,7 +2117,7 @@ class Application {
     }
   }
 
-  /** Closes each connection as soon as it is quiet. To be called every POLL_MS; returns whether all
+  /** Closes each connection as soon as it is quiet. Call it every POLL_MS; returns whether all
    *  requests are over, and no connection is left by which another one may come. */
   closeQuietConnections(): boolean {
     const areRequestsOver = this.requestsInFlight === 0
@@ -2131,8 +2133,9 @@ class Application {
     return areRequestsOver && areAllQuiet
   }
 
-  /** Of connections that came before we saw the server, Node.js itself may know which are idle. It
-   *  takes for idle what still sends its answer, too, so none that we know of may do that. */
+  /** Node.js itself may know which connections are idle of those that came before we saw the
+   *  server. But it also takes a connection for idle that still sends its answer, so we wait until
+   *  none that we know of does. */
   #closeUnseenConnections(): void {
     const clients = [...this.#clients.values()]
     if (!clients.some(({ stage }) => stage === 'unseen')) return
@@ -2158,7 +2161,8 @@ class Application {
     return count
   }
 
-  /** Ends all connections that were not upgraded. On Bun, closes what had no moment to be closed. */
+  /** Ends all connections that were not upgraded. On Bun, also closes the servers that had no
+   *  moment to be closed. */
   endConnections(): void {
     for (const client of this.#clients.values()) {
       if (!client.isUpgraded) client.destroy()
@@ -2180,7 +2184,7 @@ class Application {
     }
   }
 
-  /** What has stopped listening keeps no process alive any more. */
+  /** Lets the process end though the stand-ins of these servers are still open. */
   unrefServers(): void {
     for (const server of this.#stoppedServers) server.unref()
   }
@@ -2196,7 +2200,7 @@ class Application {
   }
 }
 
-/** Sees all events of a server; returns what takes the hook off again, or nothing where `emit`
+/** Sees all events of a server. Returns a function that takes the hook off, or undefined if `emit`
  *  cannot be replaced. */
 function hookEmit(server: net.Server, application: Application): (() => void) | undefined {
   return replaceMethod(server, 'emit', (innerEmit) => {
@@ -2208,7 +2212,7 @@ function hookEmit(server: net.Server, application: Application): (() => void) | 
   })
 }
 
-/** Has a server keep its connections for so long; returns what takes that back. */
+/** Makes a server keep idle connections for so long; returns a function that undoes this. */
 function keepConnections(server: http.Server, keepAliveMs: number | undefined): () => void {
   const { keepAliveTimeout, headersTimeout } = server
   if (keepAliveMs === undefined || keepAliveTimeout === undefined) return doNothing
@@ -2272,10 +2276,10 @@ function isDestroyed(peer: object): boolean {
 
 // --- Servers that stop listening -----------------------------------------------------------------
 
-// A server stops listening when the kernel's handle of it is closed. The server keeps a stand-in for
-// that: to the program it listens until the program itself closes it, and then all of Node.js's own
-// code runs, with its callbacks and events. What `net.Server` asks of its handle is not documented,
-// but has been the same on Node.js 20 to 26.
+// A server stops listening when its kernel handle is closed. The server keeps a stand-in for that
+// handle: to the program it listens until the program itself closes it, and then all of Node.js's
+// own code runs, with its callbacks and events. What `net.Server` asks of its handle is not
+// documented, but has been the same on Node.js 20 to 26.
 
 /** What a server asks of its handle, and we of it. */
 interface Handle {
@@ -2345,8 +2349,8 @@ function standInFor(handle: Handle): Handle {
   return standIn
 }
 
-/** Of the same kind, since Node.js gives handles to code of its own that takes nothing else: a plain
- *  object there ended the process. The symbols tell whose it is. */
+/** Of the same kind, since Node.js gives handles to code of its own that takes nothing else: a
+ *  plain object there ended the process. The symbols tell whose it is. */
 function unopenedLike(handle: Handle): Handle {
   const isPlain = handle.constructor === Object // as in a cluster that shares the connections out
   const Kind = handle.constructor as new (type: number) => Handle
@@ -2368,9 +2372,9 @@ function closeStandIn(server: ServerWithHandle): void {
   if (isStandIn) attempt(() => server.close())
 }
 
-/** Tells the kernel to accept no more connections for us: those that come now wait in their
- *  clients, and are refused when the server closes. Node.js has no public way to say so; where this
- *  fails, a few more may be reset. */
+/** Tells the kernel to accept no more connections for us: clients that come now keep trying, and
+ *  are refused when the server closes. Node.js has no public way to do this; if it fails, a few
+ *  more connections may be reset. */
 function acceptNoMore(server: ServerWithHandle): void {
   const { _handle: handle } = server
   if (handle && hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(0))
@@ -2388,13 +2392,13 @@ function isOfCluster(handle: Handle): boolean {
   return Object.hasOwn(handle, 'close')
 }
 
-/** How Node.js tells sockets that it has opened from one another; of others there is no address. */
+/** By this Node.js tells the sockets apart that it has opened; others have no address in it. */
 const OWN_SOCKET = /^(?:[46]:.*:\d+|-1:.*[/\\].*:-1)$/ // 4:127.0.0.1:8080, -1:/run/app.sock:-1
 
 const IS_BUN = 'bun' in process.versions
 
-/** Bun has no handle to close. So the stand-in is a `close()` that waits for ours, and nobody hears of
- *  that before; until the server listens again. */
+/** Bun has no handle to close. So here the stand-in is a `close()` that waits for ours, of which
+ *  nobody hears before; it goes when the server listens again. */
 function closeOnBun(server: net.Server): void {
   if (!server.listening) return
   let onClosed: () => void = doNothing
@@ -2434,7 +2438,7 @@ const serversClosedOnBun = new WeakSet<net.Server>()
 // While the instance drains, a keep-alive client is to send its next request elsewhere. All else
 // that the application answers stays as it is, byte for byte.
 
-/** Responses that close their connection, since each `drain` comes by again. */
+/** Responses that close their connection already: each `drain` comes by them again. */
 const sentElsewhere = new WeakSet<object>()
 
 function sendElsewhere(key: object, client: Client, application: Application): void {
@@ -2448,9 +2452,9 @@ function sendElsewhere(key: object, client: Client, application: Application): v
   })
 }
 
-/** A header set by us would change how `writeHead` treats the application's. So we only take the
- *  keep-alive away, and replace a `Connection: keep-alive` of the application's own in its
- *  place. */
+/** If we set a header, `writeHead` would treat the application's own in another way. So we
+ *  only take the keep-alive away, and replace a `Connection: keep-alive` that the application
+ *  has set. */
 function closeConnectionAfter(
   response: http.ServerResponse,
   client: Client,
@@ -2527,13 +2531,13 @@ function withoutKeepAliveToken(value: unknown): unknown {
 /** Whether this instance may be sent requests, and if not, why. */
 interface Verdict {
   healthy: boolean
-  /** `warn` for what will pass by itself, `fail` for what is broken. */
+  /** `warn` if it will pass by itself, `fail` if something is broken. */
   grade: Grade
   /** `OK`, or what anybody may know of why not. */
   reason: string
   /** The same for this machine: what a database or a performer threw, too. */
   explanation: string
-  /** The explanation for the log, where nobody has to know an error by its first word. */
+  /** The explanation for the log, without the `Error:` by which programs know a fault. */
   cause: string
 }
 
@@ -2652,7 +2656,7 @@ function fault(reason: string, cause: string, prefix = ''): Verdict {
   }
 }
 
-/** Makes one line of what is not healthy, in which HAProxy's `expect string OK` finds nothing. */
+/** Makes one line for a red reply, in which HAProxy's `expect string OK` finds nothing. */
 function toRedLine(text: string): string {
   return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
 }
@@ -2666,7 +2670,7 @@ function inspect(): Promise<unknown> | undefined {
   return inspectAll()
 }
 
-/** What a check sees: each change of it is remembered, and told in the log. */
+/** The verdict as a check sees it: each change is remembered, and told in the log. */
 function judgeAndRecord(): Verdict {
   const verdict = judge()
   if (!monitor.isOff) monitor.history.note(verdict)
@@ -2681,7 +2685,7 @@ async function inspectAndJudge(): Promise<Verdict> {
   return judgeAndRecord()
 }
 
-/** Also where the verdict does not depend on it, as while it drains. */
+/** Asks even if the verdict does not depend on the answers, as during a drain. */
 async function inspectAll(): Promise<void> {
   const inspections = allDependencies().map((each) => each.ask())
   if (monitor.isLookDue) inspections.push(monitor.look())
@@ -2697,7 +2701,7 @@ async function inspectAll(): Promise<void> {
 // and the last few of them for the status.
 
 class VerdictHistory {
-  /** The last ones, the oldest first, each with the time from which on it held. */
+  /** The last ones, the oldest first, each with the time since which it held. */
   readonly changes: { verdict: Verdict; time: string }[] = []
   readonly #clock: Clock
   #redSinceMs = performance.now()
@@ -2739,7 +2743,7 @@ class VerdictHistory {
     this.changes.push({ verdict, time: new Date().toISOString() })
   }
 
-  /** Of several changes within a second the last one is told. */
+  /** Of several changes within a second, only the last one is logged. */
   #logSoon(level: 'info' | 'warn', text: string): void {
     this.#dueLine = { level, text }
     const waitMs = this.#loggedAtTickMs + CHANGE_LINE_MS - this.#clock.nowTickMs
@@ -2763,7 +2767,7 @@ class VerdictHistory {
 const databases = new Map<string, RegisteredDatabase>()
 const registeredChecks = new Map<string, Dependency>()
 
-/** Registers a database, or replaces it: it is connected where `isConnected` gives `true` itself.
+/** Registers a database, or replaces it: it is connected if `isConnected` returns `true` itself.
  *  Returns the counters on which the service tells what it does with it. Throws a `TypeError` for a
  *  name with white space, and for what is no method. */
 export const registerDatabase: (name: string, database: Database) => Activity = shared(
@@ -2789,8 +2793,8 @@ export const registerDatabase: (name: string, database: Database) => Activity = 
 )
 
 /** Registers a check of what is no database, such as free space on a disk, or replaces it. It
- *  passes unless it throws or gives `false`: `null`, `0` and `''` pass. Throws a `TypeError` for a
- *  name with white space, for what is no function, and for wrong options. */
+ *  passes unless it throws or returns `false`: `null`, `0` and `''` pass. Throws a `TypeError` for
+ *  a name with white space, for what is no function, and for wrong options. */
 export const registerCheck: (name: string, check: Check, options?: CheckOptions) => void = shared(
   'registerCheck',
   (name, check, options = {}) => {
@@ -2836,7 +2840,7 @@ class Dependency {
   /** What its trouble is told with: `Database 'main'`. */
   readonly #title: string
   readonly #passes: SharedCall
-  /** What it is where it answers in time, and not with yes. */
+  /** What it is called if it answers in time, but not with yes. */
   readonly #no: 'disconnected' | 'failed'
   /** Of the last answer, undefined until there is one. */
   #outcome: 'passes' | 'disconnected' | 'timed out' | 'failed' | undefined
@@ -2873,7 +2877,7 @@ class Dependency {
     }
   }
 
-  /** Whether it has answered, or failed to, at least once: before that, nobody judges it. */
+  /** Whether it has answered, or failed to, at least once: before that, it is not judged. */
   get isAsked(): boolean {
     return this.#outcome !== undefined
   }
@@ -2890,7 +2894,7 @@ class Dependency {
     return this.#passes.askedAtMs
   }
 
-  /** Whether it was only asked too early, before the instance was warm. */
+  /** Whether it was just asked too early, before the instance was warm. */
   get isCold(): boolean {
     return false
   }
@@ -2922,7 +2926,7 @@ class RegisteredDatabase extends Dependency {
     stores: new Counter(),
     connections: new Counter()
   }
-  // They give nothing where the database has no such method.
+  // They resolve to undefined if the database has no such method.
   readonly connectionsCall: SharedCall
   readonly figuresCall: SharedCall
 
@@ -2949,8 +2953,7 @@ function allDependencies(): Dependency[] {
   return [...databases.values(), ...registeredChecks.values()]
 }
 
-/** The first one that the instance cannot do without, and that does not pass. What is just cold
- *  comes last. */
+/** The first one that the instance needs and that does not pass. What is just cold comes last. */
 function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
   const isBooting = monitor.state !== 'accepting'
@@ -2997,7 +3000,7 @@ class SharedCall {
     return this.#answerInTime
   }
 
-  /** What was asked before may still answer, but its failure tells nothing any more. */
+  /** The earlier call may still answer, but its failure no longer tells anything. */
   async #callBeside(before: Promise<unknown> | undefined, askedAtMs: number): Promise<unknown> {
     try {
       const call = new Promise((resolve) => resolve(this.#call())) // which may throw
@@ -3010,16 +3013,16 @@ class SharedCall {
   }
 }
 
-/** Settles as a promise does if it succeeds; never if it fails. */
+/** Resolves as the promise does; never settles if that rejects. */
 function successOf<T>(promise: Promise<T>): Promise<T> {
   return new Promise((resolve) => {
     promise.then(resolve, doNothing)
   })
 }
 
-/** Rejects with TIMED_OUT what does not settle in time. The limit is waited for in two halves: while
- *  the application blocks the event loop no answer can be read, but that spoils only one of them.
- */
+/** Rejects with TIMED_OUT what does not settle in time. It waits for the limit in two halves:
+ *  while the application blocks the event loop no answer can be read, but that spoils only
+ *  one of them. */
 function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
   return new Promise((resolve, reject) => {
     // setImmediate: after the application has blocked, read first what came in time.
@@ -3128,7 +3131,7 @@ class Site {
   isAwaited = true
   /** Why its last warm-up failed, '' if it did not. */
   failure = ''
-  /** Of the warm-up that is to come, or runs. */
+  /** Of the warm-up that runs, or else of the next one. */
   #controller = new AbortController()
   #startedAtMs = 0
   #seconds = 0
@@ -3143,13 +3146,13 @@ class Site {
     return this.stage === 'running' ? this.#secondsSinceStart : this.#seconds
   }
 
-  /** Its warm-up is to come, if it does not run already. */
+  /** Makes it wait for its warm-up, unless that runs already. */
   expect(isAwaited: boolean): void {
     if (this.stage !== 'running') this.stage = 'waiting'
     this.isAwaited = isAwaited
   }
 
-  /** Never rejects, and ends when it is aborted, since a performer may not heed the signal. */
+  /** Never rejects, and ends when it is aborted, even if the performer ignores the signal. */
   async warmUp(url: string, clock: Clock): Promise<void> {
     const { name } = this
     const { signal } = this.#controller
@@ -3175,7 +3178,7 @@ class Site {
     this.#controller = new AbortController() // work that goes on afterwards must not be aborted
   }
 
-  /** Ends the warm-up that is to come, or runs. */
+  /** Ends the warm-up that runs, or else the next one. */
   abort(reason: string): void {
     this.#controller.abort(new Error(reason))
   }
@@ -3203,7 +3206,7 @@ class WarmupRunner {
     return Array.from(siteNames(), (name) => this.#site(name))
   }
 
-  /** Each check asks for it, so it makes no list. */
+  /** It is read at each check, so it builds no list. */
   get stage(): WarmupStage {
     for (const { isAwaited } of this.#queue.keys()) {
       if (isAwaited) return 'running'
@@ -3232,7 +3235,7 @@ class WarmupRunner {
     else void this.#beginAtView()
   }
 
-  /** What is registered when the instance is green does not take it out, unless it fails. */
+  /** A site that is registered while the instance is green only takes it out if it fails. */
   onRegistered(name: string, wasGreen: boolean): void {
     if (this.#phase !== 'begun' || this.#site(name).stage !== 'waiting') return
     void this.warmUp([name], !wasGreen)
@@ -3264,14 +3267,14 @@ class WarmupRunner {
   /** When the last one was over for which the instance was red. */
   #awaitedUntilMs = -Infinity
 
-  /** Whether the warm-up was still to come, or went on, when something was asked. */
+  /** Whether the warm-up was running, or yet to come, when something was asked. */
   wasColdAt(askedAtMs: number): boolean {
     const { stage } = this
     return stage === 'cold' || stage === 'running' || askedAtMs < this.#awaitedUntilMs
   }
 
-  /** Queues those of the sites that are not queued yet; the instance is red until all of them are
-   *  over, unless nobody awaits them. Resolves to why they failed, '' if they did not. */
+  /** Queues the sites that are not in the queue yet; unless nobody awaits them, the instance is red
+   *  until all of them are done. Resolves to why they failed, '' if they did not. */
   async warmUp(names: string[], isAwaited = true): Promise<string> {
     const sites = names.map((name) => this.#site(name))
     const added = sites.filter((site) => !this.#queue.has(site))
@@ -3310,7 +3313,7 @@ class WarmupRunner {
     log(failure ? 'warn' : 'info', text)
   }
 
-  // The view, at which it begins, since performers then run as the work of a request does
+  // It begins with a request to the view, so that performers run as the work of a request does
 
   /** Our own request for the view bears this token. */
   #token: string | undefined
@@ -3334,7 +3337,7 @@ class WarmupRunner {
     else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
   }
 
-  /** What nobody answers is warmed up all the same, by the performers alone. */
+  /** If nobody answers at the view, the performers run all the same. */
   async #beginAtView(): Promise<void> {
     const { instance } = this.#monitor
     const isOnUnixSocket = instance?.path !== undefined // where nobody is asked for a view
@@ -3344,8 +3347,8 @@ class WarmupRunner {
     this.#takeNextStep()
   }
 
-  /** That the view is there is proved by our token alone: a catch-all route, another worker or
-   *  another process answers, too. */
+  /** Only our token proves that the view is there: a catch-all route, another worker or another
+   *  process would answer, too. */
   async #askView(instance: Instance): Promise<void> {
     // Not before, since it loads all of Node.js's cryptography; and some replace it.
     this.#token = attempt(() => crypto.randomUUID())
@@ -3411,7 +3414,7 @@ class WarmupRunner {
     this.#takeNextStep()
   }
 
-  /** What it may have failed for is there again. */
+  /** Call it when something is back for want of which it may have failed. */
   retryAtOnce(): void {
     if (this.#retryAtTickMs === undefined) return
     this.#monitor.clock.cancel(this.#retry)
@@ -3448,8 +3451,8 @@ function describeFailures(sites: Site[]): string {
   return failures.join('; ')
 }
 
-/** The default performer: loads the page that the first visitor would have waited for. What speaks
- *  no HTTP/1, such as gRPC, it cannot warm: so that is green as soon as it accepts. */
+/** The default performer: loads the page that the first visitor would have waited for. It cannot
+ *  warm what speaks no HTTP/1, such as gRPC; that is green as soon as it accepts. */
 async function loadPage({ site, url, signal }: Warmup): Promise<void> {
   const { clock } = monitor
   const warn = (): void => {
@@ -3470,12 +3473,12 @@ async function loadPage({ site, url, signal }: Warmup): Promise<void> {
 
 // --- Our own requests ----------------------------------------------------------------------------
 
-// What a warm-up and the checks of pages ask the instance for. It goes straight there, whatever
-// proxy this process is to use, and bears the credentials of the URL.
+// The requests of a warm-up and of page checks. They go straight to the instance, whatever proxy
+// this process is told to use, and bear the credentials of the URL.
 
 /** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
- *  Resolves to the status when all of the answer has come. For pages over http fetch is not fit: it
- *  knows no Unix sockets, refuses some ports, and gives up after 300 s. */
+ *  Resolves to the status when all of the answer has come. Pages over http are not loaded by fetch,
+ *  which knows no Unix sockets, refuses some ports, and gives up after 300 s. */
 async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
   const isPage = token === undefined
   const credentials = monitor.instance?.headers ?? {}
@@ -3489,7 +3492,7 @@ async function visit(url: string, signal: AbortSignal, token?: string): Promise<
 
 /** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
  *  environment names, Node.js where it is told to, or where the program has put a dispatcher of its
- *  own in place. Whether our host is one of those in `NO_PROXY` is not for us to tell. */
+ *  own in place. We cannot tell whether our host is one of those in `NO_PROXY`. */
 function mayFetchUseProxy(): boolean {
   const names = Object.keys(process.env)
   const isHostExcepted = names.some((name) => NO_PROXY.test(name))
@@ -3568,15 +3571,15 @@ const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLIC
 // here: one for the service's own port, to which visitors come, and a kinder one for the monitor's
 // port, to which nobody forwards them.
 
-/** At the service's port no browser is believed, since it may be a visitor's behind a proxy that
- *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks then. */
+/** At the service's port we believe no browser, since it may be a visitor's behind a proxy that
+ *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks in that case. */
 function isLocalVisitor({ headers, httpVersion, socket }: http.IncomingMessage): boolean {
   if (httpVersion === '1.0' || fetchSiteOf(headers) !== undefined) return false
   if (TOKEN_HEADER in headers) return false // of another instance
   return isLocalSocket(socket) && isForOwnName(headers) && !isForwarded(headers)
 }
 
-/** At the monitor's port a person may look by a browser. */
+/** At the monitor's port a person may use a browser. */
 function isLocalOperator({ headers }: http.IncomingMessage, session: Session): boolean {
   const isOnUnixSocket = session.listener.unixSocket !== undefined // no page reaches that
   if (!session.local || (!isOnUnixSocket && !isForOwnName(headers))) return false
@@ -3605,9 +3608,9 @@ function isForwarded(headers: http.IncomingHttpHeaders): boolean {
 
 const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
 
-/** Which site makes a browser send this, in the words of `Sec-Fetch-Site`; undefined where it is no
- *  browser. Old ones never send that header, and the others not without TLS, but all of them claim
- *  to be Mozilla. */
+/** Which site made a browser send this, in the words of `Sec-Fetch-Site`; undefined if it is no
+ *  browser. Old browsers never send that header, and others only over TLS, but all of them claim to
+ *  be Mozilla. */
 function fetchSiteOf(headers: http.IncomingHttpHeaders): string | undefined {
   const site = headers['sec-fetch-site']?.toString()
   if (site !== undefined) return site
@@ -3622,8 +3625,8 @@ function isForPerson(headers: http.IncomingHttpHeaders): boolean {
   return agent.startsWith('Mozilla/') && !agent.includes('(compatible;')
 }
 
-/** A web page on a name that was rebound to 127.0.0.1 comes from this machine, but bears its
- *  name. */
+/** A request from a web page whose name was rebound to 127.0.0.1 comes from this machine, but bears
+ *  that name. */
 function isForOwnName(headers: http.IncomingHttpHeaders): boolean {
   const host = headers.host ?? headers[':authority']?.toString()
   if (!host) return true // HTTP/1.0
@@ -3733,8 +3736,8 @@ function isForHealth(method: string | undefined, target: string): boolean {
   return parseTarget(target).path === healthPath
 }
 
-/** Tells what anybody may know. Visitors share an address with the balancer that they come by: so
- *  a prober is told by its User-Agent, too, and bears no forwarding header. */
+/** Tells what anybody may know. Visitors share their address with the balancer through which they
+ *  come, so a prober is known by its User-Agent, too, and bears no forwarding header. */
 async function answerHealth(
   headers: http.IncomingHttpHeaders,
   remoteAddress: string | undefined,
@@ -3768,7 +3771,7 @@ function readHealthPath(): string | undefined {
 // Who asks for the verdict, and at which pace: a drain waits until each of them knows. All times
 // are by the monitor's clock.
 
-/** What tells whether somebody may be a prober, and which one. */
+/** What we look at to know whether somebody may be a prober, and which one. */
 type ProberAsker = Pick<Asker, 'isPerson' | 'remoteAddress'>
 
 /** An address that asks for the verdict. */
@@ -3786,7 +3789,7 @@ class Prober {
     this.address = address
   }
 
-  /** `::` names clients of IPv4 in its own way. */
+  /** A server at `::` sees IPv4 clients as `::ffff:10.0.0.5`. */
   get shownAddress(): string {
     return this.address.replace(MAPPED_ADDRESS, '')
   }
@@ -3843,15 +3846,15 @@ class Prober {
     return nowTickMs - this.lastAskedAtTickMs <= leftMs / asksLeft
   }
 
-  /** How often it asks; less and less while it is silent, and 0 for who asked once. */
+  /** How often it asks; less and less while it is silent, and 0 if it asked only once. */
   rate(nowTickMs: number): number {
     const [oldestAskMs = nowTickMs, ...others] = this.#askedAtTickMs
     if (others.length === 0) return 0
     return others.length / (nowTickMs - oldestAskMs)
   }
 
-  /** From ask to ask. One of more than PROBER_MS was an absence, as in maintenance, and tells of no
-   *  rhythm, unless there are no others. */
+  /** From ask to ask. A pause of more than PROBER_MS was an absence, as in maintenance, and does
+   *  not count, unless there are no others. */
   get #pauses(): number[] {
     const known = this.#askedAtTickMs
     const all = known.slice(1).map((atMs, index) => atMs - (known[index] ?? atMs))
@@ -3884,8 +3887,8 @@ class Probers {
     if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober)
   }
 
-  /** Whoever asks often enough to be a balancer, and has not stopped; from now on their drained
-   *  answers count. */
+  /** Returns whoever asks often enough to be a balancer, and has not stopped; from now on their
+   *  drained answers count. */
   chooseFrequent(): Prober[] {
     const { nowTickMs } = this.#monitor.clock
     const frequent = [...this.#byAddress.values()].filter(
@@ -3928,7 +3931,7 @@ class Probers {
     this.#byAddress.delete(rarest)
   }
 
-  /** An address costs a system call. In a flood we do not ask for it, and count all as one. */
+  /** Reading an address takes a system call. In a flood we do not read it, and count all as one. */
   #addressOf(asker: ProberAsker): string | undefined {
     this.#lookupsInTick++
     if (!this.#monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
@@ -3936,7 +3939,7 @@ class Probers {
   }
 }
 
-/** A prober may ask too seldom for a shutdown to tell it: the log says so while there is time to
+/** A prober may ask too rarely for a shutdown to tell it: the log says so while there is time to
  *  change that. */
 function tellIfTooSlow(prober: Prober): void {
   const { options } = signals
@@ -4014,7 +4017,7 @@ class Draining {
   #fall: number
   /** It is not finished before that. */
   #earliestMs: number
-  /** Who cannot be told by then is not waited for. */
+  /** Whoever cannot be told by then is not waited for. */
   #latestTickMs: number
 
   constructor(
@@ -4038,7 +4041,7 @@ class Draining {
     this.#latestTickMs = this.#monitor.clock.nowTickMs + limitMs
   }
 
-  /** Whether each of them knows that can, and `minimumMs` is over. */
+  /** Whether everyone knows who can be told in time, and `minimumMs` is over. */
   get isTold(): boolean {
     if (performance.now() < this.#earliestMs) return false
     return !this.awaitedProbers.some((prober) => this.#isMissing(prober))
@@ -4048,7 +4051,7 @@ class Draining {
     return this.awaitedProbers.length > 0
   }
 
-  /** For whoever looks now; the command waits for QUIET_MS of this. */
+  /** Whether it looks finished now; the command waits until this has held for QUIET_MS. */
   get isFinished(): boolean {
     return this.isTold && this.#monitor.application.requestsInFlight === 0
   }
@@ -4067,7 +4070,7 @@ class Draining {
     return this.awaitedProbers.filter((prober) => this.#isMissing(prober)).length
   }
 
-  /** Who still asks, but too seldom to be told in time. */
+  /** Who still asks, but too rarely to be told in time. */
   get tooSlowProbers(): Prober[] {
     const { nowTickMs } = this.#monitor.clock
     return this.awaitedProbers.filter((prober) => {
@@ -4086,7 +4089,7 @@ class Draining {
 }
 
 /** Drains, and waits until each prober was told and no request is in flight. Reports what it waits
- *  for. Resolves to why it ended before, '' where it did not. */
+ *  for. Resolves to why it ended early, '' if it did not. */
 async function untilDrained(
   options: Required<DrainOptions>,
   report: (progress: string) => void = doNothing
@@ -4166,7 +4169,7 @@ class QuietWatch {
   }
 }
 
-/** Resolves to true when something holds, to false when it does not in time. */
+/** Resolves to true as soon as something holds, to false if it does not in time. */
 async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean> {
   const startedAtMs = performance.now()
   while (!holds()) {
@@ -4176,8 +4179,8 @@ async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean
   return true
 }
 
-/** Whether the event loop has just been round with next to nothing to do: then it has read what came
- *  before, and nothing can have come since but in that short time. */
+/** Whether the event loop has just been round with next to nothing to do: then it has read what
+ *  came before, and nothing can have come since but in that short time. */
 async function isTurnShort(): Promise<boolean> {
   const beganAtMs = performance.now()
   await new Promise((resolve) => setImmediate(resolve))
@@ -4199,10 +4202,10 @@ function unreffedPause(ms: number): Promise<void> {
  *  calls `cleanUp`, ends upgraded connections, stops the monitor, and closes the servers that the
  *  application has not closed. Resolves when all that is done; what takes longer than `exitAfterMs`
  *  is logged, and ends the process with 1. Options that are left out are those of
- *  `shutdownOnSignal`. Called twice it is one shutdown. Do not await it before you answer a request,
- *  which it waits for. A second call waits for `onSignal` and `cleanUp` for 5 s at most, since they
- *  may be what makes the call, and would wait for themselves. Rejects with a `TypeError` or
- *  `RangeError` for options that are wrong. */
+ *  `shutdownOnSignal`. Calling it twice makes one shutdown. Do not await it before you answer a
+ *  request, since it waits for that request. A second call waits for `onSignal` and `cleanUp` for 5
+ *  s at most: one of them may have made the call, and would wait for itself. Rejects with a
+ *  `TypeError` or `RangeError` for wrong options. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
   async (options) => {
@@ -4218,7 +4221,7 @@ function optionsOfSignals(): CheckedShutdownOptions {
   return { ...(signals.options ?? toShutdownOptions({})), isDelay: false }
 }
 
-/** What shutdownOnSignal() was told, but for what is said here. */
+/** The options of shutdownOnSignal(), overridden by these. */
 function optionsBesideSignals(options: ShutdownOptions): CheckedShutdownOptions {
   const ofSignals = signals.options
   if (!ofSignals) return toShutdownOptions(options)
@@ -4231,7 +4234,7 @@ function optionsBesideSignals(options: ShutdownOptions): CheckedShutdownOptions 
     Reflect.set(merged, name, isMethod ? value.bind(owner) : value)
   }
   const { timeoutMs = 0, exitAfterMs = Infinity } = merged
-  // Of two times that do not fit, the one that was told here is meant.
+  // If the two times do not fit, the one that was given here counts.
   const other = options.timeoutMs === undefined ? 'timeoutMs' : 'exitAfterMs'
   if (exitAfterMs <= timeoutMs && options[other] === undefined) delete merged[other]
   return toShutdownOptions(merged)
@@ -4272,7 +4275,7 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
   return { given: options, ...drainOptions, minimumMs, exitAfterMs, isDelay: false }
 }
 
-/** A time that cannot be kept costs a warning. */
+/** Cuts a `minimumMs` that is too long, with a warning. */
 function fittingMinimumMs({ minimumMs, timeoutMs }: Required<DrainOptions>): number {
   const tellingMs = tellingLimitMs({ timeoutMs })
   if (minimumMs <= tellingMs) return minimumMs
@@ -4281,7 +4284,7 @@ function fittingMinimumMs({ minimumMs, timeoutMs }: Required<DrainOptions>): num
   return tellingMs
 }
 
-/** The environment must not make wrong what code says. */
+/** A `timeoutMs` in the environment must not make an `exitAfterMs` in code invalid. */
 function fitEnvironment(
   { timeoutMs, exitAfterMs }: ShutdownOptions,
   checked: Required<DrainOptions>
@@ -4294,8 +4297,8 @@ function fitEnvironment(
   log('warn', `cannot use FTW_MONITOR_TIMEOUT_MS=${text}: ${used}`)
 }
 
-/** One that only delayed a signal is over when the application hears of that, and may then shut down
- *  in its own way. */
+/** A shutdown that only delays a signal is over when the application hears of the signal, and may
+ *  then be followed by one in the application's own way. */
 function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Shutdown {
   const isDelayOver = currentShutdown?.isDelay === true && !currentShutdown.isRunning
   if (currentShutdown && !isDelayOver) return currentShutdown
@@ -4320,17 +4323,17 @@ class Shutdown {
   readonly done: Promise<void>
   readonly #options: CheckedShutdownOptions
   readonly #signal: NodeJS.Signals | undefined
-  /** Who presses Ctrl-C at a terminal does not want to wait for a balancer. */
+  /** Nobody who presses Ctrl-C at a terminal wants to wait for a balancer. */
   readonly #isAtTerminal: boolean
   readonly #monitor: Monitor
   readonly #application: Application
-  /** Whatever is closed, also what is not judged. */
+  /** All that is closed, including what is not judged. */
   readonly #applications: Application[]
   readonly #startedAtMs = performance.now()
   /** What is still to be done, in words. */
   readonly #undone = new Set<string>()
   #resolveDone: () => void = doNothing
-  /** Whether somebody waits for it who did not begin it. */
+  /** Whether somebody else than who began it waits for it. */
   #isJoined = false
   /** Resolves when `cleanUp` has had CALLBACKS_MS: it may wait for this very shutdown. */
   readonly #released: Promise<void>
@@ -4406,7 +4409,7 @@ class Shutdown {
     for (const application of this.#applications) application.closeServers()
   }
 
-  /** Whoever is killed in the middle can see in the log how far it was. */
+  /** If the process is killed in the middle, the log shows how far it had come. */
   #enter(phase: ShutdownPhase): void {
     this.phase = phase
     log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
@@ -4453,7 +4456,7 @@ class Shutdown {
       await withinLimit(closing, leftMs - besideMs).catch(doNothing)
     }
     const isInTime = (await Promise.all(closings)).every(Boolean)
-    // What was ended is still to be sent.
+    // The last bytes of ended connections are still to be sent.
     const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
     else if (this.isDelay)
@@ -4518,7 +4521,7 @@ class Shutdown {
     await Promise.all(this.#applications.map((application) => application.endUpgraded()))
   }
 
-  /** What fails is logged, and makes the exit status 1; the other parts are done all the same. */
+  /** A part that fails is logged, and makes the exit status 1; the other parts are done anyway. */
   async #do(name: string, part: () => unknown): Promise<void> {
     this.#undone.add(name)
     try {
@@ -4544,15 +4547,15 @@ class Shutdown {
 
 // --- Signals -------------------------------------------------------------------------------------
 
-// What `shutdownOnSignal` listens for, and what becomes of it. A signal is delayed: nobody else hears
-// of it until the instance has shut down; then our listeners and hooks come off, and it is let
-// through, as if it came now.
+// What `shutdownOnSignal` listens for, and what becomes of it. A signal is delayed: nobody else
+// hears of it until the instance has shut down. Then our listeners and hooks come off, and it is
+// let through, as if it came now.
 
 /** Listens for `SIGTERM` and `SIGINT`; at the first one calls `shutdown(options)`. Then other
- *  listeners of the signal have it, and have until `exitAfterMs`, but at least 5 s; after that the
- *  process ends, even if something still keeps it alive (which is logged). A signal that comes again
- *  meanwhile changes nothing; only a `SIGINT` a second or more after the first signal ends the
- *  process at once, with 130. Called again it replaces the options. May come before or after
+ *  listeners get the signal, and have until `exitAfterMs`, but at least 5 s; after that the process
+ *  ends, even if something still keeps it alive (which is logged). If the signal comes again
+ *  meanwhile, that changes nothing; only a `SIGINT` a second or more after the first signal ends
+ *  the process at once, with 130. Another call replaces the options. May come before or after
  *  `start`; where that was never called, servers that listen are looked for at the signal. `stop()`
  *  takes the listeners off. Throws a `TypeError` or `RangeError` for wrong options. */
 export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
@@ -4571,8 +4574,8 @@ export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
 
 const ENDING_SIGNALS: NodeJS.Signals[] = ['SIGTERM', 'SIGINT']
 
-/** All that `FTW_MONITOR=auto` does with a signal: without us nobody would have ended the process in
- *  another way than the program and the signal itself do. */
+/** All that `FTW_MONITOR=auto` does with a signal: how the process ends is up to the program and to
+ *  the signal itself, as without us. */
 function delaySignals(): void {
   signals.listen(ENDING_SIGNALS, { ...toShutdownOptions({}), isDelay: true })
   monitor.findListeningServers()
@@ -4592,12 +4595,12 @@ const SIGNAL_NUMBERS = new Map<string, number>([
 type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
 class Signals {
-  /** What was said last, while they are heard. */
+  /** The latest options, while signals are heard. */
   options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
   /** The listeners of others, each by what stands in its place. */
   readonly #heldBack = new Map<SignalListener, SignalListener>()
-  /** The one that began the shutdown. */
+  /** The signal that began the shutdown. */
   #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
   #isRepeatLogged = false
   /** One of somebody else's is added just after this event. */
@@ -4617,18 +4620,18 @@ class Signals {
     return this.options !== undefined
   }
 
-  /** After a signal nothing is to begin any more. */
+  /** After a signal, nothing may begin any more. */
   get hasCome(): boolean {
     return this.#first !== undefined
   }
 
-  /** Hears of these signals from now on. */
+  /** Listens for these signals from now on. */
   listen(names: NodeJS.Signals[], options: CheckedShutdownOptions): void {
     this.release()
     this.options = options
     for (const name of new Set(names)) {
       const listener: SignalListener = (signal, number) => {
-        // tsx has a listener in its child that it hides, and kills the child if that does not answer
+        // tsx has a hidden listener in its child, and kills the child if that does not answer
         // within 60 ms: so it comes before all that we do.
         if (isSomebodyHidden(name)) setImmediate(() => this.#onSignal(signal, number, options))
         else this.#onSignal(signal, number, options)
@@ -4640,7 +4643,7 @@ class Signals {
     process.on('newListener', this.#onNewListener)
   }
 
-  /** Takes our listeners off, and gives those of others their places back. */
+  /** Takes our listeners off, and puts those of others back into their places. */
   release(): void {
     process.off('newListener', this.#onNewListener)
     process.off('removeListener', this.#onListenerRemoved)
@@ -4656,9 +4659,9 @@ class Signals {
     this.options = undefined
   }
 
-  /** Puts something that does nothing into the place of each listener of others, in their order. It
-   *  looks like the original to `process.listeners()` and `process.off()`. There is always a listener
-   *  meanwhile: without any a signal would end the process, or be lost. */
+  /** Puts a function that does nothing in place of each listener of others, in their order. To
+   *  `process.listeners()` and `process.off()` it looks like the original. There is a listener at
+   *  any moment: without one, a signal would end the process or be lost. */
   #holdBack(name: NodeJS.Signals): void {
     const own = this.#listeners.get(name)
     const others = shownListeners(name).filter((listener) => listener !== own)
@@ -4722,7 +4725,7 @@ class Signals {
     endProcess(delay, isAnybodyTold ? Math.max(leftMs, OTHERS_MS) : 0)
   }
 
-  /** Has the signal do what it would have done without us. */
+  /** Lets the signal do what it would have done without us. */
   #letThrough(signal: NodeJS.Signals, number: number | undefined): void {
     const isAnybodyTold = this.#tellOthers(signal, number)
     if (isAnybodyTold) return
@@ -4755,14 +4758,14 @@ function isSomebodyHidden(signal: NodeJS.Signals): boolean {
   return process.rawListeners(signal).length > shownListeners(signal).length
 }
 
-/** Such as `process.listeners()` tells of. */
+/** Those which `process.listeners()` returns. */
 function shownListeners(signal: NodeJS.Signals): SignalListener[] {
   const shown = process.listeners(signal) as SignalListener[]
   const all = process.rawListeners(signal) as SignalListener[]
   return all.filter((each) => shown.includes(unwrapped(each)))
 }
 
-/** That of `once` is a wrapper. */
+/** The raw listener of `once` is a wrapper. */
 type NamedListener = SignalListener & { listener?: SignalListener }
 
 function unwrapped(raw: NamedListener): SignalListener {
@@ -4782,7 +4785,7 @@ function endProcess(shutdownOfSignal: Shutdown, othersMs: number): void {
   setTimeout(end, othersMs).unref()
 }
 
-/** A channel to the process that started this one, as PM2 has it, is nothing to tell of. */
+/** A channel to the parent process, as PM2 has it, is not worth a warning. */
 function exitThoughAlive(): void {
   const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
   const others = all.filter((kind) => !STANDARD_STREAM.test(kind))
@@ -4870,8 +4873,8 @@ interface OwnOptions extends Partial<Omit<Entry, 'doc' | 'run'>> {
   mode?: Mode
 }
 
-/** Adds a command of ours, which gives the text of its reply, without the last line feed, or writes
- *  it itself. */
+/** Adds a command of ours, which returns the text of its reply without the last line feed, or
+ *  writes the reply itself. */
 function addCommand(
   name: string,
   doc: string,
@@ -4899,7 +4902,7 @@ function addEntry(name: string, doc: string, options: Partial<Entry>, run: Entry
   })
 }
 
-/** Goes on with a value at once if it is no promise. */
+/** Goes on at once with a value that is no promise. */
 function continueWith<T, R>(value: T | Promise<T>, next: (value: T) => R): R | Promise<R> {
   if (!isObject(value)) return next(value as T)
   return Promise.resolve<T>(value).then(next)
@@ -5023,7 +5026,7 @@ addCommand('readyz', 'Answer as health_check does, under the name of Kubernetes'
 
 addCommand('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: true })
 
-/** Awaits nothing if there is nothing to be asked. */
+/** Answers at once if there is nothing to ask. */
 function checkHealth(asker: Asker): void | Promise<void> {
   monitor.probers.note(asker, 1)
   const inspection = inspect()
@@ -5353,7 +5356,7 @@ class LineSession extends Session implements Asker {
     }
   }
 
-  /** Gives whether lines may follow now. What ends within a header is taken for a line. */
+  /** Returns whether lines may follow now. A header that breaks off is taken for a line. */
   skipProxyHeader(): boolean {
     const length = proxyHeaderLength(this.unread)
     if (length === 'incomplete' && !this.socket.readableEnded) return false
@@ -5392,7 +5395,7 @@ class LineSession extends Session implements Asker {
     setTimeout(goOn, TURN_PAUSE_MS).unref()
   }
 
-  /** Does what the next line asks for; gives whether there was one for us. */
+  /** Does what the next line asks for; returns whether there was one for us. */
   serveLine(): boolean {
     const { unread, socket } = this
     const feedAt = unread.indexOf(LINE_FEED)
@@ -5750,7 +5753,7 @@ function inheritedMethod<Owner extends object, Name extends keyof Owner>(
   return inherited as Owner[Name] & Callable
 }
 
-/** Gives undefined if the function throws, as getters and methods of foreign objects may. */
+/** Returns undefined if the function throws, as getters and methods of foreign objects may. */
 function attempt<T>(look: () => T): T | undefined {
   try {
     return look()
@@ -5872,7 +5875,7 @@ function plural(count: number, one: string, many: string): string {
   return `${count} ${count === 1 ? one : many}`
 }
 
-/** Describes whatever was thrown; never gives an empty text. */
+/** Describes whatever was thrown; never returns an empty text. */
 function errorText(error: unknown): string {
   return attempt(() => describeError(error)) || 'an error that cannot be put into words'
 }
@@ -5941,8 +5944,8 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   listeners of the signals   from `shutdownOnSignal` on; back at `stop`, and before the signal is
 //                              let through
 //   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
-//   `_handle` of a server      when it stops listening; gone when the program closes the server, or,
-//                              if it does not, at the end of the shutdown
+//   `_handle` of a server      when it stops listening; gone when the program closes the server, or
+//                              else at the end of the shutdown
 //   `close` of a server        on Bun alone, in place of `_handle`
 
 // With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
@@ -6002,7 +6005,7 @@ function tellOfServerInThread(): void {
 
 const JSON_TEXT = 'application/json'
 
-/** Gives the database that is meant; `-` and nothing mean `main`, else the first one. */
+/** Returns the database that is meant; `-` and nothing mean `main`, else the first one. */
 function databaseNamed(name = '-'): RegisteredDatabase {
   if (name === '-' && !databases.has(name)) return mainDatabase()
   return databases.get(name) ?? failWith(`Error: no database '${name}' is registered`)
@@ -6021,7 +6024,7 @@ function toNumber(text: string, name: string, max: number): number {
 
 const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
 
-/** Gives what was counted in the last seconds. */
+/** Returns what was counted in the last seconds. */
 function countsOf(
   { counters }: RegisteredDatabase,
   seconds: number
@@ -6033,7 +6036,7 @@ function countsOf(
   }
 }
 
-/** Gives a database's own figures, -1 for each that it leaves out. */
+/** Returns a database's own figures, -1 for each that it leaves out. */
 async function figuresOf(
   registered: RegisteredDatabase | undefined
 ): Promise<(name: keyof Figures) => number> {
@@ -6164,7 +6167,7 @@ addCommand(
   { type: JSON_TEXT }
 )
 
-/** Under the names that ftw.monitor gives them. */
+/** Under the names that they have in ftw.monitor. */
 async function databaseFigures(
   registered: RegisteredDatabase | undefined,
   seconds: number
@@ -6249,7 +6252,7 @@ function isCollected(name: string, collected: Map<string, string[]>): boolean {
 
 const collectors: Collector[] = []
 
-/** A function of the service's that gives metrics in Prometheus's text format. */
+/** A function of the service that returns metrics in Prometheus's text format. */
 interface Collector {
   call: SharedCall
   /** A failure is logged once, until it works again. */
@@ -6257,8 +6260,8 @@ interface Collector {
 }
 
 /** Adds what the service has to say to `metrics`: `registerMetrics(() =>
- *  client.register.metrics())` of prom-client, say. `collect` gives Prometheus's text format, or
- *  a promise of it, within 5 s. A family that it gives replaces ours of that name. What fails
+ *  client.register.metrics())` of prom-client, say. `collect` returns Prometheus's text format, or
+ *  a promise of it, within 5 s. A family in it replaces ours of that name. What fails
  *  costs its own part, and one line in the log. Throws a `TypeError` for what is no function. */
 export const registerMetrics: (collect: () => string | Promise<string>) => void = shared(
   'registerMetrics',
@@ -6268,7 +6271,7 @@ export const registerMetrics: (collect: () => string | Promise<string>) => void 
   }
 )
 
-/** Gives the lines of each family; of two collectors that give the same one the first counts. */
+/** Returns the lines of each family; if two collectors have the same one, the first counts. */
 async function collectAll(): Promise<Map<string, string[]>> {
   const parts = await Promise.all(collectors.map(collectFrom))
   const all = new Map<string, string[]>()
@@ -6294,7 +6297,7 @@ async function collectFrom(collector: Collector): Promise<Map<string, string[]>>
   return families
 }
 
-/** Puts each line into its family; gives the first wrong one. That is left out, since with it
+/** Puts each line into its family; returns the first wrong one. That is left out, since with it
  *  Prometheus would take no metrics at all. */
 function sortByFamily(text: string, families: Map<string, string[]>): string {
   const isOpenMetrics = OPEN_METRICS_END.test(text)
@@ -6350,7 +6353,7 @@ const SAMPLE = new RegExp(
   'i'
 )
 
-/** Gives a sample as Prometheus's text format has it, '' for what is none. There times are in
+/** Returns a sample as Prometheus's text format has it, '' for what is none. There times are in
  *  milliseconds, in OpenMetrics in seconds. */
 function toSample(line: string, isOpenMetrics: boolean): string {
   const [, sample = '', time] = SAMPLE.exec(line) ?? []
@@ -6456,7 +6459,7 @@ function valuesByLabel<T>(
 
 // How the instance is, at one look: as an object, as text for people, as JSON for programs.
 
-/** How the instance is, as `status()` gives it. What cannot be known is -1. */
+/** How the instance is, as `status()` returns it. What cannot be known is -1. */
 export interface Status {
   /** Whether it may be sent requests. */
   healthy: boolean
@@ -7003,7 +7006,7 @@ function polyline(name: string, values: number[], most: number): string {
 
 // --- Layer: the program; all from here on may be deleted, and nothing above refers to it --------
 
-/** Runs the program, and gives its exit status. */
+/** Runs the program, and returns its exit status. */
 async function main(words: string[]): Promise<number> {
   const [first] = words
   if (first === '--help' || first === '-h') return print(USAGE)
@@ -7126,7 +7129,7 @@ function portBeside(instancePort: string): number {
   return monitorPort ?? failWith(`${instancePort} is no instance port`)
 }
 
-/** Sends text, and gives all that comes back until the other side closes. The limit is for the
+/** Sends text, and returns all that comes back until the other side closes. The limit is for the
  *  whole reply; or, where its parts are shown as they come, for each of them. */
 async function talk(
   socket: net.Socket,
@@ -7192,7 +7195,7 @@ async function askProgress(to: net.NetConnectOpts): Promise<string> {
   }
 }
 
-/** What the program reads of the JSON that `status` gives over HTTP. */
+/** What the program reads of the JSON with which `status` replies over HTTP. */
 interface SeenStatus {
   /** `OK`, or why it is not healthy. */
   reason: string
@@ -7245,7 +7248,7 @@ async function watchStatus(look: () => Promise<Shown>): Promise<never> {
 
 const WATCH_MS = 1_000
 
-/** Writes over the rows of the terminal that were printed before, and gives how many there are
+/** Writes over the rows of the terminal that were printed before, and returns how many there are
  *  now. */
 function renewRows(lines: string[], rowsBefore: number): number {
   const columns = process.stdout.columns || 80 // some terminals do not know their size
@@ -7293,7 +7296,7 @@ async function fleetStatus(words: string[]): Promise<Shown> {
 
 const FLEET_REASON_MAX = 30 // characters, so that a line fits into 80
 
-/** Gives the verdict of an instance, and a few figures. */
+/** Returns the verdict of an instance, and a few figures. */
 async function instanceStatus(
   word: string
 ): Promise<{ name: string; reason: string; figures: string }> {
@@ -7328,7 +7331,7 @@ async function dumpPerfMetrics(words: string[]): Promise<number> {
   return lines.some(Boolean) ? 0 : 1
 }
 
-/** Gives the line of an instance, '' with a complaint where there is none. */
+/** Returns the line of an instance; '' after a complaint where there is none. */
 async function dumpInstance(word: string, deployment: string): Promise<string> {
   try {
     const { name, to } = parseInstance(word)
