@@ -1888,7 +1888,9 @@ class Application {
   /** Of a connection by TLS or HTTP/2, only the socket can be found later on. */
   #onEarlierConnection(server: net.Server, socket: EarlierSocket): void {
     if (isSecure(server) || speaksHttp2(server, socket)) {
-      this.#addClient(socket, 'unseen')
+      const unseen = this.#addClient(socket, 'unseen')
+      const session = sessionOf(socket)
+      if (session) this.#movesTo(unseen, session)
       return
     }
     const client = this.#addClient(socket, socket.parser ? 'serving' : 'upgraded')
@@ -2248,6 +2250,13 @@ function isAnswering({ _httpMessage: response }: EarlierSocket): boolean {
 function connectionsOf(server: net.Server): EarlierSocket[] {
   const sockets = activeHandles().filter((handle) => handle instanceof net.Socket)
   return sockets.filter((socket: net.Socket & { server?: unknown }) => socket.server === server)
+}
+
+/** The session of HTTP/2 that a connection carries. Node.js keeps it there by a key that has no
+ *  name. */
+function sessionOf(socket: net.Socket): Http2Session | undefined {
+  const values = Reflect.ownKeys(socket).map((key) => attempt(() => Reflect.get(socket, key)))
+  return values.find((value) => hasMethods(value, 'goaway', 'close')) as Http2Session | undefined
 }
 
 /** With the socket below TLS. */
