@@ -1575,13 +1575,14 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
     server.keepAliveTimeout = 60_000
+    const sockets: net.Socket[] = []
+    server.on('connection', (socket) => sockets.push(socket))
     const connect = async () => {
-      const connected = once(server, 'connection')
       const peer = await converse(t, portOf(server))
-      const [socket] = (await connected) as [net.Socket]
       peer.say(headOf('/'))
       await until(() => peer.transcript.endsWith('hello'), 'it is served')
-      return socket
+      const { localPort } = peer.socket
+      return sockets.find(({ remotePort }) => remotePort === localPort)!
     }
     const early = await connect()
     const before = listenersOf(early)

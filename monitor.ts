@@ -2126,9 +2126,10 @@ class Application {
     if (this.#stage !== 'closing') return areRequestsOver // somebody may always connect
     let areAllQuiet = true
     for (const client of this.#clients.values()) {
-      if (client.isUpgraded || isDestroyed(client.peer)) continue
+      if (isDestroyed(client.peer)) continue
       client.look()
-      if (client.isQuiet && !client.sendSessionElsewhere()) client.end()
+      const isToEnd = client.isQuiet && !client.isUpgraded
+      if (isToEnd && !client.sendSessionElsewhere()) client.end()
       if (!client.isQuiet) areAllQuiet = false
     }
     if (areRequestsOver) this.#closeUnseenConnections()
