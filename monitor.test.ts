@@ -64,8 +64,23 @@ function describeInProcess(name: string, how: SuiteOptions, suite: () => void): 
   if (TEST_PART !== 'processes') void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
 }
 
+/** The suites that start processes, each as a function which declares it to Node's runner. */
+const suitesOfProcesses = { besideOthers: [] as (() => void)[], alone: [] as (() => void)[] }
+
 function describeProcesses(name: string, how: SuiteOptions, suite: () => void): void {
-  if (TEST_PART !== 'in process') void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
+  const declare = () => void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
+  if (how === ALONE) suitesOfProcesses.alone.push(declare)
+  else suitesOfProcesses.besideOthers.push(declare)
+}
+
+/** Two suites at a time, so that nobody waits for the last test of one; then those that run alone.
+ *  The last of the file take longest, so they begin. */
+function describeAllProcesses(): void {
+  if (TEST_PART === 'in process') return
+  void describe('Beside each other', { concurrency: 2 }, () => {
+    for (const declare of suitesOfProcesses.besideOthers.toReversed()) declare()
+  })
+  for (const declare of suitesOfProcesses.alone) declare()
 }
 
 interface SuiteOptions {
@@ -13657,7 +13672,7 @@ function connectBurst(t: TestContext, where: number | string) {
   return { connected: outcomes, answered: answers() }
 }
 
-describeProcesses('Never worse than without us', PAIRWISE, () => {
+describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   for (const [what, closing] of Object.entries(CLOSINGS)) {
     test(`a signal listener that ${what} cleans up as without us`, async (t) => {
       const program = `${AT_BOOT}
@@ -14715,7 +14730,7 @@ describeProcesses('The program', PAIRWISE, () => {
   })
 })
 
-describeProcesses('The program', ALONE, () => {
+describeProcesses('The program', SIDE_BY_SIDE, () => {
   test('the program prints the reply, and its exit status tells how it went', async (t) => {
     let isConnected = true
     const path = join(scratchFolder(t), 'monitor')
@@ -16371,9 +16386,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       assert.equal(status, 6)
     }
   )
-})
 
-describeProcesses('Real programs', ALONE, () => {
   for (const [name, { file, words, status, lastWords = /^/ }] of Object.entries(UNMODIFIED)) {
     test(
       `${name} as it is has a monitor, and ends in its own way without a lost request`,
@@ -16388,7 +16401,7 @@ describeProcesses('Real programs', ALONE, () => {
           ...NEXT_ENVIRONMENT,
           PORT: String(port),
           FTW_MONITOR: 'auto',
-          FTW_MONITOR_TIMEOUT_MS: '8000',
+          FTW_MONITOR_TIMEOUT_MS: '4000',
           NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`
         }
         const all = [...program, ...words(folder, String(port))]
@@ -16610,6 +16623,55 @@ describeProcesses('Real programs', ALONE, () => {
   )
 
   test(
+    "25 slow queries at the README's pool of 10 leave the instance green, and none fails",
+    { ...SLOW, ...NEEDS_POSTGRES },
+    async (t) => {
+      const postgres = await startPostgres(t)
+      const folder = scratchFolder(t)
+      fs.symlinkSync(join(PACKAGES!, 'node_modules'), join(folder, 'node_modules'))
+      const [, recipe = ''] =
+        /^```js\n(import http from 'node:http'\nimport pg [^]*?)^```$/m.exec(README_TEXT) ?? []
+      const slow = recipe
+        .replace("'ftw-monitor'", JSON.stringify(MODULE.href))
+        .replace('SELECT version()', '$& FROM pg_sleep(1.2)')
+      const careless = slow.replace('await checkPool.query', 'await pool.query')
+      assert.ok(slow.includes('pg_sleep') && careless !== slow)
+
+      const boot = async (name: string, source: string) => {
+        const port = await freePort()
+        const file = join(folder, `${name}.mjs`)
+        fs.writeFileSync(file, source)
+        watch(t, process.execPath, [file], { env: { ...postgres.environment, PORT: String(port) } })
+        await untilHealthy(port + 80)
+        return port
+      }
+      /** Gives the statuses of 25 requests at once, and the verdicts meanwhile. */
+      const load = async (port: number) => {
+        const reasons = new Set<string>()
+        const asking = keepAsking(50, async () => {
+          reasons.add(await ask(port + 80, 'health_check\n'))
+        })
+        const requests = Array.from({ length: 25 }, () => getPage(port, '/', { limitMs: 20_000 }))
+        const statuses = new Set((await Promise.all(requests)).map(({ status }) => status))
+        await asking.stop()
+        return { reasons: [...reasons], statuses: [...statuses] }
+      }
+      const port = await boot('recipe', slow)
+      const [good, bad] = await Promise.all([load(port), load(await boot('careless', careless))])
+      assert.deepEqual(good, { reasons: ['OK\n'], statuses: [200] })
+      assert.ok(bad.reasons.includes("Error: Database 'main' timed out.\n"), bad.reasons.join())
+
+      await postgres.stop()
+      const reply = async () => await ask(port + 80, 'health_check\n')
+      await until(async () => (await reply()).startsWith("Error: Database 'main' "), 'it is red')
+      await postgres.start()
+      await untilHealthy(port + 80)
+    }
+  )
+})
+
+describeProcesses('Real programs', ALONE, () => {
+  test(
     'HAProxy, as in the README, takes an instance in when its warm-up succeeds at last',
     needs('haproxy'),
     async (t) => {
@@ -16716,53 +16778,6 @@ describeProcesses('Real programs', ALONE, () => {
         await becomes('DOWN')
         await staysDown(`a warm-up that failed: ${what}`)
       }
-    }
-  )
-
-  test(
-    "25 slow queries at the README's pool of 10 leave the instance green, and none fails",
-    { ...SLOW, ...NEEDS_POSTGRES },
-    async (t) => {
-      const postgres = await startPostgres(t)
-      const folder = scratchFolder(t)
-      fs.symlinkSync(join(PACKAGES!, 'node_modules'), join(folder, 'node_modules'))
-      const [, recipe = ''] =
-        /^```js\n(import http from 'node:http'\nimport pg [^]*?)^```$/m.exec(README_TEXT) ?? []
-      const slow = recipe
-        .replace("'ftw-monitor'", JSON.stringify(MODULE.href))
-        .replace('SELECT version()', '$& FROM pg_sleep(1.2)')
-      const careless = slow.replace('await checkPool.query', 'await pool.query')
-      assert.ok(slow.includes('pg_sleep') && careless !== slow)
-
-      const boot = async (name: string, source: string) => {
-        const port = await freePort()
-        const file = join(folder, `${name}.mjs`)
-        fs.writeFileSync(file, source)
-        watch(t, process.execPath, [file], { env: { ...postgres.environment, PORT: String(port) } })
-        await untilHealthy(port + 80)
-        return port
-      }
-      /** Gives the statuses of 25 requests at once, and the verdicts meanwhile. */
-      const load = async (port: number) => {
-        const reasons = new Set<string>()
-        const asking = keepAsking(50, async () => {
-          reasons.add(await ask(port + 80, 'health_check\n'))
-        })
-        const requests = Array.from({ length: 25 }, () => getPage(port, '/', { limitMs: 20_000 }))
-        const statuses = new Set((await Promise.all(requests)).map(({ status }) => status))
-        await asking.stop()
-        return { reasons: [...reasons], statuses: [...statuses] }
-      }
-      const port = await boot('recipe', slow)
-      const [good, bad] = await Promise.all([load(port), load(await boot('careless', careless))])
-      assert.deepEqual(good, { reasons: ['OK\n'], statuses: [200] })
-      assert.ok(bad.reasons.includes("Error: Database 'main' timed out.\n"), bad.reasons.join())
-
-      await postgres.stop()
-      const reply = async () => await ask(port + 80, 'health_check\n')
-      await until(async () => (await reply()).startsWith("Error: Database 'main' "), 'it is red')
-      await postgres.start()
-      await untilHealthy(port + 80)
     }
   )
 })
@@ -17501,9 +17516,7 @@ describeProcesses('Endurance', TOGETHER, () => {
       await Promise.all([cutOne(), exitOne()])
     }
   )
-})
 
-describeProcesses('Endurance', ALONE, () => {
   test('agent_check tells what the event loop left over in ten seconds or so', SLOW, async (t) => {
     const { port, instancePort } = await bootProcess(t, { script: BUSY })
     const timeUntil = async (holds: (share: number) => boolean, what: string) => {
@@ -17521,7 +17534,9 @@ describeProcesses('Endurance', ALONE, () => {
     const relaxedSeconds = await timeUntil((share) => share >= 95, 'it is relaxed again')
     assert.ok(relaxedSeconds > 6, `relaxed after ${relaxedSeconds} s`)
   })
+})
 
+describeProcesses('Endurance', ALONE, () => {
   test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
@@ -17534,7 +17549,7 @@ describeProcesses('Endurance', ALONE, () => {
 
   for (const [total, options] of [
     [10_000, {}],
-    [1_000_000, SLOW]
+    [100_000, SLOW]
   ] as const) {
     test(
       `${total} requests later, aborted ones among them, none is counted in flight`,
@@ -17602,7 +17617,7 @@ describeProcesses('Endurance', ALONE, () => {
 
   for (const [total, options] of [
     [2_000, {}],
-    [100_000, SLOW]
+    [20_000, SLOW]
   ] as const) {
     test(
       `${total} hostile connections of random bytes, half of them reset, harm nobody`,
@@ -17654,3 +17669,5 @@ describeProcesses('Endurance', ALONE, () => {
     }
   )
 })
+
+describeAllProcesses()
