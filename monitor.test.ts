@@ -1065,8 +1065,8 @@ function startService(t: TestContext, script: string, setup: ServiceSetup = {}) 
   return { watched, hasSaid, kill, awaitEnd, end }
 }
 
-/** Options by which a shutdown goes on telling a prober for 2.4 s. */
-const TELLS_FOR_LONG = 'options.timeoutMs = 3_000; options.fall = 1_000_000'
+/** Options by which a shutdown goes on telling probers for 2.4 s. */
+const TELLS_FOR_LONG = 'options.timeoutMs = 3_000; options.minimumMs = 60_000'
 
 /** Asks for the verdict until the test is over, and waits until the instance takes us for a prober. */
 async function probe(t: TestContext, port: number, everyMs = 100): Promise<void> {
