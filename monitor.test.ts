@@ -1062,7 +1062,15 @@ function startService(t: TestContext, script: string, setup: ServiceSetup = {}) 
     kill(signal)
     return await awaitEnd(limitMs)
   }
-  return { watched, hasSaid, kill, awaitEnd, end }
+  /** Ends it by a signal while a request is in flight, which must be served. */
+  const endWhileServing = async (port: number, ms = 300, signal?: NodeJS.Signals) => {
+    const page = getPage(port, `/slow${ms}`)
+    await hasSaid(`asked for /slow${ms}`)
+    const ending = await end(signal)
+    assert.equal((await page).body, 'served')
+    return ending
+  }
+  return { watched, hasSaid, kill, awaitEnd, end, endWhileServing }
 }
 
 /** Options by which a shutdown goes on telling probers for 2.4 s. */
@@ -2661,10 +2669,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         env: how === 'without PORT' ? {} : { PORT: String(port), HOST: '127.0.0.1' },
         script: `${FOUND}; listen = () => listening(server, ${where})`
       })
-      const page = getPage(port, '/slow4000')
-      await service.hasSaid('asked for /slow4000')
-      const { status, output } = await service.end()
-      assert.equal((await page).body, 'served')
+      const { status, output } = await service.endWhileServing(port, 4000)
       assertOrder(output, 'asked for /slow4000', 'cleaned up')
       assert.deepEqual([status, linesOfShutdown(output)], [0, []])
     })
@@ -8467,10 +8472,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     const endOne = async (name: string, failure: string, isLast: boolean) => {
       const clean = name === 'cleanUp' ? '' : 'cleanUp,'
       const service = await bootService(t, { script: `options = { ${clean} ${name}: ${failure} }` })
-      const answer = getPage(service.instancePort, '/slow500')
-      await service.hasSaid('asked for /slow500')
-      const { status, output } = await service.end()
-      assert.equal((await answer).body, 'served')
+      const { status, output } = await service.endWhileServing(service.instancePort, 500)
       assert.equal(status, 1, output)
       assert.equal(output.includes('cleaned up'), isLast)
       const lines = [`ftw-monitor failed to shut down: ${name}: broken`]
@@ -8483,19 +8485,6 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
         endOne('onSignal', failure, true)
       ])
     )
-  })
-
-  test('a cleanUp that finds the server closed does not fail', SLOW, async (t) => {
-    const closers = [
-      'options = { cleanUp: () => promisify(server.close.bind(server))() }',
-      'options = { cleanUp: () => new Promise((done, fail) => server.close((error) => error ? fail(error) : done())) }'
-    ]
-    const endOne = async (script: string) => {
-      const service = await bootService(t, { script })
-      const { status, output } = await service.end()
-      assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-    }
-    await Promise.all(closers.map(endOne))
   })
 
   test(
@@ -8875,7 +8864,71 @@ const HIDE = `
       return event === signal ? listenerCount.call(this, event) - 1 : listenerCount.call(this, event)
     }
   }`
-const heardIn = (output: string) => output.split('\n').filter((line) => line.startsWith('heard '))
+const heardIn = (output: string) => output.match(/(?<=^heard ).*/gm) ?? []
+
+/** Who else hears of a signal, and what of it. */
+const HEARINGS: Record<string, { script: string; signal?: NodeJS.Signals; heard: string[] }> = {
+  'whoever listened for the signal hears of it after cleaning, in order, as ever': {
+    script: `
+      process.on('SIGTERM', ${hear('on')})
+      process.once('SIGTERM', ${hear('once')})`,
+    heard: ['on SIGTERM 15 late', 'once SIGTERM 15 late']
+  },
+  'so does whoever listens after shutdownOnSignal(), by whatever method': {
+    script: `
+      const beginBefore = begin
+      begin = async () => {
+        process.on('SIGTERM', ${hear('on')})
+        process.addListener('SIGTERM', ${hear('addListener')})
+        process.once('SIGTERM', ${hear('once')})
+        process.prependListener('SIGTERM', ${hear('prepend')})
+        process.prependOnceListener('SIGTERM', ${hear('prependOnce')})
+        return await beginBefore()
+      }`,
+    heard: ['prependOnce', 'prepend', 'on', 'addListener', 'once'].map(
+      (name) => `${name} SIGTERM 15 late`
+    )
+  },
+  'what a program emits for itself is held back from others, too': {
+    script: `
+      process.on('SIGINT', ${hear('on')})
+      process.on('SIGUSR2', () => process.emit('SIGINT', 'SIGINT', 2))`,
+    signal: 'SIGUSR2',
+    heard: ['on SIGINT 2 late']
+  },
+  'a listener that throws does not keep the others from the signal': {
+    script: `
+      process.on('uncaughtException', ({ message }) => print('heard', message))
+      process.on('SIGTERM', () => { throw new Error('broken') })
+      process.on('SIGTERM', ${hear('second')})`,
+    heard: ['broken', 'second SIGTERM 15 late']
+  },
+  'a listener that was taken off meanwhile does not hear of the signal': {
+    script: `
+      const listener = ${hear('on')}
+      process.on('SIGTERM', listener)
+      options.onSignal = () => process.off('SIGTERM', listener)`,
+    heard: []
+  },
+  'a hidden listener hears of the signal at once, and finds others that listen': {
+    script: `${HIDE}
+      hide('SIGTERM', (signal) => {
+        const areOthers = process.listenerCount(signal) > 0
+        print('heard', 'hidden', signal, isOpen ? 'early' : 'late', areOthers)
+      })
+      process.on('SIGTERM', ${hear('on')})`,
+    heard: ['hidden SIGTERM early true', 'on SIGTERM 15 late']
+  },
+  'so does one that hides after shutdownOnSignal()': {
+    script: `${HIDE}
+      const beginBefore = begin
+      begin = async () => {
+        hide('SIGTERM', (signal) => print('heard', 'hidden', signal, isOpen ? 'early' : 'late'))
+        return await beginBefore()
+      }`,
+    heard: ['hidden SIGTERM early']
+  }
+}
 
 const REPORT = `
   const report = async (name, started) => {
@@ -9109,12 +9162,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     assert.deepEqual([status, linesOfRepeat(output).length], [0, 1], output)
   })
 
-  test('a signal that comes once is not logged as repeated', async (t) => {
-    const service = await bootService(t)
-    const { output } = await service.end()
-    assert.deepEqual(linesOfRepeat(output), [])
-  })
-
   for (const first of ['SIGINT', 'SIGTERM'] as const) {
     test(`a SIGINT more than a second after a ${first} ends the process at once with 130, and says so`, async (t) => {
       const service = await bootService(t, { script: TELLS_OF_SIGNAL })
@@ -9158,33 +9205,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       assert.doesNotMatch(output, /ends at once/)
     })
   }
-
-  test('a signal that comes again when the others have it is theirs', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        setInterval(() => {}, 1_000)
-        const raiseAgain = async (signal) => {
-          await pause(100)
-          process.off('SIGTERM', raiseAgain)
-          process.kill(process.pid, signal) // as Nest's hooks and Apollo Server do
-        }
-        let times = 0
-        const flush = async () => {
-          times++
-          if (times > 1) return
-          await pause(1_500)
-          print('flushed, heard', times)
-          process.exit(7)
-        }
-        process.on('SIGTERM', raiseAgain).on('SIGTERM', flush)`
-    })
-    const page = getPage(service.instancePort, '/slow500')
-    await service.hasSaid('asked for /slow500')
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.equal(status, 7, output)
-    assertOrder(output, 'cleaned up', 'flushed, heard 2')
-  })
 
   test('a SIGINT that comes from no terminal waits for probers', async (t) => {
     const service = await bootService(t)
@@ -9232,155 +9252,20 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('whoever listened for the signal hears of it after cleaning, in order, as ever', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        process.on('SIGTERM', ${hear('on')})
-        process.once('SIGTERM', ${hear('once')})`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.deepEqual(heardIn(output), ['heard on SIGTERM 15 late', 'heard once SIGTERM 15 late'])
-    assert.equal(status, 0)
-  })
-
-  test('so does whoever listens after shutdownOnSignal(), by whatever method', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        const beginBefore = begin
-        begin = async () => {
-          process.on('SIGTERM', ${hear('on')})
-          process.addListener('SIGTERM', ${hear('addListener')})
-          process.once('SIGTERM', ${hear('once')})
-          process.prependListener('SIGTERM', ${hear('prepend')})
-          process.prependOnceListener('SIGTERM', ${hear('prependOnce')})
-          return await beginBefore()
-        }`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { output } = await service.end()
-    assert.equal((await page).body, 'served')
-    const names = ['prependOnce', 'prepend', 'on', 'addListener', 'once']
-    assert.deepEqual(
-      heardIn(output),
-      names.map((name) => `heard ${name} SIGTERM 15 late`)
-    )
-  })
-
-  test('what a program emits for itself is held back from others, too', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        process.on('SIGINT', ${hear('on')})
-        process.on('SIGUSR2', () => process.emit('SIGINT', 'SIGINT', 2))`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { output } = await service.end('SIGUSR2')
-    assert.equal((await page).body, 'served')
-    assert.deepEqual(heardIn(output), ['heard on SIGINT 2 late'])
-  })
-
-  const ENDERS: Record<string, [source: string, status: number]> = {
-    'exits at once': ['process.exit(3)', 3],
-    'closes the server and exits': ['server.close(() => process.exit(4))', 4],
-    'closes all connections': [
-      'server.close(); server.closeAllConnections(); process.exitCode = 5',
-      5
-    ]
-  }
-
-  for (const [what, [source, expected]] of Object.entries(ENDERS)) {
-    test(`a listener that ${what} costs no request`, async (t) => {
-      const service = await bootService(t, { script: `process.on('SIGTERM', () => { ${source} })` })
-      const page = getPage(service.instancePort, '/slow600')
-      await service.hasSaid('asked for /slow600')
-      const { status, output } = await service.end()
-      assert.equal((await page).body, 'served')
-      assert.match(output, /cleaned up/)
-      assert.equal(status, expected)
+  for (const [name, { script, signal, heard }] of Object.entries(HEARINGS)) {
+    test(name, async (t) => {
+      const service = await bootService(t, { script })
+      const { status, output } = await service.endWhileServing(service.instancePort, 300, signal)
+      assert.deepEqual(heardIn(output), heard)
+      assert.equal(status, 0, output)
     })
   }
-
-  test('a listener that throws does not keep the others from the signal', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        process.on('uncaughtException', (error) => print('uncaught', error.message))
-        process.on('SIGTERM', () => { throw new Error('broken') })
-        process.on('SIGTERM', ${hear('second')})`
-    })
-    await getPage(service.instancePort, '/') // by then signals are held back
-    const { output } = await service.end()
-    assert.deepEqual(heardIn(output), ['heard second SIGTERM 15 late'])
-    assert.match(output, /broken/)
-  })
-
-  test('a listener that was taken off meanwhile does not hear of the signal', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        const listener = ${hear('on')}
-        process.on('SIGTERM', listener)
-        options.onSignal = () => process.off('SIGTERM', listener)`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.deepEqual(heardIn(output), [])
-  })
 
   test('a signal that shutdownOnSignal() does not listen for is heard at once', async (t) => {
     const service = await bootService(t, { script: `process.on('SIGUSR2', ${hear('on')})` })
     service.kill('SIGUSR2')
     await service.hasSaid('heard on SIGUSR2')
     assert.equal((await getPage(service.instancePort, '/')).body, 'served')
-  })
-
-  test('a hidden listener hears of the signal at once, and finds others that listen', async (t) => {
-    const service = await bootService(t, {
-      script: `${HIDE}
-        hide('SIGTERM', (signal) => {
-          print('heard', 'hidden', signal, isOpen ? 'early' : 'late', process.listenerCount(signal))
-        })
-        process.on('SIGTERM', ${hear('on')})`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { output } = await service.end()
-    assert.equal((await page).body, 'served')
-    const [hidden = '', ...others] = heardIn(output)
-    assert.match(hidden, /^heard hidden SIGTERM early [1-9]$/)
-    assert.deepEqual(others, ['heard on SIGTERM 15 late'])
-  })
-
-  test('so does one that hides after shutdownOnSignal()', async (t) => {
-    const service = await bootService(t, {
-      script: `${HIDE}
-        const beginBefore = begin
-        begin = async () => {
-          hide('SIGTERM', (signal) => print('heard', 'hidden', signal, isOpen ? 'early' : 'late'))
-          return await beginBefore()
-        }`
-    })
-    const page = getPage(service.instancePort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.deepEqual(heardIn(output), ['heard hidden SIGTERM early'])
-    assert.equal(status, 0)
-  })
-
-  test('a listener has time to end the process itself', SLOW, async (t) => {
-    const service = await bootService(t, {
-      script: `
-        setInterval(() => {}, 1_000)
-        process.on('SIGTERM', () => setTimeout(() => process.exit(8), 2_500))`
-    })
-    const { status, output } = await service.end()
-    assert.equal(status, 8, output)
-    assert.match(output, /cleaned up/)
   })
 
   test(
@@ -9402,10 +9287,10 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('without other listeners the process ends as soon as it can', async (t) => {
+  test('without other listeners the process ends as soon as it can, and logs nothing of a repeated signal', async (t) => {
     const service = await bootService(t)
     const { status, ms, output } = await service.end()
-    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
+    assert.deepEqual([status, linesOfShutdown(output), linesOfRepeat(output)], [0, [], []])
     assert.ok(ms < 4_900, `ended after ${ms} ms`) // nobody has five seconds
   })
 
@@ -13376,13 +13261,26 @@ const ENDS: Record<string, string> = {
       process.kill(process.pid, signal)
     }
     process.on('SIGTERM', onSignal)`,
+  'exits at once': `
+    process.on('SIGTERM', () => {
+      cleanUp()
+      process.exit(3)
+    })`,
+  'closes all connections': `
+    process.on('SIGTERM', () => {
+      cleanUp()
+      server.close()
+      server.closeAllConnections()
+      process.exitCode = 5
+    })`,
   'has a listener that raises the signal again, beside one that flushes for a while': `
-    let isFlushing = false
+    let times = 0
     process.on('SIGTERM', async () => {
-      if (isFlushing) return
-      isFlushing = true
+      times++
+      if (times > 1) return
       await pause(1_500)
       cleanUp()
+      print('heard', times)
       process.exit(3)
     })
     const hook = async (signal) => {
@@ -15320,12 +15218,6 @@ const UNMODIFIED: Record<string, Unmodified> = {
     file: 'dist/bin/next',
     words: (folder, port) => ['start', folder, '-p', port, '-H', '127.0.0.1'],
     status: 143
-  },
-  express: {
-    file: '', // a program that uses it
-    words: (folder) => [join(folder, 'server.cjs')],
-    status: 3,
-    lastWords: /own listener/
   }
 }
 
@@ -15334,17 +15226,7 @@ const SERVED: Record<string, string> = {
   'index.html': '<p>a page</p>',
   'db.json': '{ "posts": [] }',
   'plugin.cjs':
-    "module.exports = async (fastify, options) => fastify.get('/', async () => 'a page')",
-  'server.cjs': `
-    const { createRequire } = require('node:module')
-    const express = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')('express')
-    const app = express()
-    app.get('/', (request, response) => setTimeout(() => response.send('a page'), 10))
-    const server = app.listen(process.env.PORT, '127.0.0.1')
-    process.once('SIGTERM', () => {
-      console.log('own listener')
-      server.close(() => process.exit(3))
-    })`
+    "module.exports = async (fastify, options) => fastify.get('/', async () => 'a page')"
 }
 
 describeProcesses('Real programs', SIDE_BY_SIDE, () => {
@@ -16364,10 +16246,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           })
           await apollo.start()`
       )
-      const page = getPage(service.instancePort, '/slow600')
-      await service.hasSaid('asked for /slow600')
-      const { status, output } = await service.end()
-      assert.equal((await page).body, 'served')
+      const { status, output } = await service.endWhileServing(service.instancePort, 600)
       assertOrder(output, 'cleaned up', 'Apollo stops')
       assert.equal(status, null, output) // as without us: of the signal that it sends
     }
@@ -16379,10 +16258,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     async (t) => {
       const tsx = createRequire(`${PACKAGES}/`).resolve('tsx/cli')
       const service = await bootService(t, { flags: [tsx], script: 'process.exitCode = 6' })
-      const page = getPage(service.instancePort, '/slow600')
-      await service.hasSaid('asked for /slow600')
-      const { status, output } = await service.end()
-      assert.equal((await page).body, 'served')
+      const { status, output } = await service.endWhileServing(service.instancePort, 600)
       assert.match(output, /cleaned up/)
       assert.equal(status, 6)
     }
@@ -16396,7 +16272,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         const folder = name === 'next' ? await buildNextApp(t) : scratchFolder(t)
         for (const [path, text] of Object.entries(SERVED))
           fs.writeFileSync(join(folder, path), text)
-        const program = file === '' ? [] : [join(PACKAGES ?? '', 'node_modules', name, file)]
+        const program = join(PACKAGES ?? '', 'node_modules', name, file)
         const port = await freePort()
         const env = {
           ...NEXT_ENVIRONMENT,
@@ -16405,7 +16281,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           FTW_MONITOR_TIMEOUT_MS: '4000',
           NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`
         }
-        const all = [...program, ...words(folder, String(port))]
+        const all = [program, ...words(folder, String(port))]
         const watched = watch(t, process.execPath, all, { cwd: folder, env })
         const limitMs = 60_000
         await untilHealthy(port + 80, limitMs)
