@@ -2623,6 +2623,90 @@ const LATE = `
   })
   monitor.register('close-other', '', () => void other.close())`
 
+/** Programs that find out by themselves whether these facts are true. */
+const ACCOUNTS: Record<string, { script: string; facts: string[] }> = {
+  'the primary of a cluster, which serves nobody, is not taken for an instance': {
+    script: `
+      const { default: cluster } = await import('node:cluster')
+      if (cluster.isPrimary) {
+        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
+        let address
+        void monitor.start({ listen: LOOPBACK }).then((value) => { address = value })
+        const worker = cluster.fork()
+        worker.on('listening', async () => {
+          await pause(500)
+          print('waits', address === undefined)
+          worker.kill('SIGKILL')
+          process.exit()
+        })
+      } else {
+        await listening(server)
+      }`,
+    facts: ['waits']
+  },
+  'stop() takes the wrap off listen()': {
+    script: `
+      const before = net.Server.prototype.listen
+      const started = monitor.start({ listen: LOOPBACK })
+      print('wrapped', net.Server.prototype.listen !== before)
+      await listen()
+      await started
+      await monitor.stop()
+      print('unwrapped', net.Server.prototype.listen === before)
+      process.exit()`,
+    facts: ['wrapped', 'unwrapped']
+  },
+  'with its server, start() sees what listens later, and stop() ends that': {
+    script: `
+      const before = net.Server.prototype.listen
+      await listen()
+      await begin()
+      await monitor.stop()
+      print('unwrapped', net.Server.prototype.listen === before)
+      process.exit()`,
+    facts: ['unwrapped']
+  },
+  'listen() is wrapped once, however many copies there are, and by nobody after stop()': {
+    script: `
+      const before = net.Server.prototype.listen
+      const copy = await import(${JSON.stringify(MODULE.href)} + '?copy')
+      const started = monitor.start({ listen: LOOPBACK })
+      const wrap = net.Server.prototype.listen
+      void copy.start({ listen: LOOPBACK })
+      print('once', wrap !== before && net.Server.prototype.listen === wrap)
+      await listen()
+      await started
+      await copy.stop()
+      print('off', net.Server.prototype.listen === before)
+      process.exit()`,
+    facts: ['once', 'off']
+  },
+  'a server that has closed is forgotten': {
+    script: `
+      const started = monitor.start({ listen: LOOPBACK })
+      await listen()
+      await started
+      const open = async () => {
+        const passing = http.createServer(() => {})
+        await listening(passing)
+        await new Promise((resolve) => passing.close(resolve))
+        return new WeakRef(passing)
+      }
+      const references = []
+      for (let count = 0; count < 20; count++) references.push(await open())
+      let left = references.length
+      for (let round = 0; round < 50 && left > 1; round++) {
+        await pause(20)
+        globalThis.gc()
+        left = references.filter((reference) => reference.deref()).length
+      }
+      print('found', (await monitor.status()).requestsInFlight >= 0)
+      print('forgotten', left <= 1)
+      process.exit()`,
+    facts: ['found', 'forgotten']
+  }
+}
+
 describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   async function numbersOf(port: number) {
     return JSON.parse(await ask(port, 'numbers\n')) as {
@@ -2638,28 +2722,36 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     return { ...service, otherPort: Number(otherPort) }
   }
 
-  test('start() finds a server that listens later, without PORT, and counts its requests', async (t) => {
-    const service = await bootService(t, { script: FOUND })
-    const page = getPage(service.instancePort, '/slow400')
-    await service.hasSaid('asked for /slow400')
-    const { requestsInFlight, port } = await numbersOf(service.port)
-    assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
-    assert.equal((await page).body, 'served')
-  })
-
-  test('start() finds a server that listens already', async (t) => {
-    const service = await bootService(t, {
+  const FINDS: Record<string, (port: number) => ServiceSetup> = {
+    'a server that listens later, without PORT, and counts its requests': () => ({ script: FOUND }),
+    'a server that listens already': () => ({
       script: `
         await listening(server)
         listen = () => {}
         ${FOUND}`
+    }),
+    'of several servers the one at PORT': (port) => ({
+      env: { PORT: String(port), HOST: '127.0.0.1' },
+      script: `
+        const other = http.createServer((_, response) => response.end('other'))
+        ${FOUND}
+        listen = async () => {
+          await listening(other)
+          await listening(server, { host: '127.0.0.1', port: ${port} })
+        }`
     })
-    const page = getPage(service.instancePort, '/slow400')
-    await service.hasSaid('asked for /slow400')
-    const { requestsInFlight, port } = await numbersOf(service.port)
-    assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
-    assert.equal((await page).body, 'served')
-  })
+  }
+
+  for (const [what, setup] of Object.entries(FINDS)) {
+    test(`start() finds ${what}`, async (t) => {
+      const service = await bootService(t, setup(await freePort()))
+      const page = getPage(service.instancePort, '/slow400')
+      await service.hasSaid('asked for /slow400')
+      const { requestsInFlight, port } = await numbersOf(service.port)
+      assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
+      assert.equal((await page).body, 'served')
+    })
+  }
 
   for (const how of ['by PORT', 'without PORT']) {
     test(`a request of 4 s to a server that was found ${how} is finished`, SLOW, async (t) => {
@@ -2687,25 +2779,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     const { headers } = await getPage(service.instancePort, '/', { agent })
     assert.equal(headers.connection, 'close')
     await service.awaitEnd()
-  })
-
-  test('of several servers it takes the one at PORT', async (t) => {
-    const port = await freePort()
-    const service = await bootService(t, {
-      env: { PORT: String(port), HOST: '127.0.0.1' },
-      script: `
-        const other = http.createServer((_, response) => response.end('other'))
-        ${FOUND}
-        listen = async () => {
-          await listening(other)
-          await listening(server, { host: '127.0.0.1', port: ${port} })
-        }`
-    })
-    const page = getPage(port, '/slow400')
-    await service.hasSaid('asked for /slow400')
-    const numbers = await numbersOf(service.port)
-    assert.deepEqual([numbers.requestsInFlight, numbers.port], [1, port])
-    assert.equal((await page).body, 'served')
   })
 
   const NOT_THE_INSTANCE: Record<string, string> = {
@@ -2771,30 +2844,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
   })
 
-  test('the primary of a cluster, which serves nobody, is not taken for an instance', async (t) => {
-    const service = startService(
-      t,
-      `
-      const { default: cluster } = await import('node:cluster')
-      if (cluster.isPrimary) {
-        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        let address
-        void monitor.start({ listen: LOOPBACK }).then((value) => { address = value })
-        const worker = cluster.fork()
-        worker.on('listening', async () => {
-          await pause(500)
-          print('primary', address === undefined ? 'waits' : JSON.stringify(address))
-          worker.kill('SIGKILL')
-          process.exit()
-        })
-      } else {
-        await listening(server)
-      }`
-    )
-    const { output } = await service.awaitEnd()
-    assert.match(output, /^primary waits$/m)
-  })
-
   test('in a worker of a cluster start() finds the server', async (t) => {
     const service = startService(
       t,
@@ -2826,89 +2875,14 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assertOrder(output, 'cleaned up', 'worker ended 0')
   })
 
-  test('stop() takes the wrap off listen()', async (t) => {
-    const service = startService(
-      t,
-      `
-      const before = net.Server.prototype.listen
-      const started = monitor.start({ listen: LOOPBACK })
-      print('wrapped', net.Server.prototype.listen !== before)
-      await listen()
-      await started
-      await monitor.stop()
-      print('unwrapped', net.Server.prototype.listen === before)
-      process.exit()`
-    )
-    const { output } = await service.awaitEnd()
-    assert.match(output, /^wrapped true$/m)
-    assert.match(output, /^unwrapped true$/m)
-  })
-
-  test('with its server, start() sees what listens later, and stop() ends that', async (t) => {
-    const service = startService(
-      t,
-      `
-      const before = net.Server.prototype.listen
-      await listen()
-      await begin()
-      await monitor.stop()
-      print('unwrapped', net.Server.prototype.listen === before)
-      process.exit()`
-    )
-    const { output } = await service.awaitEnd()
-    assert.match(output, /^unwrapped true$/m)
-  })
-
-  test('listen() is wrapped once, however many copies there are, and by nobody after stop()', async (t) => {
-    const service = startService(
-      t,
-      `
-      const before = net.Server.prototype.listen
-      const copy = await import(${JSON.stringify(MODULE.href)} + '?copy')
-      const started = monitor.start({ listen: LOOPBACK })
-      const wrap = net.Server.prototype.listen
-      void copy.start({ listen: LOOPBACK })
-      print('once', wrap !== before && net.Server.prototype.listen === wrap)
-      await listen()
-      await started
-      await copy.stop()
-      print('off', net.Server.prototype.listen === before)
-      process.exit()`
-    )
-    const { output } = await service.awaitEnd()
-    for (const word of ['once', 'off']) assert.match(output, new RegExp(`^${word} true$`, 'm'))
-  })
-
-  test('a server that has closed is forgotten', async (t) => {
-    const service = startService(
-      t,
-      `
-      const started = monitor.start({ listen: LOOPBACK })
-      await listen()
-      await started
-      const open = async () => {
-        const passing = http.createServer(() => {})
-        await listening(passing)
-        await new Promise((resolve) => passing.close(resolve))
-        return new WeakRef(passing)
-      }
-      const references = []
-      for (let count = 0; count < 20; count++) references.push(await open())
-      let left = references.length
-      for (let round = 0; round < 50 && left > 1; round++) {
-        await pause(20)
-        globalThis.gc()
-        left = references.filter((reference) => reference.deref()).length
-      }
-      print('found', (await monitor.status()).requestsInFlight >= 0)
-      print('left', left)
-      process.exit()`,
-      { flags: ['--expose-gc'] }
-    )
-    const { output } = await service.awaitEnd()
-    assert.match(output, /^found true$/m)
-    assert.match(output, /^left [01]$/m)
-  })
+  for (const [name, { script, facts }] of Object.entries(ACCOUNTS)) {
+    test(name, async (t) => {
+      const service = startService(t, script, { flags: ['--expose-gc'] })
+      const { output } = await service.awaitEnd()
+      const told = facts.map((fact) => `${fact} true`)
+      assert.deepEqual(output.match(/^\w+ (true|false)$/gm), told, output)
+    })
+  }
 
   test('where the instance accepts at PORT, but its server is not found, cleanUp waits until timeoutMs, and the log says why', async (t) => {
     const elsewhere = await serve(t, (_, response) => response.end('served'))
@@ -7891,6 +7865,19 @@ function certificateFor(t: TestContext): string {
   }`
 }
 
+/** Whether there is a monitor while a service ends. */
+const MONITORED: Record<string, (t: TestContext) => ServiceSetup | Promise<ServiceSetup>> = {
+  'the monitor is off': () => ({ env: { FTW_MONITOR: '0' } }),
+  "the monitor's port is taken": async (t) => {
+    const occupant = await startListening(t, net.createServer())
+    const where = `{ host: '127.0.0.1', port: ${portOf(occupant)} }`
+    return { script: `begin = () => void monitor.start({ server, listen: ${where} })` }
+  },
+  'there is a monitor': () => ({
+    script: 'begin = () => monitor.start({ server, listen: LOOPBACK })'
+  })
+}
+
 async function readWhileItEnds(t: TestContext, kind: string, setup: ServiceSetup) {
   const service = await bootService(t, {
     ...setup,
@@ -8780,37 +8767,15 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
 
   for (const kind of Object.keys(KINDS)) {
     const how = kind === 'http' ? {} : { ...SLOW, ...needs('openssl') }
-    test(
-      `an answer over ${kind} that is read slowly comes whole where the monitor is off`,
-      how,
-      async (t) => {
-        await readWhileItEnds(t, kind, { env: { FTW_MONITOR: '0' } })
-      }
-    )
-
-    test(
-      `an answer over ${kind} that is read slowly comes whole where the monitor's port is taken`,
-      how,
-      async (t) => {
-        const occupant = await startListening(t, net.createServer())
-        await readWhileItEnds(t, kind, {
-          script: `
-          begin = () => {
-            void monitor.start({ server, listen: { host: '127.0.0.1', port: ${portOf(occupant)} } })
-          }`
-        })
-      }
-    )
-
-    test(
-      `an answer over ${kind} that is read slowly comes whole where there is a monitor`,
-      how,
-      async (t) => {
-        await readWhileItEnds(t, kind, {
-          script: 'begin = () => monitor.start({ server, listen: LOOPBACK })'
-        })
-      }
-    )
+    for (const [where, setup] of Object.entries(MONITORED)) {
+      test(
+        `an answer over ${kind} that is read slowly comes whole where ${where}`,
+        how,
+        async (t) => {
+          await readWhileItEnds(t, kind, await setup(t))
+        }
+      )
+    }
   }
 
   test('no stream of 40 connections is lost by a SIGTERM', async (t) => {
@@ -8838,12 +8803,6 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
 // --- Signals -------------------------------------------------------------------------------------
 
 const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal)"
-
-const PAIRS = [
-  ['SIGTERM', 'SIGTERM'],
-  ['SIGINT', 'SIGINT'],
-  ['SIGINT', 'SIGTERM']
-] as const
 
 /** What the monitor said of a signal that came again. */
 function linesOfRepeat(output: string): string[] {
@@ -8935,6 +8894,32 @@ const REPORT = `
     const result = await Promise.race([started, pause(3_000, 'pending')])
     print(name, JSON.stringify(result), (await monitor.health()).healthy)
   }`
+
+/** Programs in which start() is not over at the signal; `lastly` comes when all is cleaned up. */
+const LATE_STARTS: Record<string, { script: string; reports: RegExp[] }> = {
+  'that comes after the signal': {
+    script: `
+      options.onSignal = async () => {
+        await listen()
+        await report('during', begin())
+        print('port', server.address().port)
+      }
+      const lastly = () => report('after', begin())`,
+    reports: [/^during false false$/m, /^after false false$/m]
+  },
+  'that waited for listen(), whenever that comes,': {
+    script: `
+      const lastly = listen
+      void report('waited', begin())`,
+    reports: [/^waited false false$/m]
+  },
+  'without the server that waited': {
+    script: `
+      const lastly = () => listening(server, { host: '127.0.0.1', port: Number(process.env.PORT) })
+      void report('waited', monitor.start({ listen: LOOPBACK }))`,
+    reports: [/^waited (false|\{.*\}) false$/m] // with PORT it may have resolved before
+  }
+}
 
 describeInProcess('Signals', ALONE, () => {
   test('shutdownOnSignal() listens once, however often it is called, until stop()', async (t) => {
@@ -9087,7 +9072,11 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  for (const [first, second] of PAIRS) {
+  for (const [first, second] of [
+    ['SIGTERM', 'SIGTERM'],
+    ['SIGINT', 'SIGINT'],
+    ['SIGINT', 'SIGTERM']
+  ] as const) {
     test(`a ${second} some milliseconds after a ${first} changes nothing`, async (t) => {
       const service = await bootService(t, { script: TELLS_OF_SIGNAL })
       const page = getPage(service.instancePort, '/slow600')
@@ -9179,13 +9168,11 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     })
   }
 
-  const LATER = [
+  for (const [first, second] of [
     ['SIGTERM', 'SIGTERM'],
     ['SIGINT', 'SIGTERM'],
     ['SIGHUP', 'SIGHUP']
-  ] as const
-
-  for (const [first, second] of LATER) {
+  ] as const) {
     test(`a ${second} more than a second after a ${first} changes nothing`, async (t) => {
       const service = await bootService(t, {
         script: `${TELLS_OF_SIGNAL}; options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']`
@@ -9344,74 +9331,31 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     assert.equal(service.watched.child.signalCode, 'SIGTERM')
   })
 
-  test('a start() that comes after the signal resolves to false, and nothing turns green', async (t) => {
-    const service = startService(
-      t,
-      `${REPORT}
-      options.onSignal = async () => {
-        await listen()
-        await report('during', begin())
-        print('port', server.address().port)
-      }
-      options.cleanUp = () => {
-        cleanUp()
-        setTimeout(() => report('after', begin()), 50)
-        setTimeout(() => {}, 700) // what boots keeps the process alive
-      }
-      monitor.shutdownOnSignal(options)
-      setTimeout(() => print('never'), 20_000)
-      print('booting')`
-    )
-    await service.hasSaid('booting')
-    const { status, output } = await service.end()
-    assert.match(output, /^during false false$/m)
-    assert.match(output, /^after false false$/m)
-    assert.match(output, /cleaned up/)
-    assert.equal(status, 0, output)
-  })
-
-  test('a start() that waited for listen() resolves to false, whenever that comes', async (t) => {
-    const service = startService(
-      t,
-      `${REPORT}
-      options.cleanUp = () => {
-        cleanUp()
-        setTimeout(listen, 50)
-        setTimeout(() => {}, 700)
-      }
-      monitor.shutdownOnSignal(options)
-      setTimeout(() => print('never'), 20_000)
-      void report('waited', begin())
-      print('booting')`
-    )
-    await service.hasSaid('booting')
-    const { status, output } = await service.end()
-    assert.match(output, /^waited false false$/m)
-    assert.equal(status, 0, output)
-  })
-
-  test('a start() without the server that waited resolves to false', async (t) => {
-    const port = await freePort()
-    const service = startService(
-      t,
-      `${REPORT}
-      options.cleanUp = () => {
-        cleanUp()
-        setTimeout(() => listening(server, { host: '127.0.0.1', port: ${port} }), 50)
-        setTimeout(() => {}, 700)
-      }
-      monitor.shutdownOnSignal(options)
-      setTimeout(() => print('never'), 20_000)
-      void report('waited', monitor.start({ listen: LOOPBACK }))
-      print('booting')`,
-      { env: { PORT: String(port), HOST: '127.0.0.1' } }
-    )
-    await service.hasSaid('booting')
-    const { status, output } = await service.end()
-    assert.match(output, /^waited (false|\{.*\}) false$/m) // with PORT it may have resolved before
-    assert.doesNotMatch(output, /up 100%/)
-    assert.equal(status, 0, output)
-  })
+  for (const [what, { script, reports }] of Object.entries(LATE_STARTS)) {
+    test(`a start() ${what} resolves to false`, async (t) => {
+      const port = String(await freePort())
+      const service = startService(
+        t,
+        `${REPORT}
+        options.cleanUp = () => {
+          cleanUp()
+          setTimeout(() => lastly(), 50)
+          setTimeout(() => {}, 700) // what boots keeps the process alive
+        }
+        monitor.shutdownOnSignal(options)
+        setTimeout(() => print('never'), 20_000)
+        ${script}
+        print('booting')`,
+        { env: script.includes('env.PORT') ? { PORT: port, HOST: '127.0.0.1' } : {} }
+      )
+      await service.hasSaid('booting')
+      const { status, output } = await service.end()
+      for (const report of reports) assert.match(output, report)
+      assert.match(output, /cleaned up/)
+      assert.doesNotMatch(output, /up 100%/)
+      assert.equal(status, 0, output)
+    })
+  }
 })
 
 // --- The command table ---------------------------------------------------------------------------
