@@ -1062,12 +1062,16 @@ function startService(t: TestContext, script: string, setup: ServiceSetup = {}) 
     kill(signal)
     return await awaitEnd(limitMs)
   }
-  /** Ends it by a signal while a request is in flight, which must be served. */
-  const endWhileServing = async (port: number, ms = 300, signal?: NodeJS.Signals) => {
-    const page = getPage(port, `/slow${ms}`)
-    await hasSaid(`asked for /slow${ms}`)
+  /** Ends it by a signal while it serves a request, which must be answered by `body`. */
+  const endWhileServing = async (
+    port: number,
+    path: string,
+    { body = 'served', signal }: { body?: string; signal?: NodeJS.Signals | undefined } = {}
+  ) => {
+    const page = getPage(port, path)
+    await hasSaid(`asked for ${path}`)
     const ending = await end(signal)
-    assert.equal((await page).body, 'served')
+    assert.equal((await page).body, body)
     return ending
   }
   return { watched, hasSaid, kill, awaitEnd, end, endWhileServing }
@@ -2761,7 +2765,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         env: how === 'without PORT' ? {} : { PORT: String(port), HOST: '127.0.0.1' },
         script: `${FOUND}; listen = () => listening(server, ${where})`
       })
-      const { status, output } = await service.endWhileServing(port, 4000)
+      const { status, output } = await service.endWhileServing(port, '/slow4000')
       assertOrder(output, 'asked for /slow4000', 'cleaned up')
       assert.deepEqual([status, linesOfShutdown(output)], [0, []])
     })
@@ -2951,10 +2955,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         }).on('error', ({ code }) => response.end(code))
       }`
     )
-    const page = getPage(service.instancePort, '/ask')
-    await service.hasSaid('asked for /ask')
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
+    const { status, output } = await service.endWhileServing(service.instancePort, '/ask')
     assert.equal(status, 0, output)
   })
 
@@ -3714,14 +3715,6 @@ async function closeWhenSent(server: http.Server, responses: http.ServerResponse
 /** Of the forms, those which are answered at once, while the request might still be sent. */
 const UPLOADS = ['Expect: 100-continue', 'a body that nobody reads']
 
-/** What is to be sent while draining, by what is sent else. */
-function whileDraining(answer: string): string {
-  return answer
-    .replace(/^Date: .*\r\n/gim, '')
-    .replace(/^Keep-Alive: .*\r\n/gim, '')
-    .replace(/^(Connection: )keep-alive/gim, '$1close')
-}
-
 /** Looks at a response at which something throws. */
 const THROWING_RESPONSES: Record<string, (response: http.ServerResponse) => void> = {
   'at its stream': (response) => trapped(['stream'], response),
@@ -3856,7 +3849,7 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
       assert.match(plainAnswer, /^HTTP\/1\.1 \d/, name)
       const keptAlive = plainAnswer.replace(/\[still open\]$/, '')
       const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
-      const expected = whileDraining(keptAlive)
+      const expected = withoutDate(keptAlive).replace(/^(Connection: )keep-alive/gim, '$1close')
       if (UPLOADS.includes(name)) {
         const drainedAnswer = withoutDate(drainedAnswers[name]).replace(/\[still open\]$/, '')
         assert.equal(drainedAnswer, withoutDate(keptAlive), `${name}, drained`)
@@ -5560,9 +5553,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const { server } = await bootInstance(t, {
       prepare: ({ registerWarmup }) => {
         for (const site of ['/', '/shop', '/shop/hats']) {
-          registerWarmup(site, () => {
-            calls.push(site)
-          })
+          registerWarmup(site, () => void calls.push(site))
         }
       }
     })
@@ -5611,9 +5602,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     let isBroken = false
     const { server, port, logger } = await bootInstance(t, {
       prepare: ({ registerWarmup }) => {
-        registerWarmup('/first', () => {
-          calls.push('/first')
-        })
+        registerWarmup('/first', () => void calls.push('/first'))
         registerWarmup('/broken', async () => {
           calls.push('/broken')
           if (isBroken) throw new Error('no such template')
@@ -5622,9 +5611,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
           calls.push('/thrower')
           if (isBroken) throw 'no error at all'
         })
-        registerWarmup('/last', () => {
-          calls.push('/last')
-        })
+        registerWarmup('/last', () => void calls.push('/last'))
       }
     })
     isBroken = true
@@ -6528,9 +6515,7 @@ describeInProcess('Warm-up', ALONE, () => {
     const monitor = await importMonitor(t)
     const calls: string[] = []
     for (const site of ['/', '/shop']) {
-      monitor.registerWarmup(site, () => {
-        calls.push(site)
-      })
+      monitor.registerWarmup(site, () => void calls.push(site))
     }
     const plain = await serve(t, (request, response) => monitor.warmupView(request, response))
     const server = http.createServer((request, response) => {
@@ -8459,7 +8444,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     const endOne = async (name: string, failure: string, isLast: boolean) => {
       const clean = name === 'cleanUp' ? '' : 'cleanUp,'
       const service = await bootService(t, { script: `options = { ${clean} ${name}: ${failure} }` })
-      const { status, output } = await service.endWhileServing(service.instancePort, 500)
+      const { status, output } = await service.endWhileServing(service.instancePort, '/slow500')
       assert.equal(status, 1, output)
       assert.equal(output.includes('cleaned up'), isLast)
       const lines = [`ftw-monitor failed to shut down: ${name}: broken`]
@@ -9106,10 +9091,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
           }`
         })
         const path = `/slow${afterMs + 600}`
-        const page = getPage(service.instancePort, path)
-        await service.hasSaid(`asked for ${path}`)
-        const { status, output } = await service.end()
-        assert.equal((await page).body, 'served')
+        const { status, output } = await service.endWhileServing(service.instancePort, path)
         assert.equal(status, 0, output)
         assert.equal(output.match(/told SIGTERM/g)?.length, 1)
         assert.match(output, /cleaned up/)
@@ -9242,7 +9224,9 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
   for (const [name, { script, signal, heard }] of Object.entries(HEARINGS)) {
     test(name, async (t) => {
       const service = await bootService(t, { script })
-      const { status, output } = await service.endWhileServing(service.instancePort, 300, signal)
+      const { status, output } = await service.endWhileServing(service.instancePort, '/slow300', {
+        signal
+      })
       assert.deepEqual(heardIn(output), heard)
       assert.equal(status, 0, output)
     })
@@ -13427,9 +13411,6 @@ const LATE_LISTENS: Record<string, string> = {
     }`
 }
 
-/** Whether the first server of such a program is there before the signal. */
-const listensAtOnce = (program: string) => !program.includes(BEGINS_WITHOUT_SERVER)
-
 /** After its server was closed it cleans up for a while, so that others must serve meanwhile. */
 const CLEANS_SLOWLY = `
   options.cleanUp = async () => {
@@ -13839,9 +13820,8 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         outcomes.push(await getPage(port, '/slow200').then(({ body }) => body, codeOf))
       })
       await until(() => asker.answers > 2, 'it is asked')
-      const neighbour = listensAtOnce(program)
-        ? getPage(await life.isReady(), '/slow800')
-        : undefined
+      const isServing = !program.includes(BEGINS_WITHOUT_SERVER)
+      const neighbour = isServing ? getPage(await life.isReady(), '/slow800') : undefined
       if (neighbour) await life.hasSaid('asked for /slow800')
       life.watched.child.kill('SIGTERM')
       const { said } = await life.awaitEnd()
@@ -15911,10 +15891,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         }`
       const endOne = async (cleanUp: string, said: string[]) => {
         const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
-        const answer = getPage(service.instancePort, '/ping')
-        await service.hasSaid('asked for /ping')
-        const { status, output } = await service.end()
-        assert.equal((await answer).body, 'PONG')
+        const { status, output } = await service.endWhileServing(service.instancePort, '/ping', {
+          body: 'PONG'
+        })
         assert.deepEqual([status, linesOfShutdown(output)], [0, said])
       }
       const sentence = 'ftw-monitor is done, but something keeps the process alive'
@@ -15945,10 +15924,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         }`
       const endOne = async (cleanUp: string, said: RegExp) => {
         const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
-        const answer = getPage(service.instancePort, '/seven')
-        await service.hasSaid('asked for /seven')
-        const { status, output } = await service.end()
-        assert.equal((await answer).body, '7')
+        const { status, output } = await service.endWhileServing(service.instancePort, '/seven', {
+          body: '7'
+        })
         assert.equal(status, 0, output)
         assert.match(linesOfShutdown(output).join('\n'), said)
       }
@@ -16067,10 +16045,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         )
         const peer = await upgradeTo(service.instancePort)
         t.after(() => peer.socket.destroy())
-        const answer = getPage(service.instancePort, '/slow500')
-        await service.hasSaid('asked for /slow500')
-        const { status, ms, output } = await service.end()
-        assert.equal((await answer).body, 'served', name)
+        const { status, ms, output } = await service.endWhileServing(
+          service.instancePort,
+          '/slow500'
+        )
         assert.deepEqual([status, linesOfShutdown(output)], [0, []], `${name}: ${output}`)
         if (!/Express|Koa/.test(name)) assert.match(output, /\nclosed\n/)
         assert.ok(ms > 1_990, `${name}: ${ms} ms`)
@@ -16190,7 +16168,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           })
           await apollo.start()`
       )
-      const { status, output } = await service.endWhileServing(service.instancePort, 600)
+      const { status, output } = await service.endWhileServing(service.instancePort, '/slow600')
       assertOrder(output, 'cleaned up', 'Apollo stops')
       assert.equal(status, null, output) // as without us: of the signal that it sends
     }
@@ -16202,7 +16180,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     async (t) => {
       const tsx = createRequire(`${PACKAGES}/`).resolve('tsx/cli')
       const service = await bootService(t, { flags: [tsx], script: 'process.exitCode = 6' })
-      const { status, output } = await service.endWhileServing(service.instancePort, 600)
+      const { status, output } = await service.endWhileServing(service.instancePort, '/slow600')
       assert.match(output, /cleaned up/)
       assert.equal(status, 6)
     }
