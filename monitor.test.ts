@@ -8794,6 +8794,31 @@ function linesOfRepeat(output: string): string[] {
   return output.split('\n').filter((line) => /^ftw-monitor .*\bcame again\b/.test(line))
 }
 
+/** Signals in turn, what is heard of each, without which the kernel would make one of both, and pauses. */
+const HARMLESS_REPEATS: Record<string, string> = {
+  'a SIGTERM some milliseconds after a SIGTERM': '→ SIGTERM, ← told SIGTERM, 3 ms, → SIGTERM',
+  'a SIGINT some milliseconds after a SIGINT': '→ SIGINT, ← told SIGINT, 3 ms, → SIGINT',
+  'a SIGTERM some milliseconds after a SIGINT': '→ SIGINT, ← told SIGINT, 3 ms, → SIGTERM',
+  'a SIGTERM that comes four times':
+    '→ SIGTERM, 50 ms, → SIGTERM, 50 ms, → SIGTERM, 50 ms, → SIGTERM',
+  'a SIGTERM more than a second after a SIGTERM': `→ SIGTERM, ← told SIGTERM,
+    → SIGINT, ← SIGINT came again: is shutting down already, 1100 ms, → SIGTERM`,
+  'a SIGTERM more than a second after a SIGINT': `→ SIGINT, ← told SIGINT,
+    → SIGINT, ← SIGINT came again: is shutting down already, 1100 ms, → SIGTERM`,
+  'a SIGHUP more than a second after a SIGHUP': `→ SIGHUP, ← told SIGHUP,
+    → SIGTERM, ← SIGTERM came again: is shutting down already, 1100 ms, → SIGHUP`
+}
+
+/** Does what such steps say. */
+async function follow(service: ReturnType<typeof startService>, steps: string): Promise<void> {
+  for (const step of steps.split(/,\s+/)) {
+    const [, sign, rest = ''] = /^([→←]?) ?(.*)$/.exec(step) ?? []
+    if (sign === '→') service.kill(rest as NodeJS.Signals)
+    else if (sign === '←') await service.hasSaid(rest)
+    else await pause(parseInt(rest))
+  }
+}
+
 const hear = (name: string) =>
   `(...args) => print('heard', '${name}', ...args, isOpen ? 'early' : 'late')`
 /** What tsx's preflight does to be found by nobody. */
@@ -9057,25 +9082,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  for (const [first, second] of [
-    ['SIGTERM', 'SIGTERM'],
-    ['SIGINT', 'SIGINT'],
-    ['SIGINT', 'SIGTERM']
-  ] as const) {
-    test(`a ${second} some milliseconds after a ${first} changes nothing`, async (t) => {
-      const service = await bootService(t, { script: TELLS_OF_SIGNAL })
-      const page = getPage(service.instancePort, '/slow600')
-      await service.hasSaid('asked for /slow600')
-      service.kill(first)
-      await service.hasSaid(`told ${first}`) // else the kernel would make one signal of both
-      await pause(3)
-      const { status, output } = await service.end(second)
-      assert.equal((await page).body, 'served')
-      assert.equal(status, 0, output)
-      assert.match(output, /cleaned up/)
-    })
-  }
-
   for (const afterMs of [10, 2_000]) {
     const how = afterMs > 1_000 ? SLOW : {}
     test(
@@ -9120,58 +9126,37 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     assert.doesNotMatch(output, /^other/m)
   })
 
-  test('a signal that is repeated three times is logged once', async (t) => {
-    const service = await bootService(t)
-    const page = getPage(service.instancePort, '/slow800')
-    await service.hasSaid('asked for /slow800')
-    for (let time = 0; time < 3; time++) {
-      service.kill('SIGTERM')
-      await pause(50)
-    }
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.deepEqual([status, linesOfRepeat(output).length], [0, 1], output)
-  })
+  for (const [name, steps] of Object.entries(HARMLESS_REPEATS)) {
+    test(`${name} changes nothing, and is logged once`, async (t) => {
+      const signals = steps.includes('SIGHUP')
+        ? "options.signals = ['SIGTERM', 'SIGHUP', 'SIGTERM']"
+        : ''
+      const service = await bootService(t, { script: `${TELLS_OF_SIGNAL}; ${signals}` })
+      const path = steps.includes('1100 ms') ? '/slow2500' : '/slow800'
+      const page = getPage(service.instancePort, path)
+      await service.hasSaid(`asked for ${path}`)
+      await follow(service, steps)
+      const { status, output } = await service.awaitEnd()
+      assert.equal((await page).body, 'served')
+      assert.equal(status, 0, output)
+      assert.match(output, /cleaned up/)
+      assert.equal(linesOfRepeat(output).length, 1, output)
+      assert.doesNotMatch(output, /ends at once/)
+    })
+  }
 
-  for (const first of ['SIGINT', 'SIGTERM'] as const) {
+  for (const first of ['SIGINT', 'SIGTERM']) {
     test(`a SIGINT more than a second after a ${first} ends the process at once with 130, and says so`, async (t) => {
       const service = await bootService(t, { script: TELLS_OF_SIGNAL })
       const refused = assert.rejects(getPage(service.instancePort, '/hang'))
       await service.hasSaid('asked for /hang')
-      service.kill(first)
-      await service.hasSaid(`told ${first}`)
-      await pause(1_100)
-      const { status, ms, output } = await service.end('SIGINT')
+      await follow(service, `→ ${first}, ← told ${first}, 1100 ms, → SIGINT`)
+      const { status, ms, output } = await service.awaitEnd()
       assert.equal(status, 130)
       assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
       assert.match(output, /^ftw-monitor .*\bSIGINT came again: ends at once/m)
       assert.doesNotMatch(output, /cleaned up/)
       await refused
-    })
-  }
-
-  for (const [first, second] of [
-    ['SIGTERM', 'SIGTERM'],
-    ['SIGINT', 'SIGTERM'],
-    ['SIGHUP', 'SIGHUP']
-  ] as const) {
-    test(`a ${second} more than a second after a ${first} changes nothing`, async (t) => {
-      const service = await bootService(t, {
-        script: `${TELLS_OF_SIGNAL}; options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']`
-      })
-      const page = getPage(service.instancePort, '/slow2500')
-      await service.hasSaid('asked for /slow2500')
-      service.kill(first)
-      await service.hasSaid(`told ${first}`)
-      service.kill('SIGINT')
-      await service.hasSaid('SIGINT came again: is shutting down already')
-      await pause(1_100)
-      const { status, output } = await service.end(second)
-      assert.equal((await page).body, 'served')
-      assert.equal(status, 0, output)
-      assert.deepEqual(linesOfRepeat(output).length, 1, output)
-      assert.match(output, /cleaned up/)
-      assert.doesNotMatch(output, /ends at once/)
     })
   }
 
