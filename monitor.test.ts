@@ -7946,12 +7946,13 @@ describeInProcess('Shutdown', TOGETHER, () => {
     const { monitor, server } = await bootInstance(t, { until: 'started' })
     let cleanUps = 0
     const cleanUp = async () => {
+      await pause(700)
       cleanUps++
-      await pause(50)
     }
     const ends: string[] = []
     const first = monitor.shutdown({ cleanUp }).then(() => ends.push('first'))
     const second = monitor.shutdown({ cleanUp }).then(() => ends.push('second'))
+    assert.equal(cleanUps, 0)
     await Promise.all([first, second])
     await monitor.shutdown({ cleanUp })
     assert.deepEqual([cleanUps, ends], [1, ['first', 'second']])
@@ -8459,55 +8460,20 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     )
   })
 
-  test(
-    'a cleanUp or an onSignal that hangs is named at exitAfterMs, and the status is 1',
-    SLOW,
-    async (t) => {
-      const hanging = ['cleanUp: hang', 'onSignal: hang', 'onSignal: hang, cleanUp: hang']
-      const endOne = async (members: string) => {
-        const service = await bootService(t, {
-          script: `
-          const hang = () => new Promise(() => {})
-          options = { timeoutMs: 300, exitAfterMs: 900, ${members} }`
-        })
-        const { status, ms, output } = await service.end()
-        const names = members.replaceAll(': hang', '')
-        const lines = [`ftw-monitor exits after 0.9 s; not done: ${names}`]
-        assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
-        assert.ok(ms > 890, `${ms} ms`)
-      }
-      await Promise.all(hanging.map(endOne))
-    }
-  )
-
-  test(
-    'what is in flight at timeoutMs is cut, and the log says how much that was',
-    SLOW,
-    async (t) => {
-      const service = await bootService(t, { script: 'options.timeoutMs = 600' })
-      const pages = [1, 2].map(async () => {
-        await assert.rejects(getPage(service.instancePort, '/stream'), /aborted|hang up|ECONNRESET/)
-      })
-      const isAskedTwice = () => service.watched.output.match(/asked for \/stream/g)?.length === 2
-      await until(isAskedTwice, 'two streams have begun')
-      const { status, ms, output } = await service.end()
-      await Promise.all(pages)
-      const lines = ['ftw-monitor cuts 2 requests that are still in flight after 0.6 s']
-      assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
-      assert.match(output, /cuts 2 requests[^]*cleaned up/)
-      assert.ok(ms > 590, `${ms} ms`)
-    }
-  )
-
-  test('FTW_MONITOR_TIMEOUT_MS is the time after which requests are cut, and the option beats it', async (t) => {
+  test('what is in flight after FTW_MONITOR_TIMEOUT_MS is cut before cleanUp, as the log says, and the option beats it', async (t) => {
     const endOne = async (script: string, seconds: number) => {
       const service = await bootService(t, { env: { FTW_MONITOR_TIMEOUT_MS: '900' }, script })
-      const refused = assert.rejects(getPage(service.instancePort, '/hang'))
+      const pages = ['/hang', '/stream'].map(async (path) => {
+        await assert.rejects(getPage(service.instancePort, path), /aborted|hang up|ECONNRESET/)
+      })
       await service.hasSaid('asked for /hang')
-      const { ms, output } = await service.end()
-      assert.match(output, new RegExp(`cuts 1 requests? .* after ${seconds} s`))
+      await service.hasSaid('asked for /stream')
+      const { status, ms, output } = await service.end()
+      const cut = `ftw-monitor cuts 2 requests that are still in flight after ${seconds} s`
+      assert.deepEqual([status, linesOfShutdown(output)], [0, [cut]])
+      assertOrder(output, cut, 'cleaned up')
       assert.ok(ms > seconds * 1_000 - 50 && ms < 10_000, `ended after ${ms} ms`)
-      await refused
+      await Promise.all(pages)
     }
     await Promise.all([endOne('', 0.9), endOne('options.timeoutMs = 1_400', 1.4)])
   })
@@ -8590,18 +8556,6 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
       assert.deepEqual([status, linesOfShutdown(output)], [0, []])
     })
   }
-
-  test('a second shutdown() is over when the first is, with a cleanUp of some time', async (t) => {
-    const { monitor } = await bootInstance(t, { performers: WARM })
-    let isCleanedUp = false
-    const cleanUp = async () => {
-      await pause(700)
-      isCleanedUp = true
-    }
-    void monitor.shutdown({ cleanUp })
-    await monitor.shutdown()
-    assert.ok(isCleanedUp)
-  })
 
   test('a shutdown closes all servers, and each request finishes', async (t) => {
     const service = await bootService(t, {
