@@ -11417,29 +11417,6 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
 
 const DIALOGUE = 'Interactive mode on.  Use "quit" To exit.\nAlive\nGoodbye.\n'
 
-describeInProcess('The wire: PROXY headers', ALONE, () => {
-  test('a line behind a PROXY header has 60 s to come, and so has the header', async (t) => {
-    const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM })
-    const headers = Object.values(PROXY_HEADERS)
-    const parts = [...headers, ...headers.map((header) => header.subarray(0, -1))]
-    const peers = await Promise.all(
-      parts.map(async (part) => {
-        const peer = await converse(t, port)
-        peer.socket.write(part)
-        return peer
-      })
-    )
-    await untilSeen(port)
-    timers.pass(59_000)
-    await untilSeen(port)
-    assert.ok(peers.every(({ isClosed }) => !isClosed))
-    timers.pass(2_000)
-    await until(() => peers.every(({ isClosed }) => isClosed), 'they are cut off')
-    assert.ok(peers.every(({ transcript }) => transcript === ''))
-  })
-})
-
 // --- The wire: lines -----------------------------------------------------------------------------
 
 /** Whether the other side has reset a connection that nobody has read from. By its first write, since
@@ -11691,28 +11668,6 @@ describeInProcess('The wire: lines', TOGETHER, () => {
 })
 
 describeInProcess('The wire: lines', ALONE, () => {
-  test('a line has 60 s to come, not less, and not more for coming in drops', async (t) => {
-    const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM })
-    const open = () => converse(t, port)
-    const intime = await open()
-    const silent = await open()
-    const dripping = await open()
-    dripping.socket.write('health')
-    await untilSeen(port)
-    timers.pass(59_000)
-    dripping.socket.write('_chec')
-    intime.socket.write('health_check\n')
-    await until(() => intime.isClosed, 'it is answered')
-    assert.deepEqual(
-      [intime.transcript, silent.isClosed, dripping.isClosed],
-      ['OK\n', false, false]
-    )
-    timers.pass(2_000)
-    await until(() => silent.isClosed && dripping.isClosed, 'they are cut off')
-    assert.equal(silent.transcript + dripping.transcript, '')
-  })
-
   test('interactive mode bears 15 minutes of silence, not less and not more', async (t) => {
     const timers = takeTimers(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -12192,35 +12147,6 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     }
   })
 
-  test('half an HTTP head is cut off after a minute, also while it drips', async (t) => {
-    const { port } = await bootProcess(t, {
-      script: `
-        monitor.register('hangs', 'Never answers', () => new Promise(() => {}), { http: true })`,
-      flags: [flagForPace(50)]
-    })
-    const minuteMs = 60_000 / 50
-    const hold = async (text: string) => {
-      const startedAt = performance.now()
-      const peer = await converse(t, port)
-      peer.say(text)
-      const drip = setInterval(() => peer.say('X'), 50)
-      await until(() => peer.isClosed, 'it is cut off')
-      clearInterval(drip)
-      return { ms: performance.now() - startedAt, transcript: peer.transcript }
-    }
-    const whole = headOf('/warmup_state')
-    const half = 'GET / HTTP/1.1\r\nHo'
-    const cut = Promise.all([hold(half), hold(whole + half)])
-    const hanging = getPage(port, '/hangs')
-    const [first, second] = await inTime(cut, 'both are cut off')
-    assert.equal(first.transcript, '')
-    assert.match(second.transcript, /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\n1 0\n$/s)
-    for (const { ms } of [first, second]) assert.ok(ms > 0.7 * minuteMs, `${ms} ms`)
-    const { status, body } = await hanging
-    assert.deepEqual([status, body], [500, 'Error: hangs timed out\n'])
-    await untilHealthy(port)
-  })
-
   test('stop() ends half a head, kept-alive connections and running commands at once', async (t) => {
     const { monitor, port } = await bootInstance(t)
     monitor.register('hangs', 'Never answers', hang, { http: true })
@@ -12371,28 +12297,39 @@ describeInProcess('The wire: HTTP', ALONE, () => {
     assert.deepEqual([stranger.status, stranger.body], [500, 'Error: / failed\n'])
   })
 
-  test('a head of HTTP has 60 s to come, not less, and not more for coming in drops', async (t) => {
+  test('a line, a head of HTTP and a PROXY header have 60 s to come, not less, and not more for coming in drops', async (t) => {
     const timers = takeTimers(t)
     const { port } = await bootInstance(t, { performers: WARM })
-    const open = () => converse(t, port)
-    const intime = await open()
-    const half = await open()
-    const line = await open()
-    line.socket.write('GET /health_check HT')
-    for (const { socket } of [intime, half]) {
-      socket.write('GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n')
+    const head = 'GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
+    const headers = Object.values(PROXY_HEADERS)
+    /** What comes at first, and after 59 s; what is answered, and whether by then. */
+    type Row = [first: string | Buffer, more: string, reply: RegExp, isInTime?: boolean]
+    const rows: Row[] = [
+      ['', 'health_check\n', /^OK\n$/, true],
+      ['', '', /^$/],
+      ['health', '_chec', /^$/],
+      [head, '\r\n', /^HTTP\/1.1 200 OK\r\n/, true],
+      [head, 'X: a\r\n', /^$/],
+      ['GET /health_check HT', 'TP/1.1\r\n', /^$/],
+      [`${headOf('/livez')}GET / HTTP/1.1\r\nHo`, 'X', /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nAlive\n$/s],
+      ...headers.map((header): Row => [header, '', /^$/]),
+      ...headers.map((header): Row => [header.subarray(0, -1), '', /^$/])
+    ]
+    const connect = async ([first, more, reply, isInTime = false]: Row) => {
+      const peer = await converse(t, port)
+      peer.socket.write(first)
+      return { peer, more, reply, isInTime }
     }
+    const all = await Promise.all(rows.map(connect))
     await untilSeen(port)
     timers.pass(59_000)
-    half.socket.write('X: a\r\n')
-    line.socket.write('TP/1.1\r\n')
-    intime.socket.write('\r\n')
-    await until(() => intime.isClosed, 'it is answered')
-    assert.match(intime.transcript, /^HTTP\/1.1 200 OK\r\n/)
-    assert.deepEqual([half.isClosed, line.isClosed], [false, false])
+    for (const { peer, more } of all) peer.socket.write(more)
+    await until(() => all.every(({ peer, isInTime }) => peer.isClosed || !isInTime), 'those answer')
+    await untilSeen(port)
+    for (const { peer, isInTime } of all) assert.equal(peer.isClosed, isInTime)
     timers.pass(2_000)
-    await until(() => half.isClosed && line.isClosed, 'they are cut off')
-    assert.equal(half.transcript + line.transcript, '')
+    await until(() => all.every(({ peer }) => peer.isClosed), 'the others are cut off')
+    for (const { peer, reply } of all) assert.match(peer.transcript, reply)
   })
 })
 
