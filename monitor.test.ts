@@ -4,10 +4,11 @@
 // Where does my test go? Into the suite of its subject, below `// --- The verdict` and the like. A
 // subject has up to three suites: your test runs ALONE if it touches what belongs to the whole
 // process (the environment, the clock, timers), PAIRWISE or SIDE_BY_SIDE if it starts processes, else
-// TOGETHER with others. Its name is a sentence about one behaviour. A table for one subject stands above its
-// suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
-// module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event,
-// poll (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW.
+// TOGETHER with others. Its name is a sentence about one behaviour. A table for one subject stands above
+// its suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
+// module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event, poll
+// (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW. What
+// starts processes has a busy machine around it: up to six tests at a time, and the other part.
 //
 // `node --test --test-name-pattern='The verdict' monitor.test.ts` runs one subject.
 
