@@ -1610,7 +1610,9 @@ describeInProcess('Start and stop', TOGETHER, () => {
       peer.say(headOf('/'))
       await until(() => peer.transcript.endsWith('hello'), 'it is served')
       const { localPort } = peer.socket
-      return sockets.find(({ remotePort }) => remotePort === localPort)!
+      const socket = sockets.find(({ remotePort }) => remotePort === localPort)!
+      await until(() => socket.listenerCount('finish') === 0, 'the response lets go of it')
+      return socket
     }
     const early = await connect()
     const before = listenersOf(early)
@@ -8100,13 +8102,9 @@ describeInProcess('Shutdown', TOGETHER, () => {
       const monitor = await importMonitor(t)
       monitor.registerWarmup('/', () => {})
       await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
-      const [idle, busy] = [1, 2].map(() => {
-        const session = http2.connect(`http://127.0.0.1:${portOf(server)}`)
-        t.after(() => session.destroy())
-        return session
-      })
-      await Promise.all([once(idle!, 'connect'), once(busy!, 'connect')])
-      const closed = once(idle!, 'close')
+      const idle = await connectSession(t, portOf(server))
+      const busy = await connectSession(t, portOf(server))
+      const closed = new Promise((resolve) => idle!.on('close', resolve))
       const asked = once(server, 'stream')
       const answer = readAll(busy!.request({ ':path': '/' }))
       await asked
