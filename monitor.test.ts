@@ -8216,14 +8216,6 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.ok(ms < 10_000, `${ms} ms`) // not after 25 s
   })
 
-  test('shutdown() without options takes those of shutdownOnSignal', async (t) => {
-    const { monitor } = await bootInstance(t, { performers: WARM })
-    const calls: string[] = []
-    monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => void calls.push('cleanUp') })
-    await monitor.shutdown()
-    assert.deepEqual(calls, ['cleanUp'])
-  })
-
   test('cleanUp and onSignal may be methods of a class', async (t) => {
     class Service {
       static calls: string[] = []
@@ -8244,6 +8236,15 @@ describeInProcess('Shutdown', TOGETHER, () => {
 })
 
 describeInProcess('Shutdown', ALONE, () => {
+  // With neighbours, their servers would be taken for servers beside the instance.
+  test('shutdown() without options takes those of shutdownOnSignal', async (t) => {
+    const { monitor } = await bootInstance(t, { performers: WARM })
+    const calls: string[] = []
+    monitor.shutdownOnSignal({ signals: ['SIGUSR2'], cleanUp: () => void calls.push('cleanUp') })
+    await monitor.shutdown()
+    assert.deepEqual(calls, ['cleanUp'])
+  })
+
   test('wrong options of a shutdown are refused, and change nothing', async (t) => {
     const { monitor, server, port } = await bootInstance(t)
     const before = listenersOf(process)
