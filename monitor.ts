@@ -26,10 +26,10 @@
 //   The clock
 //   The load of the event loop
 //   Addresses
-//   The instance
+//   The address of the instance
 //   The listener
 //   Servers that listen
-//   The application
+//   The traffic
 //   Servers that stop listening
 //   Sending clients elsewhere
 //   The verdict
@@ -283,8 +283,8 @@ const LISTEN_RETRY_MS = 1_000 // an old process may hold our port a little longe
 const LOOKUP_MS = 900 // for a name: stop() does not wait for a resolver that hangs
 const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
 const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
-const LOOK_MS = 900 // to connect to the instance; Kubernetes waits for one second
-const LOOK_AGAIN_MS = 1_000 // so that many probers cost one connection a second
+const CONNECT_MS = 900 // to connect to the instance; Kubernetes waits for one second
+const CONNECT_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
@@ -322,7 +322,7 @@ const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an 
 // backends share, `fall` says how many answers they need together)
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
 const POLL_MS = 25 // how often draining and shutdown look whether they may go on
-const QUIET_LOOKS = 4 // in QUIET_MS: a busy event loop needs longer to read what has come
+const QUIET_SAMPLES = 4 // in QUIET_MS: a busy event loop needs longer to read what has come
 
 // Of a shutdown
 const REQUESTS_MS = 5_000 // of timeoutMs, that requests have after the last prober
@@ -471,17 +471,17 @@ const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
 class Monitor {
   state: MonitorState
   readonly logger: Logger
-  readonly application = new Application(this)
+  readonly traffic = new Traffic(this)
   /** Servers that `start` was not given, and that are not the instance: at a signal they are
    *  closed, and waited for, but they are never judged, counted or told of. */
-  readonly bystanders = new Application()
+  readonly bystanders = new Traffic()
   readonly clock = new Clock()
   readonly probers = new Probers(this)
   readonly history = new VerdictHistory(this.clock)
   load = new Load()
   warmup = new WarmupRunner(this)
   /** Known from `booting` on. */
-  instance: Instance | undefined
+  instance: InstanceAddress | undefined
   /** Where the service's own port answers the verdict, if it does. */
   healthPath: string | undefined
   /** Whether nobody who comes by a port is on this machine. */
@@ -523,7 +523,7 @@ class Monitor {
     if (!this.#options.isByItself) return 'refuse'
 
     const isMoreWanted = Object.values(others).some((option) => option !== undefined)
-    const isOurs = servers.every((server) => server === this.application.server)
+    const isOurs = servers.every((server) => server === this.traffic.server)
     return isOurs && !isMoreWanted ? 'goOn' : 'begin'
   }
 
@@ -541,7 +541,7 @@ class Monitor {
    *  has accepted, it boots. */
   get isInstanceClosing(): boolean {
     if (this.state !== 'accepting') return false
-    const { server } = this.application
+    const { server } = this.traffic
     return server ? !server.listening : this.instance?.isRefused === true
   }
 
@@ -584,7 +584,7 @@ class Monitor {
   /** Our own port cannot be had. With the server at hand all else goes on, for health() and for the
    *  health path. */
   onListenFailed(error: unknown): void {
-    if (!this.application.server) {
+    if (!this.traffic.server) {
       this.#giveUp(error)
       return
     }
@@ -598,8 +598,8 @@ class Monitor {
   findServers(): void {
     if (this.#endSearch) return
     const { keepAliveMs } = this.#options
-    this.application.keepAliveMs = keepAliveMs ?? readMilliseconds('FTW_MONITOR_KEEP_ALIVE_MS')
-    for (const server of this.#options.servers) this.application.add(server)
+    this.traffic.keepAliveMs = keepAliveMs ?? readMilliseconds('FTW_MONITOR_KEEP_ALIVE_MS')
+    for (const server of this.#options.servers) this.traffic.add(server)
     this.#endSearch = observeListening({
       onListen: (place) => this.#stepAside(place),
       onListening: (server) => this.#onServerFound(server)
@@ -616,7 +616,7 @@ class Monitor {
     this.#endSearch?.()
     this.#endSearch = undefined
     clearTimeout(this.#portWarning)
-    this.application.unhook()
+    this.traffic.unhook()
     this.bystanders.unhook()
   }
 
@@ -635,7 +635,7 @@ class Monitor {
   onServerListening(): void {
     if (this.isOff) return
     // A server may close, and listen elsewhere before its `close` event.
-    const { server } = this.application
+    const { server } = this.traffic
     if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
       void this.#close('closed')
     }
@@ -666,7 +666,7 @@ class Monitor {
   beginDraining(options: Required<DrainOptions>, limitMs: number): Draining {
     if (this.draining) this.draining.change(options, limitMs)
     else this.draining = new Draining(this, options, limitMs)
-    this.application.sendClientsElsewhere()
+    this.traffic.sendClientsElsewhere()
     const isSomebodyTold = this.draining.hasSomebodyToTell && limitMs > 0
     if (isSomebodyTold) log('info', describeWait(this.draining, limitMs))
     return this.draining
@@ -674,23 +674,23 @@ class Monitor {
 
   endDraining(): void {
     this.draining = undefined
-    this.application.stopSendingElsewhere()
+    this.traffic.stopSendingElsewhere()
   }
 
   /** Connects to an instance whose server we do not know. */
-  async look(): Promise<void> {
-    await this.instance?.look()
+  async connect(): Promise<void> {
+    await this.instance?.connect()
     if (this.instance?.isAccepting) this.#accept()
   }
 
-  get isLookDue(): boolean {
-    return !this.application.server && this.instance?.isLookDue === true
+  get isConnectDue(): boolean {
+    return !this.traffic.server && this.instance?.isConnectDue === true
   }
 
   #onServerFound(server: net.Server): void {
-    if (this.application.has(server) || !servesRequests(server)) return
+    if (this.traffic.has(server) || !servesRequests(server)) return
     if (this.#isInstance(server)) {
-      this.application.replace(server)
+      this.traffic.replace(server)
       this.onServerListening()
       return
     }
@@ -717,16 +717,16 @@ class Monitor {
   /** Where `start` was given no server, it is the one at the port that is known, or the first. */
   #isInstance(server: net.Server): boolean {
     const isGiven = this.#options.servers.length > 0
-    if (isGiven || this.application.server?.listening || !keepsProcessAlive(server)) return false
+    if (isGiven || this.traffic.server?.listening || !keepsProcessAlive(server)) return false
     const wanted = attempt(() => boundAddress(this.#options, undefined))
     const found = boundAddress({}, server)
     return !wanted || (wanted.port === found.port && wanted.path === found.path)
   }
 
   #wait(): void {
-    const { server } = this.application
+    const { server } = this.traffic
     this.state = 'waiting'
-    this.load.begin(this.application.requests)
+    this.load.begin(this.traffic.requests)
     this.clock.start(() => this.#tick())
     const isFoundByConnecting = !server && this.#isPortKnown
     this.clock.schedule(isFoundByConnecting ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
@@ -739,7 +739,7 @@ class Monitor {
 
   /** Takes the next steps towards accepting, as far as they can be taken now. */
   #advance(): void {
-    const { server } = this.application
+    const { server } = this.traffic
     const isKnown = server ? server.listening : this.#isPortKnown
     // Its server may be found after the port was known.
     const isSignalUnheard = !signals.areHeard && !signals.hasCome
@@ -747,19 +747,19 @@ class Monitor {
     if (this.state === 'waiting' && isKnown) this.#open()
     if (this.state !== 'booting') return
     if (server) this.#accept()
-    else void this.look()
+    else void this.connect()
   }
 
   /** Finds out where the instance is, and opens the monitor port beside it. */
   #open(): void {
-    const server = this.application.server ?? this.#unseenServer
+    const server = this.traffic.server ?? this.#unseenServer
     let bound: Bound
     try {
       bound = boundAddress(this.#options, server)
       this.isOnlySocketLocal = isOnlySocketLocal(this.#options)
       const location = locateInstance(this.#options, bound, server)
       if (!URL.canParse(location.url)) failWith(`cannot use ${location.url}: set FTW_MONITOR_URL`)
-      this.instance = new Instance(location)
+      this.instance = new InstanceAddress(location)
     } catch (error) {
       this.#giveUp(error)
       return
@@ -781,7 +781,7 @@ class Monitor {
 
   /** The one that `start` was given, listens, and has an `emit` that cannot be replaced. */
   get #unseenServer(): net.Server | undefined {
-    return this.#options.servers.find((each) => each.listening && !this.application.has(each))
+    return this.#options.servers.find((each) => each.listening && !this.traffic.has(each))
   }
 
   #accept(): void {
@@ -792,14 +792,14 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.load.measure(this.application.requests)
+    this.load.measure(this.traffic.requests)
     this.#advance()
-    if (this.warmup.stage === 'running' && this.isLookDue) void this.look()
+    if (this.warmup.stage === 'running' && this.isConnectDue) void this.connect()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
     this.listener?.enforceLimits()
-    this.application.forgetEndedRequests()
-    this.application.forgetClosedConnections()
+    this.traffic.forgetEndedRequests()
+    this.traffic.forgetClosedConnections()
   }
 
   /** Ends all that runs, at once; what may begin again begins anew. Resolves when the port is
@@ -1123,7 +1123,7 @@ function hostInUrl(host: string): string {
   return net.isIPv6(host) ? `[${host}]` : host
 }
 
-// --- The instance --------------------------------------------------------------------------------
+// --- The address of the instance -----------------------------------------------------------------
 
 /** Where the instance is reached. */
 interface Location {
@@ -1142,7 +1142,7 @@ interface Location {
 
 /** The instance as somebody else sees it: where it is reached and, where we were not given its
  *  server, whether it accepts connections. Only a connection can tell that. */
-class Instance {
+class InstanceAddress {
   /** At first that of its location. */
   url: string
   readonly ipv6Url: string | undefined
@@ -1150,8 +1150,8 @@ class Instance {
   readonly headers: Record<string, string>
   readonly #location: Location
   #lastSeen: 'accepting' | 'refusing' | 'never' = 'never'
-  #lookedAtMs = -Infinity
-  #pendingLook: Promise<void> | undefined
+  #connectedAtMs = -Infinity
+  #pendingConnect: Promise<void> | undefined
 
   constructor(location: Location) {
     this.#location = location
@@ -1169,8 +1169,8 @@ class Instance {
     return this.#lastSeen === 'refusing'
   }
 
-  get isLookDue(): boolean {
-    return performance.now() - this.#lookedAtMs > LOOK_AGAIN_MS
+  get isConnectDue(): boolean {
+    return performance.now() - this.#connectedAtMs > CONNECT_AGAIN_MS
   }
 
   hasMoved({ address, port, path }: Bound): boolean {
@@ -1180,16 +1180,16 @@ class Instance {
   }
 
   /** Connects once. Callers that come while a connection is tried share its outcome. */
-  look(): Promise<void> {
-    this.#pendingLook ??= this.#connect()
-    return this.#pendingLook
+  connect(): Promise<void> {
+    this.#pendingConnect ??= this.#tryConnection()
+    return this.#pendingConnect
   }
 
-  async #connect(): Promise<void> {
+  async #tryConnection(): Promise<void> {
     const { host, port = 0, path } = this.#location
     const outcome = await connectionOutcome(path === undefined ? { host, port } : { path })
-    this.#pendingLook = undefined
-    this.#lookedAtMs = performance.now()
+    this.#pendingConnect = undefined
+    this.#connectedAtMs = performance.now()
     // Of a full backlog, say, nothing is to be learned: what was seen last still holds.
     if (outcome !== 'unknown') this.#lastSeen = outcome
   }
@@ -1203,7 +1203,7 @@ function connectionOutcome(to: net.NetConnectOpts): Promise<'accepting' | 'refus
       return
     }
     socket.unref()
-    socket.setTimeout(LOOK_MS, () => {
+    socket.setTimeout(CONNECT_MS, () => {
       socket.destroy()
       resolve('unknown')
     })
@@ -1243,8 +1243,7 @@ class Listener {
   readonly clock: Clock
   readonly #endpoint: net.ListenOptions
   readonly #monitor: Monitor
-  /** A fixed number of places. In a Set closed sockets lived longer: 8 % of a check over HTTP was
-   *  garbage collection, in place of 3 %. */
+  /** A fixed number of places, since in a Set closed sockets lived longer. */
   readonly #sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
   /** How many connections have come. */
   #connectionsSoFar = 0
@@ -1494,7 +1493,7 @@ function keepsProcessAlive(server: net.Server): boolean {
   return _unref !== true && _handle?.hasRef?.() !== false
 }
 
-// --- The application -----------------------------------------------------------------------------
+// --- The traffic ---------------------------------------------------------------------------------
 
 // The servers that `start` was given or that it found, and what passes through them: connections
 // and requests. This section counts the requests in flight, sends clients elsewhere, and closes it
@@ -1534,26 +1533,26 @@ interface Http2Stream extends NodeJS.EventEmitter {
   destroy(): void
 }
 
-/** For how long nothing has happened, by the clock and in looks: several looks prove that a busy
- *  event loop has meanwhile read what came. */
+/** For how long nothing has happened, by the clock and in samples: several of those prove that a
+ *  busy event loop has read meanwhile what came. */
 class Quiet {
   #sinceMs = performance.now()
-  #looks = 0
+  #samples = 0
 
   /** Something has happened. */
   begin(): void {
     this.#sinceMs = performance.now()
-    this.#looks = 0
+    this.#samples = 0
   }
 
   /** Call it every POLL_MS; `isDisturbed` if something happens. */
-  look(isDisturbed: boolean): void {
+  sample(isDisturbed: boolean): void {
     if (isDisturbed) this.begin()
-    else this.#looks++
+    else this.#samples++
   }
 
   hasLasted(ms: number): boolean {
-    return this.#looks >= QUIET_LOOKS && performance.now() - this.#sinceMs >= ms
+    return this.#samples >= QUIET_SAMPLES && performance.now() - this.#sinceMs >= ms
   }
 }
 
@@ -1615,8 +1614,8 @@ class Client {
   }
 
   /** Call it every POLL_MS, before you ask whether it is quiet. */
-  look(): void {
-    this.#quiet.look(this.isBusy)
+  sampleQuiet(): void {
+    this.#quiet.sample(this.isBusy)
   }
 
   isNewest(response: object): boolean {
@@ -1707,7 +1706,7 @@ interface ServerObserver {
   onServerClose(): void
 }
 
-class Application {
+class Traffic {
   requests = 0
   errors = 0
   /** What the servers' `keepAliveTimeout` is to be, where that was told. */
@@ -2127,7 +2126,7 @@ class Application {
     let areAllQuiet = true
     for (const client of this.#clients.values()) {
       if (isDestroyed(client.peer)) continue
-      client.look()
+      client.sampleQuiet()
       const isToEnd = client.isQuiet && !client.isUpgraded
       if (isToEnd && !client.sendSessionElsewhere()) client.end()
       if (!client.isQuiet) areAllQuiet = false
@@ -2205,10 +2204,10 @@ class Application {
 
 /** Sees all events of a server. Returns a function that takes the hook off, or undefined if `emit`
  *  cannot be replaced. */
-function hookEmit(server: net.Server, application: Application): (() => void) | undefined {
+function hookEmit(server: net.Server, traffic: Traffic): (() => void) | undefined {
   return replaceMethod(server, 'emit', (innerEmit) => {
     return function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
-      const outcome = attemptOwn(() => application.onEvent(server, event, args))
+      const outcome = attemptOwn(() => traffic.onEvent(server, event, args))
       if (outcome === 'taken') return true
       return Reflect.apply(innerEmit, this, [event, ...args])
     }
@@ -2451,14 +2450,14 @@ const serversClosedOnBun = new WeakSet<net.Server>()
 /** Responses that close their connection already: each `drain` comes by them again. */
 const sentElsewhere = new WeakSet<object>()
 
-function sendElsewhere(key: object, client: Client, application: Application): void {
+function sendElsewhere(key: object, client: Client, traffic: Traffic): void {
   if ('goaway' in client.peer) return
   const response = key as http.ServerResponse
   attempt(() => {
     if (sentElsewhere.has(response) || response.headersSent) return
     sentElsewhere.add(response)
     client.expectMore()
-    closeConnectionAfter(response, client, application)
+    closeConnectionAfter(response, client, traffic)
   })
 }
 
@@ -2468,7 +2467,7 @@ function sendElsewhere(key: object, client: Client, application: Application): v
 function closeConnectionAfter(
   response: http.ServerResponse,
   client: Client,
-  application: Application
+  traffic: Traffic
 ): void {
   const { shouldKeepAlive, req: request } = response
   // At once, since some call the prototype's own writeHead.
@@ -2478,7 +2477,7 @@ function closeConnectionAfter(
   replaceMethod(response, 'writeHead', (innerWriteHead) => {
     return function writeHead(this: http.ServerResponse, ...args: unknown[]): http.ServerResponse {
       const isLast = client.isNewest(response)
-      if (!application.isSendingElsewhere || !isLast || isUploading(request)) {
+      if (!traffic.isSendingElsewhere || !isLast || isUploading(request)) {
         if (isSetAtOnce) response.shouldKeepAlive = shouldKeepAlive
         return Reflect.apply(innerWriteHead, this, args as [number])
       }
@@ -2671,12 +2670,12 @@ function toRedLine(text: string): string {
   return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
 }
 
-/** Asks what the verdict has to know. A promise only if there is something to wait for, since a
- *  promise is 15 % of a check. */
+/** Asks what the verdict has to know. A promise only if there is something to wait for, since that
+ *  costs more than the rest of a check. */
 function inspect(): Promise<unknown> | undefined {
   if (monitor.draining) return undefined
-  if (monitor.application.server && monitor.isInstanceClosing) return undefined // it is known
-  if (databases.size === 0 && registeredChecks.size === 0 && !monitor.isLookDue) return undefined
+  if (monitor.traffic.server && monitor.isInstanceClosing) return undefined // it is known
+  if (databases.size === 0 && registeredChecks.size === 0 && !monitor.isConnectDue) return undefined
   return inspectAll()
 }
 
@@ -2698,7 +2697,7 @@ async function inspectAndJudge(): Promise<Verdict> {
 /** Asks even if the verdict does not depend on the answers, as during a drain. */
 async function inspectAll(): Promise<void> {
   const inspections = allDependencies().map((each) => each.ask())
-  if (monitor.isLookDue) inspections.push(monitor.look())
+  if (monitor.isConnectDue) inspections.push(monitor.connect())
   await Promise.all(inspections)
   // What was registered meanwhile is asked, too; but only once, since that may go on without end.
   const added = allDependencies().filter(({ isAsked }) => !isAsked)
@@ -3341,8 +3340,8 @@ class WarmupRunner {
   /** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
    *  So one that nobody named has served a request before, or has listened for a second. */
   #beginWhenInUse(limitTickMs: number): void {
-    const { application, clock } = this.#monitor
-    const isInUse = application.requests > 0 || clock.nowTickMs >= limitTickMs
+    const { traffic, clock } = this.#monitor
+    const isInUse = traffic.requests > 0 || clock.nowTickMs >= limitTickMs
     if (isInUse) void this.#beginAtView()
     else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
   }
@@ -3359,7 +3358,7 @@ class WarmupRunner {
 
   /** Only our token proves that the view is there: a catch-all route, another worker or another
    *  process would answer, too. */
-  async #askView(instance: Instance): Promise<void> {
+  async #askView(instance: InstanceAddress): Promise<void> {
     // Not before, since it loads all of Node.js's cryptography; and some replace it.
     this.#token = attempt(() => crypto.randomUUID())
     if (this.#token === undefined) return
@@ -4063,7 +4062,7 @@ class Draining {
 
   /** Whether it looks finished now; the command waits until this has held for QUIET_MS. */
   get isFinished(): boolean {
-    return this.isTold && this.#monitor.application.requestsInFlight === 0
+    return this.isTold && this.#monitor.traffic.requestsInFlight === 0
   }
 
   get seconds(): number {
@@ -4106,14 +4105,14 @@ async function untilDrained(
 ): Promise<string> {
   if (!monitor.isRunning) return ''
   const draining = monitor.beginDraining(options, options.timeoutMs)
-  const { application } = monitor
-  const quiet = new QuietWatch(application)
+  const { traffic } = monitor
+  const quiet = new QuietWatch(traffic)
   let progress = ''
   const isOver = (): boolean => {
     if (monitor.draining !== draining) return true
     const { isTold } = draining
-    if (isTold) application.sendSessionsElsewhere()
-    quiet.look(application.requestsInFlight > 0 || !isTold)
+    if (isTold) traffic.sendSessionsElsewhere()
+    quiet.sample(traffic.requestsInFlight > 0 || !isTold)
     progress = describeProgress(draining, quiet.hasRequestComeLately)
     report(`Draining: ${progress}`)
     return quiet.isQuiet
@@ -4138,7 +4137,7 @@ function describeLate(afterMs: number, progress: string): string {
 function describeProgress(draining: Draining, doRequestsCome = false): string {
   const { informedCount, missingCount } = draining
   const known = `${informedCount} of ${informedCount + missingCount} probers know`
-  const { server, requestsInFlight, upgradedConnections } = monitor.application
+  const { server, requestsInFlight, upgradedConnections } = monitor.traffic
   if (!server) return known
   const requests = doRequestsCome
     ? 'requests keep coming'
@@ -4151,23 +4150,23 @@ function describeProgress(draining: Draining, doRequestsCome = false): string {
 
 /** Tells whether no request has come for QUIET_MS. */
 class QuietWatch {
-  readonly #application: Application
+  readonly #traffic: Traffic
   readonly #quiet = new Quiet()
   #requestsBefore: number
   #requestCameAtMs = -Infinity
 
-  constructor(application: Application) {
-    this.#application = application
-    this.#requestsBefore = application.requests
+  constructor(traffic: Traffic) {
+    this.#traffic = traffic
+    this.#requestsBefore = traffic.requests
   }
 
   /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
-  look(isBusy = false): void {
-    const { requests } = this.#application
+  sample(isBusy = false): void {
+    const { requests } = this.#traffic
     const hasRequestCome = requests !== this.#requestsBefore
     if (hasRequestCome) this.#requestCameAtMs = performance.now()
     this.#requestsBefore = requests
-    this.#quiet.look(isBusy || hasRequestCome)
+    this.#quiet.sample(isBusy || hasRequestCome)
   }
 
   get hasRequestComeLately(): boolean {
@@ -4336,9 +4335,9 @@ class Shutdown {
   /** Nobody who presses Ctrl-C at a terminal wants to wait for a balancer. */
   readonly #isAtTerminal: boolean
   readonly #monitor: Monitor
-  readonly #application: Application
+  readonly #traffic: Traffic
   /** All that is closed, including what is not judged. */
-  readonly #applications: Application[]
+  readonly #allTraffic: Traffic[]
   readonly #startedAtMs = performance.now()
   /** What is still to be done, in words. */
   readonly #undone = new Set<string>()
@@ -4354,8 +4353,8 @@ class Shutdown {
     this.#signal = signal
     this.#isAtTerminal = signal === 'SIGINT' && process.stdin.isTTY
     this.#monitor = monitor
-    this.#application = monitor.application
-    this.#applications = [monitor.application, monitor.bystanders]
+    this.#traffic = monitor.traffic
+    this.#allTraffic = [monitor.traffic, monitor.bystanders]
     this.done = new Promise((resolve) => {
       this.#resolveDone = resolve
     })
@@ -4411,12 +4410,12 @@ class Shutdown {
   }
 
   unrefServers(): void {
-    for (const application of this.#applications) application.unrefServers()
+    for (const traffic of this.#allTraffic) traffic.unrefServers()
   }
 
   /** Closes what the application has not closed itself. */
   closeServers(): void {
-    for (const application of this.#applications) application.closeServers()
+    for (const traffic of this.#allTraffic) traffic.closeServers()
   }
 
   /** If the process is killed in the middle, the log shows how far it had come. */
@@ -4439,11 +4438,11 @@ class Shutdown {
     }
 
     this.#enter('settling')
-    this.#application.sendSessionsElsewhere()
-    if (!this.#application.server) return
-    const quiet = new QuietWatch(this.#application)
+    this.#traffic.sendSessionsElsewhere()
+    if (!this.#traffic.server) return
+    const quiet = new QuietWatch(this.#traffic)
     const isQuiet = (): boolean => {
-      quiet.look()
+      quiet.sample()
       return quiet.isQuiet
     }
     const limitMs = tellingLimitMs(this.#options) - this.#elapsedMs()
@@ -4458,8 +4457,8 @@ class Shutdown {
     // One after the other: what the instance serves may still ask a server beside it. Some time is
     // kept for the requests of that one, since an answer of the instance may never end.
     const closings: Promise<boolean>[] = []
-    for (const application of this.#applications) {
-      const closing = this.#closeApplication(application)
+    for (const traffic of this.#allTraffic) {
+      const closing = this.#closeApplication(traffic)
       closings.push(closing)
       const leftMs = timeoutMs - this.#elapsedMs()
       const besideMs = Math.min(REQUESTS_MS, leftMs / 2)
@@ -4467,38 +4466,38 @@ class Shutdown {
     }
     const isInTime = (await Promise.all(closings)).every(Boolean)
     // The last bytes of ended connections are still to be sent.
-    const isGone = (): boolean => this.#applications.every(({ isDisconnected }) => isDisconnected)
+    const isGone = (): boolean => this.#allTraffic.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
     else if (this.isDelay)
       return // whoever hears of the signal may finish them, or cut them
     else await this.#cutRequests()
-    for (const application of this.#applications) application.endConnections()
+    for (const traffic of this.#allTraffic) traffic.endConnections()
   }
 
   /** Resolves to whether all of its requests were over in time. */
-  async #closeApplication(application: Application): Promise<boolean> {
+  async #closeApplication(traffic: Traffic): Promise<boolean> {
     const { timeoutMs } = this.#options
-    application.sendClientsElsewhere()
-    await application.stopListening(timeoutMs - this.#elapsedMs())
-    const areClosed = (): boolean => application.closeQuietConnections()
+    traffic.sendClientsElsewhere()
+    await traffic.stopListening(timeoutMs - this.#elapsedMs())
+    const areClosed = (): boolean => traffic.closeQuietConnections()
     return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }
 
   async #cutRequests(): Promise<void> {
     let count = 0
-    for (const application of this.#applications) count += application.cutRequests()
+    for (const traffic of this.#allTraffic) count += traffic.cutRequests()
     if (count === 0) return // a connection that had just come
     const seconds = this.#options.timeoutMs / 1_000
     const requests = plural(count, 'request that is', 'requests that are')
     log('warn', `cuts ${requests} still in flight after ${seconds} s`)
     // The application is to hear of it before cleanUp.
-    const isCut = (): boolean => this.#applications.every((each) => each.requestsInFlight === 0)
+    const isCut = (): boolean => this.#allTraffic.every((each) => each.requestsInFlight === 0)
     await pollUntil(isCut, GOODBYE_MS)
   }
 
   /** The instance accepts connections, and its server, of a child process say, is not known. */
   get #isServerUnknown(): boolean {
-    return !this.#application.server && this.#monitor.instance?.isAccepting === true
+    return !this.#traffic.server && this.#monitor.instance?.isAccepting === true
   }
 
   /** Of its requests nothing can be known, so they have all the time. */
@@ -4507,7 +4506,7 @@ class Shutdown {
     const seconds = Math.round(limitMs / 1_000)
     log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
     const isGone = (): boolean => {
-      if (this.#monitor.isLookDue) void this.#monitor.look()
+      if (this.#monitor.isConnectDue) void this.#monitor.connect()
       return !this.#isServerUnknown
     }
     await pollUntil(isGone, limitMs)
@@ -4528,7 +4527,7 @@ class Shutdown {
   }
 
   async #endUpgraded(): Promise<void> {
-    await Promise.all(this.#applications.map((application) => application.endUpgraded()))
+    await Promise.all(this.#allTraffic.map((traffic) => traffic.endUpgraded()))
   }
 
   /** A part that fails is logged, and makes the exit status 1; the other parts are done anyway. */
@@ -5507,7 +5506,7 @@ function becomeHttp(lines: LineSession): void {
   listener.keep(session)
   // Our own listeners stay, and find that the session is not theirs.
   httpServer.emit('connection', socket)
-  socket.emit('data', unread) // by unshift() it would take a detour, which is 4 % of a check
+  socket.emit('data', unread) // by unshift() it would take a detour
 }
 
 function onMonitorRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
@@ -5764,9 +5763,9 @@ function inheritedMethod<Owner extends object, Name extends keyof Owner>(
 }
 
 /** Returns undefined if the function throws, as getters and methods of foreign objects may. */
-function attempt<T>(look: () => T): T | undefined {
+function attempt<T>(act: () => T): T | undefined {
   try {
-    return look()
+    return act()
   } catch {
     return undefined
   }
@@ -6121,7 +6120,7 @@ interface Open {
 
 /** The requests in flight, without their query strings, which carry secrets. */
 function listRequests(): Open[] | undefined {
-  const { server, openRequests } = monitor.application
+  const { server, openRequests } = monitor.traffic
   if (!server) return undefined
   return Array.from(openRequests, ({ startedAtMs, line }) => ({
     seconds: (performance.now() - startedAtMs) / 1_000,
@@ -6142,7 +6141,7 @@ async function openConnections(registered: RegisteredDatabase): Promise<Open[] |
 
 /** Without a server given, nothing is known of requests. */
 function httpFigures(): { in_flight: number; requests: number; errors: number } {
-  const { server, requestsInFlight, requests, errors } = monitor.application
+  const { server, requestsInFlight, requests, errors } = monitor.traffic
   if (!server) return { in_flight: -1, requests: -1, errors: -1 }
   return { in_flight: requestsInFlight, requests, errors }
 }
@@ -6407,11 +6406,11 @@ function processFamilies(): Family[] {
 const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
-  const { application, warmup, load } = monitor
+  const { traffic, warmup, load } = monitor
   const isHealthy = Number(judgeAndRecord().healthy)
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
-  const upgraded = application.server ? application.upgradedConnections : -1
+  const upgraded = traffic.server ? traffic.upgradedConnections : -1
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
@@ -6571,7 +6570,7 @@ export const status: () => Promise<Status> = shared('status', async () => {
 async function statusFor(isLocal: boolean): Promise<Status> {
   await inspectAll()
   const { healthy, grade, reason, explanation } = judgeAndRecord()
-  const { application, clock, load, instance, warmup, probers, draining, history } = monitor
+  const { traffic, clock, load, instance, warmup, probers, draining, history } = monitor
   return {
     healthy,
     grade,
@@ -6583,8 +6582,8 @@ async function statusFor(isLocal: boolean): Promise<Status> {
     })),
     url: instance?.url ?? '',
     uptimeSeconds: process.uptime(),
-    requestsInFlight: application.server ? application.requestsInFlight : -1,
-    upgradedConnections: application.server ? application.upgradedConnections : -1,
+    requestsInFlight: traffic.server ? traffic.requestsInFlight : -1,
+    upgradedConnections: traffic.server ? traffic.upgradedConnections : -1,
     eventLoopUtilization: load.utilization,
     residentMemoryBytes: readResidentMemory(),
     warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
@@ -6642,7 +6641,7 @@ addCommand(
   `Show how the instance is
 
     status: the verdict, and what it comes from. Over HTTP it is JSON, in the shape of
-    application/health+json.
+    traffic/health+json.
 `,
   async (asker) => {
     const known = await statusFor(asker.local)
@@ -7233,22 +7232,22 @@ async function showStatus(to: net.NetConnectOpts, words: string[]): Promise<numb
   const wrong = instances.find((word) => word.startsWith('-'))
   if (wrong !== undefined) failWith(`knows no ${wrong}; try ftw-monitor --help`)
 
-  const look = (): Promise<Shown> => (instances.length > 0 ? fleetStatus(instances) : ownStatus(to))
-  if (words.includes('--watch')) return watchStatus(look)
+  const ask = (): Promise<Shown> => (instances.length > 0 ? fleetStatus(instances) : ownStatus(to))
+  if (words.includes('--watch')) return watchStatus(ask)
 
-  const { lines, healthy } = await look()
+  const { lines, healthy } = await ask()
   print(lines.join('\n'))
   return healthy ? 0 : 1
 }
 
 /** Renews what is shown every second, in its place on a terminal, until Ctrl-C. */
-async function watchStatus(look: () => Promise<Shown>): Promise<never> {
+async function watchStatus(ask: () => Promise<Shown>): Promise<never> {
   let exitCode = 1
   let rowsBefore = 0
   process.once('SIGINT', () => process.exit(exitCode))
   process.stdout.once('error', () => process.exit(exitCode)) // `| head -1`
   for (;;) {
-    const { lines, healthy } = await look().catch(unreachable)
+    const { lines, healthy } = await ask().catch(unreachable)
     exitCode = healthy ? 0 : 1
     if (process.stdout.isTTY) rowsBefore = renewRows(lines, rowsBefore)
     else print(lines.join('\n'))
