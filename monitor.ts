@@ -2169,7 +2169,8 @@ class Traffic {
     for (const client of this.#clients.values()) {
       if (!client.isUpgraded) client.destroy()
     }
-    if (IS_BUN) this.#servers.forEach(closeOnBun)
+    const hadNoMoment = IS_BUN && this.#stage === 'refusing'
+    if (hadNoMoment) this.#servers.forEach(closeOnBun)
   }
 
   /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
@@ -4458,7 +4459,7 @@ class Shutdown {
     // kept for the requests of that one, since an answer of the instance may never end.
     const closings: Promise<boolean>[] = []
     for (const traffic of this.#allTraffic) {
-      const closing = this.#closeApplication(traffic)
+      const closing = this.#closeTraffic(traffic)
       closings.push(closing)
       const leftMs = timeoutMs - this.#elapsedMs()
       const besideMs = Math.min(REQUESTS_MS, leftMs / 2)
@@ -4475,10 +4476,12 @@ class Shutdown {
   }
 
   /** Resolves to whether all of its requests were over in time. */
-  async #closeApplication(traffic: Traffic): Promise<boolean> {
+  async #closeTraffic(traffic: Traffic): Promise<boolean> {
     const { timeoutMs } = this.#options
     traffic.sendClientsElsewhere()
-    await traffic.stopListening(timeoutMs - this.#elapsedMs())
+    // Bun stops listening by the program's own close() alone, which is still to come then.
+    const isLeftOpen = IS_BUN && this.isDelay
+    if (!isLeftOpen) await traffic.stopListening(timeoutMs - this.#elapsedMs())
     const areClosed = (): boolean => traffic.closeQuietConnections()
     return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }

@@ -243,13 +243,26 @@ const MOMENTS: Moment[] = [
   'bound'
 ]
 
-/** Bun and Deno cannot listen on what they inherit. */
+/** Bun and Deno cannot listen on what they inherit, and the HTTP/2 of Deno aborts the process by
+ *  itself. */
+function serverFor(drawn: ServerKind, runtime: 'node' | 'bun' | 'deno'): ServerKind {
+  if (runtime === 'node') return drawn
+  const isInherited = drawn === 'fd' || drawn === 'shared fd'
+  const isAborting = runtime === 'deno' && (drawn === 'h2' || drawn === 'h2c')
+  return isInherited || isAborting ? 'http' : drawn
+}
+
+/** In code Bun has to close a server by its `close()`; one that was bound at boot knows nothing of
+ *  that. */
+function listenerFor(drawn: ListenerKind, runtime: 'node' | 'bun' | 'deno'): ListenerKind {
+  const isBound = drawn === 'bound close' || drawn === 'prototype close'
+  return runtime === 'bun' && isBound ? 'close callback' : drawn
+}
+
 function drawLife(name: string, runtime: 'node' | 'bun' | 'deno'): Life {
   const chance = new Chance(name)
   const way = chance.oneOf(['code', 'auto'] as const)
-  const drawnServer = chance.oneOf(SERVERS)
-  const isInherited = drawnServer === 'fd' || drawnServer === 'shared fd'
-  const server = isInherited && runtime !== 'node' ? 'http' : drawnServer
+  const server = serverFor(chance.oneOf(SERVERS), runtime)
   const signal = drawSignal(chance)
   const moment = chance.oneOf(MOMENTS)
   const signalAtMs = chance.between(150, 1_600)
@@ -258,7 +271,7 @@ function drawLife(name: string, runtime: 'node' | 'bun' | 'deno'): Life {
     name,
     way,
     server,
-    listener: chance.oneOf(LISTENERS),
+    listener: listenerFor(chance.oneOf(LISTENERS), runtime),
     isListenerFirst: chance.isOneIn(2),
     isListenerOnce: chance.isOneIn(2),
     afterwards: chance.oneOf(['exits', 'sets exitCode', 'ends'] as const),
@@ -273,7 +286,7 @@ function drawLife(name: string, runtime: 'node' | 'bun' | 'deno'): Life {
     blockMs: isBlocked ? chance.between(200, 700) : 0,
     prober: chance.oneOf(PROBERS_MORE),
     proberPauseMs: chance.oneOf([100, 150, 500]),
-    clients: drawClients(chance, server),
+    clients: drawClients(chance, server, runtime),
     moment,
     signal,
     signalAtMs,
@@ -304,12 +317,16 @@ function drawHandled(
   return [...usual, signal]
 }
 
-function drawClients(chance: Chance, server: ServerKind): Client[] {
+function drawClients(
+  chance: Chance,
+  server: ServerKind,
+  runtime: 'node' | 'bun' | 'deno'
+): Client[] {
   const clients: Client[] = []
   const count = chance.between(1, 5)
   for (let index = 0; index < count; index++) {
     clients.push({
-      kind: drawClientKind(chance, server),
+      kind: clientFor(drawClientKind(chance, server), runtime),
       startsMs: chance.between(0, 600),
       pauseMs: chance.oneOf([0, 0, 30, 80, 250]),
       stopsMs: chance.oneOf([0, 300, 1_000, 2_500]),
@@ -317,6 +334,12 @@ function drawClients(chance: Chance, server: ServerKind): Client[] {
     })
   }
   return clients
+}
+
+/** What has been read with a request is known on Node.js alone, so that an answer there may close the
+ *  connection before the next one is seen. */
+function clientFor(drawn: ClientKind, runtime: 'node' | 'bun' | 'deno'): ClientKind {
+  return runtime !== 'node' && drawn === 'pipelined' ? 'keep-alive' : drawn
 }
 
 function drawClientKind(chance: Chance, server: ServerKind): ClientKind {
@@ -1680,13 +1703,13 @@ class Judge {
   readonly #life: Life
   readonly #withUs: Outcome
   readonly #without: Outcome
-  readonly #runtime: 'node' | 'bun' | 'deno'
+  readonly #isBun: boolean
 
   constructor(life: Life, withUs: Outcome, without: Outcome, runtime: string) {
     this.#life = life
     this.#withUs = withUs
     this.#without = without
-    this.#runtime = runtimeName(runtime)
+    this.#isBun = runtimeName(runtime) === 'bun'
   }
 
   judge(): string[] {
@@ -1710,19 +1733,15 @@ class Judge {
     return started < this.#withUs.signalledAtMs
   }
 
-  /** The program itself, or a person who insists, ends it in the middle. Bun and Deno tell the
-   *  program's own listener at once. */
-  get #isCutShort(): boolean {
-    if (this.#isInsisted) return true
-    const { listener, afterwards } = this.#life
-    if (this.#runtime === 'node' || listener === 'none') return false
-    if (['raises again', 'signal-exit', 'flushes'].includes(listener)) return true
-    return afterwards === 'exits' || this.#isSecondItsOwn
-  }
-
+  /** A person who insists ends it in the middle. */
   get #isInsisted(): boolean {
     const { second, secondAfterMs } = this.#life
     return second === 'SIGINT' && secondAfterMs >= 1_000 && this.#withUs.secondAtMs < Infinity
+  }
+
+  /** In auto Bun accepts connections until the program closes its server. */
+  get #isOpenToTheEnd(): boolean {
+    return this.#isBun && this.#life.way === 'auto'
   }
 
   #first(outcome: Outcome, kind: EventKind): number {
@@ -1746,9 +1765,8 @@ class Judge {
 
   #judgeRequests(): void {
     const lossesWithout = lossesOf(this.#without)
-    const isOursAlone = this.#runtime === 'node' || this.#life.listener === 'none'
-    const isOurs = this.#isInCharge && isOursAlone
-    const mayLose = this.#isCutShort || !(isOurs || this.#isSafeWithout)
+    const isOurs = this.#isInCharge && !this.#isOpenToTheEnd
+    const mayLose = this.#isInsisted || !(isOurs || this.#isSafeWithout)
     // Where the program closes its server by itself, what it has not read yet is lost by chance.
     const losses = lossesOf(this.#withUs).filter((loss) => isOurs || this.#isSeen(loss))
     if (losses.length > 0 && !mayLose) {
@@ -1784,7 +1802,7 @@ class Judge {
   }
 
   #judgeEchoes(): void {
-    if (this.#isCutShort || !this.#isInCharge) return
+    if (this.#isInsisted || !this.#isInCharge) return
     const { signalledAtMs, echoes } = this.#withUs
     const latestMs = signalledAtMs - this.#life.blockMs - CLIENT_GRACE_MS
     const cleanedUpAtMs = this.#first(this.#withUs, 'cleanUp begin')
@@ -1852,12 +1870,11 @@ class Judge {
     const { cleanUp } = this.#life
     const count = this.#count(this.#withUs, 'cleanUp begin')
     if (count > 1) this.faults.push(`cleanUp was called ${count} times`)
-    const isWanted = cleanUp !== 'none' && this.#isInCharge && !this.#isCutShort
+    const isWanted = cleanUp !== 'none' && this.#isInCharge && !this.#isInsisted
     if (isWanted && count === 0) this.faults.push('cleanUp was not called')
     if (this.#isInCharge) this.#judgeOrder('cleanUp begin')
-    // Bun and Deno tell other listeners at once.
-    const isHeldBack = this.#isInCharge && this.#runtime === 'node'
-    if (isHeldBack && !this.#isCutShort) this.#judgeOrder('listener begin')
+    const isHeldBack = this.#isInCharge && !this.#isInsisted && !this.#isOpenToTheEnd
+    if (isHeldBack) this.#judgeOrder('listener begin')
     this.#judgeOwnCleanUps()
   }
 
@@ -1933,11 +1950,6 @@ class Judge {
     const { listener, cleanUp } = this.#life
     const isFailing = cleanUp === 'throws' || cleanUp === 'endless'
     const status = isFailing ? 'status 1' : 'status 0'
-    // On Bun and Deno the program's own listener may be faster, and ours hears what it raises.
-    if (this.#runtime !== 'node' && listener !== 'none') {
-      const isRaised = listener === 'raises again' || listener === 'signal-exit'
-      return isRaised || isFailing ? [...own, status] : own
-    }
     if (cleanUp === 'endless' || listener === 'none' || own[0] === 'status 0') return [status]
     return own
   }
@@ -1965,10 +1977,9 @@ class Judge {
   }
 
   #judgeRest(): void {
-    const others = this.#without.leftBehind
-    const isOver = this.#isInCharge && !this.#isInsisted && !this.#withUs.isKilled
+    const others = this.#without.leftBehind // a program that exits leaves the file of its socket
     for (const left of this.#withUs.leftBehind) {
-      if (isOver || !others.includes(left)) this.faults.push(`left ${left} behind`)
+      if (!others.includes(left)) this.faults.push(`left ${left} behind`)
     }
   }
 }
