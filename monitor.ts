@@ -340,9 +340,6 @@ const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment, and of idle conne
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
 const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
-const TICKS_PER_SECOND = 1_000 / TICK_MS
-const CHART_SECONDS = 120 // two minutes on the page
-const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 const FAULT_LOG_MS = 60_000 // between faults of our own
@@ -467,6 +464,9 @@ const OFF = new Set<MonitorState>(['new', 'stopped', 'failed'])
 
 /** The clock ticks; the port is open, or will be. The others are neither off nor running. */
 const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
+
+/** Called when the clock begins, and at each tick. Layers add to it. */
+const tickListeners: ((owner: Monitor) => void)[] = []
 
 class Monitor {
   state: MonitorState
@@ -726,7 +726,7 @@ class Monitor {
   #wait(): void {
     const { server } = this.traffic
     this.state = 'waiting'
-    this.load.begin(this.traffic.requests)
+    for (const onTick of tickListeners) onTick(this)
     this.clock.start(() => this.#tick())
     const isFoundByConnecting = !server && this.#isPortKnown
     this.clock.schedule(isFoundByConnecting ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
@@ -792,7 +792,8 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.load.measure(this.traffic.requests)
+    this.load.measure()
+    for (const onTick of tickListeners) onTick(this)
     this.#advance()
     if (this.warmup.stage === 'running' && this.isConnectDue) void this.connect()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
@@ -935,16 +936,8 @@ class Clock {
 
 // --- The load of the event loop ------------------------------------------------------------------
 
-// How busy the event loop is and was, measured once a tick, so that probers get the same answer and
-// none spoils another's.
-
-/** A second of the instance's life. */
-interface Second {
-  utilization: number
-  requests: number
-  /** The largest delay of our tick. */
-  lagMs: number
-}
+// How busy the event loop is, measured once a tick, so that probers get the same answer and none
+// spoils another's.
 
 /** Not every version of Node.js's types has it on `performance`. */
 type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
@@ -952,45 +945,9 @@ type MeasureUtilization = (now?: object, before?: object) => { active: number; u
 class Load {
   /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
   utilization = -1
-  /** The last two minutes, the oldest first. */
-  seconds: Second[] = []
   #samples: object[] = []
-  #tickedAtMs = 0
-  #ticks = 0
-  /** How many requests there had been when the last second began. */
-  #requestsBefore = 0
-  #lagMs = 0
 
-  begin(requests: number): void {
-    this.#tickedAtMs = performance.now()
-    this.#requestsBefore = requests
-  }
-
-  measure(requests: number): void {
-    this.#measureUtilization()
-    const nowMs = performance.now()
-    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
-    this.#tickedAtMs = nowMs
-    this.#ticks++
-    if (this.#ticks % TICKS_PER_SECOND > 0) return
-
-    const second = {
-      utilization: this.utilization,
-      requests: requests - this.#requestsBefore,
-      lagMs: this.#lagMs
-    }
-    this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
-    this.#requestsBefore = requests
-    this.#lagMs = 0
-  }
-
-  /** The largest delay of our tick lately. */
-  get lagSeconds(): number {
-    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
-    return Math.max(this.#lagMs, ...lately) / 1_000
-  }
-
-  #measureUtilization(): void {
+  measure(): void {
     const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
       Object(performance)
     const now = eventLoopUtilization?.()
@@ -6224,6 +6181,62 @@ function memoryFigures(): object {
   }
 }
 
+// The load of the event loop, second by second
+
+/** A second of the instance's life. */
+interface Second {
+  utilization: number
+  requests: number
+  /** The largest delay of our tick. */
+  lagMs: number
+}
+
+const TICKS_PER_SECOND = 1_000 / TICK_MS
+const CHART_SECONDS = 120 // two minutes on the page
+const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
+
+class LoadHistory {
+  /** The last two minutes, the oldest first. */
+  seconds: Second[] = []
+  #tickedAtMs = performance.now()
+  #ticks = 0
+  /** How many requests there had been when the last second began. */
+  #requestsBefore: number
+  #lagMs = 0
+
+  constructor(requests: number) {
+    this.#requestsBefore = requests
+  }
+
+  onTick(utilization: number, requests: number): void {
+    const nowMs = performance.now()
+    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
+    this.#tickedAtMs = nowMs
+    this.#ticks++
+    if (this.#ticks % TICKS_PER_SECOND > 0) return
+
+    const second = { utilization, requests: requests - this.#requestsBefore, lagMs: this.#lagMs }
+    this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
+    this.#requestsBefore = requests
+    this.#lagMs = 0
+  }
+
+  /** The largest delay of our tick lately. */
+  get lagSeconds(): number {
+    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
+    return Math.max(this.#lagMs, ...lately) / 1_000
+  }
+}
+
+/** The history of each load, which the monitor makes anew whenever its clock begins. */
+const loadHistories = new WeakMap<Load, LoadHistory>()
+
+tickListeners.push(({ load, traffic }) => {
+  const history = loadHistories.get(load)
+  if (history) history.onTick(load.utilization, traffic.requests)
+  else loadHistories.set(load, new LoadHistory(traffic.requests))
+})
+
 // --- Metrics -------------------------------------------------------------------------------------
 
 // What Prometheus collects: our families, and those of the service.
@@ -6414,6 +6427,7 @@ function instanceFamilies(): Family[] {
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = traffic.server ? traffic.upgradedConnections : -1
+  const lagSeconds = loadHistories.get(load)?.lagSeconds ?? 0
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
@@ -6421,7 +6435,7 @@ function instanceFamilies(): Family[] {
     family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
     family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
     family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
-    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, load.lagSeconds)
+    family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, lagSeconds)
   ]
 }
 
@@ -6923,7 +6937,7 @@ function renderPage(known: Status, exchange: Exchange, nonce: string): string {
 <table>
 ${rowsOf(known).map(pageRow).join('\n')}
 </table>
-${renderChart(known, monitor.load.seconds)}
+${renderChart(known, loadHistories.get(monitor.load)?.seconds ?? [])}
 <p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
 <p>ftw-monitor ${VERSION}</main></body></html>
 `
