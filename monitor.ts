@@ -99,42 +99,6 @@ export interface CommandOptions {
   local?: boolean
 }
 
-/** An open connection of a database. */
-export interface OpenConnection {
-  /** Since when it is open: milliseconds since 1970, or a `Date`. */
-  openedAt: number | Date
-  /** What it is open for, in a few words. */
-  info: string
-}
-
-/** What a database knows of itself, in whole numbers. What is left out is shown as -1. */
-export interface Figures {
-  /** Objects in the caches. */
-  size?: number
-  /** Objects in the caches that are loaded. */
-  nonGhost?: number
-  /** How many objects the caches may hold. */
-  maxSize?: number
-  /** Records that the cache has taken in so far. */
-  recordsAdded?: number
-  /** Bytes that the cache has taken in so far. */
-  bytesAdded?: number
-  /** Records that the cache has thrown out so far. */
-  recordsEvicted?: number
-  /** Bytes that the cache has thrown out so far. */
-  bytesEvicted?: number
-  /** How often the cache was asked so far. */
-  accesses?: number
-  /** Conflicts between writers so far. */
-  conflicts?: number
-  /** Conflicts that were not resolved. */
-  unresolvedConflicts?: number
-  /** Objects in the storage. */
-  objects?: number
-  /** The size of the storage in bytes. */
-  bytes?: number
-}
-
 /** Whatever the instance cannot serve without. */
 export interface Database {
   /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
@@ -143,10 +107,6 @@ export interface Database {
   /** Has 900 ms to answer. Only `true` itself is connected: neither `1` nor what a query returns.
    *  A check shares a call that is pending. */
   isConnected(): boolean | Promise<boolean>
-  /** Lists the open connections, for the command `monitor`. */
-  connections?(): OpenConnection[] | Promise<OpenConnection[]>
-  /** Returns figures, for `dbinfo`, `zeocache` and `perf_metrics`. */
-  figures?(): Figures | Promise<Figures>
 }
 
 /** Whatever else the instance cannot serve without: it passes if it returns, or resolves to,
@@ -2734,6 +2694,9 @@ class VerdictHistory {
 const databases = new Map<string, RegisteredDatabase>()
 const registeredChecks = new Map<string, Dependency>()
 
+/** Methods that a database may have besides `isConnected`. Layers add to it. */
+const databaseMethods: string[] = []
+
 /** Registers a database, or replaces it: it is connected if `isConnected` returns `true` itself.
  *  Returns the counters on which the service tells what it does with it. Throws a `TypeError` for a
  *  name with white space, and for what is no method. */
@@ -2741,12 +2704,10 @@ export const registerDatabase: (name: string, database: Database) => Activity = 
   'registerDatabase',
   (name, database) => {
     must(isWord(name), 'a database has a name without white space')
-    must(
-      hasMethods(database, 'isConnected') &&
-        mayHaveMethod(database, 'connections') &&
-        mayHaveMethod(database, 'figures'),
-      'a database has isConnected(), and may have connections() and figures()'
-    )
+    must(hasMethods(database, 'isConnected'), 'a database has isConnected()')
+    for (const method of databaseMethods) {
+      must(mayHaveMethod(database, method), `${method} of a database is a function`)
+    }
     must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
     const registered = new RegisteredDatabase(name, database)
     databases.set(name, registered)
@@ -2888,20 +2849,17 @@ class Dependency {
 }
 
 class RegisteredDatabase extends Dependency {
+  readonly database: Database
   readonly counters = {
     loads: new Counter(),
     stores: new Counter(),
     connections: new Counter()
   }
-  // They resolve to undefined if the database has no such method.
-  readonly connectionsCall: SharedCall
-  readonly figuresCall: SharedCall
 
   constructor(name: string, database: Database) {
     const isConnected = (): unknown => database.isConnected()
     super(`Database '${name}'`, name, database.optional === true, isConnected, 'disconnected')
-    this.connectionsCall = new SharedCall(() => database.connections?.(), ANSWER_MS)
-    this.figuresCall = new SharedCall(() => database.figures?.(), ANSWER_MS)
+    this.database = database
   }
 }
 
@@ -5972,6 +5930,69 @@ function tellOfServerInThread(): void {
 
 // Numbers under the names and in the formats that ftw.monitor gave them.
 
+/** An open connection of a database. */
+export interface OpenConnection {
+  /** Since when it is open: milliseconds since 1970, or a `Date`. */
+  openedAt: number | Date
+  /** What it is open for, in a few words. */
+  info: string
+}
+
+/** What a database knows of itself, in whole numbers. What is left out is shown as -1. */
+export interface Figures {
+  /** Objects in the caches. */
+  size?: number
+  /** Objects in the caches that are loaded. */
+  nonGhost?: number
+  /** How many objects the caches may hold. */
+  maxSize?: number
+  /** Records that the cache has taken in so far. */
+  recordsAdded?: number
+  /** Bytes that the cache has taken in so far. */
+  bytesAdded?: number
+  /** Records that the cache has thrown out so far. */
+  recordsEvicted?: number
+  /** Bytes that the cache has thrown out so far. */
+  bytesEvicted?: number
+  /** How often the cache was asked so far. */
+  accesses?: number
+  /** Conflicts between writers so far. */
+  conflicts?: number
+  /** Conflicts that were not resolved. */
+  unresolvedConflicts?: number
+  /** Objects in the storage. */
+  objects?: number
+  /** The size of the storage in bytes. */
+  bytes?: number
+}
+
+export interface Database {
+  /** Lists the open connections, for the command `monitor`. */
+  connections?(): OpenConnection[] | Promise<OpenConnection[]>
+  /** Returns figures, for `dbinfo`, `zeocache` and `perf_metrics`. */
+  figures?(): Figures | Promise<Figures>
+}
+
+databaseMethods.push('connections', 'figures')
+
+/** What a database tells of itself; these calls resolve to undefined if it has no such method. */
+interface DatabaseCalls {
+  connections: SharedCall
+  figures: SharedCall
+}
+
+const databaseCalls = new WeakMap<RegisteredDatabase, DatabaseCalls>()
+
+function callsOf(registered: RegisteredDatabase): DatabaseCalls {
+  const { database } = registered
+  const calls = databaseCalls.get(registered) ?? {
+    connections: new SharedCall(() => database.connections?.(), ANSWER_MS),
+    figures: new SharedCall(() => database.figures?.(), ANSWER_MS)
+  }
+  databaseCalls.set(registered, calls)
+  return calls
+}
+
 const JSON_TEXT = 'application/json'
 
 /** Returns the database that is meant; `-` and nothing mean `main`, else the first one. */
@@ -6009,7 +6030,7 @@ function countsOf(
 async function figuresOf(
   registered: RegisteredDatabase | undefined
 ): Promise<(name: keyof Figures) => number> {
-  const figures: unknown = await registered?.figuresCall.ask()
+  const figures: unknown = await (registered && callsOf(registered).figures.ask())
   return (name) => {
     const value = isObject(figures) ? figures[name] : undefined
     return typeof value === 'number' && Number.isFinite(value) ? Math.trunc(value) : -1
@@ -6089,7 +6110,7 @@ function listRequests(): Open[] | undefined {
 }
 
 async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
-  const open = await registered.connectionsCall.ask()
+  const open = await callsOf(registered).connections.ask()
   if (!Array.isArray(open)) return undefined
   return open.map((connection: unknown) => {
     const { openedAt, info } = Object(connection) as OpenConnection
