@@ -4712,26 +4712,21 @@ function endProcess(shutdownOfSignal: Shutdown, othersMs: number): void {
   setTimeout(end, othersMs).unref()
 }
 
-/** A channel to the parent process, as PM2 has it, is not worth a warning. */
+/** Says by kind what keeps the process alive: `2 TCPSocketWrap, 1 Timeout`. Pipes and terminals may
+ *  just be stdout and stderr, which keep nothing alive, and a channel to the parent process, as PM2
+ *  has it, is not worth a warning. */
 function exitThoughAlive(): void {
   const all = process.getActiveResourcesInfo?.() ?? [] // Bun has none
-  const others = all.filter((kind) => !STANDARD_STREAM.test(kind))
-  if (others.length > 0 || !process.connected) {
-    const kinds = describeKinds(others.length > 0 ? others : all)
-    log('warn', `is done, but something keeps the process alive: ${kinds}; exits`)
-  }
+  const others = all.filter((kind) => kind !== 'PipeWrap' && kind !== 'TTYWrap')
+  const kinds = others.length > 0 ? others : all
+  const counts = [...new Set(kinds)].map((kind) => {
+    return `${kinds.filter((each) => each === kind).length} ${kind}`
+  })
+  const shown = counts.join(', ') || 'a connection, a timer or the like'
+  const isWorthWarning = others.length > 0 || !process.connected
+  if (isWorthWarning) log('warn', `is done, but something keeps the process alive: ${shown}; exits`)
   process.exit()
 }
-
-/** What keeps the process alive, by kind: `2 TCPSocketWrap, 1 Timeout`. */
-function describeKinds(kinds: string[]): string {
-  const countByKind = new Map<string, number>()
-  for (const kind of kinds) countByKind.set(kind, (countByKind.get(kind) ?? 0) + 1)
-  const counts = Array.from(countByKind, ([kind, count]) => `${count} ${kind}`)
-  return counts.join(', ') || 'a connection, a timer or the like'
-}
-
-const STANDARD_STREAM = /^(Pipe|TTY)Wrap$/ // listed for stdout and stderr, which keep nothing alive
 
 // --- The command table ---------------------------------------------------------------------------
 
