@@ -2966,7 +2966,7 @@ function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
 class Counter {
   total = 0
   /** The oldest second comes first. */
-  readonly #countBySecond = new Map<number, number>()
+  readonly bySecond = new Map<number, number>()
 
   /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
   add(count: unknown = 1): void {
@@ -2974,22 +2974,10 @@ class Counter {
     must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
     const second = Math.floor(performance.now() / 1_000)
     this.total += events
-    this.#countBySecond.set(second, (this.#countBySecond.get(second) ?? 0) + events)
-    if (this.#countBySecond.size > HISTORY_SECONDS) this.#forgetOldest()
-  }
-
-  last(seconds: number): number {
-    const now = Math.floor(performance.now() / 1_000)
-    let sum = 0
-    for (const [second, count] of this.#countBySecond) {
-      if (now - second < seconds) sum += count
-    }
-    return sum
-  }
-
-  #forgetOldest(): void {
-    const [oldest] = this.#countBySecond.keys()
-    if (oldest !== undefined) this.#countBySecond.delete(oldest)
+    this.bySecond.set(second, (this.bySecond.get(second) ?? 0) + events)
+    if (this.bySecond.size <= HISTORY_SECONDS) return
+    const [oldest = second] = this.bySecond.keys()
+    this.bySecond.delete(oldest)
   }
 }
 
@@ -6015,10 +6003,19 @@ function countsOf(
   seconds: number
 ): Record<keyof Activity, number> {
   return {
-    loads: counters.loads.last(seconds),
-    stores: counters.stores.last(seconds),
-    connections: counters.connections.last(seconds)
+    loads: countedIn(counters.loads, seconds),
+    stores: countedIn(counters.stores, seconds),
+    connections: countedIn(counters.connections, seconds)
   }
+}
+
+function countedIn({ bySecond }: Counter, seconds: number): number {
+  const now = Math.floor(performance.now() / 1_000)
+  let sum = 0
+  for (const [second, count] of bySecond) {
+    if (now - second < seconds) sum += count
+  }
+  return sum
 }
 
 /** Returns a database's own figures, -1 for each that it leaves out. */
