@@ -3858,7 +3858,7 @@ function tellIfTooSlow(prober: Prober): void {
   const { options } = signals
   if (!options) return
   const { fall } = options
-  const tellingMs = tellingLimitMs(options)
+  const tellingMs = tellingLimitMs(options.timeoutMs)
   const neededMs = prober.timeForAnswers(fall)
   if (neededMs <= tellingMs) return
   const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
@@ -4121,8 +4121,9 @@ function unreffedPause(ms: number): Promise<void> {
  *  `TypeError` or `RangeError` for wrong options. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
-  async (options) => {
-    const checked = options === undefined ? optionsOfSignals() : optionsBesideSignals(options)
+  async (options = {}) => {
+    const ofSignals = signals.options
+    const checked = ofSignals ? overridden(ofSignals, options) : toShutdownOptions(options)
     const earlier = currentShutdown
     const current = beginShutdown(checked)
     if (current === earlier) await current.join()
@@ -4130,24 +4131,20 @@ export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   }
 )
 
-function optionsOfSignals(): CheckedShutdownOptions {
-  return { ...(signals.options ?? toShutdownOptions({})), isDelay: false }
-}
-
-/** The options of shutdownOnSignal(), overridden by these. */
-function optionsBesideSignals(options: ShutdownOptions): CheckedShutdownOptions {
-  const ofSignals = signals.options
-  if (!ofSignals) return toShutdownOptions(options)
+/** The options of shutdownOnSignal(), overridden by these; where the two times do not fit, the one
+ *  that was given here counts. Methods may use `this`. */
+function overridden(
+  { given }: CheckedShutdownOptions,
+  options: ShutdownOptions
+): CheckedShutdownOptions {
   mustBeShutdownOptions(options)
   const merged: ShutdownOptions = {}
   for (const name of SHUTDOWN_OPTIONS) {
-    const owner = Reflect.get(options, name) === undefined ? ofSignals.given : options
+    const owner = Reflect.get(options, name) === undefined ? given : options
     const value: unknown = Reflect.get(owner, name)
-    const isMethod = typeof value === 'function' // it may use `this`
-    Reflect.set(merged, name, isMethod ? value.bind(owner) : value)
+    Reflect.set(merged, name, typeof value === 'function' ? value.bind(owner) : value)
   }
   const { timeoutMs = 0, exitAfterMs = Infinity } = merged
-  // If the two times do not fit, the one that was given here counts.
   const other = options.timeoutMs === undefined ? 'timeoutMs' : 'exitAfterMs'
   if (exitAfterMs <= timeoutMs && options[other] === undefined) delete merged[other]
   return toShutdownOptions(merged)
@@ -4173,8 +4170,8 @@ function mustBeShutdownOptions(options: ShutdownOptions): void {
 function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
   mustBeShutdownOptions(options)
   const drainOptions = toDrainOptions(options)
-  fitEnvironment(options, drainOptions)
-  const { timeoutMs } = drainOptions
+  const timeoutMs = fittingTimeoutMs(options, drainOptions.timeoutMs)
+  const minimumMs = fittingMinimumMs(drainOptions.minimumMs, timeoutMs)
   const { exitAfterMs = timeoutMs + EXIT_MARGIN_MS } = options
   must(mayHaveMethod(options, 'onSignal'), 'onSignal must be a function')
   must(mayHaveMethod(options, 'cleanUp'), 'cleanUp must be a function')
@@ -4184,30 +4181,27 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
     RangeError
   )
-  const minimumMs = fittingMinimumMs(drainOptions)
-  return { given: options, ...drainOptions, minimumMs, exitAfterMs, isDelay: false }
+  return { given: options, ...drainOptions, timeoutMs, minimumMs, exitAfterMs, isDelay: false }
+}
+
+/** A `timeoutMs` in the environment must not make an `exitAfterMs` in code invalid. */
+function fittingTimeoutMs({ timeoutMs, exitAfterMs }: ShutdownOptions, checkedMs: number): number {
+  const text = readEnv('FTW_MONITOR_TIMEOUT_MS')
+  if (text === undefined || timeoutMs !== undefined || exitAfterMs === undefined) return checkedMs
+  if (checkedMs < exitAfterMs) return checkedMs
+  const fittingMs = Math.max(0, exitAfterMs - EXIT_MARGIN_MS)
+  const used = `uses ${fittingMs} ms, since exitAfterMs is ${exitAfterMs}`
+  log('warn', `cannot use FTW_MONITOR_TIMEOUT_MS=${text}: ${used}`)
+  return fittingMs
 }
 
 /** Cuts a `minimumMs` that is too long, with a warning. */
-function fittingMinimumMs({ minimumMs, timeoutMs }: Required<DrainOptions>): number {
-  const tellingMs = tellingLimitMs({ timeoutMs })
+function fittingMinimumMs(minimumMs: number, timeoutMs: number): number {
+  const tellingMs = tellingLimitMs(timeoutMs)
   if (minimumMs <= tellingMs) return minimumMs
   const limit = `timeoutMs of ${timeoutMs} leaves ${tellingMs} ms for that`
   log('warn', `cannot serve for minimumMs of ${minimumMs}: ${limit}; raise timeoutMs`)
   return tellingMs
-}
-
-/** A `timeoutMs` in the environment must not make an `exitAfterMs` in code invalid. */
-function fitEnvironment(
-  { timeoutMs, exitAfterMs }: ShutdownOptions,
-  checked: Required<DrainOptions>
-): void {
-  const text = readEnv('FTW_MONITOR_TIMEOUT_MS')
-  if (text === undefined || timeoutMs !== undefined || exitAfterMs === undefined) return
-  if (checked.timeoutMs < exitAfterMs) return
-  checked.timeoutMs = Math.max(0, exitAfterMs - EXIT_MARGIN_MS)
-  const used = `uses ${checked.timeoutMs} ms, since exitAfterMs is ${exitAfterMs}`
-  log('warn', `cannot use FTW_MONITOR_TIMEOUT_MS=${text}: ${used}`)
 }
 
 /** A shutdown that only delays a signal is over when the application hears of the signal, and may
@@ -4226,7 +4220,7 @@ function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals)
 type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'over'
 
 /** How long probers may take to be told: all of the time but what requests have in any case. */
-function tellingLimitMs({ timeoutMs }: { timeoutMs: number }): number {
+function tellingLimitMs(timeoutMs: number): number {
   return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
 }
 
@@ -4330,8 +4324,8 @@ class Shutdown {
 
   /** Tells whoever probes, and waits for a quiet moment. */
   async #drain(): Promise<void> {
-    const { minimumMs } = this.#options
-    const tellingMs = this.#isAtTerminal ? 0 : tellingLimitMs(this.#options)
+    const { minimumMs, timeoutMs } = this.#options
+    const tellingMs = this.#isAtTerminal ? 0 : tellingLimitMs(timeoutMs)
     if (this.#isAtTerminal) log('info', 'finishes its requests; Ctrl-C again ends it at once')
     const options = { ...this.#options, minimumMs: Math.min(minimumMs, tellingMs) }
     const draining = this.#monitor.beginDraining(options, tellingMs)
@@ -4349,7 +4343,7 @@ class Shutdown {
       quiet.sample()
       return quiet.isQuiet
     }
-    const limitMs = tellingLimitMs(this.#options) - this.#elapsedMs()
+    const limitMs = tellingLimitMs(timeoutMs) - this.#elapsedMs()
     const isSomebodyTold = draining.hasSomebodyToTell && !this.#isAtTerminal
     await pollUntil(isQuiet, isSomebodyTold ? limitMs : Math.min(limitMs, SETTLE_MS))
   }
