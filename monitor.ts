@@ -2470,22 +2470,16 @@ interface Verdict {
 
 type Grade = 'pass' | 'warn' | 'fail'
 
-const HEALTHY: Verdict = {
-  healthy: true,
-  grade: 'pass',
-  reason: 'OK',
-  explanation: 'OK',
-  cause: 'OK'
-}
+const HEALTHY = verdictOf('pass', 'OK')
 const WARMUP_FAILED = 'Warmup failed'
-const BOOTING = transient('Instance is booting')
-const WARMING_UP = transient('Warmup in progress')
-const SHUTTING_DOWN = transient('Instance is shutting down')
-const GAVE_UP: Verdict = { ...transient('Error: the monitor gave up'), grade: 'fail' }
+const BOOTING = verdictOf('warn', 'Instance is booting')
+const WARMING_UP = verdictOf('warn', 'Warmup in progress')
+const SHUTTING_DOWN = verdictOf('warn', 'Instance is shutting down')
+const GAVE_UP = verdictOf('fail', 'Error: the monitor gave up')
 
-/** A verdict that passes by itself. */
-function transient(reason: string): Verdict {
-  return { healthy: false, grade: 'warn', reason, explanation: reason, cause: reason }
+/** A verdict of which anybody may know all. */
+function verdictOf(grade: Grade, reason: string): Verdict {
+  return { healthy: grade === 'pass', grade, reason, explanation: reason, cause: reason }
 }
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
@@ -2546,13 +2540,13 @@ async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> 
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing, warmup } = monitor
-  if (draining) return transient(toRedLine(draining.reason))
+  if (draining) return verdictOf('warn', toRedLine(draining.reason))
   if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
   if (state === 'failed') return GAVE_UP
 
   const broken = firstBroken()
   const isJustCold = broken?.isCold === true
-  if (broken && !isJustCold) return fault(broken.sentence, broken.detailedSentence, 'Error: ')
+  if (broken && !isJustCold) return fault(broken.sentence(false), broken.sentence(true), 'Error: ')
 
   if (state !== 'accepting') return judgeBoot()
   const verdict = judgeWarmup(warmup)
@@ -2827,24 +2821,18 @@ class Dependency {
     return false
   }
 
-  /** What is wrong with it, '' if nothing: its category alone. */
-  get trouble(): string {
-    return this.isPassing ? '' : (this.#outcome ?? this.#no)
+  /** What is wrong with it, '' if nothing: its category and, for this machine, what it threw. */
+  trouble(isLocal: boolean): string {
+    if (this.isPassing) return ''
+    const category = this.#outcome ?? this.#no
+    return isLocal && this.#detail !== '' ? `${category}: ${this.#detail}` : category
   }
 
-  /** The same with what it threw, for this machine. */
-  get detailedTrouble(): string {
-    return this.#detail === '' ? this.trouble : `${this.trouble}: ${this.#detail}`
-  }
-
-  /** `Database 'main' disconnected.`, in ftw.monitor's words. */
-  get sentence(): string {
-    return `${this.#title} ${this.trouble}.`
-  }
-
-  /** `Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432`, for this machine. */
-  get detailedSentence(): string {
-    return this.#detail === '' ? this.sentence : `${this.#title} ${this.detailedTrouble}`
+  /** `Database 'main' disconnected.`, in ftw.monitor's words; for this machine, `Database 'main'
+   *  failed: connect ECONNREFUSED 10.0.0.7:5432`. */
+  sentence(isLocal: boolean): string {
+    const end = isLocal && this.#detail !== '' ? '' : '.'
+    return `${this.#title} ${this.trouble(isLocal)}${end}`
   }
 }
 
@@ -2870,7 +2858,7 @@ class PageCheck extends Dependency {
   }
 
   override get isCold(): boolean {
-    return this.trouble === 'timed out' && monitor.warmup.wasColdAt(this.askedAtMs)
+    return this.trouble(false) === 'timed out' && monitor.warmup.wasColdAt(this.askedAtMs)
   }
 }
 
@@ -6124,8 +6112,7 @@ addCommand(
     const span = toNumber(seconds, 'SECONDS', HISTORY_SECONDS)
     await registered?.ask()
     if (registered?.isPassing === false) {
-      const trouble = asker.local ? registered.detailedSentence : registered.sentence
-      return JSON.stringify({ error: toRedLine(trouble) })
+      return JSON.stringify({ error: toRedLine(registered.sentence(asker.local)) })
     }
 
     return JSON.stringify({
@@ -6656,8 +6643,8 @@ function drainingStatus(draining: Draining): DrainingStatus {
 
 /** What a database and a check have in common. */
 function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
-  const { name, isOptional, trouble, detailedTrouble, answeredMs } = dependency
-  return { name, optional: isOptional, trouble: isLocal ? detailedTrouble : trouble, answeredMs }
+  const { name, isOptional, answeredMs } = dependency
+  return { name, optional: isOptional, trouble: dependency.trouble(isLocal), answeredMs }
 }
 
 addCommand(
