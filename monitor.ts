@@ -2503,28 +2503,17 @@ export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void>
   'untilHealthy',
   async (options = {}) => {
     must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
-    const { signal } = options
-    must(
-      signal === undefined || hasMethods(signal, 'addEventListener', 'throwIfAborted'),
-      'signal must be an AbortSignal'
-    )
-    signal?.throwIfAborted()
-
-    let onAbort = doNothing
-    const aborted = new Promise<never>((_, reject) => {
-      onAbort = () => reject(signal?.reason)
-    })
-    signal?.addEventListener('abort', onAbort)
-    try {
-      await Promise.race([pollUntilHealthy(signal), aborted])
-    } finally {
-      signal?.removeEventListener('abort', onAbort)
-    }
+    const { signal = new AbortController().signal } = options
+    const isSignal = hasMethods(signal, 'addEventListener', 'throwIfAborted')
+    must(isSignal, 'signal must be an AbortSignal')
+    signal.throwIfAborted()
+    await untilAbort(signal, pollUntilHealthy(signal))
+    signal.throwIfAborted()
   }
 )
 
-async function pollUntilHealthy(signal: AbortSignal | undefined): Promise<void> {
-  while (!signal?.aborted) {
+async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
     if (currentShutdown) {
       await currentShutdown.done
       throw new Error('ftw-monitor: the instance has shut down')
