@@ -1455,6 +1455,12 @@ interface Http2Stream extends NodeJS.EventEmitter {
 class Quiet {
   #sinceMs = performance.now()
   #samples = 0
+  #eventsBefore: number
+  #eventAtMs = -Infinity
+
+  constructor(eventsBefore = 0) {
+    this.#eventsBefore = eventsBefore
+  }
 
   /** Something has happened. */
   begin(): void {
@@ -1462,10 +1468,17 @@ class Quiet {
     this.#samples = 0
   }
 
-  /** Call it every POLL_MS; `isDisturbed` if something happens. */
-  sample(isDisturbed: boolean): void {
-    if (isDisturbed) this.begin()
+  /** Call it every POLL_MS: `isBusy` if something happens now, `events` counts what has. */
+  sample(isBusy: boolean, events = 0): void {
+    const isEvent = events !== this.#eventsBefore
+    this.#eventsBefore = events
+    if (isEvent) this.#eventAtMs = performance.now()
+    if (isEvent || isBusy) this.begin()
     else this.#samples++
+  }
+
+  get hasEventLately(): boolean {
+    return performance.now() - this.#eventAtMs < QUIET_MS
   }
 
   hasLasted(ms: number): boolean {
@@ -3987,16 +4000,16 @@ async function untilDrained(
   if (!monitor.isRunning) return ''
   const draining = monitor.beginDraining(options, options.timeoutMs)
   const { traffic } = monitor
-  const quiet = new QuietWatch(traffic)
+  const quiet = new Quiet(traffic.requests)
   let progress = ''
   const isOver = (): boolean => {
     if (monitor.draining !== draining) return true
     const { isTold } = draining
     if (isTold) traffic.sendSessionsElsewhere()
-    quiet.sample(traffic.requestsInFlight > 0 || !isTold)
-    progress = describeProgress(draining, quiet.hasRequestComeLately)
+    quiet.sample(traffic.requestsInFlight > 0 || !isTold, traffic.requests)
+    progress = describeProgress(draining, quiet.hasEventLately)
     report(`Draining: ${progress}`)
-    return quiet.isQuiet
+    return quiet.hasLasted(QUIET_MS)
   }
   const isInTime = await pollUntil(isOver, options.timeoutMs)
   if (monitor.draining !== draining) return 'Not drained: resumed meanwhile'
@@ -4027,36 +4040,6 @@ function describeProgress(draining: Draining, doRequestsCome = false): string {
   return upgradedConnections > 0
     ? `${progress}, ${plural(upgradedConnections, 'upgraded connection', 'upgraded connections')}`
     : progress
-}
-
-/** Tells whether no request has come for QUIET_MS. */
-class QuietWatch {
-  readonly #traffic: Traffic
-  readonly #quiet = new Quiet()
-  #requestsBefore: number
-  #requestCameAtMs = -Infinity
-
-  constructor(traffic: Traffic) {
-    this.#traffic = traffic
-    this.#requestsBefore = traffic.requests
-  }
-
-  /** Looks whether a request has come; `isBusy` where something else keeps it from being quiet. */
-  sample(isBusy = false): void {
-    const { requests } = this.#traffic
-    const hasRequestCome = requests !== this.#requestsBefore
-    if (hasRequestCome) this.#requestCameAtMs = performance.now()
-    this.#requestsBefore = requests
-    this.#quiet.sample(isBusy || hasRequestCome)
-  }
-
-  get hasRequestComeLately(): boolean {
-    return performance.now() - this.#requestCameAtMs < QUIET_MS
-  }
-
-  get isQuiet(): boolean {
-    return this.#quiet.hasLasted(QUIET_MS)
-  }
 }
 
 /** Resolves to true as soon as something holds, to false if it does not in time. */
@@ -4315,10 +4298,10 @@ class Shutdown {
     this.#enter('settling')
     this.#traffic.sendSessionsElsewhere()
     if (!this.#traffic.server) return
-    const quiet = new QuietWatch(this.#traffic)
+    const quiet = new Quiet(this.#traffic.requests)
     const isQuiet = (): boolean => {
-      quiet.sample()
-      return quiet.isQuiet
+      quiet.sample(false, this.#traffic.requests)
+      return quiet.hasLasted(QUIET_MS)
     }
     const limitMs = tellingLimitMs(timeoutMs) - this.#elapsedMs()
     const isSomebodyTold = draining.hasSomebodyToTell && !this.#isAtTerminal
