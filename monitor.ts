@@ -3718,6 +3718,11 @@ class Prober {
     return sumMs / pauses.length
   }
 
+  /** `asks every 2.0 s` */
+  get pace(): string {
+    return `asks every ${(this.intervalMs / 1_000).toFixed(1)} s`
+  }
+
   /** Whether it asks often enough to be a balancer, and not a person. */
   get isFrequent(): boolean {
     const earlierMs = this.#askedAtTickMs.at(-PROBER_ASKS) ?? -Infinity
@@ -3854,12 +3859,7 @@ function tellIfTooSlow(prober: Prober): void {
   const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
   const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
   const advice = 'raise timeoutMs, unless it asks faster then'
-  log('info', `${describePace(prober)}: ${needed}, but ${limit}; ${advice}`)
-}
-
-/** `10.0.0.5 asks every 2.0 s` */
-function describePace({ shownAddress, intervalMs }: Prober): string {
-  return `${shownAddress} asks every ${(intervalMs / 1_000).toFixed(1)} s`
+  log('info', `${prober.shownAddress} ${prober.pace}: ${needed}, but ${limit}; ${advice}`)
 }
 
 const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
@@ -4018,9 +4018,7 @@ async function untilDrained(
 
 /** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
 function describeWait({ awaitedProbers }: Draining, limitMs: number): string {
-  const probers = awaitedProbers.map(({ shownAddress, intervalMs }) => {
-    return `${shownAddress} (asks every ${(intervalMs / 1_000).toFixed(1)} s)`
-  })
+  const probers = awaitedProbers.map(({ shownAddress, pace }) => `${shownAddress} (${pace})`)
   return `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`
 }
 
@@ -4291,8 +4289,9 @@ class Shutdown {
     const draining = this.#monitor.beginDraining(options, tellingMs)
     const isInTime = await pollUntil(() => draining.isTold, tellingMs)
     if (!isInTime) log('warn', describeLate(tellingMs, describeProgress(draining)))
-    for (const prober of draining.tooSlowProbers) {
-      if (!this.#isAtTerminal) log('info', `${describePace(prober)}: too seldom to be told in time`)
+    const tooSlow = this.#isAtTerminal ? [] : draining.tooSlowProbers
+    for (const { shownAddress, pace } of tooSlow) {
+      log('info', `${shownAddress} ${pace}: too seldom to be told in time`)
     }
 
     this.#enter('settling')
