@@ -1596,7 +1596,7 @@ class Client {
   }
 
   /** Says goodbye in the way of its protocol; what is being sent is still sent. */
-  end(): void {
+  sayGoodbye(): void {
     const { peer } = this
     attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
   }
@@ -1704,7 +1704,7 @@ class Traffic {
       restoreLimits()
     })
     for (const socket of connectionsOf(server)) this.#onEarlierConnection(server, socket)
-    if (this.#stage !== 'open') this.#stopListening(server)
+    if (this.#stage !== 'open') this.#stopServer(server)
   }
 
   /** Another server is the instance from now on. */
@@ -1793,7 +1793,7 @@ class Traffic {
 
   /** A server that begins to listen after the signal is closed before it accepts. */
   #onListening(server: net.Server): void {
-    if (this.#stage !== 'open') this.#stopListening(server)
+    if (this.#stage !== 'open') this.#stopServer(server)
     else if (server === this.server) this.#observer?.onServerListening()
   }
 
@@ -2011,11 +2011,11 @@ class Traffic {
   }
 
   /** Refuses new connections, where the runtime can; what has come is served. */
-  async stopListening(limitMs: number): Promise<void> {
+  async refuseConnections(limitMs: number): Promise<void> {
     this.#stage = 'refusing'
     for (const server of this.#servers) acceptNoMore(server)
     if (this.#servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
-    for (const server of this.#servers) this.#stopListening(server)
+    for (const server of this.#servers) this.#stopServer(server)
     if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
   }
 
@@ -2058,7 +2058,7 @@ class Traffic {
       if (isDestroyed(client.peer)) continue
       client.sampleQuiet()
       const isToEnd = client.isQuiet && !client.isUpgraded
-      if (isToEnd && !client.sendSessionElsewhere()) client.end()
+      if (isToEnd && !client.sendSessionElsewhere()) client.sayGoodbye()
       if (!client.isQuiet) areAllQuiet = false
     }
     if (areRequestsOver) this.#closeUnseenConnections()
@@ -2127,7 +2127,7 @@ class Traffic {
     for (const server of this.#stoppedServers) closeStandIn(server)
   }
 
-  #stopListening(server: net.Server): void {
+  #stopServer(server: net.Server): void {
     this.#stoppedServers.add(server)
     stopListening(server)
   }
@@ -2356,7 +2356,9 @@ function closeOnBun(server: net.Server): void {
   if (!isClosing) onClosed()
 
   serversClosedOnBun.add(server)
+  Reflect.defineProperty(server, 'listening', { configurable: true, value: true })
   const tell = (callback: (() => void) | undefined): void => {
+    Reflect.deleteProperty(server, 'listening')
     callback?.()
     restoreEmit?.()
     if (serversClosedOnBun.delete(server)) server.emit('close')
@@ -4337,7 +4339,7 @@ class Shutdown {
     traffic.sendClientsElsewhere()
     // Bun stops listening by the program's own close() alone, which is still to come then.
     const isLeftOpen = IS_BUN && this.isDelay
-    if (!isLeftOpen) await traffic.stopListening(timeoutMs - this.#elapsedMs())
+    if (!isLeftOpen) await traffic.refuseConnections(timeoutMs - this.#elapsedMs())
     const areClosed = (): boolean => traffic.closeQuietConnections()
     return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }
