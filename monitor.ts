@@ -386,7 +386,8 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
     if (answer === 'goOn') return monitor.started
     currentShutdown = undefined
 
-    monitor.giveWay()
+    monitor.unhookServers()
+    if (!monitor.isOff) void monitor.end()
     monitor = new Monitor(options)
     monitor.findServers()
     if (isSwitchedOff('FTW_MONITOR')) return false
@@ -507,7 +508,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
-    this.healthPath = this.#options.healthPath ?? readHealthPath()
+    this.healthPath = this.#options.healthPath ?? readPages('FTW_MONITOR_HEALTH_PATH')[0]
     registerPages()
     registerPageChecks(this.healthPath)
     this.#wait()
@@ -526,12 +527,6 @@ class Monitor {
     const closed = this.#close(state)
     this.#resolveStart(false)
     return closed
-  }
-
-  /** For one that is started by a call. */
-  giveWay(): void {
-    this.unhookServers()
-    if (!this.isOff) void this.end()
   }
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. A
@@ -1132,24 +1127,18 @@ function connectionOutcome(to: net.NetConnectOpts): Promise<'accepting' | 'refus
   })
 }
 
+type ConnectionError = NodeJS.ErrnoException & { address?: string }
+
 /** A name may have several addresses, and an error for each. */
-function isConnectionRefused(
-  error: NodeJS.ErrnoException & { errors?: NodeJS.ErrnoException[] }
-): boolean {
+function isConnectionRefused(error: ConnectionError & { errors?: ConnectionError[] }): boolean {
   const { errors = [error] } = error
-  const relevant = errors.filter((each) => !isWithoutIpv6(each))
-  return relevant.length > 0 && relevant.every(({ code = '' }) => REFUSED.has(code))
+  const codes = errors.flatMap(({ code = '', address }) => {
+    return address === '::1' && NO_IPV6.has(code) ? [] : [code]
+  })
+  return codes.length > 0 && codes.every((code) => REFUSED.has(code))
 }
 
 const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
-
-function isWithoutIpv6({
-  code = '',
-  address
-}: NodeJS.ErrnoException & { address?: string }): boolean {
-  return address === '::1' && NO_IPV6.has(code)
-}
-
 const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
 // --- The listener --------------------------------------------------------------------------------
@@ -1799,11 +1788,10 @@ class Traffic {
 
   /** Forget a closed bystander, so that it can be collected as garbage. */
   #onClose(server: net.Server): void {
-    if (!this.#observer) this.#forget(server)
-    else if (server === this.server) this.#observer.onServerClose()
-  }
-
-  #forget(server: net.Server): void {
+    if (this.#observer) {
+      if (server === this.server) this.#observer.onServerClose()
+      return
+    }
     this.#unhooks.get(server)?.()
     this.#unhooks.delete(server)
   }
@@ -2543,7 +2531,7 @@ async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
 
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function judge(): Verdict {
-  const { draining, state, isInstanceClosing, warmup } = monitor
+  const { draining, state, isInstanceClosing } = monitor
   if (draining) return verdictOf('warn', toRedLine(draining.reason))
   if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
   if (state === 'failed') return GAVE_UP
@@ -2552,17 +2540,14 @@ function judge(): Verdict {
   const isJustCold = broken?.isCold === true
   if (broken && !isJustCold) return fault(broken.sentence(false), broken.sentence(true), 'Error: ')
 
-  if (state !== 'accepting') return judgeBoot()
-  const verdict = judgeWarmup(warmup)
+  const verdict = judgeBoot(monitor)
   return verdict.healthy && isJustCold ? WARMING_UP : verdict
 }
 
-/** Where no monitor is wanted, a health route of the service's own must not be red for ever. */
-function judgeBoot(): Verdict {
-  return isSwitchedOff('FTW_MONITOR') ? HEALTHY : BOOTING
-}
-
-function judgeWarmup(warmup: WarmupRunner): Verdict {
+/** A boot ends with the warm-up. */
+function judgeBoot({ state, warmup }: Monitor): Verdict {
+  // Where no monitor is wanted, a health route of the service's own must not be red for ever.
+  if (state !== 'accepting') return isSwitchedOff('FTW_MONITOR') ? HEALTHY : BOOTING
   const { stage } = warmup
   if (stage === 'cold') return BOOTING
   if (stage === 'running') return WARMING_UP
@@ -3666,11 +3651,6 @@ async function answerHealth(
   attempt(() => send(healthy ? 200 : 503, head, body))
 }
 
-function readHealthPath(): string | undefined {
-  const [path] = readPages('FTW_MONITOR_HEALTH_PATH')
-  return path
-}
-
 // --- Probers -------------------------------------------------------------------------------------
 
 // Who asks for the verdict, and at which pace: a drain waits until each of them knows. All times
@@ -4380,15 +4360,13 @@ class Shutdown {
     const { given, exitAfterMs } = this.#options
     this.#enter('cleaning')
     const cleaned = this.#do('cleanUp', () => given.cleanUp?.(event))
-    await this.#do('upgraded connections', () => this.#endUpgraded())
+    await this.#do('upgraded connections', () => {
+      return Promise.all(this.#allTraffic.map((traffic) => traffic.endUpgraded()))
+    })
     const callbacksMs = Math.min(CALLBACKS_MS, (exitAfterMs - this.#elapsedMs()) / 2)
     const releaseTimer = setTimeout(() => this.#releaseJoined(), callbacksMs).unref()
     await Promise.all([told, cleaned])
     clearTimeout(releaseTimer)
-  }
-
-  async #endUpgraded(): Promise<void> {
-    await Promise.all(this.#allTraffic.map((traffic) => traffic.endUpgraded()))
   }
 
   /** A part that fails is logged, and makes the exit status 1; the other parts are done anyway. */
