@@ -3642,13 +3642,7 @@ async function answerHealth(
   }
   const { healthy, reason } = await inspectAndJudge()
   const body = `${reason}\n`
-  const head = {
-    'Content-Type': PLAIN_TEXT,
-    'Content-Length': Buffer.byteLength(body),
-    'Cache-Control': 'no-store',
-    'X-Content-Type-Options': 'nosniff'
-  }
-  attempt(() => send(healthy ? 200 : 503, head, body))
+  attempt(() => send(healthy ? 200 : 503, headersFor(PLAIN_TEXT, body), body))
 }
 
 // --- Probers -------------------------------------------------------------------------------------
@@ -5479,13 +5473,18 @@ class Exchange implements Asker {
 
   send(): void {
     if (this.response.headersSent) return
-    this.response.writeHead(this.#code, {
-      'Content-Type': this.#type ?? commands.get(this.name)?.type ?? PLAIN_TEXT,
-      'Content-Length': Buffer.byteLength(this.#body),
-      'Cache-Control': 'no-store',
-      'X-Content-Type-Options': 'nosniff'
-    })
+    const type = this.#type ?? commands.get(this.name)?.type ?? PLAIN_TEXT
+    this.response.writeHead(this.#code, headersFor(type, this.#body))
     this.response.end(this.#body)
+  }
+}
+
+function headersFor(type: string, body: string): http.OutgoingHttpHeaders {
+  return {
+    'Content-Type': type,
+    'Content-Length': Buffer.byteLength(body),
+    'Cache-Control': 'no-store',
+    'X-Content-Type-Options': 'nosniff'
   }
 }
 
