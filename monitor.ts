@@ -383,7 +383,7 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
       log('warn', 'does not start: the instance is shutting down')
       return false
     }
-    if (answer === 'goOn') return monitor.started
+    if (answer === 'goOn') return monitor.started.promise
     currentShutdown = undefined
 
     monitor.unhookServers()
@@ -450,9 +450,8 @@ class Monitor {
   listener: Listener | undefined
   draining: Draining | undefined
   /** Resolves to where it listens, or to `false` where it cannot, or not yet. */
-  readonly started: Promise<Address>
+  readonly started = deferred<Address>()
   readonly #options: CheckedStartOptions
-  #resolveStart: (address: Address) => void = doNothing
   /** Set while servers that listen are seen. */
   #endSearch: (() => void) | undefined
   /** Until it warns of a server that listens elsewhere than `PORT`. */
@@ -462,9 +461,6 @@ class Monitor {
     this.state = state
     this.#options = options
     this.logger = options.logger ?? console
-    this.started = new Promise((resolve) => {
-      this.#resolveStart = resolve
-    })
   }
 
   get isOff(): boolean {
@@ -512,7 +508,7 @@ class Monitor {
     registerPages()
     registerPageChecks(this.healthPath)
     this.#wait()
-    return this.started
+    return this.started.promise
   }
 
   /** Begins this life when there is a server that is the instance. */
@@ -525,7 +521,7 @@ class Monitor {
   end(state: 'stopped' | 'failed' = 'stopped'): Promise<void> {
     this.draining = undefined // clients go elsewhere all the same, if it is a shutdown that goes on
     const closed = this.#close(state)
-    this.#resolveStart(false)
+    this.started.resolve(false)
     return closed
   }
 
@@ -545,7 +541,7 @@ class Monitor {
     }
     log('warn', errorText(error))
     this.listener = undefined
-    this.#resolveStart(false)
+    this.started.resolve(false)
   }
 
   /** Hooks into the servers that `start` was given, and sees each one that listens in this process
@@ -578,12 +574,12 @@ class Monitor {
   /** Our own server listens. */
   onListening(address: net.AddressInfo | string): void {
     log('info', `listening on ${describeAddress(address)}`)
-    this.#resolveStart(address)
+    this.started.resolve(address)
   }
 
   /** Our own server cannot listen now, and tries again. */
   onListenDelayed(): void {
-    this.#resolveStart(false)
+    this.started.resolve(false)
   }
 
   /** The instance's server listens. */
@@ -2329,10 +2325,7 @@ const IS_BUN = 'bun' in process.versions
  *  nobody hears before; it goes when the server listens again. */
 function closeOnBun(server: net.Server): void {
   if (!server.listening) return
-  let onClosed: () => void = doNothing
-  const closed = new Promise<void>((resolve) => {
-    onClosed = resolve
-  })
+  const { promise: closed, resolve: onClosed } = deferred<void>()
   const restoreEmit = replaceMethod(server, 'emit', (innerEmit) => {
     return function emit(this: net.Server, event: string, ...args: unknown[]): unknown {
       if (event !== 'close') return Reflect.apply(innerEmit, this, [event, ...args])
@@ -2340,7 +2333,7 @@ function closeOnBun(server: net.Server): void {
       return true
     }
   })
-  const isClosing = attempt(() => server.close(onClosed)) !== undefined
+  const isClosing = attempt(() => server.close(() => onClosed())) !== undefined
   if (!isClosing) onClosed()
 
   serversClosedOnBun.add(server)
@@ -2518,7 +2511,7 @@ export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void>
 async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
   while (!signal.aborted) {
     if (currentShutdown) {
-      await currentShutdown.done
+      await currentShutdown.done.promise
       throw new Error('ftw-monitor: the instance has shut down')
     }
     const isOver = monitor.isOff && monitor.state !== 'new'
@@ -3320,10 +3313,8 @@ class WarmupRunner {
 
 /** Settles with some work, or resolves when the signal aborts. */
 async function untilAbort(signal: AbortSignal, work: unknown): Promise<void> {
-  let onAbort: () => void = doNothing
-  const aborted = new Promise<void>((resolve) => {
-    onAbort = resolve
-  })
+  const { promise: aborted, resolve } = deferred<void>()
+  const onAbort = (): void => resolve()
   signal.addEventListener('abort', onAbort)
   try {
     await Promise.race([work, aborted])
@@ -4034,6 +4025,15 @@ async function isTurnShort(): Promise<boolean> {
   return performance.now() - beganAtMs < SHORT_TURN_MS
 }
 
+/** A promise that is resolved from outside. Node.js 20 has no `Promise.withResolvers`. */
+function deferred<T>(): { promise: Promise<T>; resolve: (value: T) => void } {
+  let resolve: (value: T) => void = doNothing
+  const promise = new Promise<T>((resolvePromise) => {
+    resolve = resolvePromise
+  })
+  return { promise, resolve }
+}
+
 function unreffedPause(ms: number): Promise<void> {
   return new Promise((resolve) => {
     setTimeout(resolve, ms).unref()
@@ -4061,7 +4061,7 @@ export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
     const earlier = currentShutdown
     const current = beginShutdown(checked)
     if (current === earlier) await current.join()
-    else await current.done
+    else await current.done.promise
   }
 )
 
@@ -4161,7 +4161,7 @@ function tellingLimitMs(timeoutMs: number): number {
 class Shutdown {
   phase: ShutdownPhase = 'telling'
   /** Resolves when it is over. */
-  readonly done: Promise<void>
+  readonly done = deferred<void>()
   readonly #options: CheckedShutdownOptions
   readonly #signal: NodeJS.Signals | undefined
   /** Nobody who presses Ctrl-C at a terminal wants to wait for a balancer. */
@@ -4173,12 +4173,10 @@ class Shutdown {
   readonly #startedAtMs = performance.now()
   /** What is still to be done, in words. */
   readonly #undone = new Set<string>()
-  #resolveDone: () => void = doNothing
   /** Whether somebody else than who began it waits for it. */
   #isJoined = false
   /** Resolves when `cleanUp` has had CALLBACKS_MS: it may wait for this very shutdown. */
-  readonly #released: Promise<void>
-  #release: () => void = doNothing
+  readonly #released = deferred<void>()
 
   constructor(options: CheckedShutdownOptions, signal: NodeJS.Signals | undefined) {
     this.#options = options
@@ -4187,12 +4185,6 @@ class Shutdown {
     this.#monitor = monitor
     this.#traffic = monitor.traffic
     this.#allTraffic = [monitor.traffic, monitor.bystanders]
-    this.done = new Promise((resolve) => {
-      this.#resolveDone = resolve
-    })
-    this.#released = new Promise((resolve) => {
-      this.#release = resolve
-    })
   }
 
   get isRunning(): boolean {
@@ -4226,17 +4218,17 @@ class Shutdown {
     if (!isProcessEnding) this.#monitor.unhookServers() // else nothing is to be served any more
     clearTimeout(keepAlive)
     this.#enter('over')
-    this.#resolveDone()
+    this.done.resolve()
   }
 
   /** For a call of shutdown() that did not begin it. */
   async join(): Promise<void> {
     this.#isJoined = true
-    await Promise.race([this.done, this.#released])
+    await Promise.race([this.done.promise, this.#released.promise])
   }
 
   #releaseJoined(): void {
-    this.#release()
+    this.#released.resolve()
     if (!this.#isJoined) return
     log('warn', 'resolves shutdown() before it is over: onSignal or cleanUp may be waiting for it')
   }
@@ -4555,7 +4547,7 @@ class Signals {
   ): Promise<void> {
     const cameAtMs = performance.now()
     const delay = beginShutdown(options, signal)
-    await delay.done
+    await delay.done.promise
     if (!this.areHeard) return // somebody has insisted meanwhile
     const leftMs = options.exitAfterMs - (performance.now() - cameAtMs)
     if (options.isDelay) {
