@@ -2743,7 +2743,7 @@ class Dependency {
   readonly isOptional: boolean
   /** What its trouble is told with: `Database 'main'`. */
   readonly #title: string
-  readonly #passes: SharedCall
+  readonly call: SharedCall
   /** What it is called if it answers in time, but not with yes. */
   readonly #no: 'disconnected' | 'failed'
   /** Of the last answer, undefined until there is one. */
@@ -2761,14 +2761,14 @@ class Dependency {
     this.#title = title
     this.name = name
     this.isOptional = isOptional
-    this.#passes = new SharedCall(passes, ANSWER_MS)
+    this.call = new SharedCall(passes, ANSWER_MS)
     this.#no = no
   }
 
   /** Asks it, and keeps the outcome. */
   async ask(): Promise<void> {
     try {
-      const answer = await this.#passes.ask()
+      const answer = await this.call.ask()
       const wasBroken = this.isAsked && !this.isPassing
       this.#outcome = answer === true ? 'passes' : this.#no
       this.#detail = ''
@@ -2788,14 +2788,6 @@ class Dependency {
 
   get isPassing(): boolean {
     return this.#outcome === 'passes'
-  }
-
-  get answeredMs(): number {
-    return this.#passes.answeredMs
-  }
-
-  get askedAtMs(): number {
-    return this.#passes.askedAtMs
   }
 
   /** Whether it was just asked too early, before the instance was warm. */
@@ -2840,7 +2832,7 @@ class PageCheck extends Dependency {
   }
 
   override get isCold(): boolean {
-    return this.trouble(false) === 'timed out' && monitor.warmup.wasColdAt(this.askedAtMs)
+    return this.trouble(false) === 'timed out' && monitor.warmup.wasColdAt(this.call.askedAtMs)
   }
 }
 
@@ -6585,8 +6577,9 @@ function drainingStatus(draining: Draining): DrainingStatus {
 
 /** What a database and a check have in common. */
 function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
-  const { name, isOptional, answeredMs } = dependency
-  return { name, optional: isOptional, trouble: dependency.trouble(isLocal), answeredMs }
+  const { name, isOptional, call } = dependency
+  const trouble = dependency.trouble(isLocal)
+  return { name, optional: isOptional, trouble, answeredMs: call.answeredMs }
 }
 
 addCommand(
