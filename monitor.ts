@@ -1053,20 +1053,14 @@ interface Location {
 class InstanceAddress {
   /** At first that of its location. */
   url: string
-  readonly ipv6Url: string | undefined
-  readonly path: string | undefined
-  readonly headers: Record<string, string>
-  readonly #location: Location
+  readonly location: Location
   #lastSeen: 'accepting' | 'refusing' | 'never' = 'never'
   #connectedAtMs = -Infinity
   #pendingConnect: Promise<void> | undefined
 
   constructor(location: Location) {
-    this.#location = location
+    this.location = location
     this.url = location.url
-    this.ipv6Url = location.ipv6Url
-    this.path = location.path
-    this.headers = location.headers
   }
 
   get isAccepting(): boolean {
@@ -1082,7 +1076,7 @@ class InstanceAddress {
   }
 
   hasMoved({ address, port, path }: Bound): boolean {
-    const location = this.#location
+    const { location } = this
     const isThere = port === location.port && path === location.path
     return !isThere || hostReaching(address) !== location.host
   }
@@ -1094,7 +1088,7 @@ class InstanceAddress {
   }
 
   async #tryConnection(): Promise<void> {
-    const { host, port = 0, path } = this.#location
+    const { host, port = 0, path } = this.location
     const outcome = await connectionOutcome(path === undefined ? { host, port } : { path })
     this.#pendingConnect = undefined
     this.#connectedAtMs = performance.now()
@@ -3215,7 +3209,7 @@ class WarmupRunner {
   /** If nobody answers at the view, the performers run all the same. */
   async #beginAtView(): Promise<void> {
     const { instance } = this.#monitor
-    const isOnUnixSocket = instance?.path !== undefined // where nobody is asked for a view
+    const isOnUnixSocket = instance?.location.path !== undefined // where nobody is asked for a view
     if (instance && !isOnUnixSocket) await this.#askView(instance)
     if (this.#phase === 'over') return
     this.#phase = 'begun'
@@ -3228,7 +3222,8 @@ class WarmupRunner {
     // Not before, since it loads all of Node.js's cryptography; and some replace it.
     this.#token = attempt(() => crypto.randomUUID())
     if (this.#token === undefined) return
-    const { url, ipv6Url } = instance
+    const { url, location } = instance
+    const { ipv6Url } = location
     await this.#askViewAt(url)
     if (this.#phase !== 'askingView' || ipv6Url === undefined) return
     instance.url = ipv6Url // for the performers, which begin as soon as the view is asked
@@ -3354,7 +3349,7 @@ async function loadPage({ site, url, signal }: Warmup): Promise<void> {
  *  which knows no Unix sockets, refuses some ports, and gives up after 300 s. */
 async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
   const isPage = token === undefined
-  const credentials = monitor.instance?.headers ?? {}
+  const credentials = monitor.instance?.location.headers ?? {}
   const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
   const isHttps = /^https:/i.test(url)
   const doesFetchGoStraight = !mayFetchUseProxy()
@@ -3412,7 +3407,7 @@ function visitByGet(
   headers: Record<string, string>,
   signal: AbortSignal
 ): Promise<number> {
-  const options = { agent: false, headers, signal, socketPath: monitor.instance?.path }
+  const options = { agent: false, headers, signal, socketPath: monitor.instance?.location.path }
   return new Promise((resolve, reject) => {
     const request = http.get(url, options, (page) => {
       page.on('error', reject)
@@ -3617,7 +3612,7 @@ async function answerHealth(
   send: SendHealth
 ): Promise<void> {
   const { probers, instance } = monitor
-  const address = remoteAddress ?? instance?.path
+  const address = remoteAddress ?? instance?.location.path
   if (address !== undefined && !isForPerson(headers) && !isForwarded(headers)) {
     const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
     const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
