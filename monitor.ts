@@ -2702,7 +2702,7 @@ export const registerCheck: (name: string, check: Check, options?: CheckOptions)
     const { optional = false }: CheckOptions = options
     must(typeof optional === 'boolean', 'optional is true or false')
     const passes = async (): Promise<boolean> => (await check()) !== false
-    registeredChecks.set(name, new Dependency(`Check '${name}'`, name, optional, passes, 'failed'))
+    registeredChecks.set(name, new Dependency('Check', name, optional, passes))
   }
 )
 
@@ -2735,28 +2735,23 @@ async function checkPage(page: string): Promise<true> {
 class Dependency {
   readonly name: string
   readonly isOptional: boolean
-  /** What its trouble is told with: `Database 'main'`. */
-  readonly #title: string
   readonly call: SharedCall
-  /** What it is called if it answers in time, but not with yes. */
-  readonly #no: 'disconnected' | 'failed'
+  readonly #kind: 'Database' | 'Check'
   /** Of the last answer, undefined until there is one. */
   #outcome: 'passes' | 'disconnected' | 'timed out' | 'failed' | undefined
   /** What it threw, '' if nothing: for this machine. */
   #detail = ''
 
   constructor(
-    title: string,
+    kind: 'Database' | 'Check',
     name: string,
     isOptional: boolean,
-    passes: () => unknown,
-    no: 'disconnected' | 'failed'
+    passes: () => unknown
   ) {
-    this.#title = title
+    this.#kind = kind
     this.name = name
     this.isOptional = isOptional
     this.call = new SharedCall(passes, ANSWER_MS)
-    this.#no = no
   }
 
   /** Asks it, and keeps the outcome. */
@@ -2764,7 +2759,8 @@ class Dependency {
     try {
       const answer = await this.call.ask()
       const wasBroken = this.isAsked && !this.isPassing
-      this.#outcome = answer === true ? 'passes' : this.#no
+      const no = this.#kind === 'Database' ? 'disconnected' : 'failed'
+      this.#outcome = answer === true ? 'passes' : no
       this.#detail = ''
       // Whatever failed to warm up may have failed for want of it.
       if (wasBroken && this.isPassing) monitor.warmup.retryAtOnce()
@@ -2791,8 +2787,8 @@ class Dependency {
 
   /** What is wrong with it, '' if nothing: its category and, for this machine, what it threw. */
   trouble(isLocal: boolean): string {
+    const category = this.#outcome ?? ''
     if (this.isPassing) return ''
-    const category = this.#outcome ?? this.#no
     return isLocal && this.#detail !== '' ? `${category}: ${this.#detail}` : category
   }
 
@@ -2800,7 +2796,7 @@ class Dependency {
    *  failed: connect ECONNREFUSED 10.0.0.7:5432`. */
   sentence(isLocal: boolean): string {
     const end = isLocal && this.#detail !== '' ? '' : '.'
-    return `${this.#title} ${this.trouble(isLocal)}${end}`
+    return `${this.#kind} '${this.name}' ${this.trouble(isLocal)}${end}`
   }
 }
 
@@ -2814,7 +2810,7 @@ class RegisteredDatabase extends Dependency {
 
   constructor(name: string, database: Database) {
     const isConnected = (): unknown => database.isConnected()
-    super(`Database '${name}'`, name, database.optional === true, isConnected, 'disconnected')
+    super('Database', name, database.optional === true, isConnected)
     this.database = database
   }
 }
@@ -2822,7 +2818,7 @@ class RegisteredDatabase extends Dependency {
 /** A check of a page of the instance itself, which has to accept connections first. */
 class PageCheck extends Dependency {
   constructor(page: string) {
-    super(`Check '${page}'`, page, false, () => checkPage(page), 'failed')
+    super('Check', page, false, () => checkPage(page))
   }
 
   override get isCold(): boolean {
