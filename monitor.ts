@@ -3756,14 +3756,6 @@ class Probers {
     return frequent
   }
 
-  /** Whether a drain has to wait until it has so many answers. While the monitor is closed nobody
-   *  can be told. */
-  isMissing(prober: Prober, answers: number, latestTickMs: number): boolean {
-    if (!this.#monitor.isRunning || prober.drainedAnswers >= answers) return false
-    const { nowTickMs } = this.#monitor.clock
-    return prober.stillAsks(nowTickMs) && prober.canHave(answers, nowTickMs, latestTickMs)
-  }
-
   get known(): Iterable<Prober> {
     return this.#byAddress.values()
   }
@@ -3936,8 +3928,12 @@ class Draining {
     return drainedAnswers >= this.#fall
   }
 
+  /** Whether it has to be waited for. While the monitor is closed nobody can be told. */
   #isMissing(prober: Prober): boolean {
-    return this.#monitor.probers.isMissing(prober, this.#fall, this.#latestTickMs)
+    if (!this.#monitor.isRunning || this.#isInformed(prober)) return false
+    const { nowTickMs } = this.#monitor.clock
+    const canHave = prober.canHave(this.#fall, nowTickMs, this.#latestTickMs)
+    return canHave && prober.stillAsks(nowTickMs)
   }
 }
 
