@@ -1908,17 +1908,15 @@ class Traffic {
     if (isHealth) {
       this.#onHealthStream(stream, headers, client)
     } else {
-      stream.once('close', () => this.#onStreamClose(stream, client))
+      stream.once('close', () => {
+        client.upgradedStreams.delete(stream)
+        this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
+      })
       this.#requestBegins(stream, `${method} ${path}`, client)
     }
     if (method === 'CONNECT') this.#isUpgrading(stream, () => stream.headersSent)
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
     if (isHealth) return 'taken'
-  }
-
-  #onStreamClose(stream: Http2Stream, client: Client): void {
-    client.upgradedStreams.delete(stream)
-    this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
   }
 
   #onHealthStream(stream: Http2Stream, headers: http.IncomingHttpHeaders, client: Client): void {
