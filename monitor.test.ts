@@ -15477,31 +15477,31 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       import { execFile } from 'node:child_process'
       const server = http.createServer((_, response) => response.end('hello'))
       const logger = { info() {}, warn: print, error: print }
-      const isHealthy = async (it) => {
+      const isHealthy = async () => {
         for (let turn = 0; turn < 100; turn++) {
-          if ((await it.health()).healthy) return true
+          if ((await monitor.health()).healthy) return true
           await pause(50)
         }
-        return (await it.health()).reason
+        return (await monitor.health()).reason
       }
       server.listen(21000)
       monitor.start({ server, logger })
-      print('by itself', await isHealthy(monitor), (await monitor.status?.())?.url)
+      print('by itself', await isHealthy(), (await monitor.status()).url)
 
-      const other = await import(${JSON.stringify(MODULE.href)} + '?other')
-      other.registerWarmup('/', async ({ url }) => await (await fetch(url)).text())
-      other.registerWarmup('/shop', ({ url }) => new Promise((resolve, reject) => {
+      await monitor.stop()
+      monitor.registerWarmup('/', async ({ url }) => await (await fetch(url)).text())
+      monitor.registerWarmup('/shop', ({ url }) => new Promise((resolve, reject) => {
         http.get(url, (page) => page.resume().on('end', resolve)).on('error', reject)
       }))
-      other.start({ server, logger, listen: { port: 21090 } })
-      print('by performers', await isHealthy(other))
+      monitor.start({ server, logger })
+      print('by performers', await isHealthy())
       const view = await fetch('http://localhost:21000/shop/@@warmup')
       print('by the view', (await view.text()).trim())
 
+      await monitor.stop()
       process.env.PORT = '21000'
-      const third = await import(${JSON.stringify(MODULE.href)} + '?third')
-      third.start({ logger, listen: { port: 21091 } })
-      print('by PORT and HOST', await isHealthy(third))
+      monitor.start({ logger })
+      print('by PORT and HOST', await isHealthy())
 
       const words = ['--no-warnings', ${JSON.stringify(PROGRAM)}, 'health_check', '--port', '21000']
       execFile(process.execPath, words, (error, stdout) => {
