@@ -12806,9 +12806,9 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.equal(watched.stderr, '')
   })
 
-  const OTHER_COPIES: Record<string, [text: RegExp | string, replaced: string]> = {
+  const OTHER_COPIES: Record<string, [text: RegExp, replaced: string]> = {
     'of another version': [/'\d+\.\d+\.\d+'/, "'0.9.0'"],
-    'without all that the later one has': ["shared('untilHealthy'", "shared('untilWell'"]
+    'without all that the later one has': [/shared\(\s*'untilHealthy'/, "shared('untilWell'"]
   }
 
   for (const [what, [text, replaced]] of Object.entries(OTHER_COPIES)) {
