@@ -4280,9 +4280,7 @@ class Shutdown {
   async #closeTraffic(traffic: Traffic): Promise<boolean> {
     const { timeoutMs } = this.#options
     traffic.sendClientsElsewhere()
-    // Bun stops listening by the program's own close() alone, which is still to come then.
-    const isLeftOpen = IS_BUN && this.isDelay
-    if (!isLeftOpen) await traffic.refuseConnections(timeoutMs - this.#elapsedMs())
+    await traffic.refuseConnections(timeoutMs - this.#elapsedMs())
     const areClosed = (): boolean => traffic.closeQuietConnections()
     return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }

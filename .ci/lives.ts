@@ -252,7 +252,7 @@ function serverFor(drawn: ServerKind, runtime: 'node' | 'bun' | 'deno'): ServerK
   return isInherited || isAborting ? 'http' : drawn
 }
 
-/** In code Bun has to close a server by its `close()`; one that was bound at boot knows nothing of
+/** We have to close a server of Bun by its `close()`; one that was bound at boot knows nothing of
  *  that. */
 function listenerFor(drawn: ListenerKind, runtime: 'node' | 'bun' | 'deno'): ListenerKind {
   const isBound = drawn === 'bound close' || drawn === 'prototype close'
@@ -1703,13 +1703,11 @@ class Judge {
   readonly #life: Life
   readonly #withUs: Outcome
   readonly #without: Outcome
-  readonly #isBun: boolean
 
-  constructor(life: Life, withUs: Outcome, without: Outcome, runtime: string) {
+  constructor(life: Life, withUs: Outcome, without: Outcome) {
     this.#life = life
     this.#withUs = withUs
     this.#without = without
-    this.#isBun = runtimeName(runtime) === 'bun'
   }
 
   judge(): string[] {
@@ -1739,11 +1737,6 @@ class Judge {
     return second === 'SIGINT' && secondAfterMs >= 1_000 && this.#withUs.secondAtMs < Infinity
   }
 
-  /** In auto Bun accepts connections until the program closes its server. */
-  get #isOpenToTheEnd(): boolean {
-    return this.#isBun && this.#life.way === 'auto'
-  }
-
   #first(outcome: Outcome, kind: EventKind): number {
     return outcome.events.find((event) => event.kind === kind)?.atMs ?? Infinity
   }
@@ -1765,7 +1758,7 @@ class Judge {
 
   #judgeRequests(): void {
     const lossesWithout = lossesOf(this.#without)
-    const isOurs = this.#isInCharge && !this.#isOpenToTheEnd
+    const isOurs = this.#isInCharge
     const mayLose = this.#isInsisted || !(isOurs || this.#isSafeWithout)
     // Where the program closes its server by itself, what it has not read yet is lost by chance.
     const losses = lossesOf(this.#withUs).filter((loss) => isOurs || this.#isSeen(loss))
@@ -1873,8 +1866,7 @@ class Judge {
     const isWanted = cleanUp !== 'none' && this.#isInCharge && !this.#isInsisted
     if (isWanted && count === 0) this.faults.push('cleanUp was not called')
     if (this.#isInCharge) this.#judgeOrder('cleanUp begin')
-    const isHeldBack = this.#isInCharge && !this.#isInsisted && !this.#isOpenToTheEnd
-    if (isHeldBack) this.#judgeOrder('listener begin')
+    if (this.#isInCharge && !this.#isInsisted) this.#judgeOrder('listener begin')
     this.#judgeOwnCleanUps()
   }
 
@@ -2097,7 +2089,7 @@ async function liveTwice(run: Run, name: string): Promise<Result> {
   const port = await freePort()
   const without = await new Living(run, life, false, port).live()
   const withUs = await new Living(run, life, true, port).live()
-  const faults = new Judge(life, withUs, without, run.runtime).judge()
+  const faults = new Judge(life, withUs, without).judge()
   if (run.isShown) showOutcomes(withUs, without)
   return { life, faults, withUs }
 }
