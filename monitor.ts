@@ -4350,6 +4350,7 @@ class Shutdown {
     if (this.isDelay) return
     const seconds = this.#options.exitAfterMs / 1_000
     log('error', `exits after ${seconds} s; not done: ${[...this.#undone].join(', ')}`)
+    this.closeServers() // with them goes the file of a Unix socket
     process.exit(1)
   }
 }
