@@ -13406,6 +13406,25 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     await answer
   })
 
+  test('auto: a shutdown() that is called while a signal is delayed cleans up after that', async (t) => {
+    const life = startLife(t, 'auto', {
+      program: `
+        process.on('SIGTERM', () => print('heard'))
+        process.on('SIGUSR2', async () => {
+          await globalThis[Symbol.for('ftw-monitor.exports.1')].shutdown({ cleanUp })
+          process.exit(6)
+        })`
+    })
+    const answer = getPage(await life.isReady(), '/slow800')
+    await life.hasSaid('asked for /slow800')
+    life.watched.child.kill('SIGTERM')
+    await life.hasSaid('shuts down')
+    life.watched.child.kill('SIGUSR2')
+    assert.equal((await answer).body, 'served')
+    const { exitCode, said } = await life.awaitEnd()
+    assert.deepEqual([exitCode, said.sort()], [6, ['cleaned up', 'heard']])
+  })
+
   test('auto: a worker of a cluster that disconnects ends', async (t) => {
     const file = join(scratchFolder(t), 'cluster.mjs')
     fs.writeFileSync(

@@ -4027,14 +4027,19 @@ function unreffedPause(ms: number): Promise<void> {
  *  application has not closed. Resolves when all that is done; what takes longer than `exitAfterMs`
  *  is logged, and ends the process with 1. Options that are left out are those of
  *  `shutdownOnSignal`. Calling it twice makes one shutdown. Do not await it before you answer a
- *  request, since it waits for that request. A second call waits for `onSignal` and `cleanUp` for 5
- *  s at most: one of them may have made the call, and would wait for itself. Rejects with a
+ *  request, since it waits for that request. A second call waits at most 5 s for `onSignal` and
+ *  `cleanUp`: one of them may have made the call, and would wait for itself. Rejects with a
  *  `TypeError` or `RangeError` for wrong options. */
 export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   'shutdown',
   async (options = {}) => {
     const ofSignals = signals.options
     const checked = ofSignals ? overridden(ofSignals, options) : toShutdownOptions(options)
+    // What only delays a signal cleans nothing up: this one follows, when the others have heard.
+    if (currentShutdown?.isDelay) {
+      await currentShutdown.done.promise
+      await new Promise((resolve) => setImmediate(resolve))
+    }
     const earlier = currentShutdown
     const current = beginShutdown(checked)
     if (current === earlier) await current.join()
@@ -5756,11 +5761,12 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or
 //                              else at the end of the shutdown
-//   `close` of a server        on Bun alone, in place of `_handle`
+//   `close`, `emit` and        on Bun alone, in place of `_handle`
+//   `listening` of a server
 
 // With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
-// start() and shutdownOnSignal() do, when the program's server listens; before that, and where none
-// ever does, as in npm and in child processes, it touches nothing but listen().
+// start() does when the program's server listens, and delays its signals from then on; before that,
+// and where none ever listens, as in npm and in child processes, it touches nothing but listen().
 
 const signals = new Signals()
 
