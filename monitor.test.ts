@@ -2591,8 +2591,11 @@ describeProcesses('Listening', SIDE_BY_SIDE, () => {
     const visitor = askUntilOver(t, 5, async () => bodies.add((await getPage(port, '/')).body))
     await until(() => prober.answers >= 4 && bodies.size === 2, 'both serve')
 
+    const signalledAtMs = performance.now()
     older.child.kill('SIGTERM')
     assert.equal(await older.exit, 0)
+    const endedAfterMs = performance.now() - signalledAtMs
+    assert.ok(endedAfterMs < 10_000, `nobody is told, so it waits for nobody: ${endedAfterMs} ms`)
     await until(() => verdicts.at(-1) === 'OK\n', 'the newer one answers')
     await prober.stop()
     await visitor.stop()

@@ -3890,8 +3890,9 @@ class Draining {
     return !this.awaitedProbers.some((prober) => this.#isMissing(prober))
   }
 
+  /** While the monitor is closed nobody can be told. */
   get hasSomebodyToTell(): boolean {
-    return this.awaitedProbers.length > 0
+    return this.#monitor.isRunning && this.awaitedProbers.length > 0
   }
 
   /** Whether it looks finished now; the command waits until this has held for QUIET_MS. */
@@ -3926,9 +3927,9 @@ class Draining {
     return drainedAnswers >= this.#fall
   }
 
-  /** Whether it has to be waited for. While the monitor is closed nobody can be told. */
+  /** Whether it has to be waited for. */
   #isMissing(prober: Prober): boolean {
-    if (!this.#monitor.isRunning || this.#isInformed(prober)) return false
+    if (!this.hasSomebodyToTell || this.#isInformed(prober)) return false
     const { nowTickMs } = this.#monitor.clock
     const canHave = prober.canHave(this.#fall, nowTickMs, this.#latestTickMs)
     return canHave && prober.stillAsks(nowTickMs)
