@@ -28,6 +28,7 @@ import { basename, delimiter, join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { describe, test, type TestContext } from 'node:test'
 import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
+import * as tls from 'node:tls'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import type {
@@ -1102,7 +1103,10 @@ function linesOfShutdown(output: string): string[] {
 
 /** An upgraded connection, whose client answers nothing and never ends it. */
 async function upgradeTo(port: number) {
-  const socket = connectTo(port, { allowHalfOpen: true })
+  return upgradeBy(connectTo(port, { allowHalfOpen: true }))
+}
+
+async function upgradeBy(socket: net.Socket) {
   const peer = { socket, text: '', endedAt: 0 }
   socket.on('data', (part) => {
     peer.text += String(part)
@@ -8162,6 +8166,21 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.equal(await answer, 'served')
     await inTime(cleaned.opened, 'cleanUp is called', 10_000)
     await inTime(ended, 'the shutdown is over')
+  })
+
+  test('a connection by TLS from before start() is left to cleanUp, which may have a goodbye for it', async (t) => {
+    const server = https.createServer(certify(t, 'localhost'))
+    const upgraded = takeUpgrades(server)
+    await startListening(t, server)
+    const peer = await upgradeBy(
+      tls.connect({ port: portOf(server), host: '127.0.0.1', rejectUnauthorized: false })
+    )
+    t.after(() => peer.socket.destroy())
+    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    const cleanUp = () => void upgraded[0]?.write('goodbye')
+    await monitor.shutdown({ timeoutMs: 500, cleanUp })
+    await until(() => peer.endedAt > 0, 'the client has seen the end')
+    assert.equal(peer.text, 'goodbye')
   })
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {

@@ -2058,10 +2058,12 @@ class Traffic {
     return [...this.#clients.values()].every(({ isUpgraded }) => isUpgraded)
   }
 
-  /** Cuts what is still being served; returns how many requests that were. */
+  /** Cuts what is still being served; returns how many requests that were. What came before we saw
+   *  its server may be anything, so it stays, as what was upgraded does. */
   cutRequests(): number {
     let count = this.requestsInFlight
     for (const client of this.#clients.values()) {
+      if (client.stage === 'unseen') client.stage = 'upgraded'
       if (!client.isBusy) continue
       if (client.requestsInFlight === 0) count++ // half a head
       attempt(() => client.peer.destroy())
