@@ -7139,6 +7139,29 @@ describeInProcess('Probers', ALONE, () => {
     assert.ok(!addresses.includes('127.0.2.20'), 'a passer-by made room')
   })
 
+  test('who calls itself by many names at the health path pushes no other prober out', async (t) => {
+    const timers = takeTimers(t)
+    const options = { listen: LOOPBACK, healthPath: '/ready' }
+    const { monitor, port, instancePort } = await bootInstance(t, {
+      performers: WARM,
+      until: 'started',
+      options
+    })
+    for (let round = 0; round < 3; round++) {
+      await ask(port, 'health_check\n')
+      timers.pass(10_000)
+    }
+    for (let index = 0; index < 100; index++) {
+      const headers = { 'User-Agent': `balancer ${index}` }
+      for (let time = 0; time < 2; time++) {
+        await getPage(instancePort, '/ready', { headers, from: '127.0.0.9' })
+      }
+    }
+    const { probers } = await monitor.status()
+    assert.equal(probers.length, 64)
+    assert.ok(probers.some(({ address }) => address === '127.0.0.1'))
+  })
+
   test('a prober is an address that asked three times in the 60 s before, and still asks', async (t) => {
     const timers = takeTimers(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })

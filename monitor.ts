@@ -3647,6 +3647,11 @@ class Prober {
     return this.address.replace(MAPPED_ADDRESS, '')
   }
 
+  /** Its address without the name that it has at the health path. */
+  get source(): string {
+    return this.address.replace(/ .*/, '')
+  }
+
   ask(nowTickMs: number, answersPerAsk: number): void {
     this.asks++
     this.#answersPerAsk = answersPerAsk
@@ -3768,17 +3773,20 @@ class Probers {
     return prober
   }
 
+  /** At the health path whoever calls itself by many names pushes out names of its own alone. */
   #forgetRarest(): void {
     const { nowTickMs } = this.#monitor.clock
-    let rarest = ''
-    let lowestRate = Infinity
-    for (const [address, prober] of this.#byAddress) {
-      const rate = prober.rate(nowTickMs)
-      if (rate >= lowestRate) continue
-      rarest = address
-      lowestRate = rate
+    const countBySource = new Map<string, number>()
+    for (const { source } of this.#byAddress.values()) {
+      countBySource.set(source, (countBySource.get(source) ?? 0) + 1)
     }
-    this.#byAddress.delete(rarest)
+    const most = Math.max(...countBySource.values())
+    let rarest: Prober | undefined
+    for (const prober of this.#byAddress.values()) {
+      if (countBySource.get(prober.source) !== most) continue
+      if (!rarest || prober.rate(nowTickMs) < rarest.rate(nowTickMs)) rarest = prober
+    }
+    if (rarest) this.#byAddress.delete(rarest.address)
   }
 
   /** Reading an address takes a system call. In a flood we do not read it, and count all as one. */
