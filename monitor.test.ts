@@ -13755,6 +13755,22 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     })
   }
 
+  test('a server that begins to listen when all is over is closed, and keeps nothing alive', async (t) => {
+    const path = join(scratchFolder(t), 'late.sock')
+    const script = `
+      const server = http.createServer(() => {})
+      monitor.shutdownOnSignal()
+      setTimeout(() => server.listen(${JSON.stringify(path)}), 300)
+      server.on('listening', () => print('listens'))
+      server.on('close', () => print('closed'))
+      process.kill(process.pid, 'SIGTERM')`
+    const watched = runScript(t, { script })
+    assert.equal(await watched.exit, 0)
+    assertOrder(watched.output, 'listens', 'closed')
+    assert.doesNotMatch(watched.output, /keeps the process alive/)
+    assert.equal(fs.existsSync(path), false)
+  })
+
   for (const way of WITH_US) {
     for (const kind of ['TCP', 'Unix']) {
       test(`${way}: a ${kind} socket that was passed on keeps its backlog for whoever listens next`, async (t) => {

@@ -1635,8 +1635,9 @@ class Traffic {
   #newestCarrier: net.Socket | undefined
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
-  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. */
-  #stage: 'open' | 'refusing' | 'closing' = 'open'
+  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `closed`: all is
+   *  over, also for a server that begins to listen now. */
+  #stage: 'open' | 'refusing' | 'closing' | 'closed' = 'open'
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
@@ -2102,12 +2103,14 @@ class Traffic {
 
   /** Closes what has stopped listening, unless the program has done so. */
   closeServers(): void {
+    this.#stage = 'closed'
     for (const server of this.#stoppedServers) closeStandIn(server)
   }
 
   #stopServer(server: net.Server): void {
     this.#stoppedServers.add(server)
     stopListening(server)
+    if (this.#stage === 'closed') closeStandIn(server)
   }
 }
 
