@@ -9137,6 +9137,22 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     })
   }
 
+  test('a SIGINT that ends the process at once takes the file of a Unix socket along', async (t) => {
+    const path = join(scratchFolder(t), 'service.sock')
+    const script = `
+      const server = http.createServer(() => {})
+      monitor.shutdownOnSignal()
+      server.listen(${JSON.stringify(path)}, () => {
+        http.get({ socketPath: server.address() }).on('error', () => {})
+        setTimeout(() => process.kill(process.pid, 'SIGTERM'), 100)
+        setTimeout(() => process.kill(process.pid, 'SIGINT'), 1_400)
+      })`
+    const watched = runScript(t, { script })
+    assert.equal(await watched.exit, 130)
+    assert.match(watched.output, /shutdown: closing/)
+    assert.equal(fs.existsSync(path), false)
+  })
+
   test('a SIGINT that comes from no terminal waits for probers', async (t) => {
     const service = await bootService(t)
     await probe(t, service.port, 300)

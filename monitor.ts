@@ -4524,6 +4524,7 @@ class Signals {
     if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
       if (!options.isDelay) {
         log('warn', 'SIGINT came again: ends at once')
+        currentShutdown?.closeServers() // with them goes the file of a Unix socket
         process.exit(130)
       }
       log('warn', 'SIGINT came again: lets the signals through')
