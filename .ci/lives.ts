@@ -34,7 +34,7 @@ import * as net from 'node:net'
 import { tmpdir } from 'node:os'
 import { basename, join, resolve } from 'node:path'
 import process from 'node:process'
-import { setTimeout as pause } from 'node:timers/promises'
+import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
 import * as tls from 'node:tls'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { promisify } from 'node:util'
@@ -654,6 +654,7 @@ class Program {
   }
 
   async #askItself(monitor: Monitor): Promise<void> {
+    await nextTurn() // where a signal has come, it is heard before this
     const askedAtMs = Date.now()
     const { healthy } = await monitor.health()
     report('verdict', 'health()', { isGreen: healthy, askedAtMs })
