@@ -2281,16 +2281,21 @@ describeInProcess('Addresses', ALONE, () => {
   test('no value in the environment makes what code says wrong, or fails the process', async (t) => {
     const timeout = 'FTW_MONITOR_TIMEOUT_MS'
     setEnvironment(t, { [timeout]: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
-    const { monitor, logger } = await bootInstance(t, { performers: WARM })
+    const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
     monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
     const used = 'uses 25000 ms, since exitAfterMs is 28000'
     const warnings = warningsOf(logger).join('\n')
     assert.match(warnings, new RegExp(`cannot use FTW_MONITOR_TIMEOUT_MS=60000: ${used}`))
-    assert.match(warnings, /cannot use \/a b of FTW_MONITOR_CHECK/)
+    const page = 'a page is a path like /shop or /search?q=a'
+    assert.match(
+      warnings,
+      new RegExp(`cannot use /a b of FTW_MONITOR_CHECK: ${page.replace('?', '.')}`)
+    )
     setEnvironment(t, { [timeout]: '2147482000' })
     monitor.shutdownOnSignal()
     assert.match(warningsOf(logger).at(-1) ?? '', /cannot use FTW_MONITOR_TIMEOUT_MS=2147482000/)
-    assert.equal((await monitor.health()).reason, 'OK')
+    const { reason } = await monitor.health()
+    assert.equal(reason, `Error: Check '/a b' failed: cannot be used: ${page}`)
   })
 })
 
@@ -5167,7 +5172,7 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
 
 describeInProcess('Databases, checks and counters', ALONE, () => {
   test('FTW_MONITOR_CHECK names pages of the service that must answer below 400', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health health /own /ready' })
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health, /own /ready /ready?deep=1' })
     let code = 302
     const options = { listen: LOOPBACK, healthPath: '/ready' }
     const { monitor, instancePort, logger } = await bootInstance(t, {
@@ -5183,7 +5188,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.deepEqual(names, ['/own', '/health'])
     const warnings = warningsOf(logger)
     assert.equal(warnings.length, 2)
-    assert.match(warnings.join(), /cannot use health of FTW_MONITOR_CHECK.*leaves \/ready out/)
+    assert.match(warnings.join(), /leaves \/ready out of .*leaves \/ready\?deep=1 out of /)
     for (const bad of [400, 404, 503]) {
       code = bad
       const { reason } = await monitor.health()
@@ -5195,6 +5200,26 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal((await monitor.health()).reason, "Error: Check '/health' timed out.")
     code = 200
     await untilVerdict(monitor)
+  })
+
+  test('a page of FTW_MONITOR_CHECK may have a query; what is no page is a check that fails', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health?deep=1#top /café?für=1' })
+    const seen = new Set<string>()
+    const handler: http.RequestListener = ({ url = '' }, response) => {
+      seen.add(url)
+      response.end()
+    }
+    const { monitor } = await bootInstance(t, { performers: WARM, handler })
+    assert.equal((await monitor.health()).reason, 'OK')
+    assert.deepEqual([...seen].sort(), ['/caf%C3%A9?f%C3%BCr=1', '/health?deep=1'])
+    const names = (await monitor.status()).checks.map(({ name }) => name)
+    assert.deepEqual(names, ['/health?deep=1', '/café?für=1'])
+
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health health' })
+    const why = 'cannot be used: a page is a path like /shop or /search?q=a'
+    const red = await bootInstance(t, { performers: WARM, handler, until: 'started' })
+    await untilVerdict(red.monitor, `Error: Check 'health' failed: ${why}`)
+    assert.equal(await ask(red.port, 'health_check\n'), `Error: Check 'health' failed: ${why}\n`)
   })
 
   test('a page is not asked for while the instance boots', async (t) => {
@@ -6288,6 +6313,31 @@ describeInProcess('Warm-up', TOGETHER, () => {
   })
 })
 
+/** What FTW_MONITOR_WARMUP says, the pages that are loaded, and the sites. */
+const PAGES_TO_WARM: [text: string, loaded: string[], sites: string[]][] = [
+  ['/search?q=a', ['/search?q=a'], ['/search?q=a']],
+  ['/ /search/?next=/a/', ['/', '/search/?next=/a/'], ['/', '/search?next=/a/']],
+  ['/?a=1,2&b=3', ['/?a=1,2&b=3'], ['/?a=1,2&b=3']],
+  ['/,/shop', ['/', '/shop'], ['/', '/shop']],
+  ['/a;b, /shop;', ['/a;b', '/shop'], ['/a;b', '/shop']],
+  ['/#/shop /shop#top', ['/', '/shop'], ['/', '/shop']],
+  [
+    '/caf%C3%A9 /für?q=ä',
+    ['/caf%C3%A9', '/f%C3%BCr?q=%C3%A4'],
+    ['/caf%C3%A9', '/f%C3%BCr?q=%C3%A4']
+  ]
+]
+
+/** What FTW_MONITOR_WARMUP says, the site which that makes, and how the log shows it. */
+const WRONG_PAGES_TO_WARM: [text: string, wrong: string, shown: string][] = [
+  ['/own shop', 'shop', 'shop'],
+  ['shop', 'shop', 'shop'],
+  ['?q=a', '?q=a', '?q=a'],
+  ['//example.org/', '//example.org/', '//example.org/'],
+  ['http://me:secret@localhost/', 'http://***@localhost/', 'http://***@localhost/'],
+  ['/own /a\u200bb', '/a b', '/a b']
+]
+
 describeInProcess('Warm-up', ALONE, () => {
   test('where the program has replaced the global crypto the performers warm up, and it is green', async (t) => {
     const before = Object.getOwnPropertyDescriptor(globalThis, 'crypto')
@@ -6390,7 +6440,7 @@ describeInProcess('Warm-up', ALONE, () => {
 
   test('FTW_MONITOR_WARMUP names pages that are loaded in their order; what code registers comes first', async (t) => {
     const variable = 'FTW_MONITOR_WARMUP'
-    setEnvironment(t, { [variable]: ' /shop/  / shop /a?b /search /own/ ' })
+    setEnvironment(t, { [variable]: ' /shop/  / /search, /own/ ' })
     const seen: string[] = []
     const { monitor, logger } = await bootInstance(t, {
       performers: { '/own': () => void seen.push('own performer') },
@@ -6403,9 +6453,55 @@ describeInProcess('Warm-up', ALONE, () => {
     const { warmup } = await monitor.status()
     const sites = warmup.map(({ site, status }) => `${site} ${status}`)
     assert.deepEqual(sites, ['/own warm', '/shop warm', '/ warm', '/search warm'])
-    const warnings = warningsOf(logger)
-    assert.equal(warnings.length, 1)
-    assert.match(warnings.join(), /shop \/a\?b of FTW_MONITOR_WARMUP/)
+    assert.deepEqual(warningsOf(logger), [])
+  })
+
+  for (const [text, loaded, sites] of PAGES_TO_WARM) {
+    test(`FTW_MONITOR_WARMUP='${text}' loads ${loaded.join(' ')}`, async (t) => {
+      setEnvironment(t, { FTW_MONITOR_WARMUP: text })
+      const seen: string[] = []
+      const { monitor, port, logger } = await bootInstance(t, {
+        handler: ({ url = '' }, response) => {
+          seen.push(url)
+          response.end()
+        }
+      })
+      assert.deepEqual(seen, loaded)
+      const { warmup } = await monitor.status()
+      const names = warmup.map(({ site }) => site)
+      assert.deepEqual(names, sites)
+      assert.deepEqual(warningsOf(logger), [])
+      assert.equal(await ask(port, `warmup ${names.at(-1)}\n`), 'Warmup successful\n')
+      assert.deepEqual(seen, [...loaded, loaded.at(-1)])
+    })
+  }
+
+  for (const [text, wrong, shown] of WRONG_PAGES_TO_WARM) {
+    test(`no other page of FTW_MONITOR_WARMUP='${text}' makes the instance green`, async (t) => {
+      setEnvironment(t, { FTW_MONITOR_WARMUP: text })
+      const seen: string[] = []
+      const { monitor, port, logger } = await bootInstance(t, {
+        handler: ({ url = '' }, response) => {
+          seen.push(url)
+          response.end()
+        },
+        until: 'started'
+      })
+      const why = `${wrong}: cannot be used: a page is a path like /shop or /search?q=a`
+      await untilVerdict(monitor, `Warmup failed: ${why}`)
+      assert.deepEqual(seen, text.includes('/own') ? ['/own'] : [])
+      assert.equal(await ask(port, 'health_check\n'), `Warmup failed: ${why}\n`)
+      const variable = 'FTW_MONITOR_WARMUP'
+      const sentence = 'a page is a path like /shop or /search?q=a'
+      const warning = `warn ftw-monitor cannot use ${shown} of ${variable}: ${sentence}`
+      assert.ok(warningsOf(logger).includes(warning), warningsOf(logger).join('\n'))
+    })
+  }
+
+  test('a wrong page of FTW_MONITOR_WARMUP takes nothing out where there is no warm-up', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_WARMUP: 'shop', FTW_MONITOR_AUTOWARMUP: '0' })
+    const { monitor } = await bootInstance(t)
+    assert.equal((await monitor.health()).reason, 'OK')
   })
 
   test('a database or check that turns good starts the next try of a failed warm-up at once', async (t) => {

@@ -504,7 +504,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
-    this.healthPath = this.#options.healthPath ?? readPages('FTW_MONITOR_HEALTH_PATH')[0]
+    this.healthPath = this.#options.healthPath ?? readHealthPath()
     registerPages()
     registerPageChecks(this.healthPath)
     this.#wait()
@@ -804,7 +804,7 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), `url ${URL_SENTENCE}`)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
-  must(healthPath === undefined || isPagePath(healthPath), 'healthPath must be a path, as /ready')
+  must(healthPath === undefined || isSitePath(healthPath), 'healthPath must be a path, as /ready')
   must(local === 'socket', "local must be 'socket'")
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
@@ -2711,21 +2711,25 @@ export const registerCheck: (name: string, check: Check, options?: CheckOptions)
 
 /** Checks pages of the service's own that the environment names. */
 function registerPageChecks(healthPath: string | undefined): void {
-  for (const page of readPages('FTW_MONITOR_CHECK')) {
-    if (page === healthPath) {
+  const { pages, refused } = readPages('FTW_MONITOR_CHECK')
+  for (const page of pages) {
+    if (parseTarget(page).path === healthPath) {
       log('warn', `leaves ${page} out of FTW_MONITOR_CHECK: it would wait for itself`)
     } else if (!registeredChecks.has(page)) {
       registeredChecks.set(page, new PageCheck(page)) // what code says comes first
     }
   }
+  // What was to be checked is not known to be well.
+  for (const word of refused) {
+    if (registeredChecks.has(word)) continue
+    registeredChecks.set(word, new Dependency('Check', word, false, refusePage))
+  }
 }
 
 async function checkPage(page: string): Promise<true> {
-  const { instance } = monitor
-  if (!instance) throw new Error('the instance is booting')
   const controller = new AbortController()
   try {
-    const visited = visit(`${instance.url}${page}`, controller.signal)
+    const visited = visit(urlOfPage(page), controller.signal)
     const code = await withinLimit(visited, 2 * ANSWER_MS) // it is late before
     if (code >= 400) throw new Error(`it answered ${code}`)
     return true
@@ -2950,30 +2954,35 @@ const performers = new Map<string, WarmupPerformer>()
 export const registerWarmup: (site: string, performer: WarmupPerformer) => void = shared(
   'registerWarmup',
   (site, performer) => {
-    must(isPagePath(site), 'a site is / or /a/path')
+    must(isSitePath(site), 'a site is / or /a/path')
     must(typeof performer === 'function', 'a warm-up performer is a function')
-    const name = toSiteName(site)
-    const wasGreen = monitor.warmup.stage === 'done'
-    performers.set(name, performer)
-    monitor.warmup.onRegistered(name, wasGreen)
+    addSite(toSiteName(site), performer)
   }
 )
 
-/** Registers each page that the environment names as a site, which is warmed by loading it. */
-function registerPages(): void {
-  for (const page of readPages('FTW_MONITOR_WARMUP')) {
-    // What code says comes first.
-    if (performers.has(toSiteName(page))) continue
-    const end = page.endsWith('/') ? '/' : '' // which some servers want
-    registerWarmup(page, (warmup) => loadPage({ ...warmup, url: `${warmup.url}${end}` }))
-  }
+function addSite(name: string, performer: WarmupPerformer): void {
+  const wasGreen = monitor.warmup.stage === 'done'
+  performers.set(name, performer)
+  monitor.warmup.onRegistered(name, wasGreen)
 }
 
-const SITE = /^\/(?![/\\])[^\s?#]*$/ // /shop
+/** Registers each page that the environment names as a site, which is warmed by loading it. One
+ *  that cannot be used is a site whose warm-up fails: another page's must not make it green. */
+function registerPages(): void {
+  const { pages, refused } = readPages('FTW_MONITOR_WARMUP')
+  for (const page of pages) {
+    const name = toSiteName(page)
+    if (performers.has(name)) continue // what code says comes first
+    // As it was written: some servers want the slash at its end.
+    addSite(name, (warmup) => loadPage({ ...warmup, url: urlOfPage(page) }))
+  }
+  for (const word of refused) addSite(word, refusePage)
+}
 
 /** As it stands in a URL. */
-function toSiteName(path: string): string {
-  return withoutSlashes(new URL(path, 'http://localhost').pathname) || '/'
+function toSiteName(page: string): string {
+  const { pathname, search } = new URL(page, 'http://localhost')
+  return (withoutSlashes(pathname) || '/') + search
 }
 
 const DEFAULT_SITES = ['/'] // warmed by loading the page, where nothing is registered
@@ -3355,6 +3364,13 @@ async function visit(url: string, signal: AbortSignal, token?: string): Promise<
   if (!isHttps && (isPage || !doesFetchGoStraight)) return visitByGet(url, headers, signal)
   if (!doesFetchGoStraight) failWith(`a proxy would be asked for it: name its host in NO_PROXY`)
   return visitByFetch(url, headers, signal)
+}
+
+/** Where a page of the instance itself is loaded. */
+function urlOfPage(page: string): string {
+  const { instance } = monitor
+  if (!instance) throw new Error('the instance is booting')
+  return `${instance.url}${page}`
 }
 
 /** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
@@ -4930,7 +4946,7 @@ addCommand(
     out until it is over. Replies "Warmup successful", or why it failed; every 10 s, how far it is.
 `,
   async (asker, path = '/') => {
-    const sites = SITE.test(path) ? sitesAt(toSiteName(path)) : []
+    const sites = isUsablePage(path) ? sitesAt(toSiteName(path)) : []
     if (sites.length === 0) failWith(`Error: no site '${path}' is registered`)
     const report = (progress: string): void => asker.write(`${progress}\n`)
     const failure = await warmUpReporting(sites, report)
@@ -5649,18 +5665,43 @@ function readMilliseconds(name: string): number | undefined {
   return undefined
 }
 
-/** Paths, with blanks between them; a wrong one costs a warning, and is left out. */
-function readPages(name: string): string[] {
-  const words = readEnv(name)?.split(/\s+/) ?? []
-  const wrong = words.filter((word) => !isPagePath(word))
-  if (wrong.length > 0)
-    log('warn', `cannot use ${wrong.join(' ')} of ${name}: a page is a path like /shop`)
-  return words.filter(isPagePath)
+/** Pages that the environment names, with blanks or commas between them, and what is none there. */
+function readPages(name: string): { pages: string[]; refused: string[] } {
+  const words = readEnv(name)?.split(PAGE_SEPARATOR).filter(Boolean) ?? []
+  const refused = words.filter((word) => !isUsablePage(word)).map(clean)
+  if (refused.length > 0)
+    log('warn', `cannot use ${refused.join(' ')} of ${name}: ${PAGE_SENTENCE}`)
+  return { pages: words.filter(isUsablePage).map(withoutFragment), refused }
 }
 
-/** Without control characters, too, which a name must not have. */
-function isPagePath(path: unknown): boolean {
-  return typeof path === 'string' && SITE.test(path) && isWord(path)
+/** Whatever the query, it is the same answer. */
+function readHealthPath(): string | undefined {
+  const [page] = readPages('FTW_MONITOR_HEALTH_PATH').pages
+  return page === undefined ? undefined : parseTarget(page).path
+}
+
+/** Other commas belong to the page: `/map?at=46.9,7.4`. */
+const PAGE_SEPARATOR = /[,;]*\s+|[,;]+(?=\/|$)/
+const PAGE_SENTENCE = 'a page is a path like /shop or /search?q=a'
+
+function refusePage(): never {
+  failWith(`cannot be used: ${PAGE_SENTENCE}`)
+}
+
+/** A path, perhaps with a query. Without control characters, which a name must not have. */
+function isUsablePage(page: string): boolean {
+  return PAGE_START.test(page) && isWord(page)
+}
+
+const PAGE_START = /^\/(?![/\\])/ // of /search?q=a, but not of //example.org
+
+function isSitePath(path: unknown): boolean {
+  return typeof path === 'string' && isUsablePage(path) && !/[?#]/.test(path)
+}
+
+/** A browser would not send it either. */
+function withoutFragment(page: string): string {
+  return page.replace(/#.*/s, '')
 }
 
 function isSwitchedOff(name: string): boolean {
