@@ -263,7 +263,7 @@ const OF_THE_LOCALE = /^(LANG|LANGUAGE|LC_[A-Z]+)$/
 const OF_PROGRAMS = /^(NODE_OPTIONS|NODE_DEBUG|NODE_NO_WARNINGS|PG[A-Z]+|[a-z]+_proxy)$/i
 
 // The environment of whoever runs the tests must not change what they find.
-for (const name of VARIABLES) delete process.env[name]
+for (const name of [...VARIABLES, 'FTW_MONITOR_TEST_PACKAGES']) delete process.env[name]
 for (const pattern of [OF_THE_TERMINAL, OF_THE_LOCALE, OF_PROGRAMS]) {
   for (const name of Object.keys(process.env)) {
     if (pattern.test(name)) delete process.env[name]
@@ -273,7 +273,7 @@ for (const pattern of [OF_THE_TERMINAL, OF_THE_LOCALE, OF_PROGRAMS]) {
 /** Sets variables for a test; the others that the module reads are unset. */
 function setEnvironment(t: TestContext, variables: Record<string, string>): void {
   const unset = () => {
-    for (const name of VARIABLES) delete process.env[name]
+    for (const name of [...VARIABLES, ...Object.keys(variables)]) delete process.env[name]
   }
   unset()
   for (const [name, value] of Object.entries(variables)) process.env[name] = value
@@ -1403,7 +1403,44 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 
 // --- Start and stop ------------------------------------------------------------------------------
 
+/** Each call of the API with an option that there is not, and the end of what it is told. */
+const SURPLUS_OPTIONS: [call: (monitor: Monitor) => unknown, end: string][] = [
+  [(monitor) => monitor.start({ prot: 8080 } as object), 'keepAliveMs, logger, not prot'],
+  [(monitor) => monitor.untilHealthy({ timeoutMs: 5 } as object), 'have signal, not timeoutMs'],
+  [(monitor) => monitor.drain({ timeout: 5 } as object), 'timeoutMs, minimumMs, not timeout'],
+  [(monitor) => monitor.shutdown({ cleanup: 5 } as object), 'exitAfterMs, signals, not cleanup'],
+  [(monitor) => monitor.shutdownOnSignal({ fal: 5 } as object), 'signals, not fal'],
+  [(monitor) => monitor.registerCheck('a', hang, { opt: 1 } as object), 'optional, not opt'],
+  [(monitor) => monitor.register('a', '', hang, { web: 1 } as object), 'and local, not web']
+]
+
+/** What is mistyped behind FTW_MONITOR_, and what was meant, '' if nobody can tell. */
+const UNKNOWN_VARIABLES: Record<string, string> = {
+  TIMEOUT: 'TIMEOUT_MS',
+  TIMEOUT_SECONDS: 'TIMEOUT_MS',
+  AUTO_WARMUP: 'AUTOWARMUP',
+  HEALTHPATH: 'HEALTH_PATH',
+  CHECKS: 'CHECK',
+  MIN_MS: 'MINIMUM_MS',
+  LISTNE: 'LISTEN',
+  PORT: '',
+  X: ''
+}
+
 describeInProcess('Start and stop', TOGETHER, () => {
+  for (const [call, end] of SURPLUS_OPTIONS) {
+    test(`an unknown option is named in the error: …${end}`, async (t) => {
+      const monitor = await importMonitor(t)
+      await assert.rejects(
+        async () => await call(monitor),
+        (error: Error) => {
+          assert.ok(error instanceof TypeError && error.message.endsWith(end), error.message)
+          return true
+        }
+      )
+    })
+  }
+
   test("a copied file says which version it is, and that is the package's", async (t) => {
     const { VERSION } = await importMonitor(t)
     const { version } = JSON.parse(fs.readFileSync(new URL('package.json', ROOT), 'utf8')) as {
@@ -1916,6 +1953,43 @@ describeInProcess('Start and stop', ALONE, () => {
     assert.equal((await monitor.status()).healthy, true)
     await monitor.shutdown()
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  })
+
+  for (const [name, hint] of Object.entries(UNKNOWN_VARIABLES)) {
+    test(`the variable FTW_MONITOR_${name} costs one warning that names it`, async (t) => {
+      setEnvironment(t, { [`FTW_MONITOR_${name}`]: '5' })
+      const { monitor, logger } = await bootInstance(t, { performers: WARM })
+      const meant = hint && ` (perhaps FTW_MONITOR_${hint})`
+      const warning = `warn ftw-monitor does not know FTW_MONITOR_${name}${meant}`
+      assert.deepEqual(warningsOf(logger), [warning])
+      await monitor.stop()
+    })
+  }
+
+  test('all unknown variables are in one warning; known ones and those of Kubernetes in none', async (t) => {
+    setEnvironment(t, {
+      FTW_MONITOR_WARM_UP: '/shop',
+      FTW_MONITOR_COLOUR: 'red',
+      FTW_MONITOR_EMPTY: '',
+      FTW_MONITOR: '1',
+      FTW_MONITOR_LISTEN: '127.0.0.1:0',
+      FTW_MONITOR_TIMEOUT_MS: '5000',
+      FTW_MONITOR_SERVICE_HOST: '10.0.0.1',
+      FTW_MONITOR_SERVICE_PORT_HTTP: '8160',
+      FTW_MONITOR_PORT: 'tcp://10.0.0.1:8160',
+      FTW_MONITOR_PORT_8160_TCP_ADDR: '10.0.0.1'
+    })
+    const { logger } = await bootInstance(t, { performers: WARM })
+    const unknown = 'FTW_MONITOR_WARM_UP (perhaps FTW_MONITOR_WARMUP), FTW_MONITOR_COLOUR'
+    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor does not know ${unknown}`])
+  })
+
+  test('an unknown variable is no matter where there is no monitor', async (t) => {
+    setEnvironment(t, { FTW_MONITOR: '0', FTW_MONITOR_TIMEOUT: '5' })
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    await monitor.start({ server: await serve(t), logger })
+    assert.deepEqual(logger.lines, [])
   })
 
   test('FTW_MONITOR=1 leaves the monitor on', async (t) => {
@@ -14803,7 +14877,7 @@ async function startRedis(t: TestContext): Promise<number> {
 /** Prometheus's own client with its default metrics, a histogram and a summary of odd labels. */
 const PROM_CLIENT = String.raw`
   import { createRequire } from 'node:module'
-  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const require = createRequire(${JSON.stringify(`${PACKAGES}/`)})
   const client = require('prom-client')
   client.collectDefaultMetrics()
   const named = (name) => ({ name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] })
@@ -15072,7 +15146,7 @@ function keepConnected(t: TestContext, count: number, url: string) {
 /** The README's complete service, with WebSockets to which it says goodbye. */
 const SERVICE = `
   import { createRequire } from 'node:module'
-  const require = createRequire(process.env.FTW_MONITOR_TEST_PACKAGES + '/')
+  const require = createRequire(${JSON.stringify(`${PACKAGES}/`)})
   const pg = require('pg')
   const { WebSocketServer } = require('ws')
 

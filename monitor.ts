@@ -504,6 +504,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
+    warnOfUnknownVariables()
     this.healthPath = this.#options.healthPath ?? readHealthPath()
     registerPages()
     registerPageChecks(this.healthPath)
@@ -791,8 +792,9 @@ interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
 function toStartOptions(instance: unknown): CheckedStartOptions {
   const isWithoutOptions = isServer(instance) || Array.isArray(instance)
   const options: unknown = isWithoutOptions ? { server: instance } : instance
-  must(
-    hasOnly(options, START_OPTIONS),
+  mustHaveOnly(
+    options,
+    START_OPTIONS,
     'start() takes an http.Server (app.listen() of Express, fastify.server), or ' +
       START_OPTIONS.join(', ')
   )
@@ -2495,7 +2497,7 @@ export const health: () => Promise<{ healthy: boolean; reason: string }> = share
 export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void> = shared(
   'untilHealthy',
   async (options = {}) => {
-    must(hasOnly(options, ['signal']), 'untilHealthy takes an object that may have signal')
+    mustHaveOnly(options, ['signal'], 'untilHealthy takes an object that may have signal')
     const { signal = new AbortController().signal } = options
     const isSignal = hasMethods(signal, 'addEventListener', 'throwIfAborted')
     must(isSignal, 'signal must be an AbortSignal')
@@ -2701,7 +2703,7 @@ export const registerCheck: (name: string, check: Check, options?: CheckOptions)
   (name, check, options = {}) => {
     must(isWord(name), 'a check has a name without white space')
     must(typeof check === 'function', 'a check is a function')
-    must(hasOnly(options, ['optional']), 'the one option of a check is optional')
+    mustHaveOnly(options, ['optional'], 'the one option of a check is optional')
     const { optional = false }: CheckOptions = options
     must(typeof optional === 'boolean', 'optional is true or false')
     const passes = async (): Promise<boolean> => (await check()) !== false
@@ -3845,10 +3847,8 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
 export const drain: (options?: DrainOptions) => Promise<void> = shared(
   'drain',
   async (options = {}) => {
-    must(
-      hasOnly(options, DRAIN_OPTIONS),
-      `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
-    )
+    const sentence = `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
+    mustHaveOnly(options, DRAIN_OPTIONS, sentence)
     await untilDrained(toDrainOptions(options))
   }
 )
@@ -4107,10 +4107,8 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
 const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
 
 function mustBeShutdownOptions(options: ShutdownOptions): void {
-  must(
-    hasOnly(options, SHUTDOWN_OPTIONS),
-    `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
-  )
+  const sentence = `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
+  mustHaveOnly(options, SHUTDOWN_OPTIONS, sentence)
 }
 
 function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
@@ -4690,9 +4688,8 @@ export const register: (
   command: Command,
   options?: CommandOptions
 ) => void = shared('register', (name, doc, command, options = {}) => {
-  const isKnown: boolean = hasOnly(options, ['http', 'local'])
-  must(isKnown, 'the options of a command are http and local')
-  const { http: overHttp = false, local = false } = options
+  mustHaveOnly(options, ['http', 'local'], 'the options of a command are http and local')
+  const { http: overHttp = false, local = false }: CommandOptions = options
   must(isWord(name), 'a command has a name without white space')
   must(
     [overHttp, local].every((each) => typeof each === 'boolean'),
@@ -5540,8 +5537,15 @@ function hasMethods(value: unknown, ...names: string[]): boolean {
   return isObject(value) && names.every((name) => typeof value[name] === 'function')
 }
 
-function hasOnly(value: unknown, names: string[]): value is Record<string, unknown> {
-  return isObject(value) && Object.keys(value).every((name) => names.includes(name))
+/** The sentence says which options there are; the error names the one that is not among them. */
+function mustHaveOnly(
+  options: unknown,
+  names: string[],
+  sentence: string
+): asserts options is Record<string, unknown> {
+  must(isObject(options), sentence)
+  const surplus = Object.keys(options).find((name) => !names.includes(name))
+  must(surplus === undefined, `${sentence}, not ${surplus}`)
 }
 
 function mayHaveMethod(value: object, name: string): boolean {
@@ -5637,6 +5641,55 @@ function parseTarget(target: string): { path: string; query: string } {
 const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (RFC 9112, 3.2.2)
 
 // The environment
+
+/** All that may begin with `FTW_MONITOR_`. Layers add to it. */
+const VARIABLES = [
+  'FTW_MONITOR_LISTEN',
+  'FTW_MONITOR_URL',
+  'FTW_MONITOR_AUTOWARMUP',
+  'FTW_MONITOR_WARMUP',
+  'FTW_MONITOR_CHECK',
+  'FTW_MONITOR_HEALTH_PATH',
+  'FTW_MONITOR_KEEP_ALIVE_MS',
+  'FTW_MONITOR_LOCAL',
+  'FTW_MONITOR_TIMEOUT_MS',
+  'FTW_MONITOR_MINIMUM_MS'
+]
+
+/** A mistyped one would have no effect, and nobody would notice. */
+function warnOfUnknownVariables(): void {
+  const names = attempt(() => Object.keys(process.env)) ?? [] // Deno may allow some of them alone
+  const unknown = names.filter((name) => {
+    if (!name.startsWith(PREFIX) || VARIABLES.includes(name)) return false
+    const value = readEnv(name)
+    return value !== undefined && !isOfKubernetes(name, value)
+  })
+  if (unknown.length > 0) log('warn', `does not know ${unknown.map(withNearest).join(', ')}`)
+}
+
+/** Kubernetes tells every container of a Service named ftw-monitor in such variables. */
+function isOfKubernetes(name: string, value: string): boolean {
+  return /_(SERVICE_(HOST|PORT)|PORT_\d+_)/.test(name) || /^(tcp|udp|sctp):/.test(value)
+}
+
+function withNearest(name: string): string {
+  let nearest = { variable: '', likeness: 0 }
+  for (const variable of VARIABLES) {
+    const likeness = likenessOf(name.slice(PREFIX.length), variable.slice(PREFIX.length))
+    if (likeness > nearest.likeness) nearest = { variable, likeness }
+  }
+  return nearest.likeness < LIKENESS_MIN ? name : `${name} (perhaps ${nearest.variable})`
+}
+
+const PREFIX = 'FTW_MONITOR_'
+const LIKENESS_MIN = 0.4 // as of PATH and HEALTH_PATH
+
+/** From 0 to 1, by the pairs of letters that two words share. */
+function likenessOf(one: string, other: string): number {
+  const pairs = Array.from(one.slice(1), (letter, at) => one.charAt(at) + letter)
+  const common = pairs.filter((pair) => other.includes(pair))
+  return (2 * common.length) / (one.length + other.length)
+}
 
 function readEnv(name: string): string | undefined {
   return process.env[name]?.trim() || undefined
