@@ -1941,16 +1941,23 @@ describeInProcess('Start and stop', ALONE, () => {
     }
   })
 
-  test('where the monitor is switched off, health() tells of databases and checks alone', async (t) => {
+  test('where the monitor is switched off, health() asks nobody, and is healthy until the end', async (t) => {
     setEnvironment(t, { FTW_MONITOR: '0' })
     const monitor = await importMonitor(t)
     const server = http.createServer(hello)
     assert.equal(await monitor.start({ server, logger: recorder() }), false)
     assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
-    monitor.registerDatabase('main', { isConnected: () => false })
-    assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
-    monitor.registerDatabase('main', { isConnected: () => true })
-    assert.equal((await monitor.status()).healthy, true)
+    let questions = 0
+    const answerNo = () => {
+      questions++
+      return false
+    }
+    monitor.registerDatabase('main', { isConnected: answerNo })
+    monitor.registerCheck('disk', answerNo)
+    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
+    assert.equal(questions, 0)
+    const { healthy, databases } = await monitor.status()
+    assert.deepEqual([healthy, databases[0]?.trouble], [true, 'disconnected'])
     await monitor.shutdown()
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
   })
@@ -7251,15 +7258,42 @@ describeInProcess('The health path', ALONE, () => {
     assert.equal((await getPage(other.instancePort, '/ready')).body, 'hello')
   })
 
-  test('a wrong FTW_MONITOR_HEALTH_PATH is one warning, and without a monitor nothing is answered', async (t) => {
+  test('a query in FTW_MONITOR_HEALTH_PATH makes no difference', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready?deep=1' })
+    const { instancePort, logger } = await bootInstance(t, { performers: WARM })
+    assert.equal((await getPage(instancePort, '/ready')).body, 'OK\n')
+    assert.equal((await getPage(instancePort, '/ready?deep=1')).body, 'OK\n')
+    assert.deepEqual(warningsOf(logger), [])
+  })
+
+  test('where the monitor is switched off, the health path is green until the end', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready', FTW_MONITOR: '0' })
+    for (const options of [{}, { healthPath: '/live' }]) {
+      const monitor = await importMonitor(t)
+      const { server, held, letGo } = await serveHeld(t)
+      monitor.registerDatabase('main', { isConnected: () => false })
+      const logger = recorder()
+      assert.equal(await monitor.start({ server, logger, ...options }), false)
+      const { healthPath = '/ready' } = options as StartOptions
+      const { status, body } = await getPage(portOf(server), healthPath)
+      assert.deepEqual([status, body], [200, 'OK\n'])
+      assert.deepEqual(logger.lines, [])
+
+      const answer = getPage(portOf(server), '/held')
+      await until(() => held.length > 0, 'a request is in flight')
+      const ended = monitor.shutdown()
+      const last = await getPage(portOf(server), healthPath)
+      assert.deepEqual([last.status, last.body], [503, 'Draining\n'])
+      letGo()
+      await answer
+      await ended
+    }
+  })
+
+  test('a wrong FTW_MONITOR_HEALTH_PATH is one warning', async (t) => {
     setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: 'ready' })
     const { logger } = await bootInstance(t, { performers: WARM })
     assert.match(warningsOf(logger).join(), /^[^,]*FTW_MONITOR_HEALTH_PATH[^,]*$/)
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready', FTW_MONITOR: '0' })
-    const server = await serve(t)
-    const monitor = await importMonitor(t)
-    assert.equal(await monitor.start(server), false)
-    assert.equal((await getPage(portOf(server), '/ready')).body, 'hello')
   })
 })
 
@@ -12594,6 +12628,21 @@ const TELL_OF_TRACES = `
     const open = process.getActiveResourcesInfo().filter((kind) => /TCP|Pipe.*Server/.test(kind))
     return JSON.stringify({ listeners, open, isEmitOwn: Object.hasOwn(process, 'emit') })
   }`
+/** What a copy that is switched off does, and the answer at the health path. */
+const SWITCHED_OFF: [name: string, env: Record<string, string>, healthBody: string][] = [
+  [
+    'answers at the health path alone',
+    { FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/ready' },
+    'OK\n'
+  ],
+  ['does nothing without a health path', { FTW_MONITOR: '0' }, 'served'],
+  [
+    'does nothing where the health path is none',
+    { FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: 'ready' },
+    'served'
+  ]
+]
+
 const NO_TRACES = JSON.stringify({ listeners: [0, 0], open: [], isEmitOwn: false })
 
 /** For a process whose timeouts of ten seconds are over after a tenth of one. */
@@ -13064,6 +13113,29 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       assert.deepEqual(others, [])
       for (const part of [file, PROGRAM]) assert.ok(line.includes(part), line)
       assert.match(line, what.includes('version') ? /0\.9\.0.*1\.0\.0/ : /1\.0\.0.*1\.0\.0/)
+    })
+  }
+
+  for (const [name, env, healthBody] of SWITCHED_OFF) {
+    test(`preloaded into a program and switched off, it ${name}`, async (t) => {
+      const port = await freePort()
+      const tell = 'process.once("SIGTERM", () => { print(traces()); process.exit(3) })'
+      const source = `${TELL_OF_TRACES}\n${PLAIN_SERVER}\n${tell}`
+      const watched = runUnmodified(t, source, { env: { PORT: String(port), ...env } })
+      await until(() => watched.stdout.includes('listens'), 'it listens')
+      for (const path of ['/ready', '/ready?now']) {
+        const { status, body } = await getPage(port, path)
+        assert.deepEqual([status, body], [200, healthBody])
+      }
+      assert.equal((await getPage(port, '/@@warmup')).body, 'served')
+      assert.ok(await isRefused(port + 80))
+      watched.child.kill()
+      assert.equal(await inTime(watched.exit, 'it ends'), 3)
+      const { listeners } = JSON.parse(/^\{.*\}$/m.exec(watched.stdout)?.[0] ?? '{}') as {
+        listeners: number[]
+      }
+      assert.deepEqual(listeners, [0, 0])
+      assert.equal(watched.stderr, '')
     })
   }
 

@@ -390,7 +390,10 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
     if (!monitor.isOff) void monitor.end()
     monitor = new Monitor(options)
     monitor.findServers()
-    if (isSwitchedOff('FTW_MONITOR')) return false
+    if (isSwitchedOff('FTW_MONITOR')) {
+      monitor.answerAtHealthPath() // else the platform would take the service down
+      return false
+    }
     return monitor.begin()
   })
 
@@ -505,11 +508,15 @@ class Monitor {
   /** Begins this life. */
   begin(): Promise<Address> {
     warnOfUnknownVariables()
-    this.healthPath = this.#options.healthPath ?? readHealthPath()
+    this.answerAtHealthPath()
     registerPages()
     registerPageChecks(this.healthPath)
     this.#wait()
     return this.started.promise
+  }
+
+  answerAtHealthPath(): void {
+    this.healthPath = this.#options.healthPath ?? readHealthPath()
   }
 
   /** Begins this life when there is a server that is the instance. */
@@ -2478,8 +2485,8 @@ function verdictOf(grade: Grade, reason: string): Verdict {
 }
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
- *  never contains `OK`. Answers within a second, and never rejects. With `FTW_MONITOR=0` it tells
- *  of databases and checks alone. */
+ *  never contains `OK`. Answers within a second, and never rejects. With `FTW_MONITOR=0`, which is
+ *  for emergencies, nothing is asked, and it is healthy until it shuts down. */
 export const health: () => Promise<{ healthy: boolean; reason: string }> = shared(
   'health',
   async () => {
@@ -2527,6 +2534,7 @@ function judge(): Verdict {
   if (draining) return verdictOf('warn', toRedLine(draining.reason))
   if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
   if (state === 'failed') return GAVE_UP
+  if (isWithoutMonitor()) return HEALTHY
 
   const broken = firstBroken()
   const isJustCold = broken?.isCold === true
@@ -2536,10 +2544,15 @@ function judge(): Verdict {
   return verdict.healthy && isJustCold ? WARMING_UP : verdict
 }
 
+/** Whether it is switched off in an emergency, which must not take the service down: a health
+ *  route of its own asks health(). */
+function isWithoutMonitor(): boolean {
+  return monitor.state !== 'accepting' && isSwitchedOff('FTW_MONITOR')
+}
+
 /** A boot ends with the warm-up. */
 function judgeBoot({ state, warmup }: Monitor): Verdict {
-  // Where no monitor is wanted, a health route of the service's own must not be red for ever.
-  if (state !== 'accepting') return isSwitchedOff('FTW_MONITOR') ? HEALTHY : BOOTING
+  if (state !== 'accepting') return BOOTING
   const { stage } = warmup
   if (stage === 'cold') return BOOTING
   if (stage === 'running') return WARMING_UP
@@ -2566,7 +2579,7 @@ function toRedLine(text: string): string {
 /** Asks what the verdict has to know. A promise only if there is something to wait for, since that
  *  costs more than the rest of a check. */
 function inspect(): Promise<unknown> | undefined {
-  if (monitor.draining) return undefined
+  if (monitor.draining || isWithoutMonitor()) return undefined
   if (monitor.traffic.server && monitor.isInstanceClosing) return undefined // it is known
   if (databases.size === 0 && registeredChecks.size === 0 && !monitor.isConnectDue) return undefined
   return inspectAll()
@@ -3616,7 +3629,9 @@ type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string
 
 /** Other methods are the service's own. */
 function isForHealth(method: string | undefined, target: string): boolean {
-  const { healthPath } = monitor // known also after it has given up, when it must not be green
+  // Known also after it has given up, when it must not be green, and where it is switched off, when
+  // it must not be red.
+  const { healthPath } = monitor
   if (healthPath === undefined || (method !== 'GET' && method !== 'HEAD')) return false
   return parseTarget(target).path === healthPath
 }
@@ -5876,6 +5891,7 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 // With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
 // start() does when the program's server listens, and delays its signals from then on; before that,
 // and where none ever listens, as in npm and in child processes, it touches nothing but listen().
+// With `FTW_MONITOR=0` it only answers at the health path, if the environment names one.
 
 const signals = new Signals()
 
@@ -5899,6 +5915,15 @@ if (isAuto) {
   monitor = new Monitor({ servers: [], isByItself: true })
   monitor.search()
 }
+
+// A program that knows nothing of us has no health path, at which its platform asks all the same.
+const isHealthPathOnly = !firstExports && !isWorkerThread && isSwitchedOff('FTW_MONITOR')
+if (isHealthPathOnly && isUsablePage(readEnv('FTW_MONITOR_HEALTH_PATH') ?? '')) {
+  monitor = new Monitor({ servers: [], isByItself: true })
+  monitor.findServers()
+  monitor.answerAtHealthPath()
+}
+
 if (isAutoWanted && isWorkerThread) tellOfServerInThread()
 if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all is loaded
 
