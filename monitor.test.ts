@@ -6959,6 +6959,41 @@ describeInProcess('Warm-up', ALONE, () => {
     )
   })
 
+  test('a warm-up that hangs is told after 60 s, and each time it has run twice as long', async (t) => {
+    const timers = takeTimers(t, ['setInterval'], fakeClock(t))
+    const gate = latch()
+    const { logger } = await bootInstance(t, {
+      performers: { '/': () => {}, '/shop': () => gate.opened, '/last': hang },
+      until: 'started'
+    })
+    const told = () => logger.lines.filter((line) => line.includes('running'))
+    await until(() => logger.lines.some((line) => line.includes('/ is warm')), 'the first is warm')
+    await nextTurn()
+    timers.pass(59_750)
+    assert.deepEqual(told(), [])
+    timers.pass(250)
+    const line = (site: string, seconds: number) => {
+      return `warn ftw-monitor ${site} still running after ${seconds} s`
+    }
+    const lines = [line('/shop', 60)]
+    assert.deepEqual(told(), lines)
+    timers.pass(59_750)
+    assert.deepEqual(told(), lines)
+    timers.pass(500)
+    lines.push(line('/shop', 120))
+    assert.deepEqual(told(), lines)
+    timers.pass(120_000)
+    lines.push(line('/shop', 240))
+    assert.deepEqual(told(), lines)
+
+    gate.open()
+    await until(() => logger.lines.some((text) => text.includes('/shop is warm')), 'it is warm')
+    await nextTurn()
+    timers.pass(30 * 60_000 - 250) // what waited for its turn is told since it runs
+    for (const seconds of [60, 120, 240, 480, 960]) lines.push(line('/last', seconds))
+    assert.deepEqual(told(), lines)
+  })
+
   test('a server that answers nothing but upgrades is warned of once, after 10 s', async (t) => {
     const timers = takeTimers(t)
     const server = http.createServer() // as ws has it
@@ -6975,7 +7010,7 @@ describeInProcess('Warm-up', ALONE, () => {
     await until(() => connections === 2, 'it asks for the view, and for the page')
     timers.pass(9_000)
     assert.deepEqual(warningsOf(logger), [])
-    timers.pass(60_000)
+    timers.pass(50_000)
     const page = `http://127.0.0.1:${portOf(server)}`
     const advice = 'if it never answers, register a warm-up performer'
     assert.deepEqual(warningsOf(logger), [

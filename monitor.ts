@@ -265,6 +265,7 @@ const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole 
 const GUESS_MS = 1_000 // until a server that nobody named is taken for the instance
 const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
 const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
+const WARMUP_TOLD_MS = 60_000 // then it may hang; doubled, so that WARMUP_MS costs five lines
 const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor allows as much for all of them
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
 const WARMUP_RETRY_MAX_MS = 30_000 // so that an instance is back soon after what it needs is back
@@ -3050,6 +3051,13 @@ class Site {
     const { signal } = this.#controller
     const expire = (): void => this.abort(`no end after ${WARMUP_MS / 60_000} minutes`)
     clock.schedule(WARMUP_MS, expire)
+    let pauseMs = WARMUP_TOLD_MS
+    const tell = (): void => {
+      log('warn', `${name} still running after ${this.seconds.toFixed(0)} s`)
+      clock.schedule(pauseMs, tell)
+      pauseMs *= 2
+    }
+    clock.schedule(pauseMs, tell)
     this.stage = 'running'
     this.failure = ''
     this.#startedAtMs = performance.now()
@@ -3067,6 +3075,7 @@ class Site {
     this.#seconds = this.#secondsSinceStart
 
     clock.cancel(expire)
+    clock.cancel(tell)
     this.#controller = new AbortController() // work that goes on afterwards must not be aborted
   }
 
