@@ -14557,6 +14557,226 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(results[2]?.stdout, `${version}\n`)
   })
 
+  test('a call that may mean another instance is refused, and sends nothing', async (t) => {
+    let connections = 0
+    const count = (socket: net.Socket) => {
+      connections++
+      socket.end()
+    }
+    const one = await fakeInstance(t, count)
+    const other = await fakeInstance(t, count)
+    const rows: [string[], string][] = [
+      [['drain', '--prot', `${one}`], 'drain knows no --prot; a reason with dashes comes after --'],
+      [
+        ['drain', '--odd reason'],
+        'drain knows no --odd reason; a reason with dashes comes after --'
+      ],
+      [
+        ['drain', `${one}`],
+        `${one} may be a port or a reason: say drain --port ${one}, or drain -- ${one}`
+      ],
+      [
+        ['drain', `${one} until noon`],
+        `${one} may be a port or a reason: say drain --port ${one}, or drain -- ${one} until noon`
+      ],
+      [
+        ['drain', 'until', 'noon', `app1=${one}`],
+        `app1=${one} may be an instance: that comes first, and a reason that looks so after --`
+      ],
+      [
+        ['drain', `app1=${one}`, `noon localhost:${one}`],
+        `localhost:${one} may be an instance: that comes first, and a reason that looks so after --`
+      ],
+      [['drain', 'app1=one'], 'app1=one is no instance; one is named [NAME=][HOST:]PORT'],
+      [['drain', `::1:${one}`], `::1:${one} is no instance; one is named [NAME=][HOST:]PORT`],
+      [['drain', ''], 'drain has an empty argument: is a variable not set?'],
+      [['health_check', ''], 'health_check has an empty argument: is a variable not set?'],
+      [['status', ' '], 'status has an empty argument: is a variable not set?'],
+      [[''], 'the command is empty; try ftw-monitor --help'],
+      [['--prot', `${one}`, 'drain'], 'knows no --prot before the command; try ftw-monitor --help'],
+      [['--watch', 'status'], 'knows no --watch before the command; try ftw-monitor --help'],
+      [['health_check', '-p', `${one}`], 'health_check knows no -p; try ftw-monitor --help'],
+      [['status', '--wacht'], 'status knows no --wacht; try ftw-monitor --help'],
+      [['wait', '--deployment', 'shop'], 'wait knows no --deployment; try ftw-monitor --help'],
+      [['demo', '--prot', '0'], 'demo knows no --prot; try ftw-monitor --help'],
+      [['demo', '0'], "cannot use '0': demo takes options alone; try ftw-monitor --help"],
+      [['demo', '--port', 'one'], 'one is no instance port'],
+      [['resume', '--port'], '--port needs a value'],
+      [['resume', '--port='], '--port needs a value'],
+      [['resume', '--host', '--port', `${one}`], '--host needs a value'],
+      [['resume', '--port', `${one}`, `--port=${one}`], '--port is given twice'],
+      [['status', '--watch=1'], '--watch takes no value'],
+      [['resume', '--port', '-1'], '-1 is no instance port'],
+      [['resume', '0'], '0 is no instance port'],
+      [['resume', 'app1=65500'], '65500 is no instance port'],
+      [['resume', '99999'], '99999 is no instance; one is named [NAME=][HOST:]PORT'],
+      [
+        ['resume', '--port', '/run/web'],
+        '/run/web is no port; a socket is named by FTW_MONITOR_LISTEN'
+      ],
+      [
+        ['status', '/run/web'],
+        "cannot use '/run/web': status takes [INSTANCE]; try ftw-monitor --help"
+      ],
+      [['resume', `${one}`, `a=${other}`], `resume takes one instance, not ${one} and a`],
+      [
+        ['status', '--port', `${one}`, `${other}`],
+        `--port ${one} and ${other} are two instances: name one`
+      ],
+      [
+        ['health_check', 'now'],
+        "cannot use 'now': health_check takes [INSTANCE]; try ftw-monitor --help"
+      ],
+      [
+        ['health_check', '--', `app1=${one}`],
+        `cannot use 'app1=${one}': health_check takes [INSTANCE]; try ftw-monitor --help`
+      ],
+      [
+        ['warmup', `/shop app1=${one}`],
+        `cannot use 'app1=${one}': warmup takes [INSTANCE] [SITE]; try ftw-monitor --help`
+      ],
+      [['wait', '12:30'], "cannot use '12:30': wait takes [INSTANCE]; try ftw-monitor --help"],
+      [['wait', '--timeout', '-1'], '--timeout needs a number of seconds'],
+      [['dump-perf-metrics'], 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT'],
+      [
+        ['dump-perf-metrics', `${one}`, 'web2=two'],
+        'web2=two is no instance; one is named [NAME=][HOST:]PORT'
+      ]
+    ]
+    const env = { PORT: String(other) }
+    for (const [words, sentence] of rows) {
+      const result = await runProgram(t, words, { env })
+      const stderr = `ftw-monitor: ${sentence}\n`
+      assert.deepEqual(result, { status: 2, stdout: '', stderr }, JSON.stringify(words))
+    }
+    assert.equal(connections, 0)
+  })
+
+  test('every command takes the instance that it is told, wherever PORT is', async (t) => {
+    const told: string[] = []
+    const one = await fakeInstance(t, (socket) => {
+      socket.once('data', (line) => {
+        told.push(String(line))
+        socket.end('all well\n')
+      })
+    })
+    let connections = 0
+    const other = await fakeInstance(t, (socket) => {
+      connections++
+      socket.end('OK\n')
+    })
+    const rows: [string[], string][] = [
+      [['health_check', `app1=${one}`], 'health_check\n'],
+      [['health_check', `127.0.0.1:${one}`], 'health_check\n'],
+      [['health_check', `app 1=localhost:${one}`], 'health_check\n'],
+      [['health_check', `${one}`], 'health_check\n'],
+      [[`health_check app1=${one}`], 'health_check\n'],
+      [['health_check', `--port=${one}`], 'health_check\n'],
+      [['drain', `app1=${one}`], 'drain\n'],
+      [[`drain app1=${one} until noon`], 'drain until noon\n'],
+      [['drain', `127.0.0.1:${one}`, 'from 12:30 -', '13:30'], 'drain from 12:30 - 13:30\n'],
+      [['drain', `app1=${one}`, '--', '--odd', 'a=1', '5'], 'drain --odd a=1 5\n'],
+      [['drain', '--port', `${one}`, 'release', '42'], 'drain release 42\n'],
+      [['drain', '--port', `${one}`, '--', `${other}`], `drain ${other}\n`],
+      [['resume', `${one}`], 'resume\n'],
+      [['warmup', `${one}`, '/shop?a=1'], 'warmup /shop?a=1\n'],
+      [['monitor', `app1=${one}`, '0'], 'monitor 0\n'],
+      [['dbinfo', '-', '60', `app1=${one}`], 'dbinfo - 60\n'],
+      [['dbinfo', '--port', `${one}`, '--', 'a=1'], 'dbinfo a=1\n'],
+      [['help', 'drain', `app1=${one}`], 'help drain\n'],
+      [['dump-perf-metrics', '--port', `${one}`], 'perf_metrics\n'],
+      [['status', '--port', `${one}`, '--host', '[127.0.0.1]'], 'status\n']
+    ]
+    for (const [words, line] of rows) {
+      await runProgram(t, words, { env: { PORT: String(other) } })
+      assert.deepEqual(told.splice(0), [line], JSON.stringify(words))
+    }
+    assert.equal(connections, 0)
+  })
+
+  test('a host is that of the instance, else of --host, else of HOST', async (t) => {
+    const hosts: string[] = []
+    const port = await freePort()
+    for (const host of ['127.0.0.1', '127.0.0.2', '127.0.0.3']) {
+      const server = net.createServer((socket) => {
+        socket.on('error', () => {})
+        hosts.push(host)
+        socket.end('OK\n')
+      })
+      closeLater(t, server)
+      server.listen(port + 80, host)
+      await once(server, 'listening')
+    }
+    const env = { HOST: '127.0.0.3' }
+    const rows: [string[], string][] = [
+      [['health_check', `127.0.0.1:${port}`, '--host', '127.0.0.2'], '127.0.0.1'],
+      [['health_check', '--host', '127.0.0.2', `a=${port}`], '127.0.0.2'],
+      [['status', '--host', '127.0.0.2', `a=${port}`], '127.0.0.2'],
+      [['health_check', `a=${port}`], '127.0.0.3'],
+      [['dump-perf-metrics', `a=${port}`], '127.0.0.3']
+    ]
+    for (const [words, host] of rows) {
+      await runProgram(t, words, { env })
+      assert.deepEqual(hosts.splice(0), [host], words.join(' '))
+    }
+  })
+
+  test("a service's own command gets all of its arguments, but --port and --host", async (t) => {
+    const told: string[] = []
+    const port = await fakeInstance(t, (socket) => {
+      socket.once('data', (line) => {
+        told.push(String(line))
+        socket.end('done\n')
+      })
+    })
+    const ownWords = ['--all', '-x', 'a=1', '8080', '12:30', '--help', '--', '--port', '5']
+    const words = ['queue', '--port', String(port), '--host=127.0.0.1', ...ownWords]
+    const { status, stdout, stderr } = await runProgram(t, words)
+    assert.deepEqual([status, stdout, stderr], [0, 'done\n', ''])
+    assert.deepEqual(told, ['queue --all -x a=1 8080 12:30 --help -- --port 5\n'])
+    await runProgram(t, ['queue --port 5', '--port', String(port)])
+    assert.deepEqual(told.slice(1), ['queue --port 5\n'])
+  })
+
+  test('the program knows the arguments of each command that help lists', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const list = await ask(port, 'help\n')
+    const names = Array.from(list.matchAll(/^ {2}(\w+) -- /gm), ([, name = '']) => name)
+    const usages: Record<string, string> = {
+      help: ' [NAME]',
+      monitor: ' [AGE] [DATABASE]',
+      dbinfo: ' [DATABASE] [SECONDS]',
+      perf_metrics: ' [DATABASE] [SECONDS]',
+      zeocache: ' [DATABASE]',
+      zeostatus: ' [DATABASE]',
+      warmup: ' [SITE]'
+    }
+    assert.ok(names.length > 10, list)
+    for (const name of names) {
+      if (name === 'drain') continue // takes any text
+      const { status, stderr } = await runProgram(t, [name, '/a', '/b', '/c'])
+      const taken = `${name} takes [INSTANCE]${usages[name] ?? ''}; try ftw-monitor --help\n`
+      assert.equal(status, 2, name)
+      assert.ok(stderr.endsWith(taken), stderr)
+    }
+  })
+
+  test('--help prints the help wherever it stands, and does nothing else', async (t) => {
+    for (const words of [
+      ['drain', '--help'],
+      ['wait', 'here', '-h'],
+      ['--port', '1', '--help']
+    ]) {
+      const { status, stdout, stderr } = await runProgram(t, words)
+      assert.deepEqual([status, stderr], [0, ''], words.join(' '))
+      assert.match(stdout, /^ftw-monitor COMMAND \[INSTANCE\] \[ARGS…\]\n/)
+    }
+    const sent = await runProgram(t, ['drain', '--port', '1', '--', '--help'])
+    assert.equal(sent.status, 2)
+    const refused = 'cannot ask 127.0.0.1:81: connect ECONNREFUSED 127.0.0.1:81'
+    assert.equal(sent.stderr, `ftw-monitor: ${refused}\n`)
+  })
+
   test('an error reply exits with 1, an unknown command with 2', async (t) => {
     const port = await freePort()
     const { monitor } = await bootInstance(t, {
@@ -14709,7 +14929,8 @@ describeProcesses('The program', PAIRWISE, () => {
     const nowhere = { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(tunnel)}` }
     for (const words of [['health_check'], ['livez'], ['resume'], ['queue']]) {
       const { status, stderr } = await runProgram(t, words, { env: nowhere })
-      assert.deepEqual([status, stderr], [2, 'ftw-monitor: no answer\n'], words.join())
+      const sentence = `ftw-monitor: cannot ask 127.0.0.1:${portOf(tunnel)}: no answer\n`
+      assert.deepEqual([status, stderr], [2, sentence], words.join())
     }
 
     let isConnected = true

@@ -7096,54 +7096,274 @@ function polyline(name: string, values: number[], most: number): string {
 
 /** Runs the program, and returns its exit status. */
 async function main(words: string[]): Promise<number> {
-  const [first] = words
-  if (first === '--help' || first === '-h') return print(USAGE)
-  if (first === '--version') return print(VERSION)
-  if (first === 'demo') return runDemo()
-  if (first === 'dump-perf-metrics') return dumpPerfMetrics(words.slice(1))
+  const call = parseCall(words)
+  if (call.options.has('--help') || call.options.has('-h')) return print(USAGE)
+  if (call.options.has('--version')) return print(VERSION)
 
-  const to = findMonitor(takeOption(words, 'port'), takeOption(words, 'host'))
-  const [name] = words
-  if (name === 'wait') return waitUntilHealthy(to, words)
-  if (name === 'status') return showStatus(to, words.slice(1))
-  if (name?.startsWith('-')) failWith(`knows no ${name}; try ftw-monitor --help`)
-  return sendCommand(to, words)
+  if (!isOwnCommand(call.name)) sortWords(call)
+  switch (call.name) {
+    case 'demo':
+      return runDemo(call)
+    case 'dump-perf-metrics':
+      return dumpPerfMetrics(call)
+    case 'wait':
+      return waitUntilHealthy(call)
+    case 'status':
+      return showStatus(call)
+    default:
+      return sendCommand(call)
+  }
 }
 
-const USAGE = `ftw-monitor COMMAND [ARGS…]       sends a command, and prints the reply
+const USAGE = `ftw-monitor COMMAND [INSTANCE] [ARGS…]
+                                  sends a command, and prints the reply
 ftw-monitor                       lists the commands, as ftw-monitor help does
 ftw-monitor interactive           joins the terminal to the monitor, until quit
 ftw-monitor wait [--timeout 300]  waits until the instance is healthy
-ftw-monitor status [--watch] [[NAME=][HOST:]PORT…]
+ftw-monitor status [--watch] [INSTANCE…]
                                   shows how the instance is, or a line for each of several
-ftw-monitor dump-perf-metrics [--deployment NAME] [NAME=][HOST:]PORT…
+ftw-monitor dump-perf-metrics [--deployment NAME] INSTANCE…
                                   prints the figures of instances for InfluxDB
 ftw-monitor demo                  runs a small instance to try everything on
 
+INSTANCE    [NAME=][HOST:]PORT, the instance's own port: app1=10301, [::1]:10301. Where a number
+            may be an argument, as for drain, it is app1=10301 or --port 10301.
 --port N    the instance's port (default: PORT, else 8080)
---host H    the instance's host (default: HOST, else localhost)
+--host H    the host of instances that are named without one (default: HOST, else localhost)
+--          What follows is an argument as it is: drain -- --odd reason=5
 --help, -h, --version
 
+An unknown option, or an argument too many, sends nothing. Commands of your own service get all
+words but --port and --host.
+
 Exit status: 0; 1 where the instance is not healthy, or its reply is an error; 2 where the monitor
-cannot be reached, or does not know the command.`
+cannot be reached, does not know the command, or the call is wrong.`
 
 function print(text: string): number {
   console.log(text)
   return 0
 }
 
-async function sendCommand(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const line = words.join(' ').trim() || 'help'
+// The words of a call. What is not certain is refused: a command that reaches another instance than
+// the one that was meant is worse than none.
+
+/** What the words of a call say. */
+interface Call {
+  /** The command. */
+  name: string
+  /** The options that were given, with their values; '' where they have none. */
+  options: Map<string, string>
+  /** The instances that words name. */
+  instances: Instance[]
+  /** The arguments of the command. */
+  words: string[]
+  /** Those that stand after `--`, and are neither options nor instances. */
+  wordsAsTheyAre: string[]
+}
+
+/** An instance as it was named, and where its monitor listens. */
+interface Instance {
+  name: string
+  to: net.NetConnectOpts
+}
+
+/** What the program does by itself, beside the commands of a monitor. */
+const PROGRAM_COMMANDS = ['wait', 'status', 'dump-perf-metrics', 'demo']
+
+/** The command that has an option, where it is not one of all commands; and whether a value follows
+ *  it. */
+interface Option {
+  command?: string
+  hasValue: boolean
+}
+
+const OPTIONS = new Map<string, Option>([
+  ['--port', { hasValue: true }],
+  ['--host', { hasValue: true }],
+  ['--help', { hasValue: false }],
+  ['-h', { hasValue: false }],
+  ['--version', { hasValue: false }],
+  ['--timeout', { command: 'wait', hasValue: true }],
+  ['--watch', { command: 'status', hasValue: false }],
+  ['--deployment', { command: 'dump-perf-metrics', hasValue: true }]
+])
+
+/** The arguments of a monitor's commands; all others have none. */
+const ARGUMENTS = new Map([
+  ['help', '[NAME]'],
+  ['monitor', '[AGE] [DATABASE]'],
+  ['dbinfo', '[DATABASE] [SECONDS]'],
+  ['perf_metrics', '[DATABASE] [SECONDS]'],
+  ['zeocache', '[DATABASE]'],
+  ['zeostatus', '[DATABASE]'],
+  ['warmup', '[SITE]'],
+  ['drain', '[REASON…]']
+])
+
+function parseCall(words: string[]): Call {
+  const call: Call = {
+    name: '',
+    options: new Map(),
+    instances: [],
+    words: [],
+    wordsAsTheyAre: []
+  }
+  const rest = [...words]
+  while (rest[0]?.startsWith('-')) takeOption(rest, call)
+  const [name = '', ...quoted] = wordsOf(rest.shift() ?? 'help')
+  if (name === '') failWith('the command is empty; try ftw-monitor --help')
+  call.name = name
+  if (isOwnCommand(name)) call.words.push(...quoted)
+  else rest.unshift(...quoted)
+
+  const endOfOptions = rest.indexOf('--')
+  if (endOfOptions >= 0) call.wordsAsTheyAre = rest.splice(endOfOptions)
+  while (rest[0] !== undefined) {
+    if (isOption(rest[0], call.name)) takeOption(rest, call)
+    else call.words.push(...rest.splice(0, 1))
+  }
+  if (isOwnCommand(call.name)) call.words.push(...call.wordsAsTheyAre)
+  else call.wordsAsTheyAre.shift()
+  return call
+}
+
+/** Whether a service has registered it, or nobody has: only the monitor knows its arguments. */
+function isOwnCommand(name: string): boolean {
+  return !commands.has(name) && !PROGRAM_COMMANDS.includes(name)
+}
+
+function isOption(word: string, name: string): boolean {
+  if (isOwnCommand(name)) return /^--(port|host)(=|$)/.test(word)
+  return /^-./.test(word) // `-` alone is the main database
+}
+
+/** Takes an option, and its value, from the beginning of the words. */
+function takeOption(rest: string[], { name, options }: Call): void {
+  const [, option = '', inlineValue] = OPTION.exec(rest.shift() ?? '') ?? []
+  const { command = name, hasValue } = OPTIONS.get(option) ?? refuseOption(option, name)
+  if (command !== name) refuseOption(option, name)
+  if (options.has(option)) failWith(`${option} is given twice`)
+  if (hasValue) options.set(option, checkedValue(option, inlineValue ?? rest.shift()))
+  else if (inlineValue === undefined) options.set(option, '')
+  else failWith(`${option} takes no value`)
+}
+
+/** A variable of the shell that is not set leaves no value, or the next option in its place. */
+function checkedValue(option: string, value = ''): string {
+  if (value === '' || value.startsWith('--')) failWith(`${option} needs a value`)
+  return value
+}
+
+function refuseOption(option: string, name: string): never {
+  if (name === '') failWith(`knows no ${option} before the command; try ftw-monitor --help`)
+  if (name !== 'drain') failWith(`${name} knows no ${option}; try ftw-monitor --help`)
+  return failWith(`drain knows no ${option}; a reason with dashes comes after --`)
+}
+
+const OPTION = /^([^=]*)(?:=(.*))?$/s // --port, --port=10301
+
+/** Tells the instances among the words of a command that the program knows. */
+function sortWords(call: Call): void {
+  const { name, options, wordsAsTheyAre } = call
+  if (call.words.some((word) => word.trim() === '')) {
+    failWith(`${name} has an empty argument: is a variable not set?`)
+  }
+
+  const isInstance = (word: string): boolean => isForInstance(word, name)
+  const words = name === 'drain' ? wordsOfDrain(call) : call.words
+  const named = words.filter(isInstance)
+  const others = words.filter((word) => !isInstance(word))
+  call.instances = named.map((word) => readInstance(word, options.get('--host')))
+  call.words = [...others.flatMap(wordsOf), ...wordsAsTheyAre]
+
+  checkInstances(call)
+  if (name !== 'drain') checkSurplus(call)
+}
+
+/** As the monitor takes them, for which quotation marks are none. */
+function wordsOf(text: string): string[] {
+  return text.trim().split(/\s+/)
+}
+
+/** A bare number is an instance's port where it can be nothing else; a site begins with a slash. */
+function isForInstance(word: string, name: string): boolean {
+  if (name === 'demo' || word.startsWith('/')) return false
+  if (LIKE_INSTANCE.test(word)) return true
+  return /^\d+$/.test(word) && (name === 'warmup' || !ARGUMENTS.has(name))
+}
+
+/** What is meant for an instance, well or badly: `app1=10301`, `host:10301`, `::1:10301`; but not
+ *  `12:30`, which is a time. */
+const LIKE_INSTANCE = /=|::|[a-z.\]].*:\d+$/i
+
+/** A reason may be any text, so the instance is the first word, and named as nothing else is. */
+function wordsOfDrain(call: Call): string[] {
+  const words = call.words.flatMap(wordsOf)
+  const [first = '', ...others] = words
+  if (/^\d+$/.test(first)) {
+    const asReason = `drain -- ${words.join(' ')}`
+    failWith(`${first} may be a port or a reason: say drain --port ${first}, or ${asReason}`)
+  }
+  const later = others.find((word) => isForInstance(word, 'drain'))
+  if (later !== undefined) {
+    failWith(`${later} may be an instance: that comes first, and a reason that looks so after --`)
+  }
+  return words
+}
+
+function checkInstances({ name, options, instances }: Call): void {
+  const [first, second] = instances.map((instance) => instance.name)
+  const port = options.get('--port')
+  if (first === undefined) return
+  if (port !== undefined) failWith(`--port ${port} and ${first} are two instances: name one`)
+  if (second === undefined || name === 'status' || name === 'dump-perf-metrics') return
+  failWith(`${name} takes one instance, not ${first} and ${second}`)
+}
+
+function checkSurplus({ name, words }: Call): void {
+  const usage = ARGUMENTS.get(name)?.split(' ') ?? []
+  const surplus = words[usage.length]
+  if (surplus === undefined) return
+  const taken = name === 'demo' ? 'options alone' : ['[INSTANCE]', ...usage].join(' ')
+  failWith(`cannot use '${surplus}': ${name} takes ${taken}; try ftw-monitor --help`)
+}
+
+/** The instance that is named, else the one of the options and the environment. */
+function instanceOf({ instances, options }: Call): Instance {
+  const [named] = instances
+  if (named) return named
+  const to = findMonitor(options.get('--port'), options.get('--host'))
+  return { name: monitorPlace(to), to }
+}
+
+function monitorPlace(to: net.NetConnectOpts): string {
+  if ('path' in to) return to.path
+  return `${hostInUrl(to.host ?? '')}:${to.port}`
+}
+
+async function sendCommand(call: Call): Promise<number> {
+  const line = [call.name, ...call.words].join(' ').trim()
   if (/[\r\n]/.test(line)) failWith('a command is one line')
 
   const wordsOfLine = line.split(/\s+/)
   const isInteractive = wordsOfLine[0] === 'interactive'
-  const socket = net.connect(to)
+  const instance = instanceOf(call)
+  const socket = net.connect(instance.to)
   if (isInteractive) joinTerminal(socket)
   const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
-  const reply = await talk(socket, `${line}\n`, limitMs, printPart)
-  if (reply === '') failWith('no answer') // as through a tunnel to nowhere
+  const reply = await tellingWhom(instance, talk(socket, `${line}\n`, limitMs, printPart))
   return exitStatus(wordsOfLine, reply)
+}
+
+/** A reply, or a failure that tells who was asked. No reply at all is none, as through a tunnel to
+ *  nowhere. */
+async function tellingWhom({ name, to }: Instance, asked: Promise<string>): Promise<string> {
+  const place = monitorPlace(to)
+  const shown = name === place ? place : `${name} at ${place}`
+  const reply = await asked.catch((error: unknown) =>
+    failWith(`cannot ask ${shown}: ${errorText(error)}`)
+  )
+  return reply || failWith(`cannot ask ${shown}: no answer`)
 }
 
 function exitStatus(words: string[], reply: string): number {
@@ -7186,21 +7406,6 @@ function printPart(part: string): void {
   process.stdout.write(part.replace(/[^\n\t]+/g, clean))
 }
 
-/** Takes `--name value` or `--name=value` out of the words. */
-function takeOption(words: string[], name: string): string | undefined {
-  const prefix = `--${name}=`
-  const at = words.findIndex((word) => word === `--${name}` || word.startsWith(prefix))
-  const word = words[at]
-  if (word === undefined) return undefined
-
-  if (word.startsWith(prefix)) {
-    words.splice(at, 1)
-    return word.slice(prefix.length)
-  }
-  const [, value] = words.splice(at, 2)
-  return value ?? failWith(`--${name} needs a value`)
-}
-
 /** Where the monitor listens: as the options say, else as the instance itself would find out. */
 function findMonitor(instancePort?: string, instanceHost?: string): net.NetConnectOpts {
   const told = instancePort === undefined ? endpointInEnvironment() : {}
@@ -7208,14 +7413,33 @@ function findMonitor(instancePort?: string, instanceHost?: string): net.NetConne
 
   const bound = instanceHost ?? told.host ?? readEnv('HOST') ?? ''
   const port = told.port ?? portBeside(instancePort ?? readEnv('PORT') ?? '8080')
-  return { host: hostReaching(bound), port }
+  return { host: hostReaching(withoutBrackets(bound)), port }
+}
+
+/** As net.connect takes it: `::1` of `[::1]`. */
+function withoutBrackets(host: string): string {
+  return host.replace(/^\[(.*)\]$/, '$1')
 }
 
 function portBeside(instancePort: string): number {
   const port = toPort(instancePort)
   const monitorPort = port === undefined ? undefined : toPort(String(port + PORT_OFFSET))
-  return monitorPort ?? failWith(`${instancePort} is no instance port`)
+  if (monitorPort !== undefined) return monitorPort
+  if (!isPath(instancePort)) failWith(`${instancePort} is no instance port`)
+  return failWith(`${instancePort} is no port; a socket is named by FTW_MONITOR_LISTEN`)
 }
+
+/** Reads `10301`, `host:10301`, `[::1]:10301` or `web1=10301`. */
+function readInstance(word: string, defaultHost?: string): Instance {
+  const [, name = word, address = ''] = NAMED_INSTANCE.exec(word) ?? []
+  const { host = defaultHost, port } = toEndpoint(address) ?? {}
+  if (port === undefined || /\s/.test(address)) {
+    failWith(`${word} is no instance; one is named [NAME=][HOST:]PORT`)
+  }
+  return { name, to: findMonitor(String(port), host) }
+}
+
+const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
 
 /** Sends text, and returns all that comes back until the other side closes. The limit is for the
  *  whole reply; or, where its parts are shown as they come, for each of them. */
@@ -7243,11 +7467,9 @@ const FIGURES_ANSWER_MS = 1_000 // as in ftw.monitor
 const STATUS_ANSWER_MS = 2_000 // a database has most of a second to answer
 
 /** Waits until the instance is healthy, and prints why it is not. */
-async function waitUntilHealthy(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const timeout = takeOption(words, 'timeout') ?? '300'
-  const [, unknown] = words
-  if (unknown !== undefined) failWith(`wait knows no ${unknown}; try ftw-monitor --help`)
-  const timeoutSeconds = timeout === '' ? NaN : Number(timeout)
+async function waitUntilHealthy(call: Call): Promise<number> {
+  const { to } = instanceOf(call)
+  const timeoutSeconds = Number(call.options.get('--timeout') ?? '300')
   if (!(timeoutSeconds >= 0)) failWith('--timeout needs a number of seconds')
 
   let progressBefore = ''
@@ -7306,13 +7528,12 @@ async function askStatus(to: net.NetConnectOpts): Promise<SeenStatus> {
 }
 
 /** Prints the status of one instance, or a line for each of several; once, or every second. */
-async function showStatus(to: net.NetConnectOpts, words: string[]): Promise<number> {
-  const instances = words.filter((word) => word !== '--watch')
-  const wrong = instances.find((word) => word.startsWith('-'))
-  if (wrong !== undefined) failWith(`knows no ${wrong}; try ftw-monitor --help`)
-
-  const ask = (): Promise<Shown> => (instances.length > 0 ? fleetStatus(instances) : ownStatus(to))
-  if (words.includes('--watch')) return watchStatus(ask)
+async function showStatus(call: Call): Promise<number> {
+  const { instances, options } = call
+  const [only = instanceOf(call)] = instances
+  const ask = (): Promise<Shown> =>
+    instances.length > 0 ? fleetStatus(instances) : ownStatus(only)
+  if (options.has('--watch')) return watchStatus(ask)
 
   const { lines, healthy } = await ask()
   print(lines.join('\n'))
@@ -7361,14 +7582,15 @@ function unreachable(error: unknown): Shown {
 }
 
 /** The first line of the status is the verdict. */
-async function ownStatus(to: net.NetConnectOpts): Promise<Shown> {
-  const reply = await talk(net.connect(to), 'status\n', STATUS_ANSWER_MS)
+async function ownStatus(instance: Instance): Promise<Shown> {
+  const asked = talk(net.connect(instance.to), 'status\n', STATUS_ANSWER_MS)
+  const reply = await tellingWhom(instance, asked)
   const lines = reply.trimEnd().split('\n').map(clean)
   return { lines, healthy: lines[0] === 'OK' }
 }
 
-async function fleetStatus(words: string[]): Promise<Shown> {
-  const all = await Promise.all(words.map(instanceStatus))
+async function fleetStatus(instances: Instance[]): Promise<Shown> {
+  const all = await Promise.all(instances.map(instanceStatus))
   const nameWidth = Math.max(...all.map(({ name }) => name.length))
   const reasonWidth = Math.min(
     FLEET_REASON_MAX,
@@ -7385,12 +7607,12 @@ async function fleetStatus(words: string[]): Promise<Shown> {
 const FLEET_REASON_MAX = 30 // characters, so that a line fits into 80
 
 /** Returns the verdict of an instance, and a few figures. */
-async function instanceStatus(
-  word: string
-): Promise<{ name: string; reason: string; figures: string }> {
-  const [, name = word] = NAMED_INSTANCE.exec(word) ?? []
+async function instanceStatus({
+  name,
+  to
+}: Instance): Promise<{ name: string; reason: string; figures: string }> {
   try {
-    const { reason, checks } = await askStatus(parseInstance(word).to)
+    const { reason, checks } = await askStatus(to)
     const value = (measure: string): number => {
       const observed: unknown = checks[measure]?.[0]?.observedValue
       return typeof observed === 'number' ? observed : -1
@@ -7411,35 +7633,30 @@ async function instanceStatus(
 }
 
 /** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
-async function dumpPerfMetrics(words: string[]): Promise<number> {
+async function dumpPerfMetrics(call: Call): Promise<number> {
+  const port = call.options.get('--port')
+  const byPort = port === undefined ? [] : [{ ...instanceOf(call), name: port }]
+  const instances = [...call.instances, ...byPort]
+  if (instances.length === 0) failWith('dump-perf-metrics needs instances, [NAME=][HOST:]PORT')
+
   const folder = process.cwd().replace(/.*[/\\]/, '')
-  const deployment = escapeTag(takeOption(words, 'deployment') ?? folder)
-  const lines = await Promise.all(words.map((word) => dumpInstance(word, deployment)))
+  const deployment = escapeTag(call.options.get('--deployment') ?? folder)
+  const lines = await Promise.all(instances.map((instance) => dumpInstance(instance, deployment)))
   process.stdout.write(lines.sort().join(''))
   return lines.some(Boolean) ? 0 : 1
 }
 
 /** Returns the line of an instance; '' after a complaint where there is none. */
-async function dumpInstance(word: string, deployment: string): Promise<string> {
+async function dumpInstance({ name, to }: Instance, deployment: string): Promise<string> {
   try {
-    const { name, to } = parseInstance(word)
     const json = await talk(net.connect(to), 'perf_metrics\n', FIGURES_ANSWER_MS)
     const tags = `deployment=${deployment},process=${escapeTag(name)}`
     return `deployments,${tags} ${toFields(json)}\n`
   } catch (error) {
-    complain(`${word}: ${errorText(error)}`)
+    complain(`${name}: ${errorText(error)}`)
     return ''
   }
 }
-
-/** Reads `10301`, `host:10301` or `web1=10301`: a port of the instance, and its name. */
-function parseInstance(word: string): { name: string; to: net.NetConnectOpts } {
-  const [, name = word, address = ''] = NAMED_INSTANCE.exec(word) ?? []
-  const { host = 'localhost', port = address } = toEndpoint(address) ?? {}
-  return { name, to: findMonitor(String(port), host) }
-}
-
-const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
 
 function complain(error: unknown): void {
   console.error(`ftw-monitor: ${clean(errorText(error))}`)
@@ -7471,7 +7688,11 @@ function escapeTag(text: string): string {
 }
 
 /** Runs a small instance to try everything on. */
-async function runDemo(): Promise<number> {
+async function runDemo({ options }: Call): Promise<number> {
+  const text = options.get('--port') ?? readEnv('PORT') ?? '8080'
+  const port = Number(text)
+  if (!isPort(port)) failWith(`${text} is no instance port`)
+
   const { loads } = registerDatabase('main', { isConnected: () => true })
   registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
   const server = http.createServer((_, response) => {
@@ -7480,7 +7701,7 @@ async function runDemo(): Promise<number> {
   })
   shutdownOnSignal()
   server.on('error', complain)
-  server.listen(Number(readEnv('PORT') ?? 8080), readEnv('HOST'))
+  server.listen(port, withoutBrackets(options.get('--host') ?? readEnv('HOST') ?? ''))
   await start(server)
   return 0
 }
