@@ -14637,6 +14637,11 @@ describeProcesses('The program', PAIRWISE, () => {
       ],
       [['wait', '12:30'], "cannot use '12:30': wait takes [INSTANCE]; try ftw-monitor --help"],
       [['wait', '--timeout', '-1'], '--timeout needs a number of seconds'],
+      [['wait', '--pid', ''], '--pid needs a value'],
+      [['wait', '--pid', '0'], "--pid needs the number of a process, not '0'"],
+      [['wait', '--pid', '-1'], "--pid needs the number of a process, not '-1'"],
+      [['wait', '--pid', '1.5'], "--pid needs the number of a process, not '1.5'"],
+      [['wait', '--pid', '4294967296'], "--pid needs the number of a process, not '4294967296'"],
       [['dump-perf-metrics'], 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT'],
       [
         ['dump-perf-metrics', `${one}`, 'web2=two'],
@@ -14775,6 +14780,45 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(sent.status, 2)
     const refused = 'cannot ask 127.0.0.1:81: connect ECONNREFUSED 127.0.0.1:81'
     assert.equal(sent.stderr, `ftw-monitor: ${refused}\n`)
+  })
+
+  test('`ftw-monitor wait --pid` ends with 1 as soon as that process is gone', async (t) => {
+    const port = await fakeInstance(t, (socket) => socket.end())
+    const service = watch(t, process.execPath, ['-e', 'setInterval(() => {}, 1_000)'])
+    const pid = String(service.child.pid)
+    const waiting = startProgram(t, ['wait', String(port), '--pid', pid], { HOST: '127.0.0.1' })
+    await until(() => /s {2}no answer\n$/.test(waiting.stdout), 'it waits')
+    service.child.kill('SIGKILL')
+    assert.equal(await inTime(waiting.exit, 'it gives up'), 1)
+    assert.match(waiting.output, new RegExp(`^\\d+\\.\\d s  no answer\nprocess ${pid} is gone\n$`))
+
+    const healthy = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${healthy.port}` }
+    const gone = await runProgram(t, ['wait', '--pid', pid], { env })
+    assert.deepEqual(gone, { status: 1, stdout: `process ${pid} is gone\n`, stderr: '' })
+    const alive = await runProgram(t, ['wait', '--pid', String(process.pid)], { env })
+    assert.deepEqual([alive.status, alive.stderr], [0, ''])
+    assert.match(alive.stdout, /^\d+\.\d s {2}OK\n$/)
+  })
+
+  test("`wait --pid` takes somebody else's process for one, and a zombie for none", async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const denied = "process.kill = () => { throw Object.assign(new Error(), { code: 'EPERM' }) }"
+    const flag = `--import=data:text/javascript,${encodeURIComponent(denied)}`
+    const others = await runProgram(t, ['wait', '--pid', '999999999'], {
+      env: { ...env, NODE_OPTIONS: flag }
+    })
+    assert.equal(others.status, 0, others.stdout)
+
+    if (!fs.existsSync('/proc/self/exe')) return
+    const parent = watch(t, 'sh', ['-c', 'sleep 0.2 & echo $!; exec sleep 60']) // which never waits for it
+    await until(() => parent.stdout.endsWith('\n'), 'a child begins')
+    const pid = parent.stdout.trim()
+    const isZombie = () => / Z /.test(fs.readFileSync(`/proc/${pid}/stat`, 'utf8'))
+    await until(isZombie, 'nobody asks how it ended')
+    const zombie = await runProgram(t, ['wait', '--pid', pid], { env })
+    assert.deepEqual(zombie, { status: 1, stdout: `process ${pid} is gone\n`, stderr: '' })
   })
 
   test('an error reply exits with 1, an unknown command with 2', async (t) => {
@@ -15712,6 +15756,58 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.equal(await watched.exit, 1, watched.output)
     assert.ok(performance.now() - crashedAt < 8_000)
     assert.match(watched.stdout, /^cleaned up$/m)
+  })
+
+  test("the README's rolling restart goes on while instances get warm, and stops at one that dies", async (t) => {
+    const folder = scratchFolder(t)
+    const ports: number[] = []
+    while (ports.length < 3) ports.push(await freePort())
+    const pidOf = (port: number) => fs.readFileSync(join(folder, `${port}.pid`), 'utf8').trim()
+    const service = `
+      import http from 'node:http'
+      import * as monitor from ${JSON.stringify(MODULE.href)}
+      const server = http.createServer((_, response) => response.end('hello'))
+      monitor.start(server)
+      monitor.shutdownOnSignal()
+      server.listen(Number(process.env.PORT), '127.0.0.1')`
+    const file = join(folder, 'server.mjs')
+    const call = [process.execPath, ...programWords([])].map(quote).join(' ')
+    const script = readmeBlock('sh', 'kill -TERM')
+      .replace('10301 10302 10303', ports.join(' '))
+      .replace('node server.js', `${quote(process.execPath)} server.mjs`)
+      .replace('npx ftw-monitor', call)
+      .replace('sleep 5', 'sleep 0')
+    assert.match(script, /wait --port \$port --pid \$! \|\| exit 1/)
+    const restart = () =>
+      runToEnd(t, 'sh', ['-c', script], { cwd: folder, env: { HOST: '127.0.0.1' } })
+    t.after(() => {
+      for (const port of ports) {
+        try {
+          process.kill(Number(pidOf(port)), 'SIGKILL')
+        } catch {} // it has ended
+      }
+    })
+
+    fs.writeFileSync(file, service)
+    for (const port of ports) {
+      const first = watch(t, process.execPath, [file], { env: { PORT: String(port) } })
+      fs.writeFileSync(join(folder, `${port}.pid`), `${first.child.pid}\n`)
+      await untilHealthy(port + 80)
+    }
+    const before = ports.map(pidOf)
+    const well = await inTime(restart(), 'all are restarted')
+    assert.equal(well.status, 0, well.stdout + well.stderr)
+    const warm = ports.map(pidOf)
+    for (const pid of warm) assert.ok(!before.includes(pid), warm.join())
+    for (const port of ports) assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
+
+    fs.writeFileSync(file, `process.exit(7)\n`)
+    const broken = await inTime(restart(), 'it gives up')
+    assert.equal(broken.status, 1, broken.stdout + broken.stderr)
+    const [dead = 0, ...others] = ports
+    assert.match(broken.stdout, new RegExp(`^process ${pidOf(dead)} is gone$`, 'm'))
+    assert.deepEqual(others.map(pidOf), warm.slice(1))
+    for (const port of others) assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
   })
 
   test('HAProxy accepts the configurations of the README', needs('haproxy'), async (t) => {

@@ -7119,7 +7119,8 @@ const USAGE = `ftw-monitor COMMAND [INSTANCE] [ARGS…]
                                   sends a command, and prints the reply
 ftw-monitor                       lists the commands, as ftw-monitor help does
 ftw-monitor interactive           joins the terminal to the monitor, until quit
-ftw-monitor wait [--timeout 300]  waits until the instance is healthy
+ftw-monitor wait [--timeout 300] [--pid PID]
+                                  waits until the instance is healthy, or its process is gone
 ftw-monitor status [--watch] [INSTANCE…]
                                   shows how the instance is, or a line for each of several
 ftw-monitor dump-perf-metrics [--deployment NAME] INSTANCE…
@@ -7184,6 +7185,7 @@ const OPTIONS = new Map<string, Option>([
   ['-h', { hasValue: false }],
   ['--version', { hasValue: false }],
   ['--timeout', { command: 'wait', hasValue: true }],
+  ['--pid', { command: 'wait', hasValue: true }],
   ['--watch', { command: 'status', hasValue: false }],
   ['--deployment', { command: 'dump-perf-metrics', hasValue: true }]
 ])
@@ -7471,10 +7473,15 @@ async function waitUntilHealthy(call: Call): Promise<number> {
   const { to } = instanceOf(call)
   const timeoutSeconds = Number(call.options.get('--timeout') ?? '300')
   if (!(timeoutSeconds >= 0)) failWith('--timeout needs a number of seconds')
+  const pid = readPid(call.options.get('--pid'))
 
   let progressBefore = ''
   for (;;) {
     const progress = await askProgress(to)
+    if (pid !== undefined && (await isProcessGone(pid))) {
+      console.log(`process ${pid} is gone`)
+      return 1 // even if something else is healthy there
+    }
     if (progress !== progressBefore) console.log(`${process.uptime().toFixed(1)} s  ${progress}`)
     progressBefore = progress
     if (progress === 'OK') return 0
@@ -7484,6 +7491,43 @@ async function waitUntilHealthy(call: Call): Promise<number> {
     }
     await wakeAfter(TICK_MS)
   }
+}
+
+/** 0 and negative numbers would be groups of processes. */
+function readPid(text: string | undefined): number | undefined {
+  if (text === undefined) return undefined
+  const pid = Number(text)
+  const isPid = /^\d+$/.test(text) && pid > 0 && pid <= PID_MAX
+  return isPid ? pid : failWith(`--pid needs the number of a process, not '${text}'`)
+}
+
+const PID_MAX = 2 ** 31 - 1 // what process.kill takes
+
+async function isProcessGone(pid: number): Promise<boolean> {
+  try {
+    process.kill(pid, 0)
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code !== 'EPERM' // somebody else's
+  }
+  return isUnreaped(pid)
+}
+
+/** Where there is /proc: a process that has ended, and whose parent has not asked how, has no
+ *  program any more. Of what is no socket, connecting tells whether it is there. */
+async function isUnreaped(pid: number): Promise<boolean> {
+  if (await isAbsent(`/proc/${process.pid}/exe`)) return false
+  return isAbsent(`/proc/${pid}/exe`)
+}
+
+function isAbsent(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = net.connect({ path })
+    socket.on('error', ({ code }: NodeJS.ErrnoException) => resolve(code === 'ENOENT'))
+    socket.on('connect', () => {
+      socket.destroy()
+      resolve(false)
+    })
+  })
 }
 
 function wakeAfter(ms: number): Promise<void> {
