@@ -14596,7 +14596,7 @@ describeProcesses('The program', PAIRWISE, () => {
       [['--prot', `${one}`, 'drain'], 'knows no --prot before the command; try ftw-monitor --help'],
       [['--watch', 'status'], 'knows no --watch before the command; try ftw-monitor --help'],
       [['health_check', '-p', `${one}`], 'health_check knows no -p; try ftw-monitor --help'],
-      [['status', '--wacht'], 'status knows no --wacht; try ftw-monitor --help'],
+      [['status', '--jsno'], 'status knows no --jsno; try ftw-monitor --help'],
       [['wait', '--deployment', 'shop'], 'wait knows no --deployment; try ftw-monitor --help'],
       [['demo', '--prot', '0'], 'demo knows no --prot; try ftw-monitor --help'],
       [['demo', '0'], "cannot use '0': demo takes options alone; try ftw-monitor --help"],
@@ -14606,6 +14606,7 @@ describeProcesses('The program', PAIRWISE, () => {
       [['resume', '--host', '--port', `${one}`], '--host needs a value'],
       [['resume', '--port', `${one}`, `--port=${one}`], '--port is given twice'],
       [['status', '--watch=1'], '--watch takes no value'],
+      [['status', '--json', '--watch'], 'status takes --json or --watch, not both'],
       [['resume', '--port', '-1'], '-1 is no instance port'],
       [['resume', '0'], '0 is no instance port'],
       [['resume', 'app1=65500'], '65500 is no instance port'],
@@ -14873,7 +14874,7 @@ describeProcesses('The program', PAIRWISE, () => {
   })
 
   test('`ftw-monitor status` of several instances prints a line for each', async (t) => {
-    const long = `Error: Database 'main' failed: ${'x'.repeat(200)}`
+    const long = `Error: Database 'main' failed: ${'x'.repeat(200)} end`
     const checks = {
       uptime: [{ observedValue: 12.7 }],
       'requests:inFlight': [{ observedValue: 2 }],
@@ -14894,14 +14895,114 @@ describeProcesses('The program', PAIRWISE, () => {
     const words = [`web1=${one}`, `web22=${two}`, `web3=${none}`, `127.0.0.1:${one}`]
     const { status, stdout } = await runProgram(t, ['status', ...words])
     assert.equal(status, 1)
-    const [first = '', second = '', third = '', fourth = ''] = stdout.split('\n')
-    assert.match(first, /^web1 +OK +up 12 s, 2 in flight, loop 18 %, 58 MiB$/)
-    assert.match(second, /^web22 +Error: Database 'main' failed… +up 12 s, /)
-    assert.match(third, /^web3 +connect ECONNREFUSED /)
-    assert.match(fourth, /^127\.0\.0\.1:\d+ +OK +up /)
-    assert.equal(first.indexOf('up 12 s'), second.indexOf('up 12 s'))
+    const figures = 'up 12 s, 2 in flight, loop 18 %, 58 MiB'
+    const width = Math.max(...words.map((word) => word.replace(/=.*/, '').length))
+    const blank = ' '.repeat(figures.length)
+    assert.deepEqual(stdout.split('\n'), [
+      `${'web1'.padEnd(width)}  ${figures}  OK`,
+      `${'web22'.padEnd(width)}  ${figures}  ${long}`,
+      `${'web3'.padEnd(width)}  ${blank}  connect ECONNREFUSED 127.0.0.1:${none + 80}`,
+      `127.0.0.1:${one}  ${figures}  OK`,
+      ''
+    ])
     const healthy = await runProgram(t, ['status', `web1=${one}`, `${one}`])
     assert.equal(healthy.status, 0, healthy.stdout)
+  })
+
+  test('on a terminal, a long reason is cut to its width', needs('script', 'stty'), async (t) => {
+    const output = `Error: Database 'main' failed: ${'x'.repeat(200)}`
+    const checks = { uptime: [{ observedValue: 12.7 }] }
+    const body = JSON.stringify({ status: 'fail', output, checks })
+    const port = await fakeInstance(t, (socket) => {
+      socket.once('data', () => {
+        socket.end(`HTTP/1.1 503 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
+      })
+    })
+    const call = [process.execPath, ...programWords(['status', `web1=${port}`])]
+      .map(quote)
+      .join(' ')
+    const columns: Record<string, string> = {
+      60: `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(13)}…`,
+      20: `web1  up 12 s  Error: Database 'main' failed…`,
+      0: `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(33)}…`
+    }
+    for (const [width, line] of Object.entries(columns)) {
+      const command = `stty cols ${width}; ${call}`
+      const env = { HOST: '127.0.0.1' }
+      const { stdout } = await runToEnd(t, 'script', ['-qec', command, '/dev/null'], { env })
+      assert.equal(stdout.trim(), line, width)
+    }
+  })
+
+  test('`ftw-monitor status --json` prints one document, whatever a monitor says', async (t) => {
+    const replies = {
+      well: {
+        status: 'pass',
+        checks: {
+          uptime: [{ observedValue: 12.7 }],
+          'requests:inFlight': [{ observedValue: 2 }],
+          'eventLoop:utilization': [{ observedValue: 0.18 }],
+          'memory:resident': [{ observedValue: 4_096 }]
+        }
+      },
+      evil: {
+        status: 'fail',
+        output: `OK ${EVIL}`,
+        checks: { uptime: [{ observedValue: EVIL }], 'requests:inFlight': [null], other: EVIL }
+      },
+      none: { status: 'fail', output: 'red', checks: null }
+    }
+    const ports: Record<string, number> = { nobody: await freePort() }
+    for (const [name, reply] of Object.entries(replies)) {
+      const huge = JSON.stringify(reply).replace(
+        '"other":',
+        '"memory:resident":[{"observedValue":1e999}],"other":'
+      )
+      ports[name] = await fakeInstance(t, (socket) => {
+        socket.once('data', () => {
+          socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${huge}\n`)
+        })
+      })
+    }
+    const unknown = {
+      uptimeSeconds: -1,
+      requestsInFlight: -1,
+      eventLoopUtilization: -1,
+      residentMemoryBytes: -1
+    }
+    const well = {
+      name: 'well',
+      reachable: true,
+      healthy: true,
+      reason: 'OK',
+      uptimeSeconds: 12.7,
+      requestsInFlight: 2,
+      eventLoopUtilization: 0.18,
+      residentMemoryBytes: 4_096
+    }
+    const red = { reachable: true, healthy: false, ...unknown }
+    const refused = `connect ECONNREFUSED 127.0.0.1:${Number(ports['nobody']) + 80}`
+    const nobody = { reachable: false, healthy: false, reason: refused, ...unknown }
+
+    const named = ['well', 'evil', 'none', 'nobody'].map((name) => `${name}=${ports[name]}`)
+    const all = await runProgram(t, ['status', ...named, '--json'])
+    assert.deepEqual([all.status, all.stderr], [1, ''])
+    assert.doesNotMatch(all.stdout.trimEnd(), UNSAFE)
+    const told = JSON.parse(all.stdout) as { reason: string }[]
+    assert.deepEqual(told, [
+      well,
+      { name: 'evil', ...red, reason: told[1]?.reason },
+      { name: 'none', ...red, reason: 'red' },
+      { name: 'nobody', ...nobody }
+    ])
+    assert.match(told[1]?.reason ?? '', /^O K a \[31mred .*return$/)
+
+    const one = await runProgram(t, ['status', '--json', '--port', `${ports['well']}`])
+    const place = `127.0.0.1:${Number(ports['well']) + 80}`
+    assert.deepEqual([one.status, JSON.parse(one.stdout)], [0, [{ ...well, name: place }]])
+    const none = await runProgram(t, ['status', '--json', '--port', `${ports['nobody']}`])
+    const nowhere = `127.0.0.1:${Number(ports['nobody']) + 80}`
+    assert.deepEqual([none.status, JSON.parse(none.stdout)], [2, [{ name: nowhere, ...nobody }]])
   })
 
   test('`wait` and `status` print nothing raw of what a monitor says', async (t) => {

@@ -7121,8 +7121,10 @@ ftw-monitor                       lists the commands, as ftw-monitor help does
 ftw-monitor interactive           joins the terminal to the monitor, until quit
 ftw-monitor wait [--timeout 300] [--pid PID]
                                   waits until the instance is healthy, or its process is gone
-ftw-monitor status [--watch] [INSTANCE…]
-                                  shows how the instance is, or a line for each of several
+ftw-monitor status [--watch | --json] [INSTANCE…]
+                                  shows how the instance is, or a line for each of several; as
+                                  JSON: [{ name, reachable, healthy, reason, uptimeSeconds,
+                                  requestsInFlight, eventLoopUtilization, residentMemoryBytes }]
 ftw-monitor dump-perf-metrics [--deployment NAME] INSTANCE…
                                   prints the figures of instances for InfluxDB
 ftw-monitor demo                  runs a small instance to try everything on
@@ -7187,6 +7189,7 @@ const OPTIONS = new Map<string, Option>([
   ['--timeout', { command: 'wait', hasValue: true }],
   ['--pid', { command: 'wait', hasValue: true }],
   ['--watch', { command: 'status', hasValue: false }],
+  ['--json', { command: 'status', hasValue: false }],
   ['--deployment', { command: 'dump-perf-metrics', hasValue: true }]
 ])
 
@@ -7568,12 +7571,17 @@ async function askStatus(to: net.NetConnectOpts): Promise<SeenStatus> {
   const known = JSON.parse(body) as { status?: Grade; output?: string } & Partial<SeenStatus>
   const { status: grade, output = 'no reason given', checks = {} } = known
   const isHealthy = grade === 'pass' || grade === 'warn'
-  return { reason: isHealthy ? 'OK' : toRedLine(output), checks }
+  const reason = isHealthy ? 'OK' : toRedLine(output)
+  return { reason, checks: Object(checks) as SeenStatus['checks'] }
 }
 
 /** Prints the status of one instance, or a line for each of several; once, or every second. */
 async function showStatus(call: Call): Promise<number> {
   const { instances, options } = call
+  const isJson = options.has('--json')
+  if (isJson && options.has('--watch')) failWith('status takes --json or --watch, not both')
+  if (isJson) return printStatuses(call)
+
   const [only = instanceOf(call)] = instances
   const ask = (): Promise<Shown> =>
     instances.length > 0 ? fleetStatus(instances) : ownStatus(only)
@@ -7582,6 +7590,15 @@ async function showStatus(call: Call): Promise<number> {
   const { lines, healthy } = await ask()
   print(lines.join('\n'))
   return healthy ? 0 : 1
+}
+
+/** Prints one JSON document, also where nobody answers. */
+async function printStatuses(call: Call): Promise<number> {
+  const isFleet = call.instances.length > 0
+  const all = await Promise.all((isFleet ? call.instances : [instanceOf(call)]).map(instanceStatus))
+  print(JSON.stringify(all))
+  if (!isFleet && !all[0]?.reachable) return 2
+  return all.every(({ healthy }) => healthy) ? 0 : 1
 }
 
 /** Renews what is shown every second, in its place on a terminal, until Ctrl-C. */
@@ -7604,7 +7621,7 @@ const WATCH_MS = 1_000
 /** Writes over the rows of the terminal that were printed before, and returns how many there are
  *  now. */
 function renewRows(lines: string[], rowsBefore: number): number {
-  const columns = process.stdout.columns || 80 // some terminals do not know their size
+  const columns = terminalColumns()
   const rows = process.stdout.rows || 24
   const fitting = lines.slice(0, rows - 1) // what has left the screen cannot be written over
   const back = rowsBefore > 0 ? `\x1b[${rowsBefore}A\x1b[J` : ''
@@ -7633,47 +7650,76 @@ async function ownStatus(instance: Instance): Promise<Shown> {
   return { lines, healthy: lines[0] === 'OK' }
 }
 
+/** The reason is last, since it may be long: a terminal shows what fits, a pipe all of it. */
 async function fleetStatus(instances: Instance[]): Promise<Shown> {
   const all = await Promise.all(instances.map(instanceStatus))
+  const figures = all.map(describeFigures)
   const nameWidth = Math.max(...all.map(({ name }) => name.length))
-  const reasonWidth = Math.min(
-    FLEET_REASON_MAX,
-    Math.max(...all.map(({ reason }) => reason.length))
-  )
-  const lines = all.map(({ name, reason, figures }) => {
-    const cut = reason.length > reasonWidth ? `${reason.slice(0, reasonWidth - 1)}…` : reason
-    const shown = figures === '' ? reason : cut.padEnd(reasonWidth)
-    return `${name.padEnd(nameWidth)}  ${shown}  ${figures}`.trimEnd()
+  const figuresWidth = Math.max(...figures.map(({ length }) => length))
+  const lines = all.map(({ name, reason }, index) => {
+    const cells = [name.padEnd(nameWidth), figures[index]?.padEnd(figuresWidth)]
+    const head = `${cells.filter(Boolean).join('  ')}  `
+    return head + cutToFit(reason, head.length)
   })
-  return { lines, healthy: all.every(({ reason }) => reason === 'OK') }
+  return { lines, healthy: all.every(({ healthy }) => healthy) }
 }
 
-const FLEET_REASON_MAX = 30 // characters, so that a line fits into 80
+/** As much of a reason as fits into the line behind a head. */
+function cutToFit(reason: string, headLength: number): string {
+  if (!process.stdout.isTTY) return reason
+  const width = Math.max(REASON_LEAST, terminalColumns() - headLength)
+  return reason.length > width ? `${reason.slice(0, width - 1)}…` : reason
+}
+
+const REASON_LEAST = 30 // characters, also where the line is wrapped then
+
+function terminalColumns(): number {
+  return process.stdout.columns || 80 // some terminals do not know their size
+}
+
+/** One of what `status --json` prints, in the names of `status()`. What cannot be known is -1. */
+interface InstanceStatus {
+  name: string
+  /** Whether its monitor answered. */
+  reachable: boolean
+  healthy: boolean
+  /** `OK`, or why not. */
+  reason: string
+  uptimeSeconds: number
+  requestsInFlight: number
+  eventLoopUtilization: number
+  residentMemoryBytes: number
+}
 
 /** Returns the verdict of an instance, and a few figures. */
-async function instanceStatus({
-  name,
-  to
-}: Instance): Promise<{ name: string; reason: string; figures: string }> {
-  try {
-    const { reason, checks } = await askStatus(to)
-    const value = (measure: string): number => {
-      const observed: unknown = checks[measure]?.[0]?.observedValue
-      return typeof observed === 'number' ? observed : -1
-    }
-    const figures: string[] = []
-    const uptimeSeconds = value('uptime')
-    if (uptimeSeconds >= 0) figures.push(`up ${duration(uptimeSeconds)}`)
-    const inFlight = value('requests:inFlight')
-    if (inFlight >= 0) figures.push(`${inFlight} in flight`)
-    const utilization = value('eventLoop:utilization')
-    if (utilization >= 0) figures.push(`loop ${percentage(utilization)} %`)
-    const bytes = value('memory:resident')
-    if (bytes >= 0) figures.push(`${Math.round(bytes / 2 ** 20)} MiB`)
-    return { name, reason, figures: figures.join(', ') }
-  } catch (error) {
-    return { name, reason: clean(errorText(error)), figures: '' }
+async function instanceStatus({ name, to }: Instance): Promise<InstanceStatus> {
+  const seen = await askStatus(to).catch(errorText)
+  const isReached = typeof seen !== 'string'
+  const reason = isReached ? seen.reason : toRedLine(seen)
+  const figure = (measure: string): number => {
+    const observed: unknown = isReached && seen.checks[measure]?.[0]?.observedValue
+    return Number.isFinite(observed) ? Number(observed) : -1
   }
+  return {
+    name,
+    reachable: isReached,
+    healthy: reason === 'OK',
+    reason,
+    uptimeSeconds: figure('uptime'),
+    requestsInFlight: figure('requests:inFlight'),
+    eventLoopUtilization: figure('eventLoop:utilization'),
+    residentMemoryBytes: figure('memory:resident')
+  }
+}
+
+function describeFigures(seen: InstanceStatus): string {
+  const { uptimeSeconds, requestsInFlight, eventLoopUtilization, residentMemoryBytes } = seen
+  const figures: string[] = []
+  if (uptimeSeconds >= 0) figures.push(`up ${duration(uptimeSeconds)}`)
+  if (requestsInFlight >= 0) figures.push(`${requestsInFlight} in flight`)
+  if (eventLoopUtilization >= 0) figures.push(`loop ${percentage(eventLoopUtilization)} %`)
+  if (residentMemoryBytes >= 0) figures.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
+  return figures.join(', ')
 }
 
 /** Prints the figures of many instances in InfluxDB's line protocol, as ftw.monitor does. */
