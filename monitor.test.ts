@@ -4990,7 +4990,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const phases = logger.lines.slice(seen).filter((line) => line.includes('shut'))
     const expected = [
       /^info ftw-monitor shuts down$/,
-      ...['settling', 'closing', 'cleaning', 'over'].map(
+      ...['settling', 'closing', 'cleaning', 'done'].map(
         (phase) => new RegExp(`^info ftw-monitor shutdown: ${phase} after \\d+\\.\\d s$`)
       )
     ]
@@ -12778,7 +12778,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     await hasSaid('listeners')
     watched.child.kill('SIGUSR2')
     assert.equal((await page).body, 'late')
-    await hasSaid('shutdown: over')
+    await hasSaid('shutdown: done')
     watched.child.kill('SIGUSR2')
     await hasSaid('over\n')
     assert.deepEqual(watched.output.match(/^(heard|listeners) .*/gm), [

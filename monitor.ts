@@ -4185,7 +4185,7 @@ function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals)
 /** `telling`: the verdict is red, and each prober is told. `settling`: until no request comes.
  *  `closing`: no connection is accepted, and every request finishes. `cleaning`: `cleanUp`, and the
  *  goodbye of upgraded connections. */
-type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'over'
+type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'done'
 
 /** How long probers may take to be told: all of the time but what requests have in any case. */
 function tellingLimitMs(timeoutMs: number): number {
@@ -4222,7 +4222,7 @@ class Shutdown {
   }
 
   get isRunning(): boolean {
-    return this.phase !== 'over'
+    return this.phase !== 'done'
   }
 
   /** Whether it only delays a signal, which is all that `FTW_MONITOR=auto` does. */
@@ -4251,7 +4251,7 @@ class Shutdown {
     const isProcessEnding = this.#signal !== undefined && !this.isDelay
     if (!isProcessEnding) this.#monitor.unhookServers() // else nothing is to be served any more
     clearTimeout(keepAlive)
-    this.#enter('over')
+    this.#enter('done')
     this.done.resolve()
   }
 
