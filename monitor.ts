@@ -1645,8 +1645,8 @@ class Traffic {
   #newestCarrier: net.Socket | undefined
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
-  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `closed`: all is
-   *  over, also for a server that begins to listen now. */
+  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `closed`: all
+   *  is over, also for a server that begins to listen now. */
   #stage: 'open' | 'refusing' | 'closing' | 'closed' = 'open'
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
