@@ -15396,37 +15396,52 @@ async function startHaproxy(t: TestContext, configuration: (socket: string) => s
   return { command, stateOf, statusOf, untilState }
 }
 
+const HAPROXY_CHECKS = [
+  ['byAgent', 'agent check'],
+  ['byTcpCheck', 'tcp-check']
+] as const
+
 /** The README's configuration of HAProxy, and that with its lines for a tcp-check. */
 function haproxyOfReadme(): { byAgent: string; byTcpCheck: string } {
   const blocks = [...README_TEXT.matchAll(/^```haproxy\n([^]*?)^```$/gm)]
   const [byAgent = '', lines = ''] = blocks.map(([, text]) => text)
-  const byTcpCheck = byAgent.replace(/^ *default-server [^]*/m, lines)
-  assert.match(byAgent, /^ *default-server check agent-check .*agent-send "agent_check\\n"/m)
+  const byTcpCheck = byAgent.replace(/^ *option httpchk .*\n *default-server .*\n/m, lines)
+  assert.match(byAgent, /^ *default-server check .*agent-send "agent_check\\n"/m)
   assert.match(byTcpCheck, /^ *tcp-check expect string OK\n *default-server check inter /m)
   return { byAgent, byTcpCheck }
 }
 
-/** The README's tcp-check with one server that is there, short intervals and a socket. */
-function configure(front: number, instance: number, nowhere: number, socket: string): string {
-  const { byTcpCheck } = haproxyOfReadme()
-  const adapted = byTcpCheck
+/** A configuration of the README's with one server that is there, short intervals and a socket. */
+function configure(
+  configuration: string,
+  front: number,
+  instance: Omit<Backend, 'name'>,
+  nowhere: number,
+  socket: string
+): string {
+  const adapted = configuration
     .replace(/^ *(daemon|user|group|chroot|pidfile|log|stats socket)\b.*\n/gm, '')
     .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
+    .replace(/^( *timeout check) \S+/m, '$1 1s')
     .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
     .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
-      const port = name === 'app1' ? instance : nowhere
-      return `${before} 127.0.0.1:${port}${after.replace(/ port \d+/g, ` port ${port + 80}`)}`
+      const { instancePort, port } =
+        name === 'app1' ? instance : { instancePort: nowhere, port: nowhere + 80 }
+      return `${before} 127.0.0.1:${instancePort}${after.replace(/\bport \d+/g, `port ${port}`)}`
     })
-    .replace(/ (inter|downinter) \S+/g, ' $1 20ms')
-    .replace(/ (slowstart|fastinter) \S+/g, '')
+    .replace(/ (inter|agent-inter) \S+/g, ' $1 20ms')
   return `global\n    stats socket ${socket} mode 600 level admin\n${adapted}`
 }
 
+interface BalancedSetup {
+  warmUp?: () => Promise<void>
+  handler?: http.RequestListener
+  check?: keyof ReturnType<typeof haproxyOfReadme>
+}
+
 /** HAProxy before one instance in this process, configured as in the README. */
-async function balanceAsInReadme(
-  t: TestContext,
-  { warmUp = async () => {} }: { warmUp?: () => Promise<void> } = {}
-) {
+async function balanceAsInReadme(t: TestContext, options: BalancedSetup = {}) {
+  const { warmUp = async () => {}, handler = hello, check = 'byTcpCheck' } = options
   const setup = { warmUp, isConnected: (): boolean => true }
   let checks = 0
   const monitor = await importMonitor(t)
@@ -15440,10 +15455,11 @@ async function balanceAsInReadme(
   const instancePort = await freePort()
   const front = await freePort()
   const nowhere = await freePort()
-  const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
+  const server = await serve(t, handler, { host: '127.0.0.1', port: instancePort })
   assert.ok(await monitor.start({ server, logger: recorder() }))
+  const instance = { instancePort, port: instancePort + 80 }
   const { statusOf } = await startHaproxy(t, (socket) =>
-    configure(front, instancePort, nowhere, socket)
+    configure(haproxyOfReadme()[check], front, instance, nowhere, socket)
   )
 
   const is = async (status: string) => (await statusOf('app1')).startsWith(status)
@@ -15494,8 +15510,14 @@ ${instances.map(lineOf).join('')}`
 
 /** Runs nginx with these locations, and gives its port. */
 async function startNginx(t: TestContext, locations: string): Promise<number> {
-  const folder = scratchFolder(t)
   const port = await freePort()
+  await startNginxServers(t, port, `server { listen 127.0.0.1:${port}; ${locations} }`)
+  return port
+}
+
+/** Runs nginx with what is to stand in its `http` block. */
+async function startNginxServers(t: TestContext, port: number, servers: string): Promise<void> {
+  const folder = scratchFolder(t)
   const kinds = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi']
   const configuration = `
     daemon off;
@@ -15505,10 +15527,7 @@ async function startNginx(t: TestContext, locations: string): Promise<number> {
     http {
       access_log off;
       ${kinds.map((kind) => `${kind}_temp_path ${folder}/${kind};`).join('\n      ')}
-      server {
-        listen 127.0.0.1:${port};
-        ${locations}
-      }
+      ${servers}
     }
 `
   const file = join(folder, 'nginx.conf')
@@ -15519,7 +15538,6 @@ async function startNginx(t: TestContext, locations: string): Promise<number> {
     return !(await isRefused(port))
   }
   await until(isRunning, 'nginx runs')
-  return port
 }
 
 /** HAProxy before one instance in this process. */
@@ -15789,6 +15807,66 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const { status, stdout, stderr } = await runToEnd(t, 'caddy', words, { env })
     assert.equal(status, 0, stdout + stderr)
     assert.doesNotMatch(stderr, /"level":"warn"/)
+  })
+
+  test('nginx, as in the README, passes by an instance that hangs', needs('nginx'), async (t) => {
+    const names = ['one', 'two', 'three']
+    const script = `server.on('request', (_, response) => response.end(process.env.NAME))`
+    const instances = await Promise.all(names.map((name) => bootProcess(t, { name, script })))
+    const ports = instances.map(({ instancePort }) => instancePort)
+    const front = await freePort()
+    const servers = readmeBlock('nginx')
+      .replace('listen 8000;', `listen 127.0.0.1:${front}; proxy_read_timeout 500ms;`)
+      .replace(/127\.0\.0\.1:1030\d/g, () => `127.0.0.1:${ports.shift()}`)
+    await startNginxServers(t, front, servers)
+    instances[1]!.watched.child.kill('SIGSTOP')
+    const served = new Set<string>()
+    for (let visitor = 0; visitor < 30; visitor++) {
+      served.add((await getPage(front, '/', { limitMs: 5_000 })).body)
+    }
+    assert.deepEqual([...served].sort(), ['one', 'three'])
+  })
+
+  test('Caddy, as in the README, passes by an instance that hangs', needs('caddy'), async (t) => {
+    const hosts = ['127.0.0.1', '127.0.0.2', '127.0.0.3']
+    const port = await freePort()
+    const instances = hosts.map((host) =>
+      runScript(t, {
+        env: { HOST: host, PORT: String(port) },
+        script: `
+          const server = http.createServer((_, response) => response.end(process.env.HOST))
+          monitor.start(server)
+          server.listen(Number(process.env.PORT), process.env.HOST)`
+      })
+    )
+    await until(() => instances.every(({ output }) => output.includes('is warm')), 'all are warm')
+    const front = await freePort()
+    const caddyfile = readmeBlock('caddyfile')
+      .replace(':8000', `http://127.0.0.1:${front}`)
+      .replace(/10\.0\.0\.(\d):8080/g, `127.0.0.$1:${port}`)
+      .replace('health_port 8160', `health_port ${port + 80}`)
+      .replace('health_interval 2s', 'health_interval 200ms')
+      .replace('health_timeout 2s', 'health_timeout 500ms')
+    const folder = scratchFolder(t)
+    const file = join(folder, 'Caddyfile')
+    fs.writeFileSync(file, `{\n\tadmin off\n}\n${caddyfile}`)
+    const env = { HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder }
+    watch(t, 'caddy', ['run', '--adapter', 'caddyfile', '--config', file], { env })
+    await until(async () => !(await isRefused(front)), 'Caddy runs')
+
+    /** Which instances serve thirty visitors, `nobody` among them for those who wait in vain. */
+    const whoServes = async () => {
+      const visitors = Array.from({ length: 30 }, () => getPage(front, '/', { limitMs: 1_000 }))
+      const pages = await Promise.all(
+        visitors.map((page) => page.catch(() => ({ body: 'nobody' })))
+      )
+      return [...new Set(pages.map(({ body }) => body))].sort().join()
+    }
+    await until(async () => (await whoServes()) === hosts.join(), 'all three serve')
+    instances[1]!.child.kill('SIGSTOP')
+    await until(async () => (await whoServes()) === '127.0.0.1,127.0.0.3', 'it is out')
+    instances[1]!.child.kill('SIGCONT')
+    await until(async () => (await whoServes()) === hosts.join(), 'it is back')
   })
 
   test('systemd accepts the unit of the README', needs('systemd-analyze'), async (t) => {
@@ -17178,6 +17256,52 @@ describeProcesses('Real programs', ALONE, () => {
     }
   )
 
+  for (const [check, name] of HAPROXY_CHECKS) {
+    test(
+      `HAProxy, as in the README by ${name}, takes an instance out while its process hangs`,
+      needs('haproxy'),
+      async (t) => {
+        const instance = await bootProcess(t)
+        const front = await freePort()
+        const nowhere = await freePort()
+        const haproxy = await startHaproxy(t, (socket) =>
+          configure(haproxyOfReadme()[check], front, instance, nowhere, socket)
+        )
+        await haproxy.untilState('app1', /^UP/)
+        instance.watched.child.kill('SIGSTOP')
+        await haproxy.untilState('app1', /^DOWN/)
+        instance.watched.child.kill('SIGCONT')
+        await haproxy.untilState('app1', /^UP/)
+        assert.equal((await getPage(front, '/')).body, 'hello')
+      }
+    )
+
+    test(
+      `HAProxy, as in the README by ${name}, sends all visitors to an instance that is back`,
+      needs('haproxy'),
+      async (t) => {
+        const visitors = 20
+        const held: http.ServerResponse[] = []
+        const handler: http.RequestListener = ({ url }, response) => {
+          if (url === '/held') held.push(response)
+          else response.end('hello')
+        }
+        const balanced = await balanceAsInReadme(t, { check, handler })
+        await balanced.becomes('UP')
+        balanced.setup.isConnected = () => false
+        await balanced.becomes('DOWN')
+        balanced.setup.isConnected = () => true
+        await balanced.becomes('UP')
+        const pages = Array.from({ length: visitors }, () => balanced.getPageViaFront('/held'))
+        const areAllThere = () => held.length === visitors
+        await until(areAllThere, 'no visitor waits in HAProxy').finally(() => {
+          for (const response of held) response.end()
+        })
+        for (const { status } of await Promise.all(pages)) assert.equal(status, 200)
+      }
+    )
+  }
+
   test(
     'HAProxy, as in the README, lets nobody ask for a warm-up, and else the instance refuses it',
     needs('haproxy'),
@@ -17191,7 +17315,9 @@ describeProcesses('Real programs', ALONE, () => {
       const nowhere = await freePort()
       const secondFront = await freePort()
       const second = await startHaproxy(t, (socket) => {
-        const whole = configure(secondFront, instancePort, nowhere, socket)
+        const { byTcpCheck } = haproxyOfReadme()
+        const instance = { instancePort, port: instancePort + 80 }
+        const whole = configure(byTcpCheck, secondFront, instance, nowhere, socket)
         const open = whole.replace(/^.*\bdeny\b.*@@warmup.*\n/m, '')
         assert.notEqual(open, whole)
         return open
