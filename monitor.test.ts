@@ -17194,34 +17194,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 
 describeProcesses('Real programs', ALONE, () => {
   test(
-    'HAProxy, as in the README, takes an instance in when its warm-up succeeds at last',
-    needs('haproxy'),
-    async (t) => {
-      const pace = 8
-      quicken(t, pace)
-      const tries: number[] = []
-      const finale = latch()
-      const warmUp = async () => {
-        tries.push(performance.now())
-        if (tries.length <= 2) throw new Error('OK, not yet')
-        await finale.opened
-      }
-      const balanced = await balanceAsInReadme(t, { warmUp })
-      await balanced.becomes('DOWN') // while it warms up, which fails twice
-      assert.notEqual((await balanced.getPageViaFront('/')).body, 'hello')
-      await until(() => tries.length === 3, 'the third try has begun')
-      await balanced.staysDown('while it warms up')
-      const [firstAt = 0, secondAt = 0, thirdAt = 0] = tries
-      const firstPauseMs = pace * (secondAt - firstAt)
-      const secondPauseMs = pace * (thirdAt - secondAt)
-      assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries.join()}`)
-      finale.open()
-      await balanced.becomes('UP')
-      assert.equal((await balanced.getPageViaFront('/')).body, 'hello')
-    }
-  )
-
-  test(
     'HAProxy, as in the README, takes an instance out while a database fails, whatever that says',
     needs('haproxy'),
     async (t) => {
@@ -17257,6 +17229,34 @@ describeProcesses('Real programs', ALONE, () => {
   )
 
   for (const [check, name] of HAPROXY_CHECKS) {
+    test(
+      `HAProxy, as in the README by ${name}, takes an instance in when its warm-up succeeds at last`,
+      needs('haproxy'),
+      async (t) => {
+        const pace = 8
+        quicken(t, pace)
+        const tries: number[] = []
+        const finale = latch()
+        const warmUp = async () => {
+          tries.push(performance.now())
+          if (tries.length <= 2) throw new Error('OK, not yet')
+          await finale.opened
+        }
+        const balanced = await balanceAsInReadme(t, { check, warmUp })
+        await balanced.becomes('DOWN') // while it warms up, which fails twice
+        assert.notEqual((await balanced.getPageViaFront('/')).body, 'hello')
+        await until(() => tries.length === 3, 'the third try has begun')
+        await balanced.staysDown('while it warms up')
+        const [firstAt = 0, secondAt = 0, thirdAt = 0] = tries
+        const firstPauseMs = pace * (secondAt - firstAt)
+        const secondPauseMs = pace * (thirdAt - secondAt)
+        assert.ok(firstPauseMs > 700 && secondPauseMs > 1_700, `tried at ${tries.join()}`)
+        finale.open()
+        await balanced.becomes('UP')
+        assert.equal((await balanced.getPageViaFront('/')).body, 'hello')
+      }
+    )
+
     test(
       `HAProxy, as in the README by ${name}, takes an instance out while its process hangs`,
       needs('haproxy'),
