@@ -2461,6 +2461,7 @@ function withoutKeepAliveToken(value: unknown): unknown {
 /** Whether this instance may be sent requests, and if not, why. */
 interface Verdict {
   healthy: boolean
+  state: VerdictState
   /** `warn` if it will pass by itself, `fail` if something is broken. */
   grade: Grade
   /** `OK`, or what anybody may know of why not. */
@@ -2473,16 +2474,29 @@ interface Verdict {
 
 type Grade = 'pass' | 'warn' | 'fail'
 
-const HEALTHY = verdictOf('pass', 'OK')
+const VERDICT_STATES = [
+  'healthy',
+  'booting',
+  'warming_up',
+  'warmup_failed',
+  'dependency_failed', // a database or a check
+  'draining',
+  'shutting_down',
+  'gave_up'
+] as const
+
+type VerdictState = (typeof VERDICT_STATES)[number]
+
+const HEALTHY = verdictOf('healthy', 'pass', 'OK')
 const WARMUP_FAILED = 'Warmup failed'
-const BOOTING = verdictOf('warn', 'Instance is booting')
-const WARMING_UP = verdictOf('warn', 'Warmup in progress')
-const SHUTTING_DOWN = verdictOf('warn', 'Instance is shutting down')
-const GAVE_UP = verdictOf('fail', 'Error: the monitor gave up')
+const BOOTING = verdictOf('booting', 'warn', 'Instance is booting')
+const WARMING_UP = verdictOf('warming_up', 'warn', 'Warmup in progress')
+const SHUTTING_DOWN = verdictOf('shutting_down', 'warn', 'Instance is shutting down')
+const GAVE_UP = verdictOf('gave_up', 'fail', 'Error: the monitor gave up')
 
 /** A verdict of which anybody may know all. */
-function verdictOf(grade: Grade, reason: string): Verdict {
-  return { healthy: grade === 'pass', grade, reason, explanation: reason, cause: reason }
+function verdictOf(state: VerdictState, grade: Grade, reason: string): Verdict {
+  return { healthy: grade === 'pass', state, grade, reason, explanation: reason, cause: reason }
 }
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
@@ -2532,14 +2546,16 @@ async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
 /** Judges by what is known, and does nothing else; `inspect` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing } = monitor
-  if (draining) return verdictOf('warn', toRedLine(draining.reason))
+  if (draining) return verdictOf('draining', 'warn', toRedLine(draining.reason))
   if (currentShutdown || isInstanceClosing || state === 'closed') return SHUTTING_DOWN
   if (state === 'failed') return GAVE_UP
   if (isWithoutMonitor()) return HEALTHY
 
   const broken = firstBroken()
   const isJustCold = broken?.isCold === true
-  if (broken && !isJustCold) return fault(broken.sentence(false), broken.sentence(true), 'Error: ')
+  if (broken && !isJustCold) {
+    return fault('dependency_failed', broken.sentence(false), broken.sentence(true), 'Error: ')
+  }
 
   const verdict = judgeBoot(monitor)
   return verdict.healthy && isJustCold ? WARMING_UP : verdict
@@ -2557,14 +2573,17 @@ function judgeBoot({ state, warmup }: Monitor): Verdict {
   const { stage } = warmup
   if (stage === 'cold') return BOOTING
   if (stage === 'running') return WARMING_UP
-  if (stage === 'failed') return fault(WARMUP_FAILED, `${WARMUP_FAILED}: ${warmup.failure}`)
+  if (stage === 'failed') {
+    return fault('warmup_failed', WARMUP_FAILED, `${WARMUP_FAILED}: ${warmup.failure}`)
+  }
   return HEALTHY
 }
 
 /** A verdict that somebody has to look after. */
-function fault(reason: string, cause: string, prefix = ''): Verdict {
+function fault(state: VerdictState, reason: string, cause: string, prefix = ''): Verdict {
   return {
     healthy: false,
+    state,
     grade: 'fail',
     reason: toRedLine(prefix + reason),
     explanation: toRedLine(prefix + cause),
