@@ -1416,6 +1416,14 @@ interface RequestInFlight {
   isUpgradeAnswered?: () => boolean
 }
 
+/** Called when a request is over, with the status of its answer, or 0 where there was none. Layers
+ *  add to it. */
+const requestEndListeners: ((
+  owner: Traffic,
+  request: RequestInFlight,
+  statusCode: number
+) => void)[] = []
+
 /** An HTTP/2 session; its own type is in a module that we do not import. */
 interface Http2Session extends NodeJS.EventEmitter {
   goaway(code: number, lastStreamId: number): void
@@ -1970,6 +1978,7 @@ class Traffic {
     this.#inFlight.delete(key)
     request.client.requestEnded(upload)
     if (statusCode >= 500) this.errors++
+    for (const onRequestEnd of requestEndListeners) onRequestEnd(this, request, statusCode)
   }
 
   // The end of the application
