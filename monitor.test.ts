@@ -373,6 +373,11 @@ function standStill(ms: number): void {
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
 }
 
+/** Has this process use the CPU all the time, as it would on a machine that is not busy. */
+function computeAlways(t: TestContext): void {
+  t.mock.method(process, 'cpuUsage', () => ({ user: performance.now() * 1_000, system: 0 }))
+}
+
 /** How many listeners an emitter has of each kind. */
 function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
   const counts = emitter.eventNames().map((name) => [String(name), emitter.listenerCount(name)])
@@ -10431,6 +10436,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       new RegExp(
         `^instance   ${url}, up \\d+ (s|min), 0 requests in flight, 0 upgraded(, loop \\d+ % busy)?, \\d+ MiB$`
       ),
+      /^last 30 s  longest lag \d+ ms, 0 answers$/,
       /^warm-up    \/           warm after \d+\.\d s$/,
       /^warm-up    \/shop       running for \d+\.\d s$/,
       /^warm-up    \/search     waiting$/,
@@ -11446,8 +11452,155 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.equal(await lag(), 0)
   })
 
+  test('status shows the longest lag, 5xx answers and the mean answer time of the last 30 s', async (t) => {
+    const clock = fakeClock(t)
+    const timers = takeTimers(t, ['setInterval'], clock)
+    const server = await serve(t, ({ url }, response) => {
+      clock.now += Number(url?.slice(1))
+      response.writeHead(url === '/400' ? 503 : 200).end()
+    })
+    const { monitor, port } = await bootInstance(t, { performers: WARM, server })
+    const row = async () => /^last 30 s +(.*)$/m.exec(await ask(port, 'status\n'))?.[1]
+    timers.pass(1_000)
+    assert.equal(await row(), 'longest lag 0 ms, 0 answers')
+    for (const path of ['/20', '/400', '/30']) await getPage(portOf(server), path)
+    timers.pass(1_000)
+    assert.equal(await row(), 'longest lag 200 ms, 3 answers, 150 ms on average, 1 with 5xx')
+    const { eventLoopLagSeconds, answers, errors, meanAnswerMs } = await monitor.status()
+    assert.deepEqual([eventLoopLagSeconds, answers, errors, meanAnswerMs], [0.2, 3, 1, 150])
+    const { json } = await askHealthJson(port)
+    const figures = ['eventLoop:lag', 'answers:count', 'answers:errors', 'answers:meanTime']
+    assert.deepEqual(
+      figures.map((name) => json.checks[name]?.[0]?.observedValue),
+      [0.2, 3, 1, 150]
+    )
+    assert.equal(json.status, 'pass')
+    timers.stall(1_200)
+    timers.pass(0)
+    assert.match((await row())!, /^longest lag 1\.2 s, /)
+    assert.equal((await askHealthJson(port)).json.status, 'warn')
+    timers.pass(31_000)
+    assert.equal(await row(), 'longest lag 0 ms, 0 answers')
+  })
+
+  test('status counts no answers where the server is not known', async (t) => {
+    const server = hide(await serve(t))
+    const monitor = await importMonitor(t)
+    const options = { port: portOf(server), listen: LOOPBACK, logger: recorder() }
+    const { port } = (await monitor.start(options)) as net.AddressInfo
+    assert.match(await ask(port, 'status\n'), /^last 30 s  longest lag \d+ ms$/m)
+    const { answers, errors, meanAnswerMs } = await monitor.status()
+    assert.deepEqual([answers, errors, meanAnswerMs], [-1, -1, -1])
+    const { body } = await openPage(port)
+    assert.doesNotMatch(body, /requests? a second|class="requests"/)
+    assert.ok(
+      body.includes(`<br>port\u00a0${portOf(server)}, process`) ||
+        body.includes(`<br>port ${portOf(server)}, process`),
+      body
+    )
+  })
+
+  test('the log says what was in flight while the event loop was blocked', async (t) => {
+    computeAlways(t)
+    const held: http.ServerResponse[] = []
+    const server = await serve(t, async (request, response) => {
+      const url = request.url ?? ''
+      if (url.startsWith('/held')) {
+        held.push(response)
+        return
+      }
+      if (url.startsWith('/late')) await pause(100)
+      standStill(1_200)
+      response.end('done')
+    })
+    const { port, instancePort, logger } = await bootInstance(t, { performers: WARM, server })
+    await untilSeen(port) // the clock ticks
+    for (const path of ['/held/1?token=secret', '/held/2', '/held/3']) {
+      getPage(instancePort, path).catch(() => {})
+    }
+    await until(() => held.length === 3, 'three are held')
+    await pause(200)
+    await getPage(instancePort, `/late/${'x'.repeat(200)}?token=secret`)
+    await until(() => warningsOf(logger).length > 0, 'it is told')
+    const [line = '', ...others] = warningsOf(logger)
+    const name = `GET /late/${'x'.repeat(70)}`
+    assert.match(
+      line.replace(/\/held\/\d/, '/held/N'),
+      new RegExp(
+        `^warn ftw-monitor noticed that the event loop was blocked for \\d+\\.\\d s; in flight: ${name}, GET /held/N, 2 others$`
+      )
+    )
+    assert.deepEqual(others, [])
+    for (const response of held) response.end()
+  })
+
+  test('of a request that blocks the event loop and is answered at once the log tells, too', async (t) => {
+    computeAlways(t)
+    const server = await serve(t, (_, response) => {
+      standStill(1_200)
+      response.end('done')
+    })
+    const { port, instancePort, logger } = await bootInstance(t, { performers: WARM, server })
+    await untilSeen(port)
+    await getPage(instancePort, '/burn?token=secret')
+    await until(() => warningsOf(logger).length > 0, 'it is told')
+    assert.match(
+      warningsOf(logger).join('\n'),
+      /^warn ftw-monitor noticed that the event loop was blocked for \d+\.\d s; in flight: GET \/burn$/
+    )
+  })
+
+  test('a blocked event loop is told of at most once in ten seconds, and not while it boots', async (t) => {
+    const clock = fakeClock(t)
+    const timers = takeTimers(t, ['setInterval'], clock)
+    const server = http.createServer(hello)
+    closeLater(t, server)
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    monitor.registerWarmup('/', () => {})
+    void monitor.start({ server, listen: LOOPBACK, logger })
+    timers.stall(1_500)
+    timers.pass(0)
+    assert.deepEqual(warningsOf(logger), [])
+
+    server.listen(LOOPBACK)
+    await untilVerdict(monitor)
+    computeAlways(t)
+    const told = () => warningsOf(logger).map((line) => line.replace(/^.*noticed that /, ''))
+    const first = 'the event loop was blocked for 1.5 s; no request took 0.1 s of that'
+    timers.pass(1_000)
+    timers.stall(1_500)
+    timers.pass(1_000)
+    assert.deepEqual(told(), [first])
+    timers.stall(3_000)
+    timers.pass(1_000)
+    assert.deepEqual(told(), [first])
+    timers.pass(8_000)
+    timers.stall(999)
+    timers.pass(1_000)
+    assert.deepEqual(told(), [first])
+    timers.stall(2_000)
+    timers.pass(1_000)
+    assert.deepEqual(told(), [first, first.replace('1.5', '2.0')])
+  })
+
+  test('a process that was suspended is not told of as blocked', async (t) => {
+    const { port, watched } = await bootProcess(t, {
+      script: "monitor.registerWarmup('/', () => {})"
+    })
+    await untilSeen(port)
+    watched.child.kill('SIGSTOP')
+    await pause(2_000)
+    watched.child.kill('SIGCONT')
+    await until(() => watched.stderr.includes('\n'), 'it is told')
+    assert.match(
+      watched.stderr,
+      /^ftw-monitor noticed that the event loop stood still for \d+\.\d s, and hardly used the CPU: the process was suspended or starved, or made a synchronous call; no request took 0\.1 s of that\n$/
+    )
+  })
+
   test('on this machine the page is told apart by the host, the process and the package of its instance', async (t) => {
-    const { port } = await bootInstance(t, { performers: WARM })
+    const { port, instancePort } = await bootInstance(t, { performers: WARM })
     const title = async (host: string) => {
       const { body } = await openPage(port, { headers: { Host: host } })
       const [, text] = /<title>✓ (.*) - OK<\/title>/.exec(body) ?? []

@@ -6168,14 +6168,19 @@ interface Open {
   info: string
 }
 
-/** The requests in flight, without their query strings, which carry secrets. */
+/** The requests in flight. */
 function listRequests(): Open[] | undefined {
   const { server, openRequests } = monitor.traffic
   if (!server) return undefined
   return Array.from(openRequests, ({ startedAtMs, line }) => ({
     seconds: (performance.now() - startedAtMs) / 1_000,
-    info: line.replace(/\?.*/s, '')
+    info: withoutQuery(line)
   }))
+}
+
+/** Query strings carry secrets. */
+function withoutQuery(line: string): string {
+  return line.replace(/\?.*/s, '')
 }
 
 async function openConnections(registered: RegisteredDatabase): Promise<Open[] | undefined> {
@@ -6270,61 +6275,253 @@ function memoryFigures(): object {
   }
 }
 
-// The load of the event loop, second by second
+// The load of the instance, second by second
 
-/** A second of the instance's life. */
+/** A second of the instance's life; a blocked event loop makes it longer. */
 interface Second {
+  endedAtMs: number
+  seconds: number
   utilization: number
-  requests: number
-  /** The largest delay of our tick. */
+  /** The largest delay of a timer. */
   lagMs: number
+  requests: number
+  /** Answers of 500 and more. */
+  errors: number
+  answers: number
+  /** How long they took together. */
+  answersMs: number
+}
+
+/** What has been counted since the monitor was made. */
+type Totals = Pick<Second, 'requests' | 'errors' | 'answers' | 'answersMs'>
+
+/** How the instance did in the last LATELY_SECONDS. */
+interface Lately {
+  lagSeconds: number
+  errors: number
+  answers: number
+  /** -1 where nothing was answered. */
+  meanAnswerMs: number
 }
 
 const TICKS_PER_SECOND = 1_000 / TICK_MS
 const CHART_SECONDS = 120 // two minutes on the page
-const LAG_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
+const LATELY_SECONDS = 30 // longer than a scrape's interval, so that no delay falls between two
 
 class LoadHistory {
   /** The last two minutes, the oldest first. */
   seconds: Second[] = []
   #tickedAtMs = performance.now()
   #ticks = 0
-  /** How many requests there had been when the last second began. */
-  #requestsBefore: number
+  #secondBeganAtMs = performance.now()
+  /** When the last second began. */
+  #before: Totals
   #lagMs = 0
+  readonly #blocks = new BlockWatch()
 
-  constructor(requests: number) {
-    this.#requestsBefore = requests
+  constructor(owner: Monitor) {
+    this.#before = totalsOf(owner.traffic)
   }
 
-  onTick(utilization: number, requests: number): void {
+  onTick(owner: Monitor): void {
     const nowMs = performance.now()
-    this.#lagMs = Math.max(this.#lagMs, nowMs - this.#tickedAtMs - TICK_MS)
+    const lateMs = Math.max(0, nowMs - this.#tickedAtMs - TICK_MS)
     this.#tickedAtMs = nowMs
+    this.#lagMs = Math.max(this.#lagMs, this.#blocks.onTick(owner, lateMs))
     this.#ticks++
-    if (this.#ticks % TICKS_PER_SECOND > 0) return
+    if (this.#ticks % TICKS_PER_SECOND === 0) this.#endSecond(owner, nowMs)
+  }
 
-    const second = { utilization, requests: requests - this.#requestsBefore, lagMs: this.#lagMs }
+  #endSecond({ load, traffic }: Monitor, nowMs: number): void {
+    const totals = totalsOf(traffic)
+    const second: Second = {
+      endedAtMs: nowMs,
+      seconds: Math.max(1, (nowMs - this.#secondBeganAtMs) / 1_000),
+      utilization: load.utilization,
+      lagMs: this.#lagMs,
+      requests: totals.requests - this.#before.requests,
+      errors: totals.errors - this.#before.errors,
+      answers: totals.answers - this.#before.answers,
+      answersMs: totals.answersMs - this.#before.answersMs
+    }
     this.seconds = [...this.seconds.slice(1 - CHART_SECONDS), second]
-    this.#requestsBefore = requests
+    this.#secondBeganAtMs = nowMs
+    this.#before = totals
     this.#lagMs = 0
   }
 
-  /** The largest delay of our tick lately. */
-  get lagSeconds(): number {
-    const lately = this.seconds.slice(-LAG_SECONDS).map(({ lagMs }) => lagMs)
-    return Math.max(this.#lagMs, ...lately) / 1_000
+  get lately(): Lately {
+    const sinceMs = performance.now() - LATELY_SECONDS * 1_000
+    let lagMs = this.#lagMs
+    let errors = 0
+    let answers = 0
+    let answersMs = 0
+    for (const second of this.seconds) {
+      if (second.endedAtMs <= sinceMs) continue
+      lagMs = Math.max(lagMs, second.lagMs)
+      errors += second.errors
+      answers += second.answers
+      answersMs += second.answersMs
+    }
+    const meanAnswerMs = answers > 0 ? answersMs / answers : -1
+    return { lagSeconds: lagMs / 1_000, errors, answers, meanAnswerMs }
   }
 }
 
 /** The history of each load, which the monitor makes anew whenever its clock begins. */
 const loadHistories = new WeakMap<Load, LoadHistory>()
 
-tickListeners.push(({ load, traffic }) => {
-  const history = loadHistories.get(load)
-  if (history) history.onTick(load.utilization, traffic.requests)
-  else loadHistories.set(load, new LoadHistory(traffic.requests))
+tickListeners.push((owner) => {
+  const history = loadHistories.get(owner.load)
+  if (history) history.onTick(owner)
+  else loadHistories.set(owner.load, new LoadHistory(owner))
 })
+
+/** Nothing has happened before the clock has begun. */
+function latelyOf({ load }: Monitor): Lately {
+  const nothing = { lagSeconds: 0, errors: 0, answers: 0, meanAnswerMs: -1 }
+  return loadHistories.get(load)?.lately ?? nothing
+}
+
+// Answers
+
+/** A request that took a while, and is over. */
+interface EndedRequest {
+  startedAtMs: number
+  endedAtMs: number
+  line: string
+}
+
+const ENDED_MAX = 100 // between two ticks, or where nothing ticks any more
+
+class Answers {
+  count = 0
+  totalMs = 0
+  /** Since they were last taken. */
+  #ended: EndedRequest[] = []
+
+  add({ startedAtMs, line }: RequestInFlight, isAnswered: boolean): void {
+    const endedAtMs = performance.now()
+    const tookMs = endedAtMs - startedAtMs
+    if (isAnswered) {
+      this.count++
+      this.totalMs += tookMs
+    }
+    const isWorthNaming = tookMs >= IN_FLIGHT_MS && this.#ended.length < ENDED_MAX
+    if (isWorthNaming) this.#ended.push({ startedAtMs, endedAtMs, line })
+  }
+
+  takeEnded(): EndedRequest[] {
+    return this.#ended.splice(0)
+  }
+}
+
+const answersByTraffic = new WeakMap<Traffic, Answers>()
+
+function answersOf(traffic: Traffic): Answers {
+  const known = answersByTraffic.get(traffic)
+  if (known) return known
+  const answers = new Answers()
+  answersByTraffic.set(traffic, answers)
+  return answers
+}
+
+requestEndListeners.push((traffic, request, statusCode) => {
+  answersOf(traffic).add(request, statusCode > 0)
+})
+
+function totalsOf(traffic: Traffic): Totals {
+  const { count, totalMs } = answersOf(traffic)
+  const { requests, errors } = traffic
+  return { requests, errors, answers: count, answersMs: totalMs }
+}
+
+// Blocks of the event loop
+
+const BLOCK_MS = 1_000 // probers and people wait that long; shorter ones would fill the log
+const BLOCK_LOG_MS = 10_000 // between two lines, or a loop that is always blocked fills the log
+const CPU_SHARE = 1 / 4 // of a block: whoever uses less was not computing
+const IN_FLIGHT_MS = 100 // of a block; what comes after it is there in the same turn, but briefly
+const NAMES_MAX = 2 // of requests in one line
+const NAME_MAX = 80 // characters
+
+/** Sees how late each tick is, and says in the log what was in flight during a long block. */
+class BlockWatch {
+  #activeMs = readActiveMs()
+  #cpuMs = readCpuMs()
+  #loggedAtMs = -Infinity
+
+  /** Returns the largest delay that a timer may have had: our own may have become due late in a
+   *  block. */
+  onTick(owner: Monitor, lateMs: number): number {
+    const ended = answersOf(owner.traffic).takeEnded()
+    const activeMs = readActiveMs()
+    const cpuMs = readCpuMs()
+    const wasActiveMs = activeMs - this.#activeMs
+    const wasOnCpuMs = cpuMs - this.#cpuMs
+    this.#activeMs = activeMs
+    this.#cpuMs = cpuMs
+    if (lateMs <= BLOCK_MS - TICK_MS) return lateMs
+
+    const wasBusyMs = wasActiveMs || wasOnCpuMs // as far as the runtime can tell
+    const blockMs = Math.min(lateMs + TICK_MS, Math.max(lateMs, wasBusyMs))
+    const isComputing = wasOnCpuMs >= blockMs * CPU_SHARE
+    const isBoot = owner.state !== 'accepting' // when modules are loaded
+    if (blockMs > BLOCK_MS && !isBoot) this.#tell(owner, blockMs, isComputing, ended)
+    return blockMs
+  }
+
+  /** A process that is suspended, as by SIGSTOP or with a laptop, finds its timers late, too. */
+  #tell({ traffic }: Monitor, blockMs: number, isComputing: boolean, ended: EndedRequest[]): void {
+    const nowMs = performance.now()
+    if (nowMs - this.#loggedAtMs < BLOCK_LOG_MS) return
+    this.#loggedAtMs = nowMs
+
+    const seconds = (blockMs / 1_000).toFixed(1)
+    const what = isComputing
+      ? `was blocked for ${seconds} s`
+      : `stood still for ${seconds} s, and hardly used the CPU: the process was suspended or ` +
+        'starved, or made a synchronous call'
+    const inFlight = traffic.server ? `; ${describeInFlight(traffic, ended, blockMs)}` : ''
+    log('warn', `noticed that the event loop ${what}${inFlight}`)
+  }
+}
+
+/** For how long the event loop did not wait for anything; 0 where the runtime cannot tell. */
+function readActiveMs(): number {
+  const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
+    Object(performance)
+  return eventLoopUtilization?.().active ?? 0
+}
+
+function readCpuMs(): number {
+  const { user, system } = process.cpuUsage()
+  return (user + system) / 1_000
+}
+
+/** `in flight: GET /burn, 2 others`. Of those that were there for half of the block, the newest
+ *  comes first, since a block often begins with the request that is the reason for it. */
+function describeInFlight(traffic: Traffic, ended: EndedRequest[], blockMs: number): string {
+  const nowMs = performance.now()
+  const open = Array.from(traffic.openRequests, (each) => ({ ...each, endedAtMs: nowMs }))
+  const inFlight = [...open, ...ended]
+    .map(({ line, startedAtMs, endedAtMs }) => {
+      const insideMs = endedAtMs - Math.max(startedAtMs, nowMs - blockMs)
+      return { line, startedAtMs, insideMs, weight: Math.min(insideMs, blockMs / 2) }
+    })
+    .filter(({ insideMs }) => insideMs >= IN_FLIGHT_MS)
+    .sort((one, other) => other.weight - one.weight || other.startedAtMs - one.startedAtMs)
+  if (inFlight.length === 0) return `no request took ${IN_FLIGHT_MS / 1_000} s of that`
+
+  const names = [...new Set(inFlight.map(({ line }) => nameOfRequest(line)))].slice(0, NAMES_MAX)
+  const others = inFlight.length - names.length
+  if (others > 0) names.push(plural(others, 'other', 'others'))
+  return `in flight: ${names.join(', ')}`
+}
+
+function nameOfRequest(line: string): string {
+  return clean(withoutQuery(line)).slice(0, NAME_MAX)
+}
 
 // --- Metrics -------------------------------------------------------------------------------------
 
@@ -6516,7 +6713,7 @@ function instanceFamilies(): Family[] {
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = traffic.server ? traffic.upgradedConnections : -1
-  const lagSeconds = loadHistories.get(load)?.lagSeconds ?? 0
+  const lagSeconds = loadHistories.get(load)?.lately.lagSeconds ?? 0
   return [
     family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
@@ -6578,6 +6775,8 @@ function valuesByLabel<T>(
 export interface Status {
   /** Whether it may be sent requests. */
   healthy: boolean
+  /** The same, or why not, in a word. */
+  state: VerdictState
   /** `warn` where it is not healthy, but for a reason that will pass by itself: it boots, warms up,
    *  drains, or shuts down. */
   grade: 'pass' | 'warn' | 'fail'
@@ -6595,6 +6794,14 @@ export interface Status {
   upgradedConnections: number
   /** The busy part of the last ten seconds, from 0 to 1. */
   eventLoopUtilization: number
+  /** The longest delay of a timer in the last 30 s. */
+  eventLoopLagSeconds: number
+  /** How many requests were answered in the last 30 s. */
+  answers: number
+  /** How many of them with 500 or more. */
+  errors: number
+  /** How long they took on average, from the head of the request to the last byte. */
+  meanAnswerMs: number
   residentMemoryBytes: number
   warmup: SiteStatus[]
   databases: DatabaseStatus[]
@@ -6609,6 +6816,8 @@ export interface VerdictChange {
   /** In ISO 8601, such as `2026-11-28T09:30:00.000Z`. */
   time: string
   healthy: boolean
+  state: VerdictState
+  grade: 'pass' | 'warn' | 'fail'
   reason: string
 }
 
@@ -6675,22 +6884,25 @@ export const status: () => Promise<Status> = shared('status', async () => {
  *  only. */
 async function statusFor(isLocal: boolean): Promise<Status> {
   await inspectAll()
-  const { healthy, grade, reason, explanation } = judgeAndRecord()
-  const { traffic, clock, load, instance, warmup, probers, draining, history } = monitor
+  const { healthy, state, grade, reason, explanation } = judgeAndRecord()
+  const { clock, load, instance, warmup, probers, draining, history } = monitor
   return {
     healthy,
+    state,
     grade,
     reason: isLocal ? explanation : reason,
     changes: history.changes.map(({ verdict, time }) => ({
       time,
       healthy: verdict.healthy,
+      state: verdict.state,
+      grade: verdict.grade,
       reason: isLocal ? verdict.explanation : verdict.reason
     })),
     url: instance?.url ?? '',
     uptimeSeconds: process.uptime(),
-    requestsInFlight: traffic.server ? traffic.requestsInFlight : -1,
-    upgradedConnections: traffic.server ? traffic.upgradedConnections : -1,
+    ...trafficStatus(monitor),
     eventLoopUtilization: load.utilization,
+    eventLoopLagSeconds: latelyOf(monitor).lagSeconds,
     residentMemoryBytes: readResidentMemory(),
     warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
       site: name,
@@ -6708,6 +6920,21 @@ async function statusFor(isLocal: boolean): Promise<Status> {
     probers: proberStatuses(probers, clock, isLocal),
     draining: draining && drainingStatus(draining)
   }
+}
+
+type TrafficStatus = Pick<
+  Status,
+  'requestsInFlight' | 'upgradedConnections' | 'answers' | 'errors' | 'meanAnswerMs'
+>
+
+function trafficStatus(owner: Monitor): TrafficStatus {
+  const { server, requestsInFlight, upgradedConnections } = owner.traffic
+  if (!server) {
+    const unknown = { requestsInFlight: -1, upgradedConnections: -1 }
+    return { ...unknown, answers: -1, errors: -1, meanAnswerMs: -1 }
+  }
+  const { answers, errors, meanAnswerMs } = latelyOf(owner)
+  return { requestsInFlight, upgradedConnections, answers, errors, meanAnswerMs }
 }
 
 /** Those of which something is known. */
@@ -6765,7 +6992,8 @@ function withoutOkUnlessHealthy(text: string, { healthy }: Status): string {
 /** One thing that the status tells of: a line for people, a check of the JSON, a row of the
  *  page. */
 interface Row {
-  kind: 'instance' | 'warm-up' | 'database' | 'check' | 'prober' | 'draining' | 'since'
+  kind:
+    'instance' | 'last 30 s' | 'warm-up' | 'database' | 'check' | 'prober' | 'draining' | 'since'
   name: string
   text: string
   grade: Grade
@@ -6782,6 +7010,7 @@ interface Row {
 function rowsOf(known: Status): Row[] {
   return [
     instanceRow(known),
+    latelyRow(known),
     ...known.warmup.map(siteRow),
     ...known.databases.map(databaseRow),
     ...known.checks.map(checkRow),
@@ -6802,6 +7031,21 @@ function instanceRow(known: Status): Row {
   if (eventLoopUtilization >= 0) parts.push(`loop ${percentage(eventLoopUtilization)} % busy`)
   parts.push(`${Math.round(residentMemoryBytes / 2 ** 20)} MiB`)
   return { ...measured('uptime', uptimeSeconds, 's'), text: parts.join(', ') }
+}
+
+/** Amber after a long block, since a prober that waits for a second was not answered then. */
+function latelyRow({ eventLoopLagSeconds, answers, errors, meanAnswerMs }: Status): Row {
+  const row = measured('eventLoop:lag', eventLoopLagSeconds, 's')
+  const grade = eventLoopLagSeconds * 1_000 > BLOCK_MS ? 'warn' : 'pass'
+  const parts = [`longest lag ${shortTime(eventLoopLagSeconds * 1_000)}`]
+  if (answers >= 0) parts.push(plural(answers, 'answer', 'answers'))
+  if (answers > 0) parts.push(`${shortTime(meanAnswerMs)} on average`, `${errors} with 5xx`)
+  return { ...row, kind: 'last 30 s', grade, text: parts.join(', ') }
+}
+
+/** `12 ms`, `1.2 s` */
+function shortTime(ms: number): string {
+  return ms < 1_000 ? `${Math.round(ms)} ms` : `${(ms / 1_000).toFixed(1)} s`
 }
 
 function measured(measure: string, value: number, unit: string): Row {
@@ -6925,7 +7169,7 @@ function renderText(known: Status): string {
   return withoutOkUnlessHealthy(`${[known.reason, ...lines].join('\n')}\n`, known)
 }
 
-const STATUS_KIND_WIDTH = 11 // `instance`, the longest, and three blanks
+const STATUS_KIND_WIDTH = 11 // `last 30 s`, the longest, and two blanks
 
 const HEALTH_JSON = 'application/health+json'
 
@@ -6942,6 +7186,9 @@ function renderJson(known: Status): string {
       measured('requests:inFlight', known.requestsInFlight, 'requests'),
       measured('connections:upgraded', known.upgradedConnections, 'connections'),
       measured('eventLoop:utilization', known.eventLoopUtilization, 'ratio'),
+      measured('answers:count', known.answers, 'answers'),
+      measured('answers:errors', known.errors, 'answers'),
+      measured('answers:meanTime', known.meanAnswerMs, 'ms'),
       measured('memory:resident', known.residentMemoryBytes, 'B')
     ])
   }
