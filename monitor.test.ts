@@ -10591,14 +10591,118 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(text, /^database   silent +timed out \(optional\)$/m)
   })
 
-  test('an optional database is in metrics as any other', async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: { lost: { isConnected: () => false, optional: true } },
+  test('in metrics what is optional has a label that says so', async (t) => {
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        lost: { isConnected: () => false, optional: true },
+        main: { isConnected: () => true }
+      },
       performers: WARM
     })
-    const samples = readSamples(await ask(port, 'metrics\n'))
-    assert.equal(samples['ftw_monitor_database_connected{database="lost"}'], 0)
+    monitor.registerCheck('disk', () => true)
+    monitor.registerCheck('mail', () => false, { optional: true })
+    const text = await ask(port, 'metrics\n')
+    const samples = readSamples(text)
+    assert.equal(samples['ftw_monitor_database_connected{database="lost",optional="true"}'], 0)
+    assert.equal(samples['ftw_monitor_database_connected{database="main"}'], 1)
+    assert.equal(samples['ftw_monitor_check_passing{check="mail",optional="true"}'], 0)
+    assert.equal(samples['ftw_monitor_check_passing{check="disk"}'], 1)
     assert.equal(samples['ftw_monitor_healthy'], 1)
+  })
+
+  test('metrics tells the state of the verdict, of all that there are', async (t) => {
+    const gate = latch()
+    const warming = latch()
+    let isConnected = true
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => isConnected } },
+      performers: {
+        '/': () => {
+          warming.open()
+          return gate.opened
+        }
+      },
+      until: 'started'
+    })
+    const states = async () => {
+      const samples = Object.entries(readSamples(await ask(port, 'metrics\n')))
+      const all = samples.filter(([name]) => name.startsWith('ftw_monitor_state{'))
+      assert.equal(all.length, 8)
+      assert.ok(all.every(([, value]) => value === 0 || value === 1))
+      const current = all.filter(([, value]) => value === 1).map(([name]) => name)
+      const { state } = await monitor.status()
+      assert.deepEqual(current, [`ftw_monitor_state{state="${state}"}`])
+      return state
+    }
+    await warming.opened
+    assert.equal(await states(), 'warming_up')
+    gate.open()
+    await untilVerdict(monitor)
+    assert.equal(await states(), 'healthy')
+    isConnected = false
+    assert.equal(await states(), 'dependency_failed')
+    isConnected = true
+    void monitor.drain({ reason: 'Warmup failed' })
+    assert.equal(await states(), 'draining')
+    monitor.resume()
+    const { changes } = await monitor.status()
+    assert.deepEqual(
+      changes.map(({ state, grade }) => `${state} ${grade}`),
+      [
+        'booting warn',
+        'warming_up warn',
+        'healthy pass',
+        'dependency_failed fail',
+        'draining warn',
+        'healthy pass'
+      ]
+    )
+  })
+
+  test('metrics tells of a boot, of a warm-up that failed, and of a server that is closed', async (t) => {
+    const monitor = await importMonitor(t)
+    const port = await freePort()
+    const options = { port, listen: LOOPBACK, logger: recorder() }
+    const address = (await monitor.start(options)) as net.AddressInfo
+    const state = async () => {
+      const text = await ask(address.port, 'metrics\n')
+      return /^ftw_monitor_state\{state="(\w+)"\} 1$/m.exec(text)?.[1]
+    }
+    assert.equal(await state(), 'booting')
+    monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
+    const server = await startListening(t, hide(http.createServer()), { ...LOOPBACK, port })
+    await until(async () => (await state()) === 'warmup_failed', 'it failed')
+    await close(server)
+    await until(async () => (await state()) === 'shutting_down', 'it is closed')
+  })
+
+  test('metrics tells how long a warm-up took or runs, how long databases take, and our version', async (t) => {
+    const gate = latch()
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        main: {
+          isConnected: async () => {
+            await pause(60)
+            return true
+          }
+        },
+        silent: { isConnected: hang, optional: true }
+      },
+      performers: sitesBehind(gate),
+      until: 'started'
+    })
+    const sampled = async () => readSamples(await ask(port, 'metrics\n'))
+    const isRunning = async () =>
+      (await sampled())['ftw_monitor_warmup_seconds{site="/shop"}']! > 0.1
+    await until(isRunning, '/shop has run for a while')
+    const samples = await sampled()
+    assert.ok(samples['ftw_monitor_warmup_seconds{site="/"}']! < 0.1)
+    assert.equal(samples['ftw_monitor_warmup_seconds{site="/search"}'], undefined)
+    const answer = samples['ftw_monitor_database_answer_seconds{database="main"}']!
+    assert.ok(answer > 0.05 && answer < 0.9, `${answer}`)
+    assert.equal(samples['ftw_monitor_database_answer_seconds{database="silent"}'], undefined)
+    assert.equal(samples[`ftw_monitor_build_info{version="${monitor.VERSION}"}`], 1)
+    gate.open()
   })
 
   test('a database is optional or not, and anything else is a TypeError', async (t) => {
@@ -10853,7 +10957,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       assert.doesNotMatch(await ask(port, 'health_check\n'), /hu/)
     }
     text = `${'x'.repeat(1_960)} postgres://user:${'hunter2'.repeat(200)}@host`
-    for (const shown of await renderAll()) assert.doesNotMatch(shown, /hu|user:/)
+    for (const shown of await renderAll()) assert.doesNotMatch(shown, /(?<!s)hu|user:/) // shut
     void monitor.drain({ reason: `as ${url} says` })
     assert.equal(await ask(port, 'health_check\n'), 'as postgres://***@db.internal/shop says\n')
     for (const shown of await renderAll()) assert.doesNotMatch(shown, /hunter2|user:/)

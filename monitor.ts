@@ -6701,28 +6701,50 @@ function processFamilies(): Family[] {
     family('nodejs_heap_size_used_bytes', 'Used part of the heap.', heapUsed),
     family('nodejs_external_memory_bytes', 'Memory outside the heap.', external),
     family('nodejs_eventloop_utilization', 'Busy part of the last ten seconds.', utilization),
-    family('nodejs_version_info', 'Version of Node.js.', 1, version)
+    family('nodejs_version_info', 'Version of Node.js.', 1, version),
+    family('ftw_monitor_build_info', 'Version of ftw-monitor.', 1, `{version="${VERSION}"}`)
   ]
 }
 
 const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
-  const { traffic, warmup, load } = monitor
-  const isHealthy = Number(judgeAndRecord().healthy)
+  const { traffic, warmup } = monitor
+  const { healthy, state } = judgeAndRecord()
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = traffic.server ? traffic.upgradedConnections : -1
-  const lagSeconds = loadHistories.get(load)?.lately.lagSeconds ?? 0
+  const { lagSeconds } = latelyOf(monitor)
   return [
-    family('ftw_monitor_healthy', 'Whether it may be sent requests.', isHealthy),
+    family('ftw_monitor_healthy', 'Whether it may be sent requests.', Number(healthy)),
+    stateFamily(state),
     family('ftw_monitor_warmup_done', 'Whether it is warm.', isWarm),
+    siteFamily(warmup),
     family('ftw_monitor_http_requests_total', 'Requests so far.', requests),
     family('ftw_monitor_http_requests_in_flight', 'Requests in flight.', in_flight),
     family('ftw_monitor_http_errors_total', 'Answers of 500 and more.', errors),
     family('ftw_monitor_upgraded_connections', 'Connections of WebSockets, say.', upgraded),
     family('ftw_monitor_eventloop_lag_seconds', LAG_HELP, lagSeconds)
   ]
+}
+
+/** A series for each state, of which one is 1: what OpenMetrics calls a state set. */
+function stateFamily(current: VerdictState): Family {
+  const values = VERDICT_STATES.map((state): [string, number] => [
+    `{state="${state}"}`,
+    Number(state === current)
+  ])
+  return { name: 'ftw_monitor_state', help: 'The verdict.', values: new Map(values) }
+}
+
+const SITE_HELP = 'How long its warm-up took, or has run so far.'
+
+function siteFamily({ sites }: WarmupRunner): Family {
+  const byName = new Map(sites.map((site) => [site.name, site]))
+  const values = valuesByLabel('site', byName, ({ stage, seconds }) => {
+    return stage === 'off' || stage === 'waiting' ? -1 : seconds
+  })
+  return { name: 'ftw_monitor_warmup_seconds', help: SITE_HELP, values }
 }
 
 function databaseFamilies(): Family[] {
@@ -6735,11 +6757,15 @@ function databaseFamilies(): Family[] {
     help,
     values: valuesByLabel('database', databases, value)
   })
+  const passing = valuesByLabel('database', databases, passingValue, optionalLabel)
   const counted = (kind: keyof Activity): Family =>
     ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
 
   return [
-    ofEach('connected', 'Whether it is connected.', passingValue),
+    { name: 'ftw_monitor_database_connected', help: 'Whether it is connected.', values: passing },
+    ofEach('answer_seconds', 'How long its last answer took.', ({ call }) => {
+      return call.answeredMs / 1_000
+    }),
     counted('loads'),
     counted('stores'),
     counted('connections')
@@ -6747,7 +6773,7 @@ function databaseFamilies(): Family[] {
 }
 
 function checkFamily(): Family {
-  const values = valuesByLabel('check', registeredChecks, passingValue)
+  const values = valuesByLabel('check', registeredChecks, passingValue, optionalLabel)
   return { name: 'ftw_monitor_check_passing', help: 'Whether it passes.', values }
 }
 
@@ -6755,14 +6781,23 @@ function passingValue({ isAsked, isPassing }: Dependency): number {
   return isAsked ? Number(isPassing) : -1
 }
 
+/** What the instance needs has no such label, which is the same as an empty one. */
+function optionalLabel({ isOptional }: Dependency): string {
+  return isOptional ? ',optional="true"' : ''
+}
+
 function valuesByLabel<T>(
   label: string,
   all: Map<string, T>,
-  value: (of: T) => number
+  value: (of: T) => number,
+  moreLabels: (of: T) => string = () => ''
 ): Map<string, number> {
-  return new Map(
-    Array.from(all, ([name, each]) => [`{${label}=${JSON.stringify(clean(name))}}`, value(each)])
-  )
+  const values = new Map<string, number>()
+  for (const [name, each] of all) {
+    const labels = `{${label}=${JSON.stringify(clean(name))}${moreLabels(each)}}`
+    values.set(labels, value(each))
+  }
+  return values
 }
 
 // --- Layer: status and page; all from here on may be deleted, and nothing above refers to it ----
