@@ -10298,6 +10298,17 @@ function rowsOfPage(body: string): string[] {
   )
 }
 
+/** The chart of the page: its lines, and what stands around them. */
+async function openChart(port: number) {
+  const { body } = await openPage(port)
+  const lines = Array.from(body.matchAll(/<polyline class="(\w+)" points="([^"]*)"/g))
+  const [figure = ''] = /<figure>[^]*<\/figure>/.exec(body) ?? []
+  return {
+    lines: lines.map(([, name, points]) => ({ name, points: points!.split(' ') })),
+    text: figure.replace(/<[^>]*>/g, '').replace(/\s+/g, ' ')
+  }
+}
+
 interface HealthJson {
   status: string
   output?: string
@@ -10516,7 +10527,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     await ask(port, 'health_check\n')
     assert.match(await ask(port, 'status\n'), /, 1 of 1 probers know, 1 request in flight$/m)
     const { draining } = await monitor.status()
-    const told = { seconds: 0, probers: 1, probersInformed: 1 }
+    const told = { seconds: 0, probers: 1, probersInformed: 1, shutdown: false }
     assert.deepEqual({ ...draining, seconds: 0 }, { ...told, finished: false })
     letGo()
     await Promise.all([request, drained])
@@ -10719,10 +10730,12 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(status, 200)
     assert.equal(headers['content-type'], 'text/html; charset=utf-8')
     assert.match(body, /<h1 class="pass">OK<\/h1>/)
-    assert.ok(body.includes(`<title>✓ 127.0.0.1, process ${process.pid} - OK</title>`))
+    const title = `<title>✓ 127.0.0.1:${instancePort}, process ${process.pid} - OK</title>`
+    assert.ok(body.includes(title), body)
     const instance = `instance|http://127.0.0.1:${instancePort}, up `
     assert.ok(rowsOfPage(body)[0]?.startsWith(instance), body)
-    assert.match(rowsOfPage(body)[1] ?? '', /^warm-up\|\/\|✓ warm after \d+\.\d s$/)
+    assert.match(rowsOfPage(body)[1] ?? '', /^last 30 s\|longest lag \d+ ms, 0 answers$/)
+    assert.match(rowsOfPage(body)[2] ?? '', /^warm-up\|\/\|✓ warm after \d+\.\d s$/)
     const { changes } = await monitor.status()
     const since = changes.at(-1)?.time.slice(0, 19).replace('T', ' ')
     assert.match(body, new RegExp(`<p>For \\d+.s, since ${since}Z<br>`))
@@ -10750,7 +10763,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       rowsOfPage(warming)
         .filter((row) => row.startsWith('warm-up'))
         .map((row) => row.replace(/ [\d.]+ s$/, '')),
-      ['warm-up|/|✓ warm after', 'warm-up|/shop|▢ running for', 'warm-up|/search|waiting']
+      ['warm-up|/shop|▢ running for', 'warm-up|/search|waiting', 'warm-up|/|✓ warm after']
     )
     gate.open()
     await untilVerdict(monitor)
@@ -10759,7 +10772,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(body, /<title>✗ [^]*<h1 class="fail">Error: Database /)
   })
 
-  test('the page tells a drain that goes on from one that is finished, in its own words', async (t) => {
+  test('banner and history say the same word for a drain, and the banner whether it is finished', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor, port } = await bootInstance(t, { server, performers: WARM })
     const request = getPage(portOf(server), '/held')
@@ -10769,20 +10782,51 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       const { status, body } = await openPage(port)
       assert.equal(status, 200)
       const [, heading] = /<h1 class="warn">(.*)<\/h1>/.exec(body) ?? []
-      const row = rowsOfPage(body).find((each) => each.startsWith('draining')) ?? ''
-      return `${heading} ${row.replace(/for [\d.]+ s, /, '')}`
+      const rows = rowsOfPage(body)
+      const draining = rows.find((each) => each.startsWith('draining')) ?? ''
+      const [since = ''] = rows.filter((each) => each.startsWith('since'))
+      return [heading, draining.replace(/for [\d.]+ s, /, ''), since.replace(/^.*Z +/, '')]
     }
     const known = '0 of 0 probers know'
-    assert.equal(await told(), `Draining: until noon draining|▢ ${known}, 1 request in flight`)
+    const going = [`draining|▢ ${known}, 1 request in flight`, 'red: Draining: until noon']
+    assert.deepEqual(await told(), ['Draining: until noon', ...going])
     letGo()
     await request
     const finished = `draining|✓ finished, ${known}, 0 requests in flight`
-    assert.equal(await told(), `Drained: until noon ${finished}`)
+    const over = ['Draining: until noon (finished)', finished, 'red: Draining: until noon']
+    assert.deepEqual(await told(), over)
     void monitor.drain()
-    assert.equal(await told(), `Drained ${finished}`)
+    assert.deepEqual(await told(), ['Draining (finished)', finished, 'red: Draining'])
     void monitor.drain({ minimumMs: 60_000 })
-    assert.equal(await told(), `Draining draining|▢ ${known}, 0 requests in flight`)
+    const waiting = `draining|▢ ${known}, 0 requests in flight`
+    assert.deepEqual(await told(), ['Draining', waiting, 'red: Draining'])
     monitor.resume()
+    void monitor.shutdown({ minimumMs: 60_000 })
+    await until(async () => (await told())[0] === 'Draining (shutting down)', 'it shuts down')
+    assert.equal((await monitor.status()).draining?.shutdown, true)
+  })
+
+  test('on the page what fails comes first, then what will pass, then all else', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: {
+        main: { isConnected: () => true },
+        cache: { isConnected: () => false, optional: true },
+        search: { isConnected: () => false }
+      },
+      performers: WARM,
+      until: 'started'
+    })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
+    const { body } = await openPage(port)
+    const kinds = rowsOfPage(body).map((row) => /^[^|]*(\|[a-z]+(?=\|))?/.exec(row)?.[0])
+    assert.deepEqual(kinds.slice(0, 6), [
+      'database|search',
+      'database|cache',
+      'instance',
+      'last 30 s',
+      'warm-up',
+      'database|main'
+    ])
   })
 
   test('on the page a number does not break apart from its unit', async (t) => {
@@ -10868,7 +10912,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const tags = new Set(Array.from(body.matchAll(/<\/?([^\s>]*)/g), ([, name]) => name))
     const known =
       '!DOCTYPE html head meta title style body main h1 p br a table tr th td progress figure div ' +
-      'svg polyline figcaption span'
+      'svg polyline rect figcaption span'
     for (const tag of tags) assert.ok(known.split(' ').includes(tag!), `<${tag}>`)
     assert.doesNotMatch(body, /&(?!#\d+;)/)
     assert.doesNotMatch(body.replaceAll('\n', ''), UNSAFE)
@@ -11713,8 +11757,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     }
     setEnvironment(t, {})
     const pidText = `process ${process.pid}`
-    assert.equal(await title('[::1]:8160'), `::1, ${pidText}`)
-    assert.equal(await title('127.0.0.1'), `127.0.0.1, ${pidText}`)
+    assert.equal(await title('localhost:8160'), `127.0.0.1:${instancePort}, ${pidText}`)
     setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop' })
     assert.equal(await title('localhost:8160'), `web2, ${pidText}, shop`)
     setEnvironment(t, { HOSTNAME: 'web2', npm_package_name: 'shop', npm_package_version: '2.3.1' })
@@ -11726,39 +11769,66 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
   })
 
   test('the page shows the last two minutes as a chart', async (t) => {
-    const timers = takeTimers(t)
+    const timers = takeTimers(t, ['setInterval'], fakeClock(t))
     const server = await serve(t)
     const { port } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const chart = async () => {
-      const { body } = await openPage(port)
-      const lines = Array.from(body.matchAll(/<polyline class="(\w+)" points="([^"]*)"/g))
-      const [figure = ''] = /<figure>[^]*<\/figure>/.exec(body) ?? []
-      return {
-        lines: lines.map(([, name, points]) => ({ name, points: points!.split(' ') })),
-        text: figure.replace(/<[^>]*>/g, '').replace(/\s+/g, ' ')
-      }
-    }
     timers.pass(1_000)
     for (let request = 0; request < 8; request++) await getPage(portOf(server), '/')
     timers.pass(1_000)
-    const { lines, text } = await chart()
+    const { lines, text } = await openChart(port)
     const now = 'two minutes ago now Now: loop \\d+ % busy, '
-    assert.match(text, new RegExp(`^100 % busy 8 requests a second ${now}8 requests a second$`))
+    assert.match(text, new RegExp(`^100 % busy 10 requests a second ${now}8 requests a second$`))
     assert.deepEqual(
       lines.map(({ name }) => name),
       ['load', 'requests']
     )
-    assert.deepEqual(lines[1]!.points, ['118,99.0', '119,1.0'])
+    assert.deepEqual(lines[1]!.points, ['119.0,99.0', '120.0,20.6'])
+    for (let request = 0; request < 42; request++) await getPage(portOf(server), '/')
+    timers.stall(1_500) // a second of two and a half
+    timers.pass(1_000)
+    const after = await openChart(port)
+    assert.match(after.text, /^100 % busy 20 requests a second .* 17 requests a second$/)
     timers.pass(200_000)
-    const later = await chart()
+    const later = await openChart(port)
     assert.match(
       later.text,
-      new RegExp(`^100 % busy 1 request a second ${now}0 requests a second$`)
+      new RegExp(`^100 % busy 10 requests a second ${now}0 requests a second$`)
     )
     for (const { points } of later.lines) {
       assert.equal(points.length, 120)
-      assert.ok(points[0]!.startsWith('0,') && points[119]!.startsWith('119,'))
+      assert.match(points[0]!, /^[01]\.\d,/)
+      assert.match(points[119]!, /^(119|120)\.\d,/)
     }
+  })
+
+  test("the chart's time axis shows when the instance was green, amber and red", async (t) => {
+    const now = Date.now()
+    let passedMs = 0
+    t.mock.method(Date, 'now', () => now + passedMs)
+    const toIso = Date.prototype.toISOString
+    t.mock.method(Date.prototype, 'toISOString', () => {
+      return Reflect.apply(toIso, new Date(now + passedMs), [])
+    })
+    let isConnected = true
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => isConnected } },
+      performers: WARM
+    })
+    passedMs = 100_000
+    isConnected = false
+    await monitor.health()
+    passedMs = 130_000
+    isConnected = true
+    await monitor.health()
+    passedMs = 160_000
+    const { body } = await openPage(port)
+    const marks = body.match(/(?<=<rect )class="\w+" x="[\d.]+" width="[\d.]+"/g) ?? []
+    assert.deepEqual(marks.slice(-3), [
+      'class="pass" x="0.0" width="60.0"',
+      'class="fail" x="60.0" width="30.0"',
+      'class="pass" x="90.0" width="30.0"'
+    ])
+    for (const mark of marks.slice(0, -3)) assert.match(mark, /x="0\.0" width="0\.0"$/)
   })
 
   test('status shows who asked last first, and nobody who is silent for an hour', async (t) => {

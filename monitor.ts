@@ -6908,6 +6908,8 @@ export interface DrainingStatus {
   probersInformed: number
   /** Whether each of them knows, `minimumMs` is over, and no request is in flight. */
   finished: boolean
+  /** Whether the instance shuts down then. */
+  shutdown: boolean
 }
 
 /** Tells how the instance is, at one look. Answers within a second, and never rejects. */
@@ -6994,7 +6996,8 @@ function drainingStatus(draining: Draining): DrainingStatus {
     seconds,
     probers: informedCount + missingCount,
     probersInformed: informedCount,
-    finished: isFinished
+    finished: isFinished,
+    shutdown: currentShutdown !== undefined
   }
 }
 
@@ -7170,10 +7173,16 @@ function drainingProgress({ probers, probersInformed, finished }: DrainingStatus
 }
 
 /** The latest one tells since when the verdict holds. */
-function changeRow({ time, healthy, reason }: VerdictChange): Row {
+function changeRow(change: VerdictChange): Row {
+  const { time, healthy } = change
   const seconds = (Date.now() - Date.parse(time)) / 1_000
-  const text = `${toSecond(time)}  ${healthy ? 'healthy' : `red: ${reason}`}`
+  const text = `${toSecond(time)}  ${healthy ? 'healthy' : `red: ${describeState(change)}`}`
   return { ...measured('verdict:age', seconds, 's'), kind: 'since', text }
+}
+
+/** A drain's own words may be anybody's: `Draining: until noon`. */
+function describeState({ state, reason }: Pick<Status, 'state' | 'reason'>): string {
+  return state === 'draining' && reason !== 'Draining' ? `Draining: ${reason}` : reason
 }
 
 /** `2026-11-28 09:30:00Z` of `2026-11-28T09:30:00.000Z`. */
@@ -7277,7 +7286,7 @@ async function showPage(exchange: Exchange): Promise<void> {
 }
 
 const PAGE_STYLE = `:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem } h1, p, td { overflow-wrap: anywhere }
+body { margin: 1rem auto; max-width: 54rem; padding: 0 1rem } h1, p, td { overflow-wrap: anywhere }
 h1 { border-radius: .3rem; color: #fff; font-size: clamp(1.2rem, 6vw, 2rem); padding: .5rem 1rem }
 h1.pass { background: #17692d } h1.fail { background: #a8201a }
 h1.warn { background: #ffb81c; color: #000 }
@@ -7285,9 +7294,11 @@ tr.fail { color: light-dark(#a8201a, #ff9a92) } tr.warn { color: light-dark(#855
 th, td { padding: .1rem .8rem .1rem 0; text-align: start; vertical-align: top }
 th { white-space: nowrap } td + td { width: 65% } progress { accent-color: #c77700; width: 6rem }
 @media (max-width: 30rem) { td { display: block } td + td { width: auto } }
-figure { margin: 1rem 0 } polyline { vector-effect: non-scaling-stroke }
+figure { margin: 1rem 0 } table { width: 100% } polyline { vector-effect: non-scaling-stroke }
 figure div { display: flex; justify-content: space-between; margin: .3rem 0 }
-svg { border: solid; border-width: 1px 0; fill: none; height: 6rem; stroke-width: 2; width: 100% }
+svg { border: solid; border-width: 1px 0; display: block; height: 6rem; width: 100% }
+svg.axis { border: 0; height: .5rem } polyline { fill: none; stroke-width: 2 }
+rect.pass { fill: #17692d } rect.warn { fill: #ffb81c } rect.fail { fill: #a8201a }
 .load { border-bottom: 3px solid #c77700; stroke: #c77700 }
 .requests { border-bottom: 3px dashed #2f6fd0; stroke: #2f6fd0; stroke-dasharray: 6 3 }`
 
@@ -7307,7 +7318,7 @@ function renderPage(known: Status, exchange: Exchange, nonce: string): string {
 <h1 class="${known.grade}">${escapeHtml(heading)}</h1>
 <p>${pageText(sinceWhen(known))}<br>${pageText(identity)}<p>${toggle}
 <table>
-${rowsOf(known).map(pageRow).join('\n')}
+${rowsOf(known).sort(byGrade).map(pageRow).join('\n')}
 </table>
 ${renderChart(known, loadHistories.get(monitor.load)?.seconds ?? [])}
 <p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
@@ -7318,11 +7329,10 @@ ${renderChart(known, loadHistories.get(monitor.load)?.seconds ?? [])}
 /** All of a title that narrow tabs show is its beginning. */
 const GRADE_MARKS = { pass: '✓', warn: '…', fail: '✗' } as const
 
-/** A drain's own words may be anybody's: `Draining: until noon`. */
-function headingOf({ reason, draining }: Status): string {
-  if (!draining) return reason
-  const stage = draining.finished ? 'Drained' : 'Draining'
-  return reason === 'Draining' ? stage : `${stage}: ${reason}`
+function headingOf(known: Status): string {
+  const text = describeState(known)
+  if (known.draining?.shutdown) return `${text} (shutting down)`
+  return known.draining?.finished ? `${text} (finished)` : text
 }
 
 function sinceWhen({ changes }: Status): string {
@@ -7333,17 +7343,32 @@ function sinceWhen({ changes }: Status): string {
 /** Tells the tabs of several instances apart: `web1, process 4711, shop 2.3.1`. A stranger sees the
  *  host alone that they asked for. */
 function describeProcess({ local, response }: Exchange): string {
-  const askedHost = nameInHost(response.req.headers.host ?? '') || 'localhost'
-  if (!local) return askedHost
-  const parts = [readEnv('HOSTNAME') ?? askedHost, `process ${process.pid}`]
+  if (!local) return nameInHost(response.req.headers.host ?? '') || 'localhost'
+  const parts = [readEnv('HOSTNAME') ?? boundPlace(), `process ${process.pid}`]
   const name = readEnv('npm_package_name') // npm sets it for what `npm start` runs
   const version = readEnv('npm_package_version') ?? ''
   if (name !== undefined) parts.push(`${name} ${version}`.trim())
   return parts.join(', ')
 }
 
+/** What the instance is bound to, `[::]:8080`; `port 8080` where its server is not known. */
+function boundPlace(): string {
+  const { traffic, instance } = monitor
+  const bound = traffic.server?.address()
+  if (bound) return describeAddress(bound)
+  const { path, port } = instance?.location ?? {}
+  return path ?? `port ${port}`
+}
+
+const GRADE_ORDER = ['fail', 'warn', 'pass']
+
+/** What is not as it should be comes first. */
+function byGrade(one: Row, other: Row): number {
+  return GRADE_ORDER.indexOf(one.grade) - GRADE_ORDER.indexOf(other.grade)
+}
+
 function pageRow({ kind, name, text, grade, progress }: Row): string {
-  const head = `<tr class="${grade}"><th scope="row">${kind}`
+  const head = `<tr class="${grade}"><th scope="row">${pageText(kind)}`
   const title = name === '' ? '<td colspan="2">' : `<td>${escapeHtml(name)}<td>`
   const sign = progress === undefined ? '' : progressSign(`${kind} ${name}`, progress)
   return `${head}${title}${sign}${pageText(text)}`
@@ -7371,21 +7396,55 @@ function pageLink(name: string): string {
   return `<a href="/${encodeURIComponent(name)}">${escapeHtml(name)}</a>`
 }
 
-/** The busy part of the event loop, and requests a second, over the last two minutes. */
-function renderChart({ eventLoopUtilization }: Status, seconds: Second[]): string {
-  const loads = seconds.map(({ utilization }) => Math.max(0, utilization))
-  const requests = seconds.map(({ requests: count }) => count)
-  const most = Math.max(1, ...requests)
-  const load = `loop ${percentage(Math.max(0, eventLoopUtilization))} % busy`
-  const box = `viewBox="0 0 ${CHART_SECONDS - 1} 100" preserveAspectRatio="none"`
-  return `<figure><div>${chartLabel('load', '100 % busy')}
-${chartLabel('requests', describeRate(most))}</div>
-<svg ${box} aria-hidden="true">
-${polyline('load', loads, 1)}
-${polyline('requests', requests, most)}
+/** The busy part of the event loop and, where they are seen, requests a second, over the last two
+ *  minutes; below them, when the instance was green, amber or red. */
+function renderChart(known: Status, seconds: Second[]): string {
+  const nowMs = performance.now()
+  const shown = seconds.map(({ endedAtMs, utilization, requests, seconds: length }) => ({
+    x: CHART_SECONDS - (nowMs - endedAtMs) / 1_000,
+    load: Math.max(0, utilization),
+    rate: requests / length
+  }))
+  const rates = shown.map(({ rate }) => rate)
+  const most = scaleFor(Math.max(0, ...rates))
+  const busy = `loop ${percentage(Math.max(0, known.eventLoopUtilization))} % busy`
+
+  const scales = [chartLabel('load', '100 % busy')]
+  const lines = [
+    polyline(
+      'load',
+      shown.map(({ x, load }) => [x, load])
+    )
+  ]
+  const latest = [chartLabel('load', busy)]
+  const areRequestsKnown = known.requestsInFlight >= 0
+  if (areRequestsKnown) {
+    scales.push(chartLabel('requests', describeRate(most)))
+    lines.push(
+      polyline(
+        'requests',
+        shown.map(({ x, rate }) => [x, rate / most])
+      )
+    )
+    latest.push(chartLabel('requests', describeRate(Math.round(rates.at(-1) ?? 0))))
+  }
+  const box = `viewBox="0 0 ${CHART_SECONDS} 100" preserveAspectRatio="none" aria-hidden="true"`
+  return `<figure><div>${scales.join('\n')}</div>
+<svg ${box}>
+${lines.join('\n')}
+</svg><svg class="axis" ${box}>
+${gradeMarks(known.changes)}
 </svg><div><span>two minutes ago</span> <span>now</span></div>
-<figcaption>Now: ${chartLabel('load', load)},
-${chartLabel('requests', describeRate(requests.at(-1) ?? 0))}</figcaption></figure>`
+<figcaption>Now: ${latest.join(',\n')}</figcaption></figure>`
+}
+
+const SCALE_MIN = 10 // requests a second: a single one is not to look like a flood
+
+/** Returns 10, 20, 50, 100 and so on, so that the scale does not change with each request. */
+function scaleFor(most: number): number {
+  let scale = SCALE_MIN
+  while (scale < most) scale *= String(scale).startsWith('2') ? 2.5 : 2
+  return scale
 }
 
 function chartLabel(name: string, text: string): string {
@@ -7396,10 +7455,23 @@ function describeRate(requests: number): string {
   return `${plural(requests, 'request', 'requests')} a second`
 }
 
-function polyline(name: string, values: number[], most: number): string {
-  const left = CHART_SECONDS - values.length
-  const points = values.map((value, x) => `${left + x},${(99 - (98 * value) / most).toFixed(1)}`)
-  return `<polyline class="${name}" points="${points.join(' ')}"/>`
+/** Draws points whose height is from 0 to 1; those before the last two minutes are cut off. */
+function polyline(name: string, points: [x: number, height: number][]): string {
+  const inside = points.filter(([x]) => x >= 0)
+  const pairs = inside.map(([x, height]) => `${x.toFixed(1)},${(99 - 98 * height).toFixed(1)}`)
+  return `<polyline class="${name}" points="${pairs.join(' ')}"/>`
+}
+
+/** One mark from each change of the verdict to the next. */
+function gradeMarks(changes: Status['changes']): string {
+  const starts = changes.map(({ time }) => CHART_SECONDS - (Date.now() - Date.parse(time)) / 1_000)
+  const marks = changes.map(({ grade }, index) => {
+    const from = Math.max(0, starts[index] ?? 0)
+    const to = Math.max(0, starts[index + 1] ?? CHART_SECONDS)
+    const width = (to - from).toFixed(1)
+    return `<rect class="${grade}" x="${from.toFixed(1)}" width="${width}" height="100"/>`
+  })
+  return marks.join('\n')
 }
 
 // --- Layer: the program; all from here on may be deleted, and nothing above refers to it --------
