@@ -16526,6 +16526,83 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test(
+    "the README's alerts fire for what is wrong, and not for a drain",
+    needs('promtool'),
+    async (t) => {
+      const scrape = async (connected: boolean, performers = WARM, isDrained = false) => {
+        const databases = { main: { isConnected: () => connected } }
+        const { monitor, port } = await bootInstance(t, { databases, performers, until: 'started' })
+        const isWarm = async () => (await ask(port, 'warmup_state\n')) === '1 0\n'
+        if (performers === WARM) await until(isWarm, 'it is warm')
+        if (isDrained) void monitor.drain()
+        return readSamples(await ask(port, 'metrics\n'))
+      }
+      const healthy = await scrape(true)
+      const scrapes: Record<string, Record<string, number | string>> = {
+        healthy,
+        drained: await scrape(false, WARM, true),
+        broken: await scrape(false),
+        failed: await scrape(true, { '/': () => Promise.reject(new Error('no stock')) }),
+        hung: await scrape(true, { '/': () => {}, '/shop': hang }),
+        // For half an hour, minute by minute:
+        blocked: { ...healthy, ftw_monitor_eventloop_lag_seconds: '1.2x30' },
+        failing: {
+          ...healthy,
+          ftw_monitor_http_requests_total: '0+100x30',
+          ftw_monitor_http_errors_total: '0+6x30'
+        },
+        gone: { up: '1 0x29' },
+        restarted: { up: '1x10 0 1x19' }
+      }
+      scrapes['hung']!['ftw_monitor_warmup_seconds{site="/shop"}'] = '0+60x30'
+      scrapes['hung']!['ftw_monitor_warmup_seconds{site="/"}'] = 2
+
+      const rules = readmeBlock('yaml', 'alert: InstanceRed')
+      for (const name of rules.match(/\bftw_monitor_\w+/g) ?? []) {
+        const isTold = Object.keys(healthy).some((sample) => sample.replace(/\{.*/, '') === name)
+        assert.ok(isTold, name)
+      }
+      const series = Object.entries(scrapes).flatMap(([instance, samples]) =>
+        Object.entries({ up: 1, ...samples }).map(([sample, value]) => {
+          const [, name = '', labels = ''] = /^(\w+)(?:\{(.*)\})?$/.exec(sample) ?? []
+          const own = `job="web",instance="${instance}"`
+          const values = typeof value === 'string' ? value : `${value}x30`
+          return { series: `${name}{${[own, labels].filter(Boolean).join()}}`, values }
+        })
+      )
+      const firing = (eval_time: string, alerts: Record<string, object[]>) =>
+        [...rules.matchAll(/alert: (\w+)/g)].map(([, alertname = '']) => {
+          const labels = alerts[alertname] ?? []
+          const exp_alerts = labels.map((each) => ({ exp_labels: { job: 'web', ...each } }))
+          return { eval_time, alertname, exp_alerts }
+        })
+      const afterAll = {
+        InstanceGone: [{ instance: 'gone' }],
+        InstanceRed: [{ instance: 'broken' }, { instance: 'failed' }, { instance: 'hung' }],
+        DatabaseDown: [{ instance: 'broken', database: 'main' }],
+        WarmupHangs: [{ instance: 'hung', site: '/shop' }],
+        EventLoopBlocked: [{ instance: 'blocked' }],
+        Errors: [{ instance: 'failing' }]
+      }
+      const { InstanceGone, DatabaseDown, EventLoopBlocked } = afterAll
+      const alert_rule_test = [
+        ...firing('30s', {}),
+        ...firing('4m', { InstanceGone, DatabaseDown, EventLoopBlocked }),
+        ...firing('12m', afterAll),
+        ...firing('29m', afterAll)
+      ]
+      const folder = scratchFolder(t)
+      fs.writeFileSync(join(folder, 'rules.yml'), rules)
+      const unitTest = { interval: '1m', input_series: series, alert_rule_test }
+      const tests = { rule_files: ['rules.yml'], evaluation_interval: '30s', tests: [unitTest] }
+      fs.writeFileSync(join(folder, 'tests.yml'), JSON.stringify(tests))
+      const words = ['test', 'rules', 'tests.yml']
+      const { status, stdout, stderr } = await runToEnd(t, 'promtool', words, { cwd: folder })
+      assert.equal(status, 0, stdout + stderr)
+    }
+  )
+
+  test(
     'what an operator set with `set server … state` stays, whatever the agent check says',
     needs('haproxy'),
     async (t) => {
