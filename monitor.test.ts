@@ -10670,7 +10670,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     )
   })
 
-  test('metrics tells of a boot, of a warm-up that failed, and of a server that is closed', async (t) => {
+  test('metrics and status tell of a boot, of a warm-up that failed, and of a server that is closed', async (t) => {
     const monitor = await importMonitor(t)
     const port = await freePort()
     const options = { port, listen: LOOPBACK, logger: recorder() }
@@ -10679,12 +10679,17 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       const text = await ask(address.port, 'metrics\n')
       return /^ftw_monitor_state\{state="(\w+)"\} 1$/m.exec(text)?.[1]
     }
+    const place = async () => /^instance +(.*), up /m.exec(await ask(address.port, 'status\n'))?.[1]
+    const isUnreachable = `http://localhost:${port} (not listening)`
     assert.equal(await state(), 'booting')
+    assert.equal(await place(), isUnreachable)
     monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
     const server = await startListening(t, hide(http.createServer()), { ...LOOPBACK, port })
     await until(async () => (await state()) === 'warmup_failed', 'it failed')
+    assert.equal(await place(), `http://localhost:${port}`)
     await close(server)
     await until(async () => (await state()) === 'shutting_down', 'it is closed')
+    assert.equal(await place(), isUnreachable)
   })
 
   test('metrics tells how long a warm-up took or runs, how long databases take, and our version', async (t) => {

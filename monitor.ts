@@ -6822,6 +6822,8 @@ export interface Status {
   changes: VerdictChange[]
   /** Where the instance is reached; '' before that is known. */
   url: string
+  /** Whether the instance accepts connections. */
+  listening: boolean
   /** How long the process has run. */
   uptimeSeconds: number
   requestsInFlight: number
@@ -6936,6 +6938,7 @@ async function statusFor(isLocal: boolean): Promise<Status> {
       reason: isLocal ? verdict.explanation : verdict.reason
     })),
     url: instance?.url ?? '',
+    listening: monitor.state === 'accepting' && !monitor.isInstanceClosing,
     uptimeSeconds: process.uptime(),
     ...trafficStatus(monitor),
     eventLoopUtilization: load.utilization,
@@ -7061,7 +7064,8 @@ function rowsOf(known: Status): Row[] {
 function instanceRow(known: Status): Row {
   const { url, uptimeSeconds, requestsInFlight, upgradedConnections } = known
   const { eventLoopUtilization, residentMemoryBytes } = known
-  const parts = [url || 'not found yet', `up ${duration(uptimeSeconds)}`]
+  const place = known.listening ? url : `${url} (not listening)`
+  const parts = [url === '' ? 'not found yet' : place, `up ${duration(uptimeSeconds)}`]
   if (requestsInFlight >= 0) {
     parts.push(plural(requestsInFlight, 'request in flight', 'requests in flight'))
     parts.push(`${upgradedConnections} upgraded`)
