@@ -1653,9 +1653,9 @@ class Traffic {
   #newestCarrier: net.Socket | undefined
   #isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
-  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `closed`: all
-   *  is over, also for a server that begins to listen now. */
-  #stage: 'open' | 'refusing' | 'closing' | 'closed' = 'open'
+  /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `over`: what
+   *  stands in for a server keeps no process alive. */
+  #stage: 'open' | 'refusing' | 'closing' | 'over' = 'open'
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
@@ -2115,21 +2115,22 @@ class Traffic {
     }
   }
 
-  /** Lets the process end though the stand-ins of these servers are still open. */
+  /** Lets the process end though the stand-ins of these servers are still open, also that of one
+   *  which begins to listen now. */
   unrefServers(): void {
+    this.#stage = 'over'
     for (const server of this.#stoppedServers) server.unref()
   }
 
   /** Closes what has stopped listening, unless the program has done so. */
   closeServers(): void {
-    this.#stage = 'closed'
     for (const server of this.#stoppedServers) closeStandIn(server)
   }
 
   #stopServer(server: net.Server): void {
     this.#stoppedServers.add(server)
     stopListening(server)
-    if (this.#stage === 'closed') closeStandIn(server)
+    if (this.#stage === 'over') server.unref()
   }
 }
 
@@ -4672,6 +4673,7 @@ function unwrapped(raw: NamedListener): SignalListener {
 function endProcess(shutdownOfSignal: Shutdown, othersMs: number): void {
   shutdownOfSignal.unrefServers()
   const closeServers = (): void => shutdownOfSignal.closeServers()
+  process.once('exit', closeServers) // also what begins to listen now
   if (othersMs === 0) closeServers()
   else process.once('beforeExit', closeServers) // they have done what they had to do
   const end = (): void => {
