@@ -4860,7 +4860,9 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     await change(undefined, 14_100)
     monitor.registerCheck('disk', () => false)
     await change(undefined, 1_000)
-    assert.deepEqual(logger.lines.slice(seen), [
+    // The clock leaps, so the event loop seems to have stood still.
+    const changes = logger.lines.slice(seen).filter((line) => !line.includes('stood still'))
+    assert.deepEqual(changes, [
       "warn ftw-monitor is red: Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432",
       'info ftw-monitor is healthy again after 24.1 s',
       "warn ftw-monitor is red: Check 'disk' failed."
