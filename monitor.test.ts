@@ -1856,7 +1856,8 @@ describeInProcess('Start and stop', TOGETHER, () => {
 
     await close(server)
     await until(() => isRefused(first + 80), 'the monitor port refuses')
-    assert.deepEqual(logger.lines, ['info ftw-monitor closed'])
+    const red = 'info ftw-monitor is red: Instance is shutting down'
+    assert.deepEqual(logger.lines, ['info ftw-monitor closed', red])
     listen(second)
     await untilBackAt(second, first)
 
@@ -4835,7 +4836,198 @@ async function hangingDatabase(t: TestContext) {
   return { clock, questions, check, trouble }
 }
 
+const HEALTHY_LINE = /^info ftw-monitor is healthy( again)? after \d+\.\d s$/
+
+/** The lines that tell of a change of the verdict. */
+function changesLogged({ lines }: { lines: string[] }): string[] {
+  return lines.filter((line) => / is (red|healthy)/.test(line))
+}
+
+/** The reasons of the last changes, in their order. */
+async function reasonsOf(monitor: Monitor): Promise<string[]> {
+  return (await monitor.status()).changes.map(({ reason }) => reason)
+}
+
+const RECORDED_BOOT = ['Instance is booting', 'Warmup in progress', 'OK']
+
 describeInProcess('Changes of the verdict', ALONE, () => {
+  for (const [name, env] of Object.entries({
+    'the end of a boot': {},
+    'the end of a boot without a warm-up': { FTW_MONITOR_AUTOWARMUP: '0' }
+  })) {
+    test(`${name} is recorded though nobody asks, and its database is asked once`, async (t) => {
+      setEnvironment(t, env)
+      const timers = takeTimers(t)
+      let questions = 0
+      const isConnected = () => {
+        questions++
+        return true
+      }
+      const { monitor, logger } = await bootInstance(t, {
+        performers: WARM,
+        databases: { main: { isConnected } },
+        until: 'started'
+      })
+      await until(() => changesLogged(logger).length > 0, 'it is told')
+      assert.match(changesLogged(logger).join('\n'), HEALTHY_LINE)
+      for (let minute = 0; minute < 60; minute++) {
+        timers.pass(60_000)
+        await nextTurn()
+      }
+      assert.equal(questions, 1)
+      const reasons = await reasonsOf(monitor)
+      assert.deepEqual(reasons.slice(-1), ['OK'])
+      if (name === 'the end of a boot') assert.deepEqual(reasons, RECORDED_BOOT)
+    })
+  }
+
+  test('an instance that was green before its database failed was healthy, and says since when', async (t) => {
+    const clock = fakeClock(t)
+    let isThere = true
+    const { monitor, logger } = await bootInstance(t, {
+      performers: {
+        '/': () => {
+          clock.now += 3_000
+        }
+      },
+      databases: { main: { isConnected: () => isThere } },
+      until: 'started'
+    })
+    await until(() => changesLogged(logger).length > 0, 'it is told')
+    clock.now += 1_500
+    isThere = false
+    const { changes, reason } = await monitor.status()
+    assert.equal(reason, "Error: Database 'main' disconnected.")
+    assert.deepEqual(
+      changes.map((change) => change.reason),
+      [...RECORDED_BOOT, reason]
+    )
+    assert.match(changesLogged(logger).join('\n'), /^info ftw-monitor is healthy after 3\.\d s$/m)
+  })
+
+  test('a database that is down at the end of a warm-up is told, though nobody asks', async (t) => {
+    const { logger } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected: () => Promise.reject(new Error('no route')) } },
+      until: 'started'
+    })
+    await until(() => changesLogged(logger).length > 0, 'it is told')
+    const red = "warn ftw-monitor is red: Database 'main' failed: no route"
+    assert.deepEqual(changesLogged(logger), [red])
+  })
+
+  test('a drain and its end are recorded when they happen', async (t) => {
+    const timers = takeTimers(t)
+    const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await until(() => changesLogged(logger).length > 0, 'the boot is told')
+    timers.pass(1_000)
+    const drained = monitor.drain({ reason: 'Moving house' })
+    assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is red: Moving house')
+    await drained
+    timers.pass(1_000)
+    monitor.resume()
+    await until(() => changesLogged(logger).length === 3, 'its end is told')
+    assert.match(changesLogged(logger).at(-1) ?? '', HEALTHY_LINE)
+    assert.deepEqual(await reasonsOf(monitor), [...RECORDED_BOOT, 'Moving house', 'OK'])
+  })
+
+  test('a server that closes, and listens again, is recorded when that happens', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, logger } = await bootInstance(t, {
+      server,
+      performers: WARM,
+      until: 'started'
+    })
+    await until(() => changesLogged(logger).length > 0, 'the boot is told')
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    const port = portOf(server)
+    server.close()
+    await until(() => changesLogged(logger).length > 1, 'it is told before it is closed')
+    const red = 'info ftw-monitor is red: Instance is shutting down'
+    assert.equal(changesLogged(logger).at(-1), red)
+    letGo()
+    await answer
+    await until(() => !server.listening && logger.lines.at(-1)?.includes('closed'), 'it is closed')
+
+    await startListening(t, server, { host: '127.0.0.1', port })
+    const isGreen = () => changesLogged(logger).at(-1)?.includes('is healthy again after')
+    await until(isGreen, 'it is green again')
+    const again = ['Instance is shutting down', ...RECORDED_BOOT]
+    assert.deepEqual(await reasonsOf(monitor), [...RECORDED_BOOT, ...again])
+  })
+
+  test('a server that closes within a second of another change is told at once', async (t) => {
+    const { server, monitor, logger } = await bootInstance(t, { performers: WARM })
+    takeTimers(t) // so that no time passes
+    void monitor.drain({ reason: 'Moving house' })
+    monitor.resume()
+    await monitor.health()
+    await close(server)
+    await until(() => logger.lines.some((line) => line.endsWith('closed')), 'it is closed')
+    assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is red: Instance is shutting down')
+  })
+
+  test('nothing is told as healthy when a shutdown has begun', async (t) => {
+    const timers = takeTimers(t)
+    const { server, held, letGo } = await serveHeld(t)
+    let isThere = true
+    const { monitor, logger } = await bootInstance(t, { server, performers: WARM })
+    monitor.registerCheck('flag', () => isThere)
+    timers.pass(1_000)
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    isThere = false
+    await monitor.health()
+    isThere = true
+    await monitor.health() // which is to be told a second later
+    const seen = logger.lines.length
+    const ended = monitor.shutdown()
+    timers.pass(2_000)
+    letGo()
+    await Promise.all([answer, ended])
+    const lines = logger.lines.slice(seen)
+    assert.deepEqual(lines.slice(0, 2), [
+      'info ftw-monitor shuts down',
+      'info ftw-monitor is red: Draining'
+    ])
+    assert.equal(lines.filter((line) => line.includes('healthy')).length, 0, lines.join('\n'))
+  })
+
+  test('a warm-up that is asked for is recorded, and each further try of a failed one is not', async (t) => {
+    const timers = takeTimers(t)
+    let tries = 0
+    let isBroken = false
+    const warmUp = () => {
+      tries++
+      if (isBroken) throw new Error('no stock')
+    }
+    const { monitor, port, logger } = await bootInstance(t, {
+      performers: { '/': warmUp },
+      until: 'started'
+    })
+    await until(() => changesLogged(logger).length > 0, 'the boot is told')
+    timers.pass(1_000)
+    await ask(port, 'warmup\n')
+    await until(() => changesLogged(logger).length === 2, 'it was red')
+    timers.pass(1_000)
+    isBroken = true
+    await ask(port, 'warmup\n')
+    for (let next = 4; next < 8; next++) {
+      await until(() => logger.lines.at(-1)?.includes('tries again'), 'it failed')
+      await nextTurn()
+      timers.pass(30_000)
+      await until(() => tries === next, 'it is tried again')
+    }
+    const warmedUp = ['Warmup in progress', 'OK']
+    assert.deepEqual(await reasonsOf(monitor), [
+      ...RECORDED_BOOT,
+      ...warmedUp,
+      'Warmup in progress',
+      'Warmup failed: no stock'
+    ])
+  })
+
   test('each change that a check sees is one line in the log, with its reason and how long it was red', async (t) => {
     const clock = fakeClock(t)
     const timers = takeTimers(t)
@@ -16108,10 +16300,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const booted = watch(t, process.execPath, words, { env: { PORT: String(port) } })
     // Its times differ, and without IPv6 its address does.
     const comparable = (text: string) =>
-      text.replace(/on \S+:/, 'on ADDRESS:').replace(/[\d.]+ s/, '')
-    await until(() => booted.output.includes('is warm'), 'it has logged that it is warm')
+      text.replace(/on \S+:/, 'on ADDRESS:').replace(/[\d.]+ s/g, '')
+    await until(() => booted.output.includes('is healthy'), 'it has logged that it is healthy')
     assert.equal(comparable(booted.output), comparable(log.replace('8160', String(port + 80))))
-    await untilHealthy(port + 80) // not before, since what a check sees is logged, too
+    await untilHealthy(port + 80)
     assert.equal((await getPage(port, '/')).body, 'Hello\n')
     booted.child.kill('SIGTERM')
     assert.equal(await booted.exit, 0)

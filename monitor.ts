@@ -104,7 +104,8 @@ export interface Database {
   /** Whether the instance can do without it (default: no): it never makes the verdict red, and is a
    *  warning in `status`. */
   optional?: boolean
-  /** Has 900 ms to answer. Only `true` itself is connected: neither `1` nor what a query returns.
+  /** Asked when somebody asks for the verdict, and once when a boot, a warm-up or a drain ends. Has
+   *  900 ms to answer. Only `true` itself is connected: neither `1` nor what a query returns.
    *  A check shares a call that is pending. */
   isConnected(): boolean | Promise<boolean>
 }
@@ -626,6 +627,7 @@ class Monitor {
   beginDraining(options: Required<DrainOptions>, limitMs: number): Draining {
     if (this.draining) this.draining.change(options, limitMs)
     else this.draining = new Draining(this, options, limitMs)
+    recordIfRed(this)
     this.traffic.sendClientsElsewhere()
     const isSomebodyTold = this.draining.hasSomebodyToTell && limitMs > 0
     if (isSomebodyTold) log('info', describeWait(this.draining, limitMs))
@@ -635,6 +637,7 @@ class Monitor {
   endDraining(): void {
     this.draining = undefined
     this.traffic.stopSendingElsewhere()
+    if (!this.isOff) void inspectAndJudge()
   }
 
   /** Connects to an instance whose server we do not know. */
@@ -686,6 +689,7 @@ class Monitor {
   #wait(): void {
     const { server } = this.traffic
     this.state = 'waiting'
+    recordIfRed(this)
     for (const onTick of tickListeners) onTick(this)
     this.clock.start(() => this.#tick())
     const isFoundByConnecting = !server && this.#isPortKnown
@@ -757,7 +761,10 @@ class Monitor {
     this.#advance()
     if (this.warmup.stage === 'running' && this.isConnectDue) void this.connect()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
-    if (this.isInstanceClosing) this.warmup.abort('the instance is shutting down')
+    if (this.isInstanceClosing) {
+      this.warmup.abort('the instance is shutting down')
+      recordIfRed(this)
+    }
     this.listener?.enforceLimits()
     this.traffic.forgetEndedRequests()
     this.traffic.forgetClosedConnections()
@@ -769,6 +776,8 @@ class Monitor {
     const { listener } = this
     if (listener?.isListening) log('info', 'closed')
     this.state = state
+    recordIfRed(this)
+    if (!this.isOff) this.history.logDueLine() // the clock would not tell of it any more
     this.clock.stop()
     this.warmup.end()
     this.warmup = new WarmupRunner(this)
@@ -2622,6 +2631,14 @@ function judgeAndRecord(): Verdict {
   return verdict
 }
 
+/** Records when it happens what is known without asking anybody: a boot, a warm-up, a drain, the
+ *  end. Whether the instance is green is not known so: its databases may be gone meanwhile. */
+function recordIfRed(owner: Monitor): void {
+  if (owner !== monitor || owner.isOff) return
+  const verdict = judge()
+  if (!verdict.healthy) owner.history.note(verdict)
+}
+
 async function inspectAndJudge(): Promise<Verdict> {
   const wasDraining = monitor.draining !== undefined
   await inspect()
@@ -2642,8 +2659,10 @@ async function inspectAll(): Promise<void> {
 
 // --- Changes of the verdict ----------------------------------------------------------------------
 
-// When the instance was red, and why: a line in the log for each change that somebody's check sees,
-// and the last few of them for the status.
+// When the instance was red, and why: a line in the log for each change, and the last few of them
+// for the status. What the monitor does itself is recorded when it happens. Databases and checks
+// are asked when somebody asks, and once at the end of a boot, a warm-up and a drain; between them
+// they are left alone, so that one which sleeps is not kept awake.
 
 class VerdictHistory {
   /** The last ones, the oldest first, each with the time since which it held. */
@@ -2659,9 +2678,14 @@ class VerdictHistory {
     this.#add(BOOTING)
   }
 
+  /** What was recorded last. */
+  get verdict(): Verdict {
+    return this.changes.at(-1)?.verdict ?? BOOTING
+  }
+
   /** Compares what anybody may know: details may differ each time. */
   note(verdict: Verdict): void {
-    const before = this.changes.at(-1)?.verdict ?? BOOTING
+    const before = this.verdict
     if (before.reason === verdict.reason) return
     this.#add(verdict)
     if (verdict.healthy) this.#tellHealthy(before)
@@ -2692,11 +2716,11 @@ class VerdictHistory {
   #logSoon(level: 'info' | 'warn', text: string): void {
     this.#dueLine = { level, text }
     const waitMs = this.#loggedAtTickMs + CHANGE_LINE_MS - this.#clock.nowTickMs
-    if (waitMs > 0) this.#clock.schedule(waitMs, this.#logDueLine)
-    else this.#logDueLine()
+    if (waitMs > 0) this.#clock.schedule(waitMs, this.logDueLine)
+    else this.logDueLine()
   }
 
-  readonly #logDueLine = (): void => {
+  readonly logDueLine = (): void => {
     if (!this.#dueLine) return
     log(this.#dueLine.level, this.#dueLine.text)
     this.#dueLine = undefined
@@ -3160,8 +3184,10 @@ class WarmupRunner {
    *  good. */
   begin(): void {
     const { isGuess, clock } = this.#monitor
-    if (!this.#isAutomatic) this.#phase = 'begun'
-    else if (isGuess) this.#beginWhenInUse(clock.nowTickMs + GUESS_MS)
+    if (!this.#isAutomatic) {
+      this.#phase = 'begun'
+      void inspectAndJudge() // the boot is over
+    } else if (isGuess) this.#beginWhenInUse(clock.nowTickMs + GUESS_MS)
     else void this.#beginAtView()
   }
 
@@ -3210,7 +3236,10 @@ class WarmupRunner {
     const added = sites.filter((site) => !this.#queue.has(site))
     if (added.length > 0) log('info', `warms up ${added.map(({ name }) => name).join(', ')}`)
     for (const site of sites) site.expect(isAwaited)
-    const failures = await Promise.all(sites.map((site) => this.#enqueue(site)))
+    const done = Promise.all(sites.map((site) => this.#enqueue(site)))
+    // A further try of what has failed is no change.
+    if (this.#monitor.history.verdict.grade !== 'fail') recordIfRed(this.#monitor)
+    const failures = await done
     return failures.filter(Boolean).join('; ')
   }
 
@@ -3232,6 +3261,8 @@ class WarmupRunner {
     if (site.isAwaited) this.#awaitedUntilMs = performance.now()
     if (this.#phase !== 'over') this.#logOutcome(site)
     if (this.#queue.size === 0) this.#takeNextStep()
+    const isOver = this.#queue.size === 0 && this.#phase !== 'over'
+    if (isOver) void inspectAndJudge() // as the next prober would
     return failure
   }
 
@@ -6819,8 +6850,8 @@ export interface Status {
   grade: 'pass' | 'warn' | 'fail'
   /** `OK`, or why not. */
   reason: string
-  /** The last ten changes of the verdict that a check has seen, the oldest first; the last one is
-   *  what holds now. */
+  /** The last ten changes of the verdict, the oldest first; the last one is what holds now. One of
+   *  a database or a check is seen when somebody asks. */
   changes: VerdictChange[]
   /** Where the instance is reached; '' before that is known. */
   url: string
