@@ -5615,7 +5615,8 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     const history: { at: number; loads: number; stores: number }[] = []
     const within = (seconds: number) => history.filter(({ at }) => clock.now - at < seconds * 1_000)
     const pauses = [0, 1, 1, 2, 8, 9, 10, 11, 289, 290, 299, 300, 301, 3299, 3599, 3600, 3601, 9999]
-    for (let round = 0; round < 300; round++) {
+    const rounds = IS_SLOW_WANTED ? 300 : 60
+    for (let round = 0; round < rounds; round++) {
       const loads = Math.floor(random() * 1_000)
       const stores = Math.floor(random() * 3)
       activity.loads(loads)
@@ -10864,27 +10865,32 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     )
   })
 
-  test('metrics and status tell of a boot, of a warm-up that failed, and of a server that is closed', async (t) => {
-    const monitor = await importMonitor(t)
-    const port = await freePort()
-    const options = { port, listen: LOOPBACK, logger: recorder() }
-    const address = (await monitor.start(options)) as net.AddressInfo
-    const state = async () => {
-      const text = await ask(address.port, 'metrics\n')
-      return /^ftw_monitor_state\{state="(\w+)"\} 1$/m.exec(text)?.[1]
+  test(
+    'metrics and status tell of a boot, of a warm-up that failed, and of a server that is closed',
+    SLOW,
+    async (t) => {
+      const monitor = await importMonitor(t)
+      const port = await freePort()
+      const options = { port, listen: LOOPBACK, logger: recorder() }
+      const address = (await monitor.start(options)) as net.AddressInfo
+      const state = async () => {
+        const text = await ask(address.port, 'metrics\n')
+        return /^ftw_monitor_state\{state="(\w+)"\} 1$/m.exec(text)?.[1]
+      }
+      const place = async () =>
+        /^instance +(.*), up /m.exec(await ask(address.port, 'status\n'))?.[1]
+      const isUnreachable = `http://localhost:${port} (not listening)`
+      assert.equal(await state(), 'booting')
+      assert.equal(await place(), isUnreachable)
+      monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
+      const server = await startListening(t, hide(http.createServer()), { ...LOOPBACK, port })
+      await until(async () => (await state()) === 'warmup_failed', 'it failed')
+      assert.equal(await place(), `http://localhost:${port}`)
+      await close(server)
+      await until(async () => (await state()) === 'shutting_down', 'it is closed')
+      assert.equal(await place(), isUnreachable)
     }
-    const place = async () => /^instance +(.*), up /m.exec(await ask(address.port, 'status\n'))?.[1]
-    const isUnreachable = `http://localhost:${port} (not listening)`
-    assert.equal(await state(), 'booting')
-    assert.equal(await place(), isUnreachable)
-    monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
-    const server = await startListening(t, hide(http.createServer()), { ...LOOPBACK, port })
-    await until(async () => (await state()) === 'warmup_failed', 'it failed')
-    assert.equal(await place(), `http://localhost:${port}`)
-    await close(server)
-    await until(async () => (await state()) === 'shutting_down', 'it is closed')
-    assert.equal(await place(), isUnreachable)
-  })
+  )
 
   test('metrics tells how long a warm-up took or runs, how long databases take, and our version', async (t) => {
     const gate = latch()
@@ -14649,13 +14655,18 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         heir,
         `import http from 'node:http'
         import { setTimeout as pause } from 'node:timers/promises'
-        const server = http.createServer((_, response) => response.end('served'))
+        let answers = 0
+        const server = http.createServer((_, response) => {
+          response.end('served')
+          answers++
+          if (answers === ${BURST}) server.close()
+        })
         process.on('message', (_, socket) => server.listen(socket, () => process.send('listens')))
         process.on('disconnect', async () => {
           await pause(200) // for the parent's handle to close
           console.log('alone')
           Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 700) // and accepts nobody
-          setTimeout(() => process.exit(), 15_000)
+          setTimeout(() => process.exit(), 15_000).unref()
         })`
       )
       const program = `
