@@ -522,11 +522,13 @@ async function importMonitor(t: TestContext): Promise<Monitor> {
   return monitor
 }
 
-/** Keeps what is logged, as `level text`. */
-function recorder() {
+/** Keeps what is logged, as `level text`; of a blocked event loop only where that is wanted, since a
+ *  busy machine, or a clock that is set, looks like one. */
+function recorder({ isBlockWanted = false } = {}) {
   const lines: string[] = []
   const keep = (level: string) => (text: string) => {
-    lines.push(`${level} ${text}`)
+    const isBlock = text.startsWith('ftw-monitor noticed that the event loop ')
+    if (isBlockWanted || !isBlock) lines.push(`${level} ${text}`)
   }
   return { lines, info: keep('info'), warn: keep('warn'), error: keep('error') }
 }
@@ -5052,9 +5054,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     await change(undefined, 14_100)
     monitor.registerCheck('disk', () => false)
     await change(undefined, 1_000)
-    // The clock leaps, so the event loop seems to have stood still.
-    const changes = logger.lines.slice(seen).filter((line) => !line.includes('stood still'))
-    assert.deepEqual(changes, [
+    assert.deepEqual(logger.lines.slice(seen), [
       "warn ftw-monitor is red: Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432",
       'info ftw-monitor is healthy again after 24.1 s',
       "warn ftw-monitor is red: Check 'disk' failed."
@@ -11866,7 +11866,8 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       standStill(1_200)
       response.end('done')
     })
-    const { port, instancePort, logger } = await bootInstance(t, { performers: WARM, server })
+    const logger = recorder({ isBlockWanted: true })
+    const { port, instancePort } = await bootInstance(t, { performers: WARM, server, logger })
     await untilSeen(port) // the clock ticks
     for (const path of ['/held/1?token=secret', '/held/2', '/held/3']) {
       getPage(instancePort, path).catch(() => {})
@@ -11893,7 +11894,8 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       standStill(1_200)
       response.end('done')
     })
-    const { port, instancePort, logger } = await bootInstance(t, { performers: WARM, server })
+    const logger = recorder({ isBlockWanted: true })
+    const { port, instancePort } = await bootInstance(t, { performers: WARM, server, logger })
     await untilSeen(port)
     await getPage(instancePort, '/burn?token=secret')
     await until(() => warningsOf(logger).length > 0, 'it is told')
@@ -11909,7 +11911,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     const server = http.createServer(hello)
     closeLater(t, server)
     const monitor = await importMonitor(t)
-    const logger = recorder()
+    const logger = recorder({ isBlockWanted: true })
     monitor.registerWarmup('/', () => {})
     void monitor.start({ server, listen: LOOPBACK, logger })
     timers.stall(1_500)
