@@ -1932,7 +1932,10 @@ class Judge {
   #expectedEnds(): string[] {
     if (this.#isInsisted || this.#isSecondItsOwn || this.#isListenerLate) return []
     const own = this.#without.isKilled ? [] : [describeEnd(this.#without)]
-    const { way, moment } = this.#life
+    const { way, moment, second } = this.#life
+    // A busy program is told of both at once, and then of the one that has the lower number first.
+    const { signalledAtMs, secondAtMs } = this.#withUs
+    if (secondAtMs - signalledAtMs < SIGNAL_GRACE_MS) own.push(second)
     if (way === 'auto' || !isSignalOurs(this.#life) || moment === 'up') return own
     // In this moment it may be ours, or not yet.
     const ownOnce = moment === 'heard' ? own : []
