@@ -15,8 +15,8 @@
 // A line, or a request over HTTP, names a command of the command table. Behind every command that
 // tells how the instance is stands one verdict: may it be sent requests, and if not, why?
 //
-// The core comes first, and can be read and signed alone. Each of the three layers behind it may be
-// cut off with all that follows it. A section, under a banner of the same words, keeps the state,
+// The core comes first, and can be read and signed alone. Each of the layers behind it may be cut
+// off with all that follows it: a layer adds to the core from below. A section, under a banner of the same words, keeps the state,
 // the timers and the functions of one concern together.
 //
 //   Public types
@@ -24,23 +24,17 @@
 //   Copies of this file
 //   The monitor and its life
 //   The clock
-//   The load of the event loop
 //   Addresses
 //   The address of the instance
 //   The listener
-//   Servers that listen
 //   The traffic
 //   Servers that stop listening
 //   Sending clients elsewhere
 //   The verdict
-//   Changes of the verdict
 //   Databases and checks
 //   Shared calls and counters
 //   Warm-up
-//   Our own requests
 //   Who asks
-//   The view
-//   The health path
 //   Probers
 //   Draining
 //   Shutdown
@@ -48,15 +42,33 @@
 //   The command table
 //   Commands
 //   The wire: connections
-//   The wire: PROXY headers
 //   The wire: lines
 //   The wire: HTTP
 //   Helpers
 //   The module
+//   Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it
+//   Servers that listen
+//   Servers that start() was not given
+//   Instances behind a port
+//   Connections that came earlier
+//   Servers of Bun
+//   Copies that differ
+//   Mistyped variables
+//   Programs that nobody edits
+//   Layer: pages and balancers; all from here on may be deleted, and nothing above refers to it
+//   Pages
+//   Our own requests
+//   The view
+//   The health path
+//   The load of the event loop
+//   What balancers ask
+//   PROXY headers
+//   Idle connections
 //   Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it
 //   Figures
 //   Metrics
 //   Layer: status and page; all from here on may be deleted, and nothing above refers to it
+//   Changes of the verdict
 //   Status
 //   The page
 //   Layer: the program; all from here on may be deleted, and nothing above refers to it
@@ -169,7 +181,7 @@ export interface WebServer extends net.Server {
   setTimeout(milliseconds?: number): unknown
 }
 
-/** What `start` may be told. */
+/** What `start` may be told. Layers add to it. */
 export interface StartOptions {
   /** The server of the instance, listening or not yet; a list where the instance listens at several
    *  places, of which the first one is judged. */
@@ -183,17 +195,10 @@ export interface StartOptions {
   /** Where the monitor listens. Default: `FTW_MONITOR_LISTEN`, else port + 80 on the instance's
    *  host. */
   listen?: Endpoint
-  /** A path at which the service's own port answers the verdict, before the service sees the
-   *  request: for platforms that give a container one port. Default: `FTW_MONITOR_HEALTH_PATH`. */
-  healthPath?: string
   /** `'socket'`: only who comes by a Unix socket is taken for somebody on this machine, since what
    *  forwards others to our ports runs here, too. Default: `FTW_MONITOR_LOCAL`, else all who come
    *  from an address of this machine. */
   local?: 'socket'
-  /** For how long the server keeps a connection open on which no request comes, in milliseconds:
-   *  longer than the balancer does, or a request may meet a connection that is just being closed.
-   *  Default: `FTW_MONITOR_KEEP_ALIVE_MS`, else what the server says itself. */
-  keepAliveMs?: number
   /** Default: `console`. */
   logger?: Logger
 }
@@ -243,14 +248,10 @@ const TICK_MS = 250 // of the one timer behind most limits; a warm-up is to abor
 const LISTEN_RETRY_MS = 1_000 // an old process may hold our port a little longer
 const LOOKUP_MS = 900 // for a name: stop() does not wait for a resolver that hangs
 const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before listen()
-const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
-const CONNECT_MS = 900 // to connect to the instance; Kubernetes waits for one second
-const CONNECT_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
 // Of the application
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const SHORT_TURN_MS = 0.2 // of the event loop: a turn with nothing to do takes a tenth of that
-const HEAD_MS = 1_000 // for a head, beyond the time for which a connection is kept without one
 const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
 const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
@@ -258,14 +259,9 @@ const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event
 const ANSWER_MS = 900 // for a database or a check; Kubernetes waits for one second
 const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never answers
 const REASON_MAX = 500 // characters; balancers show less
-const CHANGES_MAX = 10 // of the verdict, that the status shows
-const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
 const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole boot
 
 // Of the warm-up
-const GUESS_MS = 1_000 // until a server that nobody named is taken for the instance
-const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
-const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
 const WARMUP_TOLD_MS = 60_000 // then it may hang; doubled, so that WARMUP_MS costs five lines
 const WARMUP_MS = 30 * 60_000 // for one site; ftw.monitor allows as much for all of them
 const WARMUP_RETRY_MS = 1_000 // doubled from try to try
@@ -276,12 +272,9 @@ const PROBER_ASKS = 3 // whoever asks less often within PROBER_MS is a person, n
 const PROBER_MS = 65_000 // twice AWS's default of 30 s, and some delay
 const PROBER_MEMORY = 16 // asks: several checks may come at once, and then none for a while
 const PROBERS_MAX = 64 // nobody has that many balancers
-const USER_AGENT_MAX = 80 // characters, to tell probers apart
 const LOOKUPS_PER_TICK = 128 // an address costs a system call; under a flood, drain waits longer
 const PAUSES_MISSED = 3 // of its own longest pauses, and a margin: then a prober is gone
 const PAUSE_MARGIN_MS = 1_000
-const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an address that several
-// backends share, `fall` says how many answers they need together)
 const QUIET_MS = 100 // without a request: a balancer must still read the last answer
 const POLL_MS = 25 // how often draining and shutdown look whether they may go on
 const QUIET_SAMPLES = 4 // in QUIET_MS: a busy event loop needs longer to read what has come
@@ -301,15 +294,12 @@ const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment, and of idle conne
 
 // Of figures
 const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
-const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 const FAULT_LOG_MS = 60_000 // between faults of our own
 
 // Of a connection
 const LINE_MAX = 4_096 // bytes: more than any command needs, and little of the host's memory
-const PROXY_LINE_MAX = 107 // bytes, as the PROXY protocol says of its version 1
-const PROXY_HEADER_MAX = 4_096 // bytes of version 2: addresses, and a few extensions of balancers
 const LINES_PER_TURN = 16 // of one connection, then all others and the application have theirs
 const TURN_PAUSE_MS = 10 // between such turns, or one client could fill the time that is left
 const REQUESTS_PER_CONNECTION = 100 // the same for HTTP, where Node.js takes all there are at once
@@ -332,12 +322,8 @@ const UNSENT_MAX = 1_048_576 // bytes of a reply that nobody has taken when more
  *  of tests one of its own. The number is that of their list. */
 const EXPORTS: unique symbol = Symbol.for('ftw-monitor.exports.1')
 
-/** Where this copy is. Only a stack tells that in an ES module and in CommonJS alike. */
-const FILE_IN_STACK = /(?:file:|\/|\w:\\)[^\n]*?(?=:\d+:\d+)/ // at <anonymous> (/srv/app.cjs:9:5)
-const FILE: string = FILE_IN_STACK.exec(`${new Error().stack}`)?.[0] ?? ''
-
 /** What this copy exports, by name. Each layer adds to it. */
-const ownExports: Record<string, unknown> = { VERSION, FILE }
+const ownExports: Record<string, unknown> = { VERSION }
 
 /** What the first copy exports, if this is another one. */
 const firstExports = (globalThis as { [EXPORTS]?: Record<string, unknown> })[EXPORTS]
@@ -349,15 +335,6 @@ function shared<Exported>(name: string, own: Exported): Exported {
   return (firstExports?.[name] ?? own) as Exported
 }
 
-/** Two versions may differ in more than their names. What the first one lacks is our own, and knows
- *  nothing of what is registered there. */
-function warnOfOtherVersion(first: Record<string, unknown>): void {
-  const isComplete = Object.keys(ownExports).every((name) => name in first)
-  if (isComplete && first['VERSION'] === VERSION) return
-  const loaded = `${String(first['FILE'])} (${String(first['VERSION'])})`
-  log('warn', `is loaded twice: ${loaded} does the work of ${FILE} (${VERSION}), too`)
-}
-
 // --- The monitor and its life --------------------------------------------------------------------
 
 // One monitor is current: `start` makes it, and after `stop` it is over. It holds one object for
@@ -367,12 +344,13 @@ function warnOfOtherVersion(first: Record<string, unknown>): void {
 
 /** Starts the monitor: `start(server)`, `start([server, other])` where the instance listens at
  *  several places, `start({ server, … })`, or `start()`, which finds the server when it listens in
- *  this process: the one at `PORT`, or without `PORT` the first that serves requests. Do not await
- *  it before `server.listen()`, since it waits for that. Resolves to the address at which the
- *  monitor listens, or, after one warning, to `false` where the environment does not allow it (an
- *  address in use is tried again) and after a signal. Where `FTW_MONITOR=auto` has started the
- *  monitor already, it goes on as it is, unless something else is wanted here. Rejects with a
- *  `TypeError` or `RangeError` for what the caller passed wrongly. */
+ *  this process: the one at `PORT`, or without `PORT` the first that serves requests (this needs
+ *  the layer "unmodified programs"; the core alone rejects with a `TypeError`). Do not await it
+ *  before `server.listen()`, since it waits for that. Resolves to the address at which the monitor
+ *  listens, or, after one warning, to `false` where the environment does not allow it (an address
+ *  in use is tried again) and after a signal. Where `FTW_MONITOR=auto` has started the monitor
+ *  already, it goes on as it is, unless something else is wanted here. Rejects with a `TypeError`
+ *  or `RangeError` for what the caller passed wrongly. */
 export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promise<Address> =
   shared('start', async (instance = {}) => {
     const options = toStartOptions(instance)
@@ -391,11 +369,8 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
     monitor.unhookServers()
     if (!monitor.isOff) void monitor.end()
     monitor = new Monitor(options)
-    monitor.findServers()
-    if (isSwitchedOff('FTW_MONITOR')) {
-      monitor.answerAtHealthPath() // else the platform would take the service down
-      return false
-    }
+    monitor.hookServers()
+    if (isSwitchedOff('FTW_MONITOR')) return false
     return monitor.begin()
   })
 
@@ -412,14 +387,13 @@ export const stop: () => Promise<void> = shared('stop', async () => {
   await stopping.end()
 })
 
-//   new, searching ── waiting ── booting ── accepting ── closed ── waiting
+//   new ── waiting ── booting ── accepting ── closed ── waiting
 //   any of them ── stopped
 
 type MonitorState =
   | 'new' // nobody has called start()
   | 'stopped' // switched off, or over
   | 'failed' // it has given up for a wrong setting
-  | 'searching' // by itself, for the server with which it begins; there may never be one
   | 'waiting' // for the server to listen
   | 'booting' // the instance is known, and does not accept connections yet
   | 'accepting' // it does
@@ -431,41 +405,72 @@ const OFF = new Set<MonitorState>(['new', 'stopped', 'failed'])
 /** The clock ticks; the port is open, or will be. The others are neither off nor running. */
 const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
 
-/** Called when the clock begins, and at each tick. Layers add to it. */
-const tickListeners: ((owner: Monitor) => void)[] = []
+/** What a layer adds to a monitor: it is made with the monitor, and told of its life. */
+interface Companion {
+  /** The monitor is hooked into the servers that `start` was given, or signals are listened for, or
+   *  one has come: now others may matter, too. */
+  findServers?(): void
+  /** The hooks are taken off. */
+  onUnhook?(): void
+  /** The monitor begins its life. */
+  onBegin?(): void
+  /** The monitor begins to tick, or has ticked. */
+  onTick?(isFirst: boolean): void
+  /** The clock stops. */
+  onClose?(): void
+  /** The traffic has a server that it did not have before. */
+  onServer?(traffic: Traffic, server: net.Server): void
+  /** Sees an event of a server before all others. What is `taken` nobody else hears of; what is
+   *  `uncounted` only the application does. */
+  onEvent?(
+    traffic: Traffic,
+    server: net.Server,
+    event: string,
+    args: unknown[]
+  ): 'taken' | 'uncounted' | undefined
+  /** Somebody has asked for the verdict so often that it may be a balancer. */
+  onProber?(prober: Prober): void
+  /** Whether something has to be found out before the verdict is told. */
+  readonly isInquiryDue?: boolean
+  inquire?(): Promise<void>
+  /** The verdict is told. */
+  onVerdict?(verdict: Verdict): void
+  /** Resolves when the warm-up after boot may begin, at once when the signal aborts. */
+  prepareWarmup?(signal: AbortSignal): Promise<void>
+}
+
+/** What makes them. Layers add to it. */
+const companionMakers: ((owner: Monitor) => Companion)[] = []
 
 class Monitor {
   state: MonitorState
   readonly logger: Logger
-  readonly traffic = new Traffic(this)
-  /** Servers that `start` was not given, and that are not the instance: at a signal they are
-   *  closed, and waited for, but they are never judged, counted or told of. */
-  readonly bystanders = new Traffic()
+  readonly options: CheckedStartOptions
+  readonly companions: Companion[] = []
+  readonly traffic = new Traffic(this, this.companions)
+  /** What a shutdown closes and waits for. Companions add what is never judged, counted or told
+   *  of. */
+  readonly allTraffic: Traffic[] = [this.traffic]
   readonly clock = new Clock()
   readonly probers = new Probers(this)
-  readonly history = new VerdictHistory(this.clock)
-  load = new Load()
   warmup = new WarmupRunner(this)
   /** Known from `booting` on. */
   instance: InstanceAddress | undefined
-  /** Where the service's own port answers the verdict, if it does. */
-  healthPath: string | undefined
   /** Whether nobody who comes by a port is on this machine. */
   isOnlySocketLocal = false
   listener: Listener | undefined
   draining: Draining | undefined
+  /** What was told last. */
+  toldVerdict = BOOTING
   /** Resolves to where it listens, or to `false` where it cannot, or not yet. */
   readonly started = deferred<Address>()
-  readonly #options: CheckedStartOptions
-  /** Set while servers that listen are seen. */
-  #endSearch: (() => void) | undefined
-  /** Until it warns of a server that listens elsewhere than `PORT`. */
-  #portWarning: ReturnType<typeof setTimeout> | undefined
+  #isHooked = false
 
   constructor(options: CheckedStartOptions, state: MonitorState = 'stopped') {
     this.state = state
-    this.#options = options
+    this.options = options
     this.logger = options.logger ?? console
+    for (const make of companionMakers) this.companions.push(make(this))
   }
 
   get isOff(): boolean {
@@ -477,16 +482,14 @@ class Monitor {
   }
 
   /** What a call of start() does while this is the current monitor: it begins a new one if this one
-   *  does not run, found no port to listen on, or was begun by `FTW_MONITOR=auto` with other
-   *  options than these. */
-  answerStart({ servers, ...others }: CheckedStartOptions): 'begin' | 'goOn' | 'refuse' {
-    const hasNoPort = this.instance !== undefined && this.listener === undefined
-    if (!this.isRunning || (hasNoPort && !this.#options.isByItself)) return 'begin'
-    if (!this.#options.isByItself) return 'refuse'
+   *  does not run, or found no port to listen on. */
+  answerStart: (options: CheckedStartOptions) => 'begin' | 'goOn' | 'refuse' = () => {
+    return this.isRunning && !this.hasNoPort ? 'refuse' : 'begin'
+  }
 
-    const isMoreWanted = Object.values(others).some((option) => option !== undefined)
-    const isOurs = servers.every((server) => server === this.traffic.server)
-    return isOurs && !isMoreWanted ? 'goOn' : 'begin'
+  /** Whether its own port could not be had. */
+  get hasNoPort(): boolean {
+    return this.instance !== undefined && this.listener === undefined
   }
 
   /** Where it listens. */
@@ -494,37 +497,24 @@ class Monitor {
     return this.listener?.address ?? false
   }
 
-  /** Whether the instance is just the first server that came, since nobody named one. */
-  get isGuess(): boolean {
-    return this.#options.isByItself === true && !this.#isPortKnown
+  /** The instance's server, also where its events cannot be seen. */
+  get server(): net.Server | undefined {
+    return this.traffic.server ?? this.options.servers[0]
   }
 
   /** Derived, since the server's `close` event comes only when its last request is gone. Before it
    *  has accepted, it boots. */
   get isInstanceClosing(): boolean {
     if (this.state !== 'accepting') return false
-    const { server } = this.traffic
-    return server ? !server.listening : this.instance?.isRefused === true
+    const { server } = this
+    return server ? !server.listening : this.instance?.isRefusing === true
   }
 
   /** Begins this life. */
   begin(): Promise<Address> {
-    warnOfUnknownVariables()
-    this.answerAtHealthPath()
-    registerPages()
-    registerPageChecks(this.healthPath)
+    for (const companion of this.companions) companion.onBegin?.()
     this.#wait()
     return this.started.promise
-  }
-
-  answerAtHealthPath(): void {
-    this.healthPath = this.#options.healthPath ?? readHealthPath()
-  }
-
-  /** Begins this life when there is a server that is the instance. */
-  search(): void {
-    this.state = 'searching'
-    this.findServers()
   }
 
   /** Ends this life; resolves when the port is free. The servers stay hooked. */
@@ -537,7 +527,7 @@ class Monitor {
 
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. A
    *  health path stays red. */
-  #giveUp(error: unknown): void {
+  giveUp(error: unknown): void {
     log('warn', errorText(error))
     void this.end('failed')
   }
@@ -545,8 +535,8 @@ class Monitor {
   /** Our own port cannot be had. With the server at hand all else goes on, for health() and for the
    *  health path. */
   onListenFailed(error: unknown): void {
-    if (!this.traffic.server) {
-      this.#giveUp(error)
+    if (!this.server) {
+      this.giveUp(error)
       return
     }
     log('warn', errorText(error))
@@ -554,31 +544,25 @@ class Monitor {
     this.started.resolve(false)
   }
 
-  /** Hooks into the servers that `start` was given, and sees each one that listens in this process
-   *  from now on, or does already. */
-  findServers(): void {
-    if (this.#endSearch) return
-    const { keepAliveMs } = this.#options
-    this.traffic.keepAliveMs = keepAliveMs ?? readMilliseconds('FTW_MONITOR_KEEP_ALIVE_MS')
-    for (const server of this.#options.servers) this.traffic.add(server)
-    this.#endSearch = observeListening({
-      onListen: (place) => this.#stepAside(place),
-      onListening: (server) => this.#onServerFound(server)
-    })
-    this.findListeningServers()
+  /** Hooks into the servers that `start` was given. */
+  hookServers(): void {
+    if (!this.#isHooked) {
+      for (const server of this.options.servers) this.traffic.add(server)
+    }
+    this.#isHooked = true
+    this.findServers()
   }
 
-  findListeningServers(): void {
-    if (!this.#endSearch) return // it was not started
-    for (const server of listeningServers()) this.#onServerFound(server)
+  /** Has companions find others, unless it was not started. */
+  findServers(): void {
+    if (!this.#isHooked) return
+    for (const companion of this.companions) companion.findServers?.()
   }
 
   unhookServers(): void {
-    this.#endSearch?.()
-    this.#endSearch = undefined
-    clearTimeout(this.#portWarning)
-    this.traffic.unhook()
-    this.bystanders.unhook()
+    this.#isHooked = false
+    for (const companion of this.companions) companion.onUnhook?.()
+    for (const traffic of this.allTraffic) traffic.unhook()
   }
 
   /** Our own server listens. */
@@ -593,33 +577,22 @@ class Monitor {
   }
 
   /** The instance's server listens. */
-  onServerListening(): void {
-    if (this.isOff) return
+  onServerListening(server: net.Server): void {
+    if (this.isOff || server !== this.server) return
     // A server may close, and listen elsewhere before its `close` event.
-    const { server } = this.traffic
-    if (server && this.instance?.hasMoved(boundAddress(this.#options, server))) {
+    if (this.instance?.hasMoved(boundAddress(this.options, server))) {
       void this.#close('closed')
     }
-    if (this.state === 'searching') void this.begin()
-    else if (this.state === 'closed') this.#wait()
+    if (this.state === 'closed') this.#wait()
     else this.#advance()
   }
 
   /** The monitor closes with the server, and comes back when that listens again. What an operator
    *  wanted still holds then, and so do the probers that a drain waits for. */
-  onServerClose(): void {
+  onServerClose(server: net.Server): void {
+    if (server !== this.server) return
     const hasListened = this.isInstanceClosing // one that never listened emits `close` too
     if (hasListened && !currentShutdown) void this.#close('closed')
-  }
-
-  /** A program that could listen there without us can do so with us. */
-  #stepAside(wanted: Endpoint): void {
-    const { address, listener } = this
-    if (!listener || !address || !isInTheWay(address, wanted)) return
-    void listener.close()
-    this.listener = undefined
-    const place = describeAddress(address)
-    log('warn', `gives ${place} to the program, which listens there: set FTW_MONITOR_LISTEN`)
   }
 
   /** Takes the instance out; where it is out already, changes how. Probers are told for so long at
@@ -627,128 +600,63 @@ class Monitor {
   beginDraining(options: Required<DrainOptions>, limitMs: number): Draining {
     if (this.draining) this.draining.change(options, limitMs)
     else this.draining = new Draining(this, options, limitMs)
-    recordIfRed(this)
+    tellIfRed(this)
     this.traffic.sendClientsElsewhere()
-    const isSomebodyTold = this.draining.hasSomebodyToTell && limitMs > 0
-    if (isSomebodyTold) log('info', describeWait(this.draining, limitMs))
+    const { awaitedProbers, hasSomebodyToTell } = this.draining
+    if (!hasSomebodyToTell || limitMs <= 0) return this.draining
+    const probers = awaitedProbers.map(({ shownAddress, pace }) => `${shownAddress} (${pace})`)
+    log('info', `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`)
     return this.draining
   }
 
   endDraining(): void {
     this.draining = undefined
     this.traffic.stopSendingElsewhere()
-    if (!this.isOff) void inspectAndJudge()
-  }
-
-  /** Connects to an instance whose server we do not know. */
-  async connect(): Promise<void> {
-    await this.instance?.connect()
-    if (this.instance?.isAccepting) this.#accept()
-  }
-
-  get isConnectDue(): boolean {
-    return !this.traffic.server && this.instance?.isConnectDue === true
-  }
-
-  #onServerFound(server: net.Server): void {
-    if (this.traffic.has(server) || !servesRequests(server)) return
-    if (this.#isInstance(server)) {
-      this.traffic.replace(server)
-      this.onServerListening()
-      return
-    }
-    if (signals.areHeard || signals.hasCome) this.bystanders.add(server)
-    if (this.state === 'searching' && keepsProcessAlive(server)) this.#warnOfPortLater(server)
-  }
-
-  /** The program may not heed PORT; or it listens there, too, but later. One warning is enough. */
-  #warnOfPortLater(server: net.Server): void {
-    if (this.#portWarning) return
-    const warn = (): void => {
-      if (this.state !== 'searching') return
-      if (!server.listening) {
-        this.#portWarning = undefined
-        return
-      }
-      const place = describeAddress(server.address() ?? '')
-      const port = readEnv('PORT')
-      log('warn', `finds no server at PORT=${port}, but one at ${place}: set PORT to that`)
-    }
-    this.#portWarning = setTimeout(warn, LISTEN_WARNING_MS).unref()
-  }
-
-  /** Where `start` was given no server, it is the one at the port that is known, or the first. */
-  #isInstance(server: net.Server): boolean {
-    const isGiven = this.#options.servers.length > 0
-    if (isGiven || this.traffic.server?.listening || !keepsProcessAlive(server)) return false
-    const wanted = attempt(() => boundAddress(this.#options, undefined))
-    const found = boundAddress({}, server)
-    return !wanted || (wanted.port === found.port && wanted.path === found.path)
+    if (!this.isOff) void inquireAndJudge()
   }
 
   #wait(): void {
-    const { server } = this.traffic
     this.state = 'waiting'
-    recordIfRed(this)
-    for (const onTick of tickListeners) onTick(this)
+    tellIfRed(this)
+    for (const companion of this.companions) companion.onTick?.(true)
     this.clock.start(() => this.#tick())
-    const isFoundByConnecting = !server && this.#isPortKnown
-    this.clock.schedule(isFoundByConnecting ? ACCEPT_WARNING_MS : LISTEN_WARNING_MS, () => {
-      if (this.state === 'accepting') return
-      if (this.instance) log('warn', `finds nothing at ${this.instance.url}`)
-      else log('warn', 'waits for the server to listen')
+    this.clock.schedule(LISTEN_WARNING_MS, () => {
+      if (this.state === 'waiting') log('warn', 'waits for the server to listen')
     })
     this.#advance()
   }
 
   /** Takes the next steps towards accepting, as far as they can be taken now. */
   #advance(): void {
-    const { server } = this.traffic
-    const isKnown = server ? server.listening : this.#isPortKnown
-    // Its server may be found after the port was known.
-    const isSignalUnheard = !signals.areHeard && !signals.hasCome
-    if (isAuto && server?.listening && isSignalUnheard) delaySignals()
-    if (this.state === 'waiting' && isKnown) this.#open()
-    if (this.state !== 'booting') return
-    if (server) this.#accept()
-    else void this.connect()
+    const { server } = this
+    if (!server?.listening) return
+    if (this.state === 'waiting') this.open(boundAddress(this.options, server), server)
+    this.accept()
   }
 
-  /** Finds out where the instance is, and opens the monitor port beside it. */
-  #open(): void {
-    const server = this.traffic.server ?? this.#unseenServer
-    let bound: Bound
+  /** Finds out how the instance is reached, and opens the monitor port beside it. The server is
+   *  known, or else the instance is not seen to accept connections yet. */
+  open(bound: Bound, server?: net.Server): void {
     try {
-      bound = boundAddress(this.#options, server)
-      this.isOnlySocketLocal = isOnlySocketLocal(this.#options)
-      const location = locateInstance(this.#options, bound, server)
+      this.isOnlySocketLocal = isOnlySocketLocal(this.options)
+      const location = locateInstance(this.options, bound, server)
       if (!URL.canParse(location.url)) failWith(`cannot use ${location.url}: set FTW_MONITOR_URL`)
       this.instance = new InstanceAddress(location)
     } catch (error) {
-      this.#giveUp(error)
+      this.giveUp(error)
       return
     }
     this.state = 'booting'
     try {
-      this.listener = new Listener(monitorEndpoint(this.#options, bound), this)
+      this.listener = new Listener(monitorEndpoint(this.options, bound), this)
       this.listener.open()
     } catch (error) {
       this.onListenFailed(error)
     }
   }
 
-  /** Also where it is known wrongly, of which the opening tells. */
-  get #isPortKnown(): boolean {
-    if (this.#options.port !== undefined || this.#unseenServer) return true
-    return readEnv('PORT') !== undefined
-  }
-
-  /** The one that `start` was given, listens, and has an `emit` that cannot be replaced. */
-  get #unseenServer(): net.Server | undefined {
-    return this.#options.servers.find((each) => each.listening && !this.traffic.has(each))
-  }
-
-  #accept(): void {
+  /** The instance accepts connections. */
+  accept(): void {
     if (this.state !== 'booting') return
     this.state = 'accepting'
     this.warmup.begin()
@@ -756,14 +664,12 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.load.measure()
-    for (const onTick of tickListeners) onTick(this)
+    for (const companion of this.companions) companion.onTick?.(false)
     this.#advance()
-    if (this.warmup.stage === 'running' && this.isConnectDue) void this.connect()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) {
       this.warmup.abort('the instance is shutting down')
-      recordIfRed(this)
+      tellIfRed(this)
     }
     this.listener?.enforceLimits()
     this.traffic.forgetEndedRequests()
@@ -776,66 +682,50 @@ class Monitor {
     const { listener } = this
     if (listener?.isListening) log('info', 'closed')
     this.state = state
-    recordIfRed(this)
-    if (!this.isOff) this.history.logDueLine() // the clock would not tell of it any more
+    tellIfRed(this)
+    for (const companion of this.companions) companion.onClose?.()
     this.clock.stop()
     this.warmup.end()
     this.warmup = new WarmupRunner(this)
-    this.load = new Load()
     this.instance = undefined
     this.listener = undefined
     return listener?.close() ?? Promise.resolve()
   }
 }
 
-const START_OPTIONS = [
-  'server',
-  'port',
-  'url',
-  'listen',
-  'healthPath',
-  'local',
-  'keepAliveMs',
-  'logger'
-]
+const START_OPTIONS = ['server', 'port', 'url', 'listen', 'local', 'logger']
+
+/** What checks the options that layers add. */
+const optionChecks = new Map<string, (value: unknown) => void>()
 
 /** What `start` was told; the first server is the instance. */
 interface CheckedStartOptions extends Omit<StartOptions, 'server'> {
   servers: net.Server[]
-  /** Whether nobody has called start(). */
-  isByItself?: boolean
 }
 
 function toStartOptions(instance: unknown): CheckedStartOptions {
   const isWithoutOptions = isServer(instance) || Array.isArray(instance)
   const options: unknown = isWithoutOptions ? { server: instance } : instance
-  mustHaveOnly(
-    options,
-    START_OPTIONS,
-    'start() takes an http.Server (app.listen() of Express, fastify.server), or ' +
-      START_OPTIONS.join(', ')
-  )
+  const names = [...START_OPTIONS, ...optionChecks.keys()]
+  const sentence = 'start() takes an http.Server (app.listen() of Express, fastify.server), or '
+  mustHaveOnly(options, names, sentence + names.join(', '))
 
   const { server = [], ...others } = options
-  const { port, url, listen, healthPath, logger = console } = others
-  const { local = 'socket', keepAliveMs } = others
+  const { port, url, listen, local = 'socket', logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
   must(url === undefined || (typeof url === 'string' && toUrl(url)), `url ${URL_SENTENCE}`)
   must(listen === undefined || isEndpoint(listen), 'listen must be { host, port } or { path }')
-  must(healthPath === undefined || isSitePath(healthPath), 'healthPath must be a path, as /ready')
   must(local === 'socket', "local must be 'socket'")
   must(hasMethods(logger, 'info', 'warn', 'error'), 'logger must have info, warn and error')
   if (port !== undefined) checkPort(port, listen)
-  checkKeepAlive(keepAliveMs)
+  for (const [name, check] of optionChecks) check(others[name])
+  must(servers.length >= serversNeeded, 'start() needs the server of the instance: start(server)')
   return { ...others, servers }
 }
 
-function checkKeepAlive(ms: unknown = 0): void {
-  must(typeof ms === 'number', 'keepAliveMs must be a number')
-  const isInRange = ms >= 0 && ms <= MILLISECONDS_MAX
-  must(isInRange, `keepAliveMs must be a number from 0 to ${MILLISECONDS_MAX}`, RangeError)
-}
+/** How many servers `start` has to be given. A layer that finds the instance's needs none. */
+let serversNeeded = 1
 
 function checkPort(port: unknown, listen: unknown): void {
   const Kind = typeof port === 'number' ? RangeError : TypeError
@@ -904,29 +794,6 @@ class Clock {
   }
 }
 
-// --- The load of the event loop ------------------------------------------------------------------
-
-// How busy the event loop is, measured once a tick, so that probers get the same answer and none
-// spoils another's.
-
-/** Not every version of Node.js's types has it on `performance`. */
-type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
-
-class Load {
-  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
-  utilization = -1
-  #samples: object[] = []
-
-  measure(): void {
-    const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
-      Object(performance)
-    const now = eventLoopUtilization?.()
-    if (!now?.active) return // it is missing on Bun, and always 0 on Deno
-    this.#samples = [...this.#samples.slice(-LOAD_SAMPLES), now]
-    this.utilization = eventLoopUtilization?.(now, this.#samples[0]).utilization || 0
-  }
-}
-
 // --- Addresses -----------------------------------------------------------------------------------
 
 // Pure functions from options, environment and the bound address to where the instance is reached,
@@ -947,15 +814,7 @@ function hostReaching(address: string): string {
   return address === '::' ? 'localhost' : address
 }
 
-function boundAddress({ port }: { port?: number }, server: net.Server | undefined): Bound {
-  if (!server) {
-    const text = readEnv('PORT')
-    if (port === undefined && isPath(text)) return { address: '', port, path: text }
-    const instancePort = port ?? readEnvAs('PORT', toPort, PORT_SENTENCE)
-    if (instancePort === undefined) failWith('needs a port: set PORT, or start(server)')
-    return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
-  }
-
+function boundAddress({ port }: { port?: number }, server: net.Server): Bound {
   const bound = server.address()
   if (typeof bound === 'string') return { address: '', port, path: bound }
   return { address: bound?.address ?? '', port: port ?? bound?.port, path: undefined }
@@ -972,9 +831,7 @@ function locateInstance(
   const ownUrl = port ? `${origin}:${port}` : origin
   const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
   const { plainUrl, headers } = splitCredentials(toldUrl)
-  const mayBeIpv6Alone = server !== undefined && address === '::' && plainUrl === undefined
-  const ipv6Url = mayBeIpv6Alone ? ownUrl.replace('//localhost', '//[::1]') : undefined
-  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), ipv6Url, headers }
+  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), headers }
 }
 
 /** Takes the credentials out of `http://user:password@host`, since fetch refuses them there, and
@@ -1031,12 +888,6 @@ function isPort(value: unknown): value is number {
   return Number.isInteger(value) && Number(value) >= 0 && Number(value) <= 65_535
 }
 
-/** A port that can be connected to. */
-function toPort(text: string): number | undefined {
-  const port = Number(text)
-  return isPort(port) && port > 0 ? port : undefined
-}
-
 const PORT_SENTENCE = 'must be a number from 1 to 65535'
 const URL_SENTENCE = 'must be an http or https URL, without query'
 const ENDPOINT_SENTENCE = 'must be PORT, HOST:PORT, or the path of a Unix socket'
@@ -1060,38 +911,20 @@ interface Location {
   path: string | undefined
   /** Without credentials. */
   url: string
-  /** The same over IPv6, which may be all that a server at `::` takes: then it is not at
-   *  `localhost` where that is 127.0.0.1, but another process may be. */
-  ipv6Url: string | undefined
   /** Of our own requests: the credentials, if the URL was told with some. */
   headers: Record<string, string>
 }
 
-/** The instance as somebody else sees it: where it is reached and, where we were not given its
- *  server, whether it accepts connections. Only a connection can tell that. */
 class InstanceAddress {
   /** At first that of its location. */
   url: string
   readonly location: Location
-  #lastSeen: 'accepting' | 'refusing' | 'never' = 'never'
-  #connectedAtMs = -Infinity
-  #pendingConnect: Promise<void> | undefined
+  /** Of an instance whose server is not known: whether somebody was refused a connection. */
+  isRefusing = false
 
   constructor(location: Location) {
     this.location = location
     this.url = location.url
-  }
-
-  get isAccepting(): boolean {
-    return this.#lastSeen === 'accepting'
-  }
-
-  get isRefused(): boolean {
-    return this.#lastSeen === 'refusing'
-  }
-
-  get isConnectDue(): boolean {
-    return performance.now() - this.#connectedAtMs > CONNECT_AGAIN_MS
   }
 
   hasMoved({ address, port, path }: Bound): boolean {
@@ -1099,56 +932,7 @@ class InstanceAddress {
     const isThere = port === location.port && path === location.path
     return !isThere || hostReaching(address) !== location.host
   }
-
-  /** Connects once. Callers that come while a connection is tried share its outcome. */
-  connect(): Promise<void> {
-    this.#pendingConnect ??= this.#tryConnection()
-    return this.#pendingConnect
-  }
-
-  async #tryConnection(): Promise<void> {
-    const { host, port = 0, path } = this.location
-    const outcome = await connectionOutcome(path === undefined ? { host, port } : { path })
-    this.#pendingConnect = undefined
-    this.#connectedAtMs = performance.now()
-    // Of a full backlog, say, nothing is to be learned: what was seen last still holds.
-    if (outcome !== 'unknown') this.#lastSeen = outcome
-  }
 }
-
-function connectionOutcome(to: net.NetConnectOpts): Promise<'accepting' | 'refusing' | 'unknown'> {
-  return new Promise((resolve) => {
-    const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
-    if (!socket) {
-      resolve('unknown')
-      return
-    }
-    socket.unref()
-    socket.setTimeout(CONNECT_MS, () => {
-      socket.destroy()
-      resolve('unknown')
-    })
-    socket.on('connect', () => {
-      socket.destroy()
-      resolve('accepting')
-    })
-    socket.on('error', (error) => resolve(isConnectionRefused(error) ? 'refusing' : 'unknown'))
-  })
-}
-
-type ConnectionError = NodeJS.ErrnoException & { address?: string }
-
-/** A name may have several addresses, and an error for each. */
-function isConnectionRefused(error: ConnectionError & { errors?: ConnectionError[] }): boolean {
-  const { errors = [error] } = error
-  const codes = errors.flatMap(({ code = '', address }) => {
-    return address === '::1' && NO_IPV6.has(code) ? [] : [code]
-  })
-  return codes.length > 0 && codes.every((code) => REFUSED.has(code))
-}
-
-const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
-const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
 // --- The listener --------------------------------------------------------------------------------
 
@@ -1256,7 +1040,7 @@ class Listener {
   /** The socket of a killed process stays, and only connecting tells it from one in use. */
   async #tellOfRetries(text: string, advice: string): Promise<void> {
     const { path } = this.#endpoint
-    const isDead = path !== undefined && (await connectionOutcome({ path })) === 'refusing'
+    const isDead = path !== undefined && (await isNobodyAt(path))
     const deadAdvice = `nobody listens at ${path}: remove it before each start, as Node.js cannot`
     log('warn', `${text}; tries every second; ${isDead ? deadAdvice : advice}`)
   }
@@ -1291,6 +1075,23 @@ class Listener {
   }
 }
 
+/** What marks the servers of monitors, which are no business of another one's. */
+const MONITOR_SERVER: unique symbol = Symbol.for('ftw-monitor.server.1')
+
+/** Whether connections to a Unix socket are refused. */
+function isNobodyAt(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = net.connect({ path }).unref()
+    const isKnown = (isNobody: boolean): void => {
+      socket.destroy()
+      resolve(isNobody)
+    }
+    socket.setTimeout(LOOKUP_MS, () => isKnown(false))
+    socket.on('connect', () => isKnown(false))
+    socket.on('error', (error: NodeJS.ErrnoException) => isKnown(error.code === 'ECONNREFUSED'))
+  })
+}
+
 function describeAddress(address: net.AddressInfo | string): string {
   if (typeof address === 'string') return address
   return `${hostInUrl(address.address)}:${address.port}`
@@ -1305,108 +1106,6 @@ const PASSING_ERRORS = new Map<string | undefined, string>([
   ['EAI_AGAIN', NAME_ADVICE],
   ['ENOTFOUND', NAME_ADVICE]
 ])
-
-// --- Servers that listen -------------------------------------------------------------------------
-
-// Which servers listen in this process. Where `start` was given none, the instance is the first one
-// that serves requests and keeps the process alive; a shutdown closes the others, too.
-
-interface ListenObserver {
-  /** Something is about to listen at this place. */
-  onListen(wanted: Endpoint): void
-  onListening(server: net.Server): void
-}
-
-/** What marks the servers of monitors, which are no business of another one's. */
-const MONITOR_SERVER: unique symbol = Symbol.for('ftw-monitor.server.1')
-
-/** Tells an observer of each server of this process that begins to listen; returns a function that
- *  ends this. */
-function observeListening(observer: ListenObserver): () => void {
-  // On Bun the http servers have a `listen` of their own.
-  const prototypes = [net.Server.prototype, http.Server.prototype]
-  const own = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
-  const observers = new Set([observer])
-  const restores = own.map((prototype) => {
-    return replaceMethod(prototype, 'listen', (inner) => observedListen(inner, observers))
-  })
-  return () => {
-    observers.clear()
-    for (const restore of restores) restore?.()
-  }
-}
-
-function observedListen(inner: Callable, observers: Set<ListenObserver>): Callable {
-  const awaited = new WeakSet<net.Server>()
-  const onListening = (server: net.Server): void => {
-    awaited.delete(server)
-    // `unref()` comes after `listen()`, and tells that it is not the instance.
-    setImmediate(() => {
-      if (!server.listening) return
-      for (const observer of observers) attemptOwn(() => observer.onListening(server))
-    })
-  }
-  return function listen(this: net.Server, ...args: unknown[]): unknown {
-    if (MONITOR_SERVER in this) return Reflect.apply(inner, this, args)
-    const isAwaited = awaited.has(this) // since an earlier try, which failed
-    if (!isAwaited) this.once('listening', () => onListening(this))
-    awaited.add(this)
-    const wanted = attempt(() => placeOf(args)) ?? {}
-    for (const observer of observers) attemptOwn(() => observer.onListen(wanted))
-    return Reflect.apply(inner, this, args)
-  }
-}
-
-/** Where a call of `listen` wants to listen; of a handle and the like nothing is known. */
-function placeOf([first, second]: unknown[]): Endpoint {
-  if (isObject(first)) {
-    const { path, port, host } = first as Endpoint
-    return path === undefined ? { port: Number(port), host: host ?? '' } : { path }
-  }
-  if (typeof first === 'string' && Number.isNaN(Number(first))) return { path: first }
-  return { port: Number(first), host: typeof second === 'string' ? second : '' }
-}
-
-/** Whether nobody else can listen at the wanted place; of a name it is not known which address it
- *  stands for. */
-function isInTheWay(address: net.AddressInfo | string, wanted: Endpoint): boolean {
-  if (typeof address === 'string') return wanted.path === address
-  const { port, host = '' } = wanted
-  if (port !== address.port) return false
-  const isOneAddressEach = [host, address.address].every((each) => isOneAddress(each))
-  return !isOneAddressEach || host === address.address
-}
-
-/** Neither a name nor any address. */
-function isOneAddress(host: string): boolean {
-  return net.isIP(host) > 0 && host !== '::' && host !== '0.0.0.0'
-}
-
-/** Those that listen already, as far as the runtime tells. */
-function listeningServers(): net.Server[] {
-  return activeHandles()
-    .filter(isServer)
-    .filter(({ listening }) => listening)
-}
-
-function activeHandles(): unknown[] {
-  const { _getActiveHandles }: { _getActiveHandles?: () => unknown[] } = Object(process)
-  return attempt(() => _getActiveHandles?.call(process)) ?? []
-}
-
-/** Neither our own port, nor the primary of a cluster. */
-function servesRequests(server: net.Server): boolean {
-  return server.listenerCount('request') > 0 || server.listenerCount('stream') > 0
-}
-
-/** A metrics exporter, say, does not. */
-function keepsProcessAlive(server: net.Server): boolean {
-  const { _unref, _handle } = server as {
-    _unref?: boolean
-    _handle?: { hasRef?: () => boolean } | null
-  }
-  return _unref !== true && _handle?.hasRef?.() !== false
-}
 
 // --- The traffic ---------------------------------------------------------------------------------
 
@@ -1493,20 +1192,20 @@ class Quiet {
 }
 
 /** What is known of a connection. `handshaking`: nothing, until its TLS handshake is over.
- *  `unseen`: nothing, since it came before we saw its server. `serving`: its requests. `upgraded`:
- *  that it belongs to the application, as a WebSocket's does. */
-type ClientStage = 'handshaking' | 'unseen' | 'serving' | 'upgraded'
+ *  `serving`: its requests. `upgraded`: that it belongs to the application, as a WebSocket's
+ *  does. */
+type ClientState = 'handshaking' | 'serving' | 'upgraded'
 
 /** A connection, from its first moment to its last. */
 class Client {
   /** The connection itself, below TLS and HTTP/2: when it closes, all is over. Of a session that
    *  came before its server was seen, only this is known. */
   readonly connection: net.Socket | Http2Session
-  readonly onClose: () => void
+  onClose: () => void = doNothing
   /** What requests come by: the socket, the TLS socket after its handshake, or the HTTP/2
    *  session. */
   peer: net.Socket | Http2Session
-  stage: ClientStage
+  state: ClientState
   /** Streams of HTTP/2 that were upgraded. */
   readonly upgradedStreams = new Set<Http2Stream>()
   requestsInFlight = 0
@@ -1525,15 +1224,10 @@ class Client {
   #bytesSeen = 0
   #bytesSeenAtMs = performance.now()
 
-  constructor(
-    peer: net.Socket | Http2Session,
-    stage: ClientStage,
-    onClose: (client: Client) => void
-  ) {
+  constructor(peer: net.Socket | Http2Session, state: ClientState) {
     this.peer = peer
     this.connection = peer
-    this.stage = stage
-    this.onClose = () => onClose(this)
+    this.state = state
   }
 
   /** Without its response where others may be behind it that we have not seen. */
@@ -1583,11 +1277,12 @@ class Client {
 
   /** Something is being received, served or sent. */
   get isBusy(): boolean {
-    if (this.stage === 'upgraded' || isDestroyed(this.peer)) return false
-    if (this.stage === 'unseen' || this.requestsInFlight > 0) return true
+    if (this.state === 'upgraded' || isDestroyed(this.peer)) return false
+    if (this.requestsInFlight > 0) return true
     // A session that was told to close still sends what its server has pushed.
     if ('goaway' in this.peer) return this.peer.closed
-    return isAnswering(this.peer) || this.#isReceiving()
+    const { _httpMessage: response }: EarlierSocket = this.peer
+    return Boolean(response) || this.#isReceiving() // its request may have come before we saw it
   }
 
   /** Nothing has happened for so long that no request can be on its way: sent just now, or waiting
@@ -1598,13 +1293,20 @@ class Client {
   }
 
   get isUpgraded(): boolean {
-    return this.stage === 'upgraded' || this.upgradedStreams.size > 0
+    return this.state === 'upgraded' || this.upgradedStreams.size > 0
   }
 
   /** Says goodbye in the way of its protocol; what is being sent is still sent. */
   sayGoodbye(): void {
     const { peer } = this
     attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
+  }
+
+  /** Cuts what is still being served; returns whether anything is. */
+  cut(): boolean {
+    if (!this.isBusy) return false
+    attempt(() => this.peer.destroy())
+    return true
   }
 
   destroy(): void {
@@ -1625,7 +1327,7 @@ class Client {
       this.#bytesReadAtLastEnd = bytesRead
     }
     const isPartial = bytesRead > this.#bytesReadAtLastEnd || this.#upload !== undefined
-    const isReceiving = isPartial || this.stage === 'handshaking'
+    const isReceiving = isPartial || this.state === 'handshaking'
     return isReceiving && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
   }
 
@@ -1636,18 +1338,17 @@ class Client {
 
 const LAST_STREAM_ID = 2 ** 31 - 1 // so that none is refused
 
-/** Hears of the instance's server. */
+/** Hears of servers. */
 interface ServerObserver {
-  onServerListening(): void
-  onServerClose(): void
+  onServerListening(server: net.Server): void
+  onServerClose(server: net.Server): void
 }
 
 class Traffic {
   requests = 0
   errors = 0
-  /** What the servers' `keepAliveTimeout` is to be, where that was told. */
-  keepAliveMs: number | undefined
-  readonly #observer: ServerObserver | undefined
+  readonly #observer: ServerObserver
+  readonly #companions: Companion[]
   /** All that serve requests, each with the function that takes the hook off; the first one is the
    *  instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
@@ -1664,12 +1365,13 @@ class Traffic {
   #isSendingSessionsElsewhere = false
   /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `over`: what
    *  stands in for a server keeps no process alive. */
-  #stage: 'open' | 'refusing' | 'closing' | 'over' = 'open'
+  #state: 'open' | 'refusing' | 'closing' | 'over' = 'open'
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
-  constructor(observer?: ServerObserver) {
+  constructor(observer: ServerObserver, companions: Companion[]) {
     this.#observer = observer
+    this.#companions = companions
     const requestEnded = (response: http.ServerResponse): void => {
       this.#requestEnded(response, response.statusCode, response.req)
     }
@@ -1684,17 +1386,21 @@ class Traffic {
     return first
   }
 
-  get #servers(): net.Server[] {
+  get servers(): net.Server[] {
     return [...this.#unhooks.keys()]
+  }
+
+  get clients(): Client[] {
+    return [...this.#clients.values()]
+  }
+
+  /** Whether requests that come by this peer are of a client that is known. */
+  knows(peer: object): boolean {
+    return this.#clients.has(peer)
   }
 
   has(server: net.Server): boolean {
     return this.#unhooks.has(server)
-  }
-
-  /** Whether the verdict is of these servers. */
-  get #isJudged(): boolean {
-    return this.#observer !== undefined
   }
 
   /** A server whose events cannot be seen is left out, with a warning. */
@@ -1705,19 +1411,9 @@ class Traffic {
       log('warn', 'cannot see the requests of a server whose emit is not configurable')
       return
     }
-    const restoreLimits = keepConnections(server as http.Server, this.keepAliveMs)
-    this.#unhooks.set(server, () => {
-      unhook()
-      restoreLimits()
-    })
-    for (const socket of connectionsOf(server)) this.#onEarlierConnection(server, socket)
-    if (this.#stage !== 'open') this.#stopServer(server)
-  }
-
-  /** Another server is the instance from now on. */
-  replace(server: net.Server): void {
-    this.unhook()
-    this.add(server)
+    this.#unhooks.set(server, unhook)
+    for (const companion of this.#companions) companion.onServer?.(this, server)
+    if (this.#state !== 'open') this.#stopServer(server)
   }
 
   get requestsInFlight(): number {
@@ -1729,8 +1425,8 @@ class Traffic {
   get upgradedConnections(): number {
     this.forgetEndedRequests()
     let count = 0
-    for (const { stage, upgradedStreams } of this.#clients.values()) {
-      count += stage === 'upgraded' ? 1 : upgradedStreams.size
+    for (const { state, upgradedStreams } of this.#clients.values()) {
+      count += state === 'upgraded' ? 1 : upgradedStreams.size
     }
     return count
   }
@@ -1741,10 +1437,15 @@ class Traffic {
     return this.#inFlight.values()
   }
 
-  /** Takes the hooks off the servers. */
+  /** Takes the hook off a server. */
+  remove(server: net.Server): void {
+    this.#unhooks.get(server)?.()
+    this.#unhooks.delete(server)
+  }
+
+  /** Takes all hooks off, and forgets all connections. */
   unhook(): void {
-    for (const unhook of this.#unhooks.values()) unhook()
-    this.#unhooks.clear()
+    for (const server of this.servers) this.remove(server)
     for (const client of this.#clients.values()) this.#forgetClient(client)
   }
 
@@ -1760,7 +1461,7 @@ class Traffic {
     for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
       if (isUpgradeAnswered?.()) {
         this.#requestEnded(key, 0)
-        if (key === client.peer) client.stage = 'upgraded'
+        if (key === client.peer) client.state = 'upgraded'
         else client.upgradedStreams.add(key as Http2Stream)
         continue
       }
@@ -1772,9 +1473,18 @@ class Traffic {
 
   // What the hooks see
 
-  /** Sees each event of a server before the application does. An event that is `taken` never
-   *  reaches the application. */
-  onEvent(server: net.Server, event: string, args: unknown[]): 'taken' | void {
+  /** Sees each event of a server before the application does; returns whether that is not to hear
+   *  of it. */
+  onEvent(server: net.Server, event: string, args: unknown[]): boolean {
+    for (const companion of this.#companions) {
+      const outcome = companion.onEvent?.(this, server, event, args)
+      if (outcome) return outcome === 'taken'
+    }
+    this.#count(server, event, args)
+    return false
+  }
+
+  #count(server: net.Server, event: string, args: unknown[]): void {
     switch (event) {
       case 'request':
       case 'checkContinue':
@@ -1788,7 +1498,7 @@ class Traffic {
       case 'listening':
         return this.#onListening(server)
       case 'close':
-        return this.#onClose(server)
+        return this.#observer.onServerClose(server)
       case 'connection':
         return this.#onConnection(server, args[0] as net.Socket)
       case 'secureConnection':
@@ -1800,41 +1510,14 @@ class Traffic {
 
   /** A server that begins to listen after the signal is closed before it accepts. */
   #onListening(server: net.Server): void {
-    if (this.#stage !== 'open') this.#stopServer(server)
-    else if (server === this.server) this.#observer?.onServerListening()
-  }
-
-  /** Forget a closed bystander, so that it can be collected as garbage. */
-  #onClose(server: net.Server): void {
-    if (this.#observer) {
-      if (server === this.server) this.#observer.onServerClose()
-      return
-    }
-    this.#unhooks.get(server)?.()
-    this.#unhooks.delete(server)
+    if (this.#state !== 'open') this.#stopServer(server)
+    else this.#observer.onServerListening(server)
   }
 
   #onConnection(server: net.Server, socket: net.Socket): void {
     this.#connectionsSoFar++
     if (!isSecure(server) && speaksHttp2(server, socket)) this.#newestCarrier = socket
-    this.#addClient(socket, isSecure(server) ? 'handshaking' : 'serving')
-  }
-
-  /** Of a connection by TLS or HTTP/2, only the socket can be found later on. */
-  #onEarlierConnection(server: net.Server, socket: EarlierSocket): void {
-    if (isSecure(server) || speaksHttp2(server, socket)) {
-      const unseen = this.#addClient(socket, 'unseen')
-      const session = sessionOf(socket)
-      if (session) this.#movesTo(unseen, session)
-      return
-    }
-    const client = this.#addClient(socket, socket.parser ? 'serving' : 'upgraded')
-    const { _httpMessage: response } = socket
-    if (!response || response.writableFinished) return
-    response.on('close', this.#onResponseClose)
-    const line = `${response.req.method} ${response.req.url}`
-    this.#inFlight.set(response, { startedAtMs: performance.now(), line, client })
-    client.requestBegins()
+    this.addClient(new Client(socket, isSecure(server) ? 'handshaking' : 'serving'))
   }
 
   #onSecureConnection(server: net.Server, socket: SecureSocket): void {
@@ -1846,33 +1529,25 @@ class Traffic {
   #onSession(session: Http2Session): void {
     const client = this.#clients.get(this.#newestCarrier ?? session)
     this.#newestCarrier = undefined
-    if (client) this.#movesTo(client, session)
-    else this.#addClient(session)
+    if (client) this.moveClient(client, session)
+    else this.addClient(new Client(session, 'serving'))
   }
 
   /** Where the peer is a TLS socket, the socket below may be known. */
   #clientOf(peer: SecureSocket | Http2Session): Client {
     const known = this.#clients.get(peer)
     if (known) return known
-    const below =
-      'goaway' in peer ? this.#unseenBelow(peer) : this.#clients.get(peer._parent ?? peer)
-    if (!below) return this.#addClient(peer)
-    this.#movesTo(below, peer)
+    const below = 'goaway' in peer ? undefined : this.#clients.get(peer._parent ?? peer)
+    if (!below) return this.addClient(new Client(peer, 'serving'))
+    this.moveClient(below, peer)
     return below
   }
 
-  /** The connection of a session that came before its server was seen. */
-  #unseenBelow({ socket }: Http2Session): Client | undefined {
-    const port = attempt(() => socket?.remotePort)
-    return [...this.#clients.values()].find(({ stage, connection }) => {
-      return stage === 'unseen' && 'remotePort' in connection && connection.remotePort === port
-    })
-  }
-
-  #addClient(peer: net.Socket | Http2Session, stage: ClientStage = 'serving'): Client {
-    const client = new Client(peer, stage, (closed) => this.#forgetClient(closed))
+  addClient(client: Client): Client {
+    const { peer } = client
     if (isDestroyed(peer)) return client // its 'close' is past
     this.#clients.set(peer, client)
+    client.onClose = () => this.#forgetClient(client)
     const emitter: NodeJS.EventEmitter = client.connection
     emitter.on('close', client.onClose)
     return client
@@ -1885,25 +1560,17 @@ class Traffic {
   }
 
   /** From now on its requests come by another peer. */
-  #movesTo(client: Client, peer: net.Socket | Http2Session): void {
+  moveClient(client: Client, peer: net.Socket | Http2Session): void {
     this.#clients.delete(client.peer)
     client.peer = peer
-    client.stage = 'serving'
+    client.state = 'serving'
     this.#clients.set(peer, client)
   }
 
   /** The application may emit `request` with anything: what comes by no connection is its own. */
-  #onRequest(request: http.IncomingMessage, response: http.ServerResponse): 'taken' | void {
+  #onRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
     if (!isRequest(request, response)) return
-    const { method, url = '', socket } = request
-    if (isForView(url)) {
-      warmupView(request, response)
-      return 'taken'
-    }
-    if (this.#isJudged && isForHealth(method, url)) {
-      this.#onHealthRequest(request, response)
-      return 'taken'
-    }
+    const { method, url, socket } = request
     const { stream } = response as { stream?: Http2Stream }
     if (this.#inFlight.has(response) || (stream && this.#inFlight.has(stream))) return
 
@@ -1913,50 +1580,29 @@ class Traffic {
     if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
   }
 
-  /** It is not counted, but its connection is busy until it is answered. */
-  #onHealthRequest(request: http.IncomingMessage, response: http.ServerResponse): void {
-    const { headers, socket } = request
-    const client = this.#clientOf(socket)
-    client.requestBegins(response)
-    response.once('close', () => client.requestEnded(request))
-    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
-    const send: SendHealth = (code, head, body) => response.writeHead(code, head).end(body)
-    answerHealth(headers, socket.remoteAddress, send).catch(doNothing) // it may be no request
-  }
-
   /** A request of HTTP/2, for which `request` may not be emitted. */
-  #onStream(stream: Http2Stream, headers: http.IncomingHttpHeaders): 'taken' | void {
+  #onStream(stream: Http2Stream, headers: http.IncomingHttpHeaders): void {
     const { session } = stream
-    const path = String(headers[':path'])
-    if (!session || isForView(path)) return
-
-    const method = String(headers[':method'])
+    if (!session) return
+    const { ':method': method, ':path': path } = headers
     const client = this.#clientOf(session)
-    const isHealth = this.#isJudged && isForHealth(method, path)
-    if (isHealth) {
-      this.#onHealthStream(stream, headers, client)
-    } else {
-      stream.once('close', () => {
-        client.upgradedStreams.delete(stream)
-        this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
-      })
-      this.#requestBegins(stream, `${method} ${path}`, client)
-    }
+    stream.once('close', () => {
+      client.upgradedStreams.delete(stream)
+      this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
+    })
+    this.#requestBegins(stream, `${String(method)} ${String(path)}`, client)
     if (method === 'CONNECT') this.#isUpgrading(stream, () => stream.headersSent)
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
-    if (isHealth) return 'taken'
   }
 
-  #onHealthStream(stream: Http2Stream, headers: http.IncomingHttpHeaders, client: Client): void {
-    client.requestBegins(stream)
-    stream.once('close', () => client.requestEnded())
-    stream.on('error', doNothing) // its prober may have reset it
-    const address = attempt(() => stream.session?.socket?.remoteAddress) // throws when it has ended
-    const send: SendHealth = (code, head, body) => {
-      stream.respond({ ':status': code, ...head })
-      stream.end(headers[':method'] === 'HEAD' ? '' : body)
-    }
-    answerHealth(headers, address, send).catch(doNothing)
+  /** For what a layer answers itself: it is not counted, but its connection is busy until then. */
+  keepBusy(peer: net.Socket | Http2Session, response: http.ServerResponse | Http2Stream): void {
+    const client = this.#clientOf(peer)
+    const answer: NodeJS.EventEmitter = response
+    client.requestBegins(response)
+    answer.once('close', () => client.requestEnded('req' in response ? response.req : undefined))
+    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
+    if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
   }
 
   /** Until the application answers, it is a request like any other. */
@@ -1972,6 +1618,14 @@ class Traffic {
   #isUpgrading(key: object, isUpgradeAnswered: () => boolean): void {
     const request = this.#inFlight.get(key)
     if (request) request.isUpgradeAnswered = isUpgradeAnswered
+  }
+
+  /** Waits for a request that began before its server was known; it is not counted. */
+  adopt(response: http.ServerResponse, client: Client): void {
+    const line = `${response.req.method} ${response.req.url}`
+    response.on('close', this.#onResponseClose)
+    this.#inFlight.set(response, { startedAtMs: performance.now(), line, client })
+    client.requestBegins()
   }
 
   #requestBegins(key: object, line: string, client: Client): void {
@@ -2017,25 +1671,16 @@ class Traffic {
 
   /** Refuses new connections, where the runtime can; what has come is served. */
   async refuseConnections(limitMs: number): Promise<void> {
-    this.#stage = 'refusing'
-    for (const server of this.#servers) acceptNoMore(server)
-    if (this.#servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
-    for (const server of this.#servers) this.#stopServer(server)
-    if (await this.#closeServersOfBun(limitMs)) this.#stage = 'closing'
-  }
-
-  /** They stop listening only by their `close()`, which finishes what is being served, but cuts
-   *  answers that are not taken yet. So it is called at a moment when there are none. Resolves to
-   *  whether such a moment came in time. */
-  async #closeServersOfBun(limitMs: number): Promise<boolean> {
-    if (!IS_BUN) return true
-    const isMoment = await pollUntil(() => !this.#isSending, limitMs)
-    if (isMoment) this.#servers.forEach(closeOnBun)
-    return isMoment
+    this.#state = 'refusing'
+    for (const server of this.servers) acceptNoMore(server)
+    if (this.servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
+    const stops = this.servers.map((server) => this.#stopServer(server))
+    await withinLimit(Promise.all(stops), limitMs).catch(doNothing)
+    this.#state = 'closing'
   }
 
   /** Whether an answer has been written that is not taken yet. */
-  get #isSending(): boolean {
+  get isSending(): boolean {
     return [...this.#inFlight.keys()].some((key) => 'writableEnded' in key && key.writableEnded)
   }
 
@@ -2057,7 +1702,7 @@ class Traffic {
    *  requests are over, and no connection is left by which another one may come. */
   closeQuietConnections(): boolean {
     const areRequestsOver = this.requestsInFlight === 0
-    if (this.#stage !== 'closing') return areRequestsOver // somebody may always connect
+    if (this.#state !== 'closing') return areRequestsOver // somebody may always connect
     let areAllQuiet = true
     for (const client of this.#clients.values()) {
       if (isDestroyed(client.peer)) continue
@@ -2066,20 +1711,7 @@ class Traffic {
       if (isToEnd && !client.sendSessionElsewhere()) client.sayGoodbye()
       if (!client.isQuiet) areAllQuiet = false
     }
-    if (areRequestsOver) this.#closeUnseenConnections()
     return areRequestsOver && areAllQuiet
-  }
-
-  /** Node.js itself may know which connections are idle of those that came before we saw the
-   *  server. But it also takes a connection for idle that still sends its answer, so we wait until
-   *  none that we know of does. */
-  #closeUnseenConnections(): void {
-    const clients = [...this.#clients.values()]
-    if (!clients.some(({ stage }) => stage === 'unseen')) return
-    if (clients.some(({ stage, isBusy }) => stage === 'serving' && isBusy)) return
-    for (const server of this.#servers as http.Server[]) {
-      attempt(() => server.closeIdleConnections?.())
-    }
   }
 
   /** Whether no connection is left but those that were upgraded. */
@@ -2087,35 +1719,30 @@ class Traffic {
     return [...this.#clients.values()].every(({ isUpgraded }) => isUpgraded)
   }
 
-  /** Cuts what is still being served; returns how many requests that were. What came before we saw
-   *  its server may be anything, so it stays, as what was upgraded does. */
+  /** Cuts what is still being served; returns how many requests that were. */
   cutRequests(): number {
     let count = this.requestsInFlight
     for (const client of this.#clients.values()) {
-      if (client.stage === 'unseen') client.stage = 'upgraded'
-      if (!client.isBusy) continue
-      if (client.requestsInFlight === 0) count++ // half a head
-      attempt(() => client.peer.destroy())
+      const { requestsInFlight } = client
+      const isCut = client.cut()
+      if (isCut && requestsInFlight === 0) count++ // half a head
     }
     return count
   }
 
-  /** Ends all connections that were not upgraded. On Bun, also closes the servers that had no
-   *  moment to be closed. */
+  /** Ends all connections that were not upgraded. */
   endConnections(): void {
     for (const client of this.#clients.values()) {
       if (!client.isUpgraded) client.destroy()
     }
-    const hadNoMoment = IS_BUN && this.#stage === 'refusing'
-    if (hadNoMoment) this.#servers.forEach(closeOnBun)
   }
 
   /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
   async endUpgraded(): Promise<void> {
     await pollUntil(() => this.upgradedConnections === 0, GOODBYE_MS)
-    for (const { stage, peer, upgradedStreams } of this.#clients.values()) {
+    for (const { state, peer, upgradedStreams } of this.#clients.values()) {
       for (const stream of upgradedStreams) attempt(() => stream.end())
-      if (stage === 'upgraded' && !('goaway' in peer)) attempt(() => peer.end())
+      if (state === 'upgraded' && !('goaway' in peer)) attempt(() => peer.end())
     }
     await pollUntil(() => this.upgradedConnections === 0, GOODBYE_MS)
     for (const client of this.#clients.values()) {
@@ -2127,7 +1754,7 @@ class Traffic {
   /** Lets the process end though the stand-ins of these servers are still open, also that of one
    *  which begins to listen now. */
   unrefServers(): void {
-    this.#stage = 'over'
+    this.#state = 'over'
     for (const server of this.#stoppedServers) server.unref()
   }
 
@@ -2136,10 +1763,11 @@ class Traffic {
     for (const server of this.#stoppedServers) closeStandIn(server)
   }
 
-  #stopServer(server: net.Server): void {
+  #stopServer(server: net.Server): unknown {
     this.#stoppedServers.add(server)
-    stopListening(server)
-    if (this.#stage === 'over') server.unref()
+    const stopped = stopListening(server, this)
+    if (this.#state === 'over') server.unref()
+    return stopped
   }
 }
 
@@ -2148,24 +1776,11 @@ class Traffic {
 function hookEmit(server: net.Server, traffic: Traffic): (() => void) | undefined {
   return replaceMethod(server, 'emit', (innerEmit) => {
     return function emit(this: net.Server, event: string, ...args: unknown[]): boolean {
-      const outcome = attemptOwn(() => traffic.onEvent(server, event, args))
-      if (outcome === 'taken') return true
+      const isTaken = attemptOwn(() => traffic.onEvent(server, event, args))
+      if (isTaken) return true
       return Reflect.apply(innerEmit, this, [event, ...args])
     }
   })
-}
-
-/** Makes a server keep idle connections for so long; returns a function that undoes this. */
-function keepConnections(server: http.Server, keepAliveMs: number | undefined): () => void {
-  const { keepAliveTimeout, headersTimeout } = server
-  if (keepAliveMs === undefined || keepAliveTimeout === undefined) return doNothing
-  const headMs = headersTimeout && Math.max(headersTimeout, keepAliveMs + HEAD_MS) // 0: no limit
-  server.keepAliveTimeout = keepAliveMs
-  server.headersTimeout = headMs
-  return () => {
-    if (server.keepAliveTimeout === keepAliveMs) server.keepAliveTimeout = keepAliveTimeout
-    if (server.headersTimeout === headMs) server.headersTimeout = headersTimeout
-  }
 }
 
 /** Node.js keeps at a connection the response that is being served, and what parses HTTP, which an
@@ -2181,24 +1796,6 @@ function hasMoreThanOneHead({ parser }: EarlierSocket): boolean {
 }
 
 const END_OF_HEAD = '\r\n\r\n'
-
-/** Also where the request came before its server was seen. */
-function isAnswering({ _httpMessage: response }: EarlierSocket): boolean {
-  return Boolean(response)
-}
-
-/** As far as the runtime tells. */
-function connectionsOf(server: net.Server): EarlierSocket[] {
-  const sockets = activeHandles().filter((handle) => handle instanceof net.Socket)
-  return sockets.filter((socket: net.Socket & { server?: unknown }) => socket.server === server)
-}
-
-/** The session of HTTP/2 that a connection carries. Node.js keeps it there by a key that has no
- *  name. */
-function sessionOf(socket: net.Socket): Http2Session | undefined {
-  const values = Reflect.ownKeys(socket).map((key) => attempt(() => Reflect.get(socket, key)))
-  return values.find((value) => hasMethods(value, 'goaway', 'close')) as Http2Session | undefined
-}
 
 /** With the socket below TLS. */
 type SecureSocket = net.Socket & { alpnProtocol?: unknown; _parent?: net.Socket }
@@ -2253,8 +1850,12 @@ type ServerWithHandle = net.Server & {
 /** What we have put into servers. */
 const standIns = new WeakSet<Handle>()
 
-function stopListening(server: ServerWithHandle): void {
-  if (!server.listening || IS_BUN) return
+/** How a server stops listening: at once, or when what this returns is resolved. A layer may put
+ *  another way in its place, for a runtime whose servers have no handle. */
+let stopListening: (server: net.Server, traffic: Traffic) => unknown = putStandIn
+
+function putStandIn(server: ServerWithHandle): void {
+  if (!server.listening) return
   const { _handle: handle, _pipeName: path } = server
   if (!handle) {
     // The server's own close() might cut connections whose answer is not taken yet.
@@ -2316,10 +1917,8 @@ const HANDLE_OF_SERVER = 1 // as Node.js calls it, for TCP and for Unix sockets
 const BACKLOG = 511 // as Node.js asks for where the program does not
 
 /** Closes a server that has stopped listening, unless the program has. */
-function closeStandIn(server: ServerWithHandle): void {
-  const { _handle: handle } = server
-  const isStandIn = handle ? standIns.has(handle) : serversClosedOnBun.has(server)
-  if (isStandIn) attempt(() => server.close())
+function closeStandIn(server: net.Server): void {
+  if (server.listening) attempt(() => server.close())
 }
 
 /** Tells the kernel to accept no more connections for us: clients that come now keep trying, and
@@ -2344,43 +1943,6 @@ function isOfCluster(handle: Handle): boolean {
 
 /** By this Node.js tells the sockets apart that it has opened; others have no address in it. */
 const OWN_SOCKET = /^(?:[46]:.*:\d+|-1:.*[/\\].*:-1)$/ // 4:127.0.0.1:8080, -1:/run/app.sock:-1
-
-const IS_BUN = 'bun' in process.versions
-
-/** Bun has no handle to close. So here the stand-in is a `close()` that waits for ours, of which
- *  nobody hears before; it goes when the server listens again. */
-function closeOnBun(server: net.Server): void {
-  if (!server.listening) return
-  const { promise: closed, resolve: onClosed } = deferred<void>()
-  const restoreEmit = replaceMethod(server, 'emit', (innerEmit) => {
-    return function emit(this: net.Server, event: string, ...args: unknown[]): unknown {
-      if (event !== 'close') return Reflect.apply(innerEmit, this, [event, ...args])
-      onClosed()
-      return true
-    }
-  })
-  const isClosing = attempt(() => server.close(() => onClosed())) !== undefined
-  if (!isClosing) onClosed()
-
-  serversClosedOnBun.add(server)
-  Reflect.defineProperty(server, 'listening', { configurable: true, value: true })
-  const tell = (callback: (() => void) | undefined): void => {
-    Reflect.deleteProperty(server, 'listening')
-    callback?.()
-    restoreEmit?.()
-    if (serversClosedOnBun.delete(server)) server.emit('close')
-  }
-  const restoreClose = replaceMethod(server, 'close', () => {
-    return function close(callback?: () => void): net.Server {
-      void closed.then(() => setImmediate(tell, callback))
-      return server
-    }
-  })
-  server.once('listening', () => restoreClose?.())
-}
-
-/** Those which the program has not closed. */
-const serversClosedOnBun = new WeakSet<net.Server>()
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
 
@@ -2524,7 +2086,7 @@ function verdictOf(state: VerdictState, grade: Grade, reason: string): Verdict {
 export const health: () => Promise<{ healthy: boolean; reason: string }> = shared(
   'health',
   async () => {
-    const { healthy, explanation } = await inspectAndJudge()
+    const { healthy, explanation } = await inquireAndJudge()
     return { healthy, reason: explanation }
   }
 )
@@ -2556,13 +2118,13 @@ async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
     }
     const isOver = monitor.isOff && monitor.state !== 'new'
     if (isOver || isSwitchedOff('FTW_MONITOR')) return
-    const isHealthy = monitor.isRunning && (await inspectAndJudge()).healthy
+    const isHealthy = monitor.isRunning && (await inquireAndJudge()).healthy
     if (isHealthy) return
     await unreffedPause(HEALTHY_POLL_MS)
   }
 }
 
-/** Judges by what is known, and does nothing else; `inspect` comes before it. */
+/** Judges by what is known, and does nothing else; `inquire` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing } = monitor
   if (draining) return verdictOf('draining', 'warn', toRedLine(draining.reason))
@@ -2615,117 +2177,57 @@ function toRedLine(text: string): string {
   return clean(text).replaceAll('OK', 'O K').slice(0, REASON_MAX)
 }
 
-/** Asks what the verdict has to know. A promise only if there is something to wait for, since that
+/** Whether something has to be asked before the verdict is told: a promise where there is nothing
  *  costs more than the rest of a check. */
-function inspect(): Promise<unknown> | undefined {
-  if (monitor.draining || isWithoutMonitor()) return undefined
-  if (monitor.traffic.server && monitor.isInstanceClosing) return undefined // it is known
-  if (databases.size === 0 && registeredChecks.size === 0 && !monitor.isConnectDue) return undefined
-  return inspectAll()
+function isInquiryDue(): boolean {
+  if (monitor.draining || isWithoutMonitor()) return false
+  if (monitor.server && monitor.isInstanceClosing) return false // it is known
+  if (databases.size > 0 || registeredChecks.size > 0) return true
+  return monitor.companions.some((companion) => companion.isInquiryDue)
 }
 
-/** The verdict as a check sees it: each change is remembered, and told in the log. */
-function judgeAndRecord(): Verdict {
+/** The verdict as a check sees it. */
+function judgeAndTell(): Verdict {
   const verdict = judge()
-  if (!monitor.isOff) monitor.history.note(verdict)
+  if (!monitor.isOff) tellCompanions(monitor, verdict)
   return verdict
 }
 
-/** Records when it happens what is known without asking anybody: a boot, a warm-up, a drain, the
- *  end. Whether the instance is green is not known so: its databases may be gone meanwhile. */
-function recordIfRed(owner: Monitor): void {
-  if (owner !== monitor || owner.isOff) return
-  const verdict = judge()
-  if (!verdict.healthy) owner.history.note(verdict)
+function tellCompanions(owner: Monitor, verdict: Verdict): void {
+  owner.toldVerdict = verdict
+  for (const companion of owner.companions) companion.onVerdict?.(verdict)
 }
 
-async function inspectAndJudge(): Promise<Verdict> {
+/** Tells when it happens what is known without asking anybody: a boot, a warm-up, a drain, the end.
+ *  Whether the instance is green is not known so: its databases may be gone meanwhile. */
+function tellIfRed(owner: Monitor): void {
+  if (owner !== monitor || owner.isOff) return
+  const verdict = judge()
+  if (!verdict.healthy) tellCompanions(owner, verdict)
+}
+
+async function inquireAndJudge(): Promise<Verdict> {
   const wasDraining = monitor.draining !== undefined
-  await inspect()
+  await inquireIfDue()
   const isResumed = wasDraining && !monitor.draining
-  if (isResumed) await inspect() // while it drained, nothing was asked
-  return judgeAndRecord()
+  if (isResumed) await inquireIfDue() // while it drained, nothing was asked
+  return judgeAndTell()
+}
+
+async function inquireIfDue(): Promise<void> {
+  if (isInquiryDue()) await inquire()
 }
 
 /** Asks even if the verdict does not depend on the answers, as during a drain. */
-async function inspectAll(): Promise<void> {
-  const inspections = allDependencies().map((each) => each.ask())
-  if (monitor.isConnectDue) inspections.push(monitor.connect())
-  await Promise.all(inspections)
+async function inquire(): Promise<void> {
+  const inquiries = allDependencies().map((each) => each.ask())
+  for (const companion of monitor.companions) {
+    if (companion.isInquiryDue && companion.inquire) inquiries.push(companion.inquire())
+  }
+  await Promise.all(inquiries)
   // What was registered meanwhile is asked, too; but only once, since that may go on without end.
   const added = allDependencies().filter(({ isAsked }) => !isAsked)
   await Promise.all(added.map((each) => each.ask()))
-}
-
-// --- Changes of the verdict ----------------------------------------------------------------------
-
-// When the instance was red, and why: a line in the log for each change, and the last few of them
-// for the status. What the monitor does itself is recorded when it happens. Databases and checks
-// are asked when somebody asks, and once at the end of a boot, a warm-up and a drain; between them
-// they are left alone, so that one which sleeps is not kept awake.
-
-class VerdictHistory {
-  /** The last ones, the oldest first, each with the time since which it held. */
-  readonly changes: { verdict: Verdict; time: string }[] = []
-  readonly #clock: Clock
-  #redSinceMs = performance.now()
-  #hasBeenHealthy = false
-  #dueLine: { level: 'info' | 'warn'; text: string } | undefined
-  #loggedAtTickMs = -Infinity
-
-  constructor(clock: Clock) {
-    this.#clock = clock
-    this.#add(BOOTING)
-  }
-
-  /** What was recorded last. */
-  get verdict(): Verdict {
-    return this.changes.at(-1)?.verdict ?? BOOTING
-  }
-
-  /** Compares what anybody may know: details may differ each time. */
-  note(verdict: Verdict): void {
-    const before = this.verdict
-    if (before.reason === verdict.reason) return
-    this.#add(verdict)
-    if (verdict.healthy) this.#tellHealthy(before)
-    else this.#tellRed(verdict, before)
-  }
-
-  #tellRed({ grade, cause }: Verdict, before: Verdict): void {
-    if (before.healthy) this.#redSinceMs = performance.now()
-    const isBoot = !this.#hasBeenHealthy && grade === 'warn' // which tells of itself
-    if (!isBoot) this.#logSoon(grade === 'fail' ? 'warn' : 'info', `is red: ${cause}`)
-  }
-
-  #tellHealthy(before: Verdict): void {
-    const seconds = ((performance.now() - this.#redSinceMs) / 1_000).toFixed(1)
-    const again = this.#hasBeenHealthy ? ' again' : ''
-    const isRedUntold = this.#dueLine !== undefined
-    const why = isRedUntold ? `; it was red: ${before.cause}` : ''
-    this.#logSoon('info', `is healthy${again} after ${seconds} s${why}`)
-    this.#hasBeenHealthy = true
-  }
-
-  #add(verdict: Verdict): void {
-    if (this.changes.length === CHANGES_MAX) this.changes.shift()
-    this.changes.push({ verdict, time: new Date().toISOString() })
-  }
-
-  /** Of several changes within a second, only the last one is logged. */
-  #logSoon(level: 'info' | 'warn', text: string): void {
-    this.#dueLine = { level, text }
-    const waitMs = this.#loggedAtTickMs + CHANGE_LINE_MS - this.#clock.nowTickMs
-    if (waitMs > 0) this.#clock.schedule(waitMs, this.logDueLine)
-    else this.logDueLine()
-  }
-
-  readonly logDueLine = (): void => {
-    if (!this.#dueLine) return
-    log(this.#dueLine.level, this.#dueLine.text)
-    this.#dueLine = undefined
-    this.#loggedAtTickMs = this.#clock.nowTickMs
-  }
 }
 
 // --- Databases and checks ------------------------------------------------------------------------
@@ -2778,35 +2280,6 @@ export const registerCheck: (name: string, check: Check, options?: CheckOptions)
   }
 )
 
-/** Checks pages of the service's own that the environment names. */
-function registerPageChecks(healthPath: string | undefined): void {
-  const { pages, refused } = readPages('FTW_MONITOR_CHECK')
-  for (const page of pages) {
-    if (parseTarget(page).path === healthPath) {
-      log('warn', `leaves ${page} out of FTW_MONITOR_CHECK: it would wait for itself`)
-    } else if (!registeredChecks.has(page)) {
-      registeredChecks.set(page, new PageCheck(page)) // what code says comes first
-    }
-  }
-  // What was to be checked is not known to be well.
-  for (const word of refused) {
-    if (registeredChecks.has(word)) continue
-    registeredChecks.set(word, new Dependency('Check', word, false, refusePage))
-  }
-}
-
-async function checkPage(page: string): Promise<true> {
-  const controller = new AbortController()
-  try {
-    const visited = visit(urlOfPage(page), controller.signal)
-    const code = await withinLimit(visited, 2 * ANSWER_MS) // it is late before
-    if (code >= 400) throw new Error(`it answered ${code}`)
-    return true
-  } finally {
-    controller.abort()
-  }
-}
-
 /** A database or a check, and what its last answer was. */
 class Dependency {
   readonly name: string
@@ -2856,6 +2329,11 @@ class Dependency {
     return this.#outcome === 'passes'
   }
 
+  /** Whether it cannot be judged yet. */
+  get isPremature(): boolean {
+    return !this.isAsked
+  }
+
   /** Whether it was just asked too early, before the instance was warm. */
   get isCold(): boolean {
     return false
@@ -2891,17 +2369,6 @@ class RegisteredDatabase extends Dependency {
   }
 }
 
-/** A check of a page of the instance itself, which has to accept connections first. */
-class PageCheck extends Dependency {
-  constructor(page: string) {
-    super('Check', page, false, () => checkPage(page))
-  }
-
-  override get isCold(): boolean {
-    return this.trouble(false) === 'timed out' && monitor.warmup.wasColdAt(this.call.askedAtMs)
-  }
-}
-
 function allDependencies(): Dependency[] {
   return [...databases.values(), ...registeredChecks.values()]
 }
@@ -2909,10 +2376,8 @@ function allDependencies(): Dependency[] {
 /** The first one that the instance needs and that does not pass. What is just cold comes last. */
 function firstBroken(): Dependency | undefined {
   if (databases.size === 0 && registeredChecks.size === 0) return undefined
-  const isBooting = monitor.state !== 'accepting'
   const broken = allDependencies().filter((each) => {
-    if (each.isPassing || each.isOptional || !each.isAsked) return false
-    return !(isBooting && each instanceof PageCheck)
+    return !each.isPassing && !each.isOptional && !each.isPremature
   })
   return broken.find(({ isCold }) => !isCold) ?? broken[0]
 }
@@ -3035,35 +2500,21 @@ function addSite(name: string, performer: WarmupPerformer): void {
   monitor.warmup.onRegistered(name, wasGreen)
 }
 
-/** Registers each page that the environment names as a site, which is warmed by loading it. One
- *  that cannot be used is a site whose warm-up fails: another page's must not make it green. */
-function registerPages(): void {
-  const { pages, refused } = readPages('FTW_MONITOR_WARMUP')
-  for (const page of pages) {
-    const name = toSiteName(page)
-    if (performers.has(name)) continue // what code says comes first
-    // As it was written: some servers want the slash at its end.
-    addSite(name, (warmup) => loadPage({ ...warmup, url: urlOfPage(page) }))
-  }
-  for (const word of refused) addSite(word, refusePage)
-}
-
 /** As it stands in a URL. */
 function toSiteName(page: string): string {
   const { pathname, search } = new URL(page, 'http://localhost')
   return (withoutSlashes(pathname) || '/') + search
 }
 
-const DEFAULT_SITES = ['/'] // warmed by loading the page, where nothing is registered
+/** What is warmed where nothing is registered. Layers add to it. */
+const defaultPerformers = new Map<string, WarmupPerformer>()
 
-function siteNames(): Iterable<string> {
-  return performers.size > 0 ? performers.keys() : DEFAULT_SITES
+function currentPerformers(): Map<string, WarmupPerformer> {
+  return performers.size > 0 ? performers : defaultPerformers
 }
 
-/** What is to be warmed where a path is asked for: all sites for `/`, else the one of that name. */
-function sitesAt(path: string): string[] {
-  const all = [...siteNames()]
-  return path === '/' ? all : all.filter((name) => name === path)
+function siteNames(): Iterable<string> {
+  return currentPerformers().keys()
 }
 
 /** How the warm-up of a site stands. */
@@ -3117,8 +2568,7 @@ class Site {
 
     try {
       signal.throwIfAborted()
-      const performer = performers.get(name) ?? loadPage
-      await untilAbort(signal, performer({ site: name, url, signal }))
+      await untilAbort(signal, currentPerformers().get(name)?.({ site: name, url, signal }))
       signal.throwIfAborted()
       this.stage = 'warm'
     } catch (error) {
@@ -3149,8 +2599,8 @@ class WarmupRunner {
   readonly #monitor: Monitor
   readonly #isAutomatic = !isSwitchedOff('FTW_MONITOR_AUTOWARMUP')
   readonly #sites = new Map<string, Site>()
-  /** Begun when the view has seen our own request, or nobody has answered that. */
-  #phase: 'askingView' | 'begun' | 'over' = 'askingView'
+  #state: 'preparing' | 'begun' | 'over' = 'preparing'
+  readonly #preparation = new AbortController()
 
   constructor(owner: Monitor) {
     this.#monitor = owner
@@ -3183,27 +2633,40 @@ class WarmupRunner {
   /** Warms up after boot, until all is warm: one passing error must not keep an instance out for
    *  good. */
   begin(): void {
-    const { isGuess, clock } = this.#monitor
-    if (!this.#isAutomatic) {
-      this.#phase = 'begun'
-      void inspectAndJudge() // the boot is over
-    } else if (isGuess) this.#beginWhenInUse(clock.nowTickMs + GUESS_MS)
-    else void this.#beginAtView()
+    if (this.#isAutomatic) {
+      void this.#beginWhenPrepared()
+    } else {
+      this.#state = 'begun'
+      void inquireAndJudge() // the boot is over
+    }
+  }
+
+  async #beginWhenPrepared(): Promise<void> {
+    const { signal } = this.#preparation
+    for (const companion of this.#monitor.companions) await companion.prepareWarmup?.(signal)
+    this.beginNow()
+  }
+
+  /** Warms what waits, whatever is not prepared yet. */
+  beginNow(): void {
+    if (this.#state !== 'preparing') return
+    this.#state = 'begun'
+    this.#takeNextStep()
   }
 
   /** A site that is registered while the instance is green only takes it out if it fails. */
   onRegistered(name: string, wasGreen: boolean): void {
-    if (this.#phase !== 'begun' || this.#site(name).stage !== 'waiting') return
+    if (this.#state !== 'begun' || this.#site(name).stage !== 'waiting') return
     void this.warmUp([name], !wasGreen)
   }
 
   abort(reason: string): void {
-    this.#viewController.abort(new Error(reason))
+    this.#preparation.abort(new Error(reason))
     for (const site of this.#queue.keys()) site.abort(reason)
   }
 
   end(): void {
-    this.#phase = 'over'
+    this.#state = 'over'
     this.abort('the monitor was stopped')
   }
 
@@ -3238,7 +2701,7 @@ class WarmupRunner {
     for (const site of sites) site.expect(isAwaited)
     const done = Promise.all(sites.map((site) => this.#enqueue(site)))
     // A further try of what has failed is no change.
-    if (this.#monitor.history.verdict.grade !== 'fail') recordIfRed(this.#monitor)
+    if (this.#monitor.toldVerdict.grade !== 'fail') tellIfRed(this.#monitor)
     const failures = await done
     return failures.filter(Boolean).join('; ')
   }
@@ -3259,10 +2722,10 @@ class WarmupRunner {
     const failure = describeFailures([site])
     this.#queue.delete(site)
     if (site.isAwaited) this.#awaitedUntilMs = performance.now()
-    if (this.#phase !== 'over') this.#logOutcome(site)
+    if (this.#state !== 'over') this.#logOutcome(site)
     if (this.#queue.size === 0) this.#takeNextStep()
-    const isOver = this.#queue.size === 0 && this.#phase !== 'over'
-    if (isOver) void inspectAndJudge() // as the next prober would
+    const isOver = this.#queue.size === 0 && this.#state !== 'over'
+    if (isOver) void inquireAndJudge() // as the next prober would
     return failure
   }
 
@@ -3274,79 +2737,16 @@ class WarmupRunner {
     log(failure ? 'warn' : 'info', text)
   }
 
-  // It begins with a request to the view, so that performers run as the work of a request does
-
-  /** Our own request for the view bears this token. */
-  #token: string | undefined
-  #viewController = new AbortController()
-
-  isOurRequest(request: http.IncomingMessage): boolean {
-    return this.#token !== undefined && request.headers[TOKEN_HEADER] === this.#token
-  }
-
-  /** The view has seen our own request. */
-  onView(): void {
-    if (this.#phase === 'askingView') this.#phase = 'begun'
-  }
-
-  /** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
-   *  So one that nobody named has served a request before, or has listened for a second. */
-  #beginWhenInUse(limitTickMs: number): void {
-    const { traffic, clock } = this.#monitor
-    const isInUse = traffic.requests > 0 || clock.nowTickMs >= limitTickMs
-    if (isInUse) void this.#beginAtView()
-    else clock.schedule(TICK_MS, () => this.#beginWhenInUse(limitTickMs))
-  }
-
-  /** If nobody answers at the view, the performers run all the same. */
-  async #beginAtView(): Promise<void> {
-    const { instance } = this.#monitor
-    const isOnUnixSocket = instance?.location.path !== undefined // where nobody is asked for a view
-    if (instance && !isOnUnixSocket) await this.#askView(instance)
-    if (this.#phase === 'over') return
-    this.#phase = 'begun'
-    this.#takeNextStep()
-  }
-
-  /** Only our token proves that the view is there: a catch-all route, another worker or another
-   *  process would answer, too. */
-  async #askView(instance: InstanceAddress): Promise<void> {
-    // Not before, since it loads all of Node.js's cryptography; and some replace it.
-    this.#token = attempt(() => crypto.randomUUID())
-    if (this.#token === undefined) return
-    const { url, location } = instance
-    const { ipv6Url } = location
-    await this.#askViewAt(url)
-    if (this.#phase !== 'askingView' || ipv6Url === undefined) return
-    instance.url = ipv6Url // for the performers, which begin as soon as the view is asked
-    await this.#askViewAt(ipv6Url)
-    if (this.#phase === 'askingView') instance.url = url
-  }
-
-  async #askViewAt(url: string): Promise<void> {
-    this.#viewController = new AbortController()
-    this.#monitor.clock.schedule(VIEW_MS, this.#giveUpView)
-    try {
-      await visit(`${url}${VIEW_PATH}`, this.#viewController.signal, this.#token)
-    } catch {
-      // Nobody answered.
-    }
-  }
-
-  readonly #giveUpView = (): void => {
-    if (this.#phase === 'askingView') this.#viewController.abort()
-  }
-
   // Further tries
 
   /** When what has failed is tried again. */
-  #retryAtTickMs: number | undefined
+  retryAtTickMs: number | undefined
   #retryPauseMs = WARMUP_RETRY_MS
 
   /** Warms what still waits, and tries again what has failed. */
   readonly #takeNextStep = (): void => {
     const { isInstanceClosing, clock } = this.#monitor
-    if (this.#phase !== 'begun' || this.#queue.size > 0 || currentShutdown) return
+    if (this.#state !== 'begun' || this.#queue.size > 0 || currentShutdown) return
     if (isInstanceClosing) {
       clock.schedule(TICK_MS, this.#takeNextStep) // one of another process may come back
       return
@@ -3356,20 +2756,20 @@ class WarmupRunner {
     const { failure } = this
     if (waiting.length > 0) void this.warmUp(waiting.map(({ name }) => name))
     else if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
-    else if (this.#retryAtTickMs === undefined) this.#retryLater(failure)
+    else if (this.retryAtTickMs === undefined) this.#retryLater(failure)
   }
 
   #retryLater(failure: string): void {
     const pauseMs = this.#retryPauseMs
     log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
     const { clock } = this.#monitor
-    this.#retryAtTickMs = clock.nowTickMs + pauseMs
+    this.retryAtTickMs = clock.nowTickMs + pauseMs
     this.#retryPauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
     clock.schedule(pauseMs, this.#retry)
   }
 
   readonly #retry = (): void => {
-    this.#retryAtTickMs = undefined
+    this.retryAtTickMs = undefined
     for (const site of this.sites) {
       if (site.stage === 'failed') site.expect(true)
     }
@@ -3378,15 +2778,9 @@ class WarmupRunner {
 
   /** Call it when something is back for want of which it may have failed. */
   retryAtOnce(): void {
-    if (this.#retryAtTickMs === undefined) return
+    if (this.retryAtTickMs === undefined) return
     this.#monitor.clock.cancel(this.#retry)
     this.#retry()
-  }
-
-  /** How long until what has failed is tried again, -1 where nothing has. */
-  get nextTrySeconds(): number {
-    if (this.#retryAtTickMs === undefined) return -1
-    return (this.#retryAtTickMs - this.#monitor.clock.nowTickMs) / 1_000
   }
 }
 
@@ -3411,140 +2805,12 @@ function describeFailures(sites: Site[]): string {
   return failures.join('; ')
 }
 
-/** The default performer: loads the page that the first visitor would have waited for. It cannot
- *  warm what speaks no HTTP/1, such as gRPC; that is green as soon as it accepts. */
-async function loadPage({ site, url, signal }: Warmup): Promise<void> {
-  const { clock } = monitor
-  const warn = (): void => {
-    log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
-  }
-  clock.schedule(PAGE_WARNING_MS, warn) // some servers answer nothing but upgrades
-  try {
-    const code = await visit(url, signal)
-    if (code >= 500) throw new Error(`it answered ${code}`)
-    if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
-  } catch (error) {
-    if (!isOfOtherProtocol(error)) throw error
-    log('warn', `cannot load ${site}: the instance speaks no HTTP/1; a performer of yours could`)
-  } finally {
-    clock.cancel(warn)
-  }
-}
-
-// --- Our own requests ----------------------------------------------------------------------------
-
-// The requests of a warm-up and of page checks. They go straight to the instance, whatever proxy
-// this process is told to use, and bear the credentials of the URL.
-
-/** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
- *  Resolves to the status when all of the answer has come. Pages over http are not loaded by fetch,
- *  which knows no Unix sockets, refuses some ports, and gives up after 300 s. */
-async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
-  const isPage = token === undefined
-  const credentials = monitor.instance?.location.headers ?? {}
-  const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
-  const isHttps = /^https:/i.test(url)
-  const doesFetchGoStraight = !mayFetchUseProxy()
-  if (!isHttps && (isPage || !doesFetchGoStraight)) return visitByGet(url, headers, signal)
-  if (!doesFetchGoStraight) failWith(`a proxy would be asked for it: name its host in NO_PROXY`)
-  return visitByFetch(url, headers, signal)
-}
-
-/** Where a page of the instance itself is loaded. */
-function urlOfPage(page: string): string {
-  const { instance } = monitor
-  if (!instance) throw new Error('the instance is booting')
-  return `${instance.url}${page}`
-}
-
-/** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
- *  environment names, Node.js where it is told to, or where the program has put a dispatcher of its
- *  own in place. We cannot tell whether our host is one of those in `NO_PROXY`. */
-function mayFetchUseProxy(): boolean {
-  const names = Object.keys(process.env)
-  const isHostExcepted = names.some((name) => NO_PROXY.test(name))
-  if (IS_BUN || 'deno' in process.versions) {
-    return !isHostExcepted && names.some((name) => PROXY.test(name))
-  }
-  const harmless = isHostExcepted ? [...DIRECT_DISPATCHERS, PROXY_DISPATCHER] : DIRECT_DISPATCHERS
-  return DISPATCHERS.some((key) => {
-    const dispatcher: unknown = Reflect.get(globalThis, key)
-    return dispatcher !== undefined && !harmless.includes(kindOfObject(dispatcher))
-  })
-}
-
-const PROXY = /^(https?|all)_proxy$/i
-const NO_PROXY = /^no_proxy$/i
-
-/** Where fetch finds what sends its requests; it is there from the first request on. */
-const DISPATCHERS = [
-  Symbol.for('undici.globalDispatcher.1'),
-  Symbol.for('undici.globalDispatcher.2')
-]
-const DIRECT_DISPATCHERS: unknown[] = ['Agent', 'Dispatcher1Wrapper']
-const PROXY_DISPATCHER = 'EnvHttpProxyAgent' // which heeds NO_PROXY
-
-function kindOfObject(value: unknown): unknown {
-  return attempt(() => Object(value).constructor.name as unknown)
-}
-
-async function visitByFetch(
-  url: string,
-  headers: Record<string, string>,
-  signal: AbortSignal
-): Promise<number> {
-  const page = await fetch(url, { headers, redirect: 'manual', signal })
-  // A fetch that the program has put in its place may give a stream of Node.js.
-  const parts = page.body as unknown as AsyncIterable<unknown> | null
-  for await (const part of parts ?? []) void part
-  return page.status
-}
-
-/** Without an agent, since the usual one may know of a proxy. */
-function visitByGet(
-  url: string,
-  headers: Record<string, string>,
-  signal: AbortSignal
-): Promise<number> {
-  const options = { agent: false, headers, signal, socketPath: monitor.instance?.location.path }
-  return new Promise((resolve, reject) => {
-    const request = http.get(url, options, (page) => {
-      page.on('error', reject)
-      page.on('end', () => resolve(page.statusCode ?? 0))
-      page.resume()
-    })
-    request.on('error', reject)
-    request.on('upgrade', (page) => {
-      page.destroy()
-      reject(new Error(`it answered ${page.statusCode}`))
-    })
-  })
-}
-
-const TOKEN_HEADER = 'x-ftw-monitor-token'
-
-/** Whether somebody answered, but not in HTTP/1. */
-function isOfOtherProtocol(error: unknown): boolean {
-  const { code, cause } = error as { code?: string; cause?: { code?: string } } // fetch has a cause
-  return NO_HTTP1.has(code ?? cause?.code ?? '')
-}
-
-const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLICATION_PROTOCOL'])
-
 // --- Who asks ------------------------------------------------------------------------------------
 
 // Whether somebody on this machine asks, and whether that is a person. Behind a proxy on it all
 // visitors look local, and any web page can make a browser on it send a request. So two rules stand
 // here: one for the service's own port, to which visitors come, and a kinder one for the monitor's
 // port, to which nobody forwards them.
-
-/** At the service's port we believe no browser, since it may be a visitor's behind a proxy that
- *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks in that case. */
-function isLocalVisitor({ headers, httpVersion, socket }: http.IncomingMessage): boolean {
-  if (httpVersion === '1.0' || fetchSiteOf(headers) !== undefined) return false
-  if (TOKEN_HEADER in headers) return false // of another instance
-  return isLocalSocket(socket) && isForOwnName(headers) && !isForwarded(headers)
-}
 
 /** At the monitor's port a person may use a browser. */
 function isLocalOperator({ headers }: http.IncomingMessage, session: Session): boolean {
@@ -3609,121 +2875,6 @@ function nameInHost(host: string): string {
 
 const HOST_HEADER = /^(?:\[(.+)\]|([^:]+))(?::\d+)?$/ // [::1]:8080, localhost:8080, localhost
 
-// --- The view ------------------------------------------------------------------------------------
-
-/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
- *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
- *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
- *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
-export const warmupView: (
-  request: http.IncomingMessage,
-  response: http.ServerResponse,
-  next?: () => void
-) => void = shared('warmupView', (request, response, next) => {
-  const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
-  const site = warmupSite(originalUrl) // Express cuts url
-  if (site === undefined) {
-    if (next) next()
-    else answerView(response, 404, 'Not found')
-    return
-  }
-
-  const { warmup } = monitor
-  const isOurs = warmup.isOurRequest(request)
-  const refusal = viewRefusal(request, isOurs)
-  if (refusal) {
-    answerView(response, ...refusal)
-    return
-  }
-  const sites = sitesAt(isOurs ? '/' : site)
-  if (sites.length === 0) {
-    answerView(response, 404, 'No such site is registered')
-    return
-  }
-  if (isOurs) {
-    warmup.onView()
-    response.shouldKeepAlive = false // else our own connection would delay server.close()
-  }
-  void answerWhenWarm(response, sites)
-})
-
-function viewRefusal(
-  request: http.IncomingMessage,
-  isOurs: boolean
-): [status: number, text: string] | undefined {
-  if (!isOurs && !isLocalVisitor(request)) return [403, 'Only this machine may ask for a warm-up']
-  if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
-  if (!monitor.instance) return [503, 'The monitor is not started']
-  return undefined
-}
-
-async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
-  const failure = await monitor.warmup.warmUp(sites)
-  try {
-    if (failure) answerView(response, 500, toRedLine(`${WARMUP_FAILED}: ${failure}`))
-    else answerView(response, 200, WARMED_UP)
-  } catch {
-    // The application may have answered meanwhile.
-  }
-}
-
-function answerView(response: http.ServerResponse, code: number, text: string): void {
-  response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
-  response.end(`${text}\n`)
-}
-
-const WARMED_UP = 'Warmup successful'
-
-/** Whether a request of the application's is answered by us. */
-function isForView(target: string): boolean {
-  return !monitor.isOff && warmupSite(target) !== undefined
-}
-
-/** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
-function warmupSite(target: string): string | undefined {
-  const { path } = parseTarget(target)
-  if (!path.endsWith(VIEW_PATH)) return undefined
-  return path.slice(0, -VIEW_PATH.length) || '/'
-}
-
-const VIEW_PATH = '/@@warmup'
-
-// --- The health path -----------------------------------------------------------------------------
-
-// A path at which the service's own port answers the verdict before the service sees the request,
-// for platforms that give a container one port, and balancers with one health port for a pool.
-
-/** Sends an answer; it may find that its asker has gone. */
-type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string) => void
-
-/** Other methods are the service's own. */
-function isForHealth(method: string | undefined, target: string): boolean {
-  // Known also after it has given up, when it must not be green, and where it is switched off, when
-  // it must not be red.
-  const { healthPath } = monitor
-  if (healthPath === undefined || (method !== 'GET' && method !== 'HEAD')) return false
-  return parseTarget(target).path === healthPath
-}
-
-/** Tells what anybody may know. Visitors share their address with the balancer through which they
- *  come, so a prober is known by its User-Agent, too, and bears no forwarding header. */
-async function answerHealth(
-  headers: http.IncomingHttpHeaders,
-  remoteAddress: string | undefined,
-  send: SendHealth
-): Promise<void> {
-  const { probers, instance } = monitor
-  const address = remoteAddress ?? instance?.location.path
-  if (address !== undefined && !isForPerson(headers) && !isForwarded(headers)) {
-    const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
-    const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
-    probers.note({ isPerson: false, remoteAddress: name }, 1)
-  }
-  const { healthy, reason } = await inspectAndJudge()
-  const body = `${reason}\n`
-  attempt(() => send(healthy ? 200 : 503, headersFor(PLAIN_TEXT, body), body))
-}
-
 // --- Probers -------------------------------------------------------------------------------------
 
 // Who asks for the verdict, and at which pace: a drain waits until each of them knows. All times
@@ -3737,7 +2888,7 @@ class Prober {
   /** How many drained answers it had. */
   drainedAnswers = 0
   /** As how many answers each of its own counts. */
-  #answersPerAsk = 1
+  answersPerAsk = 1
   readonly address: string
   asks = 0
   /** When it asked the last few times, the oldest first. */
@@ -3759,7 +2910,7 @@ class Prober {
 
   ask(nowTickMs: number, answersPerAsk: number): void {
     this.asks++
-    this.#answersPerAsk = answersPerAsk
+    this.answersPerAsk = answersPerAsk
     this.drainedAnswers += answersPerAsk
     this.#askedAtTickMs.push(nowTickMs)
     if (this.#askedAtTickMs.length > PROBER_MEMORY) this.#askedAtTickMs.shift()
@@ -3799,16 +2950,11 @@ class Prober {
     return Math.max(...this.#pauses, 0)
   }
 
-  /** How long it takes to give it so many answers at its pace. */
-  timeForAnswers(count: number): number {
-    return Math.ceil(count / this.#answersPerAsk) * this.intervalMs
-  }
-
   /** Whether it can have so many drained answers in time. With the first one it may begin to ask
    *  faster, as HAProxy does (`fastinter`): so that one is waited for at its usual pace, and the
    *  others for as long as they would take if they came evenly. */
   canHave(answers: number, nowTickMs: number, latestTickMs: number): boolean {
-    const asksLeft = Math.ceil((answers - this.drainedAnswers) / this.#answersPerAsk)
+    const asksLeft = Math.ceil((answers - this.drainedAnswers) / this.answersPerAsk)
     const leftMs = latestTickMs - this.lastAskedAtTickMs
     if (this.drainedAnswers === 0) return this.#longestPauseMs < leftMs
     return nowTickMs - this.lastAskedAtTickMs <= leftMs / asksLeft
@@ -3852,7 +2998,8 @@ class Probers {
 
     const prober = this.#byAddress.get(address) ?? this.#add(address)
     prober.ask(this.#monitor.clock.nowTickMs, answersPerAsk)
-    if (prober.asks === PROBER_ASKS) tellIfTooSlow(prober)
+    if (prober.asks !== PROBER_ASKS) return
+    for (const companion of this.#monitor.companions) companion.onProber?.(prober)
   }
 
   /** Returns whoever asks often enough to be a balancer, and has not stopped; from now on their
@@ -3900,21 +3047,6 @@ class Probers {
     if (!this.#monitor.draining && this.#lookupsInTick > LOOKUPS_PER_TICK) return 'whoever'
     return asker.remoteAddress ?? this.#monitor.listener?.unixSocket
   }
-}
-
-/** A prober may ask too rarely for a shutdown to tell it: the log says so while there is time to
- *  change that. */
-function tellIfTooSlow(prober: Prober): void {
-  const { options } = signals
-  if (!options) return
-  const { fall } = options
-  const tellingMs = tellingLimitMs(options.timeoutMs)
-  const neededMs = prober.timeForAnswers(fall)
-  if (neededMs <= tellingMs) return
-  const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
-  const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
-  const advice = 'raise timeoutMs, unless it asks faster then'
-  log('info', `${prober.shownAddress} ${prober.pace}: ${needed}, but ${limit}; ${advice}`)
 }
 
 const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
@@ -3968,7 +3100,7 @@ class Draining {
   reason: string
   readonly awaitedProbers: Prober[]
   readonly #monitor: Monitor
-  readonly #sinceMs = performance.now()
+  readonly sinceMs = performance.now()
   /** How many drained answers a prober needs. */
   #fall: number
   /** It is not finished before that. */
@@ -3985,7 +3117,7 @@ class Draining {
     this.awaitedProbers = owner.probers.chooseFrequent()
     this.reason = reason
     this.#fall = fall
-    this.#earliestMs = this.#sinceMs + minimumMs
+    this.#earliestMs = this.sinceMs + minimumMs
     this.#latestTickMs = owner.clock.nowTickMs + limitMs
   }
 
@@ -4006,15 +3138,6 @@ class Draining {
   /** While the monitor is closed nobody can be told. */
   get hasSomebodyToTell(): boolean {
     return this.#monitor.isRunning && this.awaitedProbers.length > 0
-  }
-
-  /** Whether it looks finished now; the command waits until this has held for QUIET_MS. */
-  get isFinished(): boolean {
-    return this.isTold && this.#monitor.traffic.requestsInFlight === 0
-  }
-
-  get seconds(): number {
-    return (performance.now() - this.#sinceMs) / 1_000
   }
 
   /** How many probers know. */
@@ -4072,12 +3195,6 @@ async function untilDrained(
   const isInTime = await pollUntil(isOver, options.timeoutMs)
   if (monitor.draining !== draining) return 'Not drained: resumed meanwhile'
   return isInTime ? '' : describeLate(options.timeoutMs, progress)
-}
-
-/** Whom a drain waits for: `drains: waits for 10.0.0.5 (asks every 2.0 s), at most 20 s`. */
-function describeWait({ awaitedProbers }: Draining, limitMs: number): string {
-  const probers = awaitedProbers.map(({ shownAddress, pace }) => `${shownAddress} (${pace})`)
-  return `drains: waits for ${probers.join(', ')}, at most ${limitMs / 1_000} s`
 }
 
 function describeLate(afterMs: number, progress: string): string {
@@ -4149,8 +3266,8 @@ export const shutdown: (options?: ShutdownOptions) => Promise<void> = shared(
   async (options = {}) => {
     const ofSignals = signals.options
     const checked = ofSignals ? overridden(ofSignals, options) : toShutdownOptions(options)
-    // What only delays a signal cleans nothing up: this one follows, when the others have heard.
-    if (currentShutdown?.isDelay) {
+    // One that cleans nothing up is followed by this one, when others have heard of the signal.
+    if (currentShutdown?.ending.isFinal === false) {
       await currentShutdown.done.promise
       await new Promise((resolve) => setImmediate(resolve))
     }
@@ -4184,8 +3301,8 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
   /** As they were given, since `onSignal` and `cleanUp` may use `this`. */
   given: ShutdownOptions
   exitAfterMs: number
-  /** Whether the signal is only delayed: whoever else hears of it does all the rest. */
-  isDelay: boolean
+  /** What becomes of the process, where a signal began it. */
+  ending: Ending
 }
 
 const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
@@ -4209,7 +3326,7 @@ function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
     `exitAfterMs must be greater than timeoutMs, and at most ${TIMER_MAX_MS}`,
     RangeError
   )
-  return { given: options, ...drainOptions, timeoutMs, minimumMs, exitAfterMs, isDelay: false }
+  return { given: options, ...drainOptions, timeoutMs, minimumMs, exitAfterMs, ending: EXIT }
 }
 
 /** A `timeoutMs` in the environment must not make an `exitAfterMs` in code invalid. */
@@ -4232,11 +3349,10 @@ function fittingMinimumMs(minimumMs: number, timeoutMs: number): number {
   return tellingMs
 }
 
-/** A shutdown that only delays a signal is over when the application hears of the signal, and may
- *  then be followed by one in the application's own way. */
+/** One that cleans nothing up may be followed by another one. */
 function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals): Shutdown {
-  const isDelayOver = currentShutdown?.isDelay === true && !currentShutdown.isRunning
-  if (currentShutdown && !isDelayOver) return currentShutdown
+  const mayFollow = currentShutdown?.isRunning === false && !currentShutdown.ending.isFinal
+  if (currentShutdown && !mayFollow) return currentShutdown
   currentShutdown = new Shutdown(options, signal)
   void currentShutdown.perform()
   return currentShutdown
@@ -4278,16 +3394,15 @@ class Shutdown {
     this.#isAtTerminal = signal === 'SIGINT' && process.stdin.isTTY
     this.#monitor = monitor
     this.#traffic = monitor.traffic
-    this.#allTraffic = [monitor.traffic, monitor.bystanders]
+    this.#allTraffic = monitor.allTraffic
   }
 
   get isRunning(): boolean {
     return this.phase !== 'done'
   }
 
-  /** Whether it only delays a signal, which is all that `FTW_MONITOR=auto` does. */
-  get isDelay(): boolean {
-    return this.#options.isDelay
+  get ending(): Ending {
+    return this.#options.ending
   }
 
   async perform(): Promise<void> {
@@ -4302,13 +3417,13 @@ class Shutdown {
     await this.#do('draining', () => this.#drain())
     this.#enter('closing')
     await this.#do('the requests in flight', () => this.#close())
-    if (!this.isDelay) await this.#cleanUp(event, told)
+    if (this.ending.isFinal) await this.#cleanUp(event, told)
 
     clearTimeout(deadline)
     const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
     await this.#monitor.end()
     if (!this.#signal) this.closeServers() // else whoever listens for it may want to
-    const isProcessEnding = this.#signal !== undefined && !this.isDelay
+    const isProcessEnding = this.#signal !== undefined && this.ending.isFinal
     if (!isProcessEnding) this.#monitor.unhookServers() // else nothing is to be served any more
     clearTimeout(keepAlive)
     this.#enter('done')
@@ -4372,7 +3487,6 @@ class Shutdown {
   /** Stops listening, and closes each connection when no request is in flight on it. */
   async #close(): Promise<void> {
     const { timeoutMs } = this.#options
-    if (this.#isServerUnknown) await this.#waitForUnknownServer()
     // One after the other: what the instance serves may still ask a server beside it. Some time is
     // kept for the requests of that one, since an answer of the instance may never end.
     const closings: Promise<boolean>[] = []
@@ -4387,9 +3501,8 @@ class Shutdown {
     // The last bytes of ended connections are still to be sent.
     const isGone = (): boolean => this.#allTraffic.every(({ isDisconnected }) => isDisconnected)
     if (isInTime) await pollUntil(isGone, GOODBYE_MS)
-    else if (this.isDelay)
-      return // whoever hears of the signal may finish them, or cut them
-    else await this.#cutRequests()
+    else if (this.ending.isFinal) await this.#cutRequests()
+    else return // whoever hears of the signal may finish them, or cut them
     for (const traffic of this.#allTraffic) traffic.endConnections()
   }
 
@@ -4412,23 +3525,6 @@ class Shutdown {
     // The application is to hear of it before cleanUp.
     const isCut = (): boolean => this.#allTraffic.every((each) => each.requestsInFlight === 0)
     await pollUntil(isCut, GOODBYE_MS)
-  }
-
-  /** The instance accepts connections, and its server, of a child process say, is not known. */
-  get #isServerUnknown(): boolean {
-    return !this.#traffic.server && this.#monitor.instance?.isAccepting === true
-  }
-
-  /** Of its requests nothing can be known, so they have all the time. */
-  async #waitForUnknownServer(): Promise<void> {
-    const limitMs = this.#options.timeoutMs - this.#elapsedMs()
-    const seconds = Math.round(limitMs / 1_000)
-    log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
-    const isGone = (): boolean => {
-      if (this.#monitor.isConnectDue) void this.#monitor.connect()
-      return !this.#isServerUnknown
-    }
-    await pollUntil(isGone, limitMs)
   }
 
   async #cleanUp(
@@ -4464,7 +3560,7 @@ class Shutdown {
   }
 
   #onDeadline(): void {
-    if (this.isDelay) return
+    if (!this.ending.isFinal) return
     const seconds = this.#options.exitAfterMs / 1_000
     log('error', `exits after ${seconds} s; not done: ${[...this.#undone].join(', ')}`)
     this.closeServers() // with them goes the file of a Unix socket
@@ -4495,18 +3591,41 @@ export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
       `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
     )
     signals.listen(names, checked)
-    monitor.findListeningServers()
+    monitor.findServers()
   }
 )
 
-const ENDING_SIGNALS: NodeJS.Signals[] = ['SIGTERM', 'SIGINT']
-
-/** All that `FTW_MONITOR=auto` does with a signal: how the process ends is up to the program and to
- *  the signal itself, as without us. */
-function delaySignals(): void {
-  signals.listen(ENDING_SIGNALS, { ...toShutdownOptions({}), isDelay: true })
-  monitor.findListeningServers()
+/** How a shutdown ends that a signal began. */
+interface Ending {
+  /** Whether it cuts what is late, and cleans up; else whoever hears of the signal does that. */
+  readonly isFinal: boolean
+  /** Ctrl-C was pressed again while it lasts. */
+  insist(first: Signal): void
+  /** The instance has shut down; the time until `exitAfterMs` is left. */
+  finish(first: Signal, ended: Shutdown, leftMs: number): void
 }
+
+/** A signal that came, with its number where the runtime knows it. */
+interface Signal {
+  name: NodeJS.Signals
+  number: number | undefined
+}
+
+/** Others hear of the signal, and have some time; then the process ends in any case. */
+const EXIT: Ending = {
+  isFinal: true,
+  insist() {
+    log('warn', 'SIGINT came again: ends at once')
+    currentShutdown?.closeServers() // with them goes the file of a Unix socket
+    process.exit(130)
+  },
+  finish(first, ended, leftMs) {
+    const isAnybodyTold = signals.tellOthers(first)
+    endProcess(ended, isAnybodyTold ? Math.max(leftMs, OTHERS_MS) : 0)
+  }
+}
+
+const ENDING_SIGNALS: NodeJS.Signals[] = ['SIGTERM', 'SIGINT']
 
 /** The signals by which somebody may ask a process to end, with Linux's numbers. */
 const SIGNAL_NUMBERS = new Map<string, number>([
@@ -4528,7 +3647,7 @@ class Signals {
   /** The listeners of others, each by what stands in its place. */
   readonly #heldBack = new Map<SignalListener, SignalListener>()
   /** The signal that began the shutdown. */
-  #first: { signal: NodeJS.Signals; number: number | undefined; atMs: number } | undefined
+  #first: (Signal & { atMs: number }) | undefined
   #isRepeatLogged = false
   /** One of somebody else's is added just after this event. */
   readonly #onNewListener = (name: string | symbol, listener: unknown): void => {
@@ -4557,11 +3676,12 @@ class Signals {
     this.release()
     this.options = options
     for (const name of new Set(names)) {
-      const listener: SignalListener = (signal, number) => {
+      const listener: SignalListener = (_, number) => {
+        const hear = (): void => this.#onSignal({ name, number }, options)
         // tsx has a hidden listener in its child, and kills the child if that does not answer
         // within 60 ms: so it comes before all that we do.
-        if (isSomebodyHidden(name)) setImmediate(() => this.#onSignal(signal, number, options))
-        else this.#onSignal(signal, number, options)
+        if (isSomebodyHidden(name)) setImmediate(hear)
+        else hear()
       }
       this.#listeners.set(name, listener)
       process.on(name, listener)
@@ -4607,68 +3727,39 @@ class Signals {
     for (const [place, original] of originals) place.listener = unwrapped(original)
   }
 
-  #onSignal(
-    signal: NodeJS.Signals,
-    number: number | undefined,
-    options: CheckedShutdownOptions
-  ): void {
+  #onSignal(signal: Signal, options: CheckedShutdownOptions): void {
+    const nowMs = performance.now()
     if (!this.#first) {
-      this.#first = { signal, number, atMs: performance.now() }
+      this.#first = { ...signal, atMs: nowMs }
       process.on('removeListener', this.#onListenerRemoved)
-      monitor.findServers() // also where it was not started, since a shutdown waits for them
-      void this.#shutDown(signal, number, options)
+      monitor.hookServers() // also where it was not started, since a shutdown waits for them
+      void this.#shutDown(signal, options)
       return
     }
-    if (signal === 'SIGINT' && performance.now() - this.#first.atMs >= INSIST_MS) {
-      if (!options.isDelay) {
-        log('warn', 'SIGINT came again: ends at once')
-        currentShutdown?.closeServers() // with them goes the file of a Unix socket
-        process.exit(130)
-      }
-      log('warn', 'SIGINT came again: lets the signals through')
-      this.#letThrough(this.#first.signal, this.#first.number)
-      process.kill(process.pid, signal) // as the second one that it is
+    if (signal.name === 'SIGINT' && nowMs - this.#first.atMs >= INSIST_MS) {
+      options.ending.insist(this.#first)
       return
     }
-    if (!this.#isRepeatLogged) log('info', `${signal} came again: is shutting down already`)
+    if (!this.#isRepeatLogged) log('info', `${signal.name} came again: is shutting down already`)
     this.#isRepeatLogged = true
   }
 
-  async #shutDown(
-    signal: NodeJS.Signals,
-    number: number | undefined,
-    options: CheckedShutdownOptions
-  ): Promise<void> {
+  async #shutDown(signal: Signal, options: CheckedShutdownOptions): Promise<void> {
     const cameAtMs = performance.now()
-    const delay = beginShutdown(options, signal)
-    await delay.done.promise
+    const ended = beginShutdown(options, signal.name)
+    await ended.done.promise
     if (!this.areHeard) return // somebody has insisted meanwhile
     const leftMs = options.exitAfterMs - (performance.now() - cameAtMs)
-    if (options.isDelay) {
-      this.#letThrough(signal, number)
-      setTimeout(() => log('warn', `the program goes on after ${signal}`), leftMs).unref()
-      return
-    }
-    const isAnybodyTold = this.#tellOthers(signal, number)
-    endProcess(delay, isAnybodyTold ? Math.max(leftMs, OTHERS_MS) : 0)
-  }
-
-  /** Lets the signal do what it would have done without us. */
-  #letThrough(signal: NodeJS.Signals, number: number | undefined): void {
-    const isAnybodyTold = this.#tellOthers(signal, number)
-    if (isAnybodyTold) return
-    // The kernel spares the first process of a container, which would serve nobody for ever.
-    if (process.pid === 1) process.exit(128 + (number ?? 0))
-    process.kill(process.pid, signal)
+    options.ending.finish(signal, ended, leftMs)
   }
 
   /** Takes our listeners off, and lets the others hear of the signal, as if it came now: each in a
    *  turn of its own, since what one throws is an uncaught exception. Returns whether there are
    *  any. */
-  #tellOthers(signal: NodeJS.Signals, number: number | undefined): boolean {
+  tellOthers({ name, number }: Signal): boolean {
     this.release()
-    const others = shownListeners(signal)
-    for (const other of others) process.nextTick(other.bind(process), signal, number)
+    const others = shownListeners(name)
+    for (const other of others) process.nextTick(other.bind(process), name, number)
     return others.length > 0
   }
 }
@@ -4952,13 +4043,12 @@ addCommand('livez', 'Prove that the event loop turns', () => 'Alive', { hidden: 
 /** Answers at once if there is nothing to ask. */
 function checkHealth(asker: Asker): void | Promise<void> {
   monitor.probers.note(asker, 1)
-  const inspection = inspect()
-  if (!inspection) return tellVerdict(asker)
-  return inspection.then(() => tellVerdict(asker))
+  if (!isInquiryDue()) return tellVerdict(asker)
+  return inquire().then(() => tellVerdict(asker))
 }
 
 function tellVerdict(asker: Asker): void {
-  const verdict = judgeAndRecord()
+  const verdict = judgeAndTell()
   if (verdict.healthy) asker.write('OK\n')
   else asker.reply(`${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
 }
@@ -4967,21 +4057,6 @@ function tellVerdict(asker: Asker): void {
  *  reason; details are for this machine. */
 function reasonFor(asker: Asker, { reason, explanation }: Verdict): string {
   return asker.local ? explanation : reason
-}
-
-addCommand('agent_check', "Answer HAProxy's agent check", async (asker) => {
-  monitor.probers.note(asker, AGENT_WORTH)
-  const verdict = await inspectAndJudge()
-  if (verdict.healthy) return `up ${idlePercentage()}%`
-  const state = monitor.draining ? 'stopped' : 'down'
-  return asker.reply(`${state} #${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
-})
-
-/** What the event loop has left over, but never nothing: an instance that fails fast is idle
- *  too. */
-function idlePercentage(): number {
-  const idle = Math.round(100 - 100 * Math.max(0, monitor.load.utilization))
-  return Math.max(10, idle)
 }
 
 addCommand('warmup_state', 'Get instance warmup state.', () => {
@@ -5017,38 +4092,6 @@ function reporterTo(asker: Asker): (progress: string) => void {
     progressBefore = progress
     reportedAtMs = nowMs
     asker.write(`${progress}\n`)
-  }
-}
-
-addCommand(
-  'warmup',
-  `Warm up again: warmup [SITE]
-
-    warmup does what GET /@@warmup does, warmup /shop what GET /shop/@@warmup does: the instance is
-    out until it is over. Replies "Warmup successful", or why it failed; every 10 s, how far it is.
-`,
-  async (asker, path = '/') => {
-    const sites = isUsablePage(path) ? sitesAt(toSiteName(path)) : []
-    if (sites.length === 0) failWith(`Error: no site '${path}' is registered`)
-    const report = (progress: string): void => asker.write(`${progress}\n`)
-    const failure = await warmUpReporting(sites, report)
-    if (failure) failWith(`${WARMUP_FAILED}: ${failure}`)
-    return WARMED_UP
-  },
-  { http: false, local: true }
-)
-
-/** Reports now and then, since nobody waits for minutes without a word. */
-async function warmUpReporting(
-  sites: string[],
-  report: (progress: string) => void
-): Promise<string> {
-  const done = monitor.warmup.warmUp(sites)
-  for (;;) {
-    const failure = await Promise.race([done, unreffedPause(REPORT_MS)])
-    if (failure !== undefined) return failure
-    const running = monitor.warmup.sites.find(({ stage }) => stage === 'running')
-    if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
   }
 }
 
@@ -5179,65 +4222,18 @@ function timedOut(name: string | undefined): string {
   return `${toRedLine(`Error: ${name} timed out`)}\n`
 }
 
-// --- The wire: PROXY headers ---------------------------------------------------------------------
-
-// A balancer that speaks the PROXY protocol says who its client is before it sends anything else:
-// in a line, or in bytes behind a signature. That is skipped and not believed, since anybody can
-// send it.
-
-/** How many bytes of a connection's beginning are such a header; 0 where there is none. */
-function proxyHeaderLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
-  if (mayBeginWith(PROXY_LINE_START, bytes)) return proxyLineLength(bytes)
-  if (mayBeginWith(PROXY_SIGNATURE, bytes)) return proxyBytesLength(bytes)
-  return 0
-}
-
-/** Whether the bytes that have come are those of a signature, or the first of them. */
-function mayBeginWith(signature: Buffer, bytes: Buffer): boolean {
-  if (bytes[0] !== signature[0]) return false // most checks: nothing more is looked at
-  const length = Math.min(signature.length, bytes.length)
-  return bytes.compare(signature, 0, length, 0, length) === 0
-}
-
-/** Of version 1. */
-function proxyLineLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
-  const text = bytes.toString('latin1', 0, PROXY_LINE_MAX)
-  if (text.includes('\n')) return PROXY_LINE.exec(text)?.[0].length ?? 'wrong'
-  return text.length < PROXY_LINE_MAX ? 'incomplete' : 'wrong'
-}
-
-/** Of version 2: behind the signature come version and command, the family of the addresses, and
- *  the length of what follows. */
-function proxyBytesLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
-  if (bytes.length < PROXY_FIXED_BYTES) return 'incomplete'
-  const isKnown = PROXY_COMMANDS.includes(bytes.readUInt8(12))
-  const length = PROXY_FIXED_BYTES + bytes.readUInt16BE(14)
-  if (!isKnown || length > PROXY_HEADER_MAX) return 'wrong'
-  return bytes.length < length ? 'incomplete' : length
-}
-
-const PROXY_WORD = 'PROXY '
-const PROXY_LINE_START = Buffer.from(PROXY_WORD)
-/** PROXY TCP4 192.0.2.7 10.0.0.5 51234 8160, or PROXY UNKNOWN and perhaps more */
-const PROXY_LINE = /^PROXY (?:TCP[46](?: [\da-fA-F.:]+){2}(?: \d+){2}|UNKNOWN(?: .*)?)\r\n/
-
-/** As the protocol writes it: blank lines, a zero and QUIT, which no other protocol begins with */
-const PROXY_SIGNATURE = Buffer.from([
-  0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a
-])
-const PROXY_FIXED_BYTES = 16
-const PROXY_COMMANDS = [0x20, 0x21] // LOCAL, which HAProxy's own checks send, and PROXY
-
-const WRONG_PROXY_HEADER = 'Error: wrong PROXY header\n'
-
 // --- The wire: lines -----------------------------------------------------------------------------
+
+/** Takes what a balancer may send before any line; returns whether lines may follow. A layer that
+ *  knows of such things puts another function in its place. */
+let skipPreamble: (lines: LineSession) => boolean = () => true
 
 /** A connection that sends lines. It begins in quit mode: a command, its reply, the end. */
 class LineSession extends Session implements Asker {
   readonly isHttp = false
   mode: Mode = 'quit'
   unread: Buffer = NOTHING
-  /** Whether a PROXY header may still come. */
+  /** Whether what a balancer sends first may still come. */
   isFresh = true
   /** The words of the last command. */
   lastWords: string[] = []
@@ -5271,28 +4267,13 @@ class LineSession extends Session implements Asker {
 
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
   serve(): void {
-    if (this.isFresh && !this.skipProxyHeader()) return
+    if (this.isFresh) this.isFresh = !skipPreamble(this)
+    if (this.isFresh) return
     for (let lines = 0; this.isAtLeisure; lines++) {
       if (lines === LINES_PER_TURN) this.yieldTurn()
       else if (this.socket.writableNeedDrain) this.waitForReader()
       else if (!this.serveLine()) return
     }
-  }
-
-  /** Returns whether lines may follow now. A header that breaks off is taken for a line. */
-  skipProxyHeader(): boolean {
-    const length = proxyHeaderLength(this.unread)
-    if (length === 'incomplete' && !this.socket.readableEnded) return false
-
-    this.isFresh = false
-    if (length === 'wrong') {
-      this.refuse(WRONG_PROXY_HEADER)
-      return false
-    }
-    if (length === 'incomplete' || length === 0) return true
-    this.isProxied = true
-    this.unread = this.unread.subarray(length)
-    return true
   }
 
   waitForReader(): void {
@@ -5574,14 +4555,9 @@ function headersFor(type: string, body: string): http.OutgoingHttpHeaders {
   }
 }
 
-/** What `/` is to a browser, and to all others. */
-function nameOfRoot({ accept }: http.IncomingHttpHeaders): string {
-  const isForBrowser = accept?.includes('text/html') === true
-  return isForBrowser && commands.has(PAGE) ? PAGE : 'help'
-}
-
-/** The command that answers a browser at `/`, where a layer below has added it. */
-const PAGE = '/'
+/** The command that `/` names. A layer that has a page for browsers puts another function in its
+ *  place. */
+let nameOfRoot: (headers: http.IncomingHttpHeaders) => string = () => 'help'
 
 /** Reads `/NAME/ARG…?QUERY`; the name is '' of `/`. */
 function parseCommand(target: string): { name: string; args: string[]; query: string } {
@@ -5727,55 +4703,6 @@ const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (
 
 // The environment
 
-/** All that may begin with `FTW_MONITOR_`. Layers add to it. */
-const VARIABLES = [
-  'FTW_MONITOR_LISTEN',
-  'FTW_MONITOR_URL',
-  'FTW_MONITOR_AUTOWARMUP',
-  'FTW_MONITOR_WARMUP',
-  'FTW_MONITOR_CHECK',
-  'FTW_MONITOR_HEALTH_PATH',
-  'FTW_MONITOR_KEEP_ALIVE_MS',
-  'FTW_MONITOR_LOCAL',
-  'FTW_MONITOR_TIMEOUT_MS',
-  'FTW_MONITOR_MINIMUM_MS'
-]
-
-/** A mistyped one would have no effect, and nobody would notice. */
-function warnOfUnknownVariables(): void {
-  const names = attempt(() => Object.keys(process.env)) ?? [] // Deno may allow some of them alone
-  const unknown = names.filter((name) => {
-    if (!name.startsWith(PREFIX) || VARIABLES.includes(name)) return false
-    const value = readEnv(name)
-    return value !== undefined && !isOfKubernetes(name, value)
-  })
-  if (unknown.length > 0) log('warn', `does not know ${unknown.map(withNearest).join(', ')}`)
-}
-
-/** Kubernetes tells every container of a Service named ftw-monitor in such variables. */
-function isOfKubernetes(name: string, value: string): boolean {
-  return /_(SERVICE_(HOST|PORT)|PORT_\d+_)/.test(name) || /^(tcp|udp|sctp):/.test(value)
-}
-
-function withNearest(name: string): string {
-  let nearest = { variable: '', likeness: 0 }
-  for (const variable of VARIABLES) {
-    const likeness = likenessOf(name.slice(PREFIX.length), variable.slice(PREFIX.length))
-    if (likeness > nearest.likeness) nearest = { variable, likeness }
-  }
-  return nearest.likeness < LIKENESS_MIN ? name : `${name} (perhaps ${nearest.variable})`
-}
-
-const PREFIX = 'FTW_MONITOR_'
-const LIKENESS_MIN = 0.4 // as of PATH and HEALTH_PATH
-
-/** From 0 to 1, by the pairs of letters that two words share. */
-function likenessOf(one: string, other: string): number {
-  const pairs = Array.from(one.slice(1), (letter, at) => one.charAt(at) + letter)
-  const common = pairs.filter((pair) => other.includes(pair))
-  return (2 * common.length) / (one.length + other.length)
-}
-
 function readEnv(name: string): string | undefined {
   return process.env[name]?.trim() || undefined
 }
@@ -5803,29 +4730,6 @@ function readMilliseconds(name: string): number | undefined {
   return undefined
 }
 
-/** Pages that the environment names, with blanks or commas between them, and what is none there. */
-function readPages(name: string): { pages: string[]; refused: string[] } {
-  const words = readEnv(name)?.split(PAGE_SEPARATOR).filter(Boolean) ?? []
-  const refused = words.filter((word) => !isUsablePage(word)).map(clean)
-  if (refused.length > 0)
-    log('warn', `cannot use ${refused.join(' ')} of ${name}: ${PAGE_SENTENCE}`)
-  return { pages: words.filter(isUsablePage).map(withoutFragment), refused }
-}
-
-/** Whatever the query, it is the same answer. */
-function readHealthPath(): string | undefined {
-  const [page] = readPages('FTW_MONITOR_HEALTH_PATH').pages
-  return page === undefined ? undefined : parseTarget(page).path
-}
-
-/** Other commas belong to the page: `/map?at=46.9,7.4`. */
-const PAGE_SEPARATOR = /[,;]*\s+|[,;]+(?=\/|$)/
-const PAGE_SENTENCE = 'a page is a path like /shop or /search?q=a'
-
-function refusePage(): never {
-  failWith(`cannot be used: ${PAGE_SENTENCE}`)
-}
-
 /** A path, perhaps with a query. Without control characters, which a name must not have. */
 function isUsablePage(page: string): boolean {
   return PAGE_START.test(page) && isWord(page)
@@ -5835,11 +4739,6 @@ const PAGE_START = /^\/(?![/\\])/ // of /search?q=a, but not of //example.org
 
 function isSitePath(path: unknown): boolean {
   return typeof path === 'string' && isUsablePage(path) && !/[?#]/.test(path)
-}
-
-/** A browser would not send it either. */
-function withoutFragment(page: string): string {
-  return page.replace(/#.*/s, '')
 }
 
 function isSwitchedOff(name: string): boolean {
@@ -5895,20 +4794,16 @@ function describeError(error: unknown): string {
   const { message, cause, code, name } = error as NodeJS.ErrnoException
   if (message === 'fetch failed' && cause) return errorText(cause)
   const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
-  return boundedText(text) + adviceFor(message, String(code))
+  const advice = advisers.map((advise) => advise(message, String(code)))
+  return boundedText(text) + advice.join('')
 }
+
+/** What might help against an error, '' if that is not known. Layers add to it. */
+const advisers: ((message: unknown, code: string) => string)[] = []
 
 /** Hides passwords before it cuts, since half of one is not known for what it is. */
 function boundedText(value: unknown): string {
   return withoutPasswords(String(value)).slice(0, REASON_MAX)
-}
-
-function adviceFor(message: unknown, code: string): string {
-  if (message === 'bad port') return ' for fetch; register a warm-up performer that does without it'
-  if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
-  if (NO_HTTP1.has(code)) return '; it speaks no HTTP/1'
-  if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
-  return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
 }
 
 /** The frames of a stack, without its message, which may come from outside and look like one. */
@@ -5958,11 +4853,6 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   `close`, `emit` and        on Bun alone, in place of `_handle`
 //   `listening` of a server
 
-// With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
-// start() does when the program's server listens, and delays its signals from then on; before that,
-// and where none ever listens, as in npm and in child processes, it touches nothing but listen().
-// With `FTW_MONITOR=0` it only answers at the health path, if the environment names one.
-
 const signals = new Signals()
 
 /** The shutdown that has begun, also when it is over; `start` forgets it. */
@@ -5970,6 +4860,563 @@ let currentShutdown: Shutdown | undefined
 
 /** One that was not begun stands for none. */
 let monitor = new Monitor({ servers: [] }, 'new')
+
+// --- Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it -
+
+// What serves programs as they are: where nobody passes a server to `start`, where it comes late, or
+// has listened for long, and where nobody calls `start`.
+
+/** Gives a companion to the current monitor, and to each one from now on. */
+function accompany(make: (owner: Monitor) => Companion): void {
+  companionMakers.push(make)
+  monitor.companions.push(make(monitor))
+}
+
+// --- Servers that listen -------------------------------------------------------------------------
+
+// Which servers listen in this process: from now on by their `listen`, and already as far as the
+// runtime tells.
+
+interface ListenObserver {
+  /** Something is about to listen at this place. */
+  onListen(wanted: Endpoint): void
+  onListening(server: net.Server): void
+}
+
+/** Tells an observer of each server of this process that begins to listen; returns a function that
+ *  ends this. */
+function observeListening(observer: ListenObserver): () => void {
+  // On Bun the http servers have a `listen` of their own.
+  const prototypes = [net.Server.prototype, http.Server.prototype]
+  const own = prototypes.filter((prototype) => Object.hasOwn(prototype, 'listen'))
+  const observers = new Set([observer])
+  const restores = own.map((prototype) => {
+    return replaceMethod(prototype, 'listen', (inner) => observedListen(inner, observers))
+  })
+  return () => {
+    observers.clear()
+    for (const restore of restores) restore?.()
+  }
+}
+
+function observedListen(inner: Callable, observers: Set<ListenObserver>): Callable {
+  const awaited = new WeakSet<net.Server>()
+  const onListening = (server: net.Server): void => {
+    awaited.delete(server)
+    // `unref()` comes after `listen()`, and tells that it is not the instance.
+    setImmediate(() => {
+      if (!server.listening) return
+      for (const observer of observers) attemptOwn(() => observer.onListening(server))
+    })
+  }
+  return function listen(this: net.Server, ...args: unknown[]): unknown {
+    if (MONITOR_SERVER in this) return Reflect.apply(inner, this, args)
+    const isAwaited = awaited.has(this) // since an earlier try, which failed
+    if (!isAwaited) this.once('listening', () => onListening(this))
+    awaited.add(this)
+    const wanted = attempt(() => placeOf(args)) ?? {}
+    for (const observer of observers) attemptOwn(() => observer.onListen(wanted))
+    return Reflect.apply(inner, this, args)
+  }
+}
+
+/** Where a call of `listen` wants to listen; of a handle and the like nothing is known. */
+function placeOf([first, second]: unknown[]): Endpoint {
+  if (isObject(first)) {
+    const { path, port, host } = first as Endpoint
+    return path === undefined ? { port: Number(port), host: host ?? '' } : { path }
+  }
+  if (typeof first === 'string' && Number.isNaN(Number(first))) return { path: first }
+  return { port: Number(first), host: typeof second === 'string' ? second : '' }
+}
+
+/** Those that listen already, as far as the runtime tells. */
+function listeningServers(): net.Server[] {
+  return activeHandles()
+    .filter(isServer)
+    .filter(({ listening }) => listening)
+}
+
+function activeHandles(): unknown[] {
+  const { _getActiveHandles }: { _getActiveHandles?: () => unknown[] } = Object(process)
+  return attempt(() => _getActiveHandles?.call(process)) ?? []
+}
+
+/** Neither our own port, nor the primary of a cluster. */
+function servesRequests(server: net.Server): boolean {
+  return server.listenerCount('request') > 0 || server.listenerCount('stream') > 0
+}
+
+/** A metrics exporter, say, does not. */
+function keepsProcessAlive(server: net.Server): boolean {
+  const { _unref, _handle } = server as {
+    _unref?: boolean
+    _handle?: { hasRef?: () => boolean } | null
+  }
+  return _unref !== true && _handle?.hasRef?.() !== false
+}
+
+// --- Servers that start() was not given ----------------------------------------------------------
+
+// Where `start` was given none, the instance is the first server that serves requests and keeps the
+// process alive. At a signal a shutdown closes all that listen.
+
+/** Looks for servers on behalf of a monitor. */
+class ServerSearch implements Companion {
+  readonly #owner: Monitor
+  /** Servers that are not the instance: at a signal they are closed, and waited for. */
+  readonly #bystanders: Traffic
+  /** Set while servers that listen are seen. */
+  #endObserving: (() => void) | undefined
+  /** Until it warns of a server that listens elsewhere than `PORT`. */
+  #portWarning: ReturnType<typeof setTimeout> | undefined
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+    const observer: ServerObserver = {
+      onServerListening: doNothing,
+      onServerClose: (server) => this.#bystanders.remove(server) // it may be collected as garbage
+    }
+    this.#bystanders = new Traffic(observer, owner.companions)
+    owner.allTraffic.push(this.#bystanders)
+  }
+
+  findServers(): void {
+    this.#endObserving ??= observeListening({
+      onListen: (place) => this.#stepAside(place),
+      onListening: (server) => this.#onServerFound(server)
+    })
+    for (const server of listeningServers()) this.#onServerFound(server)
+  }
+
+  onUnhook(): void {
+    this.#endObserving?.()
+    this.#endObserving = undefined
+    clearTimeout(this.#portWarning)
+  }
+
+  #onServerFound(server: net.Server): void {
+    const { traffic } = this.#owner
+    if (traffic.has(server) || !servesRequests(server)) return
+    if (this.#isInstance(server)) {
+      traffic.unhook()
+      traffic.add(server)
+      this.#owner.onServerListening(server)
+      return
+    }
+    if (signals.areHeard || signals.hasCome) this.#bystanders.add(server)
+    if (isSearching(this.#owner) && keepsProcessAlive(server)) this.#warnOfPortLater(server)
+  }
+
+  /** Where `start` was given no server, it is the one at the port that is known, or the first. */
+  #isInstance(server: net.Server): boolean {
+    const { options, traffic } = this.#owner
+    const isGiven = options.servers.length > 0
+    if (isGiven || traffic.server?.listening || !keepsProcessAlive(server)) return false
+    const wanted = attempt(() => toldAddress(options))
+    const found = boundAddress({}, server)
+    return !wanted || (wanted.port === found.port && wanted.path === found.path)
+  }
+
+  /** The program may not heed PORT; or it listens there, too, but later. One warning is enough. */
+  #warnOfPortLater(server: net.Server): void {
+    if (this.#portWarning) return
+    const warn = (): void => {
+      if (!isSearching(this.#owner)) return
+      if (!server.listening) {
+        this.#portWarning = undefined
+        return
+      }
+      const place = describeAddress(server.address() ?? '')
+      const port = readEnv('PORT')
+      log('warn', `finds no server at PORT=${port}, but one at ${place}: set PORT to that`)
+    }
+    this.#portWarning = setTimeout(warn, LISTEN_WARNING_MS).unref()
+  }
+
+  /** A program that could listen there without us can do so with us. */
+  #stepAside(wanted: Endpoint): void {
+    const { address, listener } = this.#owner
+    if (!listener || !address || !isInTheWay(address, wanted)) return
+    void listener.close()
+    this.#owner.listener = undefined
+    const place = describeAddress(address)
+    log('warn', `gives ${place} to the program, which listens there: set FTW_MONITOR_LISTEN`)
+  }
+}
+
+/** Whether nobody else can listen at the wanted place; of a name it is not known which address it
+ *  stands for. */
+function isInTheWay(address: net.AddressInfo | string, wanted: Endpoint): boolean {
+  if (typeof address === 'string') return wanted.path === address
+  const { port, host = '' } = wanted
+  if (port !== address.port) return false
+  const isOneAddressEach = [host, address.address].every((each) => isOneAddress(each))
+  return !isOneAddressEach || host === address.address
+}
+
+/** Neither a name nor any address. */
+function isOneAddress(host: string): boolean {
+  return net.isIP(host) > 0 && host !== '::' && host !== '0.0.0.0'
+}
+
+/** What an instance is bound to by its options and the environment alone. */
+function toldAddress({ port }: { port?: number }): Bound {
+  const text = readEnv('PORT')
+  if (port === undefined && isPath(text)) return { address: '', port, path: text }
+  const instancePort = port ?? readEnvAs('PORT', toPort, PORT_SENTENCE)
+  if (instancePort === undefined) failWith('needs a port: set PORT, or start(server)')
+  return { address: readEnv('HOST') ?? '', port: instancePort, path: undefined }
+}
+
+/** A port that can be connected to. */
+function toPort(text: string): number | undefined {
+  const port = Number(text)
+  return isPort(port) && port > 0 ? port : undefined
+}
+
+serversNeeded = 0
+accompany((owner) => new ServerSearch(owner))
+
+// --- Instances behind a port ---------------------------------------------------------------------
+
+// Where the port is known, and the server is not found in this process, it may be that of a child
+// process. Whether such an instance accepts connections only a connection can tell.
+
+const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
+const CONNECT_MS = 900 // to connect to the instance; Kubernetes waits for one second
+const CONNECT_AGAIN_MS = 1_000 // so that many probers cost one connection a second
+
+class PortWatch implements Companion {
+  readonly #owner: Monitor
+  #connectedAtMs = -Infinity
+  #pendingConnect: Promise<void> | undefined
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+    owner.allTraffic.unshift(new UnseenTraffic(owner, this))
+  }
+
+  /** While it boots it is looked for, by the clock of the monitor. */
+  onTick(): void {
+    const { server, state, options, warmup } = this.#owner
+    if (server) return
+    if (state === 'waiting' && isPortKnown(options)) this.#open()
+    if (this.#owner.state === 'booting') void this.inquire()
+    if (warmup.stage === 'running' && this.isInquiryDue) void this.inquire()
+  }
+
+  get isInquiryDue(): boolean {
+    const { server, instance } = this.#owner
+    if (server || !instance) return false
+    return performance.now() - this.#connectedAtMs > CONNECT_AGAIN_MS
+  }
+
+  /** Connects once. Callers that come while a connection is tried share its outcome. */
+  inquire(): Promise<void> {
+    this.#pendingConnect ??= this.#connect()
+    return this.#pendingConnect
+  }
+
+  #open(): void {
+    const owner = this.#owner
+    this.#connectedAtMs = -Infinity
+    try {
+      owner.open(toldAddress(owner.options))
+    } catch (error) {
+      owner.giveUp(error)
+    }
+    owner.clock.schedule(ACCEPT_WARNING_MS, () => {
+      if (owner.state === 'booting') log('warn', `finds nothing at ${owner.instance?.url}`)
+    })
+  }
+
+  async #connect(): Promise<void> {
+    const { instance } = this.#owner
+    if (!instance) return
+    const { host, port = 0, path } = instance.location
+    const outcome = await connectionOutcome(path === undefined ? { host, port } : { path })
+    this.#pendingConnect = undefined
+    this.#connectedAtMs = performance.now()
+    if (instance !== this.#owner.instance) return
+    // Of a full backlog, say, nothing is to be learned: what was seen last still holds.
+    if (outcome !== 'unknown') instance.isRefusing = outcome === 'refusing'
+    if (outcome === 'accepting') this.#owner.accept()
+  }
+}
+
+/** Also where it is known wrongly, of which the opening tells. */
+function isPortKnown({ port }: CheckedStartOptions): boolean {
+  return port !== undefined || readEnv('PORT') !== undefined
+}
+
+/** The requests of a server that is not in this process, or whose events cannot be seen. */
+class UnseenTraffic extends Traffic {
+  readonly #owner: Monitor
+  readonly #watch: PortWatch
+
+  constructor(owner: Monitor, watch: PortWatch) {
+    super(owner, [])
+    this.#owner = owner
+    this.#watch = watch
+  }
+
+  /** Of its requests nothing can be known, so they have all the time. */
+  override async refuseConnections(limitMs: number): Promise<void> {
+    if (!this.#isThere) return
+    const seconds = Math.round(limitMs / 1_000)
+    log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
+  }
+
+  override closeQuietConnections(): boolean {
+    if (this.#watch.isInquiryDue) void this.#watch.inquire()
+    return !this.#isThere
+  }
+
+  get #isThere(): boolean {
+    const { traffic, state, isInstanceClosing } = this.#owner
+    return !traffic.server && state === 'accepting' && !isInstanceClosing
+  }
+}
+
+function connectionOutcome(to: net.NetConnectOpts): Promise<'accepting' | 'refusing' | 'unknown'> {
+  return new Promise((resolve) => {
+    const socket = attempt(() => net.connect(to)) // it throws where permissions forbid it
+    if (!socket) {
+      resolve('unknown')
+      return
+    }
+    socket.unref()
+    socket.setTimeout(CONNECT_MS, () => {
+      socket.destroy()
+      resolve('unknown')
+    })
+    socket.on('connect', () => {
+      socket.destroy()
+      resolve('accepting')
+    })
+    socket.on('error', (error) => resolve(isConnectionRefused(error) ? 'refusing' : 'unknown'))
+  })
+}
+
+type ConnectionError = NodeJS.ErrnoException & { address?: string }
+
+/** A name may have several addresses, and an error for each. */
+function isConnectionRefused(error: ConnectionError & { errors?: ConnectionError[] }): boolean {
+  const { errors = [error] } = error
+  const codes = errors.flatMap(({ code = '', address }) => {
+    return address === '::1' && NO_IPV6.has(code) ? [] : [code]
+  })
+  return codes.length > 0 && codes.every((code) => REFUSED.has(code))
+}
+
+const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
+const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
+
+accompany((owner) => new PortWatch(owner))
+
+// --- Connections that came earlier ---------------------------------------------------------------
+
+// A server may have connections when it is hooked. Of one by TLS or HTTP/2, only the socket can be
+// found then; of others, Node.js itself keeps at the socket what is being answered.
+
+/** A connection of which nothing is known until its next request comes. */
+class EarlierClient extends Client {
+  readonly #traffic: Traffic
+
+  constructor(socket: net.Socket, traffic: Traffic) {
+    super(socket, 'handshaking')
+    this.#traffic = traffic
+  }
+
+  get isUnseen(): boolean {
+    return this.state === 'handshaking'
+  }
+
+  override get isBusy(): boolean {
+    return this.isUnseen || super.isBusy
+  }
+
+  /** It may be anything, so it stays, as what was upgraded does. */
+  override cut(): boolean {
+    if (this.isUnseen) this.state = 'upgraded'
+    return super.cut()
+  }
+
+  /** Node.js itself may know whether it is idle. But it also takes a connection for idle that still
+   *  sends its answer, so we wait until none that we know of does. */
+  override sampleQuiet(): void {
+    super.sampleQuiet()
+    const { servers, clients, requestsInFlight } = this.#traffic
+    if (!this.isUnseen || requestsInFlight > 0) return
+    if (clients.some(({ state, isBusy }) => state === 'serving' && isBusy)) return
+    for (const server of servers as http.Server[]) attempt(() => server.closeIdleConnections?.())
+  }
+}
+
+accompany(() => ({
+  onServer(traffic, server) {
+    for (const socket of connectionsOf(server)) addEarlier(traffic, server, socket)
+  },
+  onEvent(traffic, _server, event, args) {
+    if (event === 'stream') recogniseSession(traffic, (args[0] as Http2Stream).session)
+    return undefined
+  }
+}))
+
+function addEarlier(traffic: Traffic, server: net.Server, socket: EarlierSocket): void {
+  if (isSecure(server) || speaksHttp2(server, socket)) {
+    const unseen = traffic.addClient(new EarlierClient(socket, traffic))
+    const session = sessionOf(socket)
+    if (session) traffic.moveClient(unseen, session)
+    return
+  }
+  const client = traffic.addClient(new Client(socket, socket.parser ? 'serving' : 'upgraded'))
+  const { _httpMessage: response } = socket
+  if (response && !response.writableFinished) traffic.adopt(response, client)
+}
+
+/** A session of HTTP/2 may be that of an earlier connection. */
+function recogniseSession(traffic: Traffic, session: Http2Session | undefined): void {
+  if (!session || traffic.knows(session)) return
+  const unseen = traffic.clients.filter((each) => each instanceof EarlierClient && each.isUnseen)
+  const port = attempt(() => session.socket?.remotePort)
+  const client = unseen.find(({ connection }) => {
+    return 'remotePort' in connection && connection.remotePort === port
+  })
+  if (client) traffic.moveClient(client, session)
+}
+
+/** As far as the runtime tells. */
+function connectionsOf(server: net.Server): EarlierSocket[] {
+  const sockets = activeHandles().filter((handle) => handle instanceof net.Socket)
+  return sockets.filter((socket: net.Socket & { server?: unknown }) => socket.server === server)
+}
+
+/** The session of HTTP/2 that a connection carries. Node.js keeps it there by a key that has no
+ *  name. */
+function sessionOf(socket: net.Socket): Http2Session | undefined {
+  const values = Reflect.ownKeys(socket).map((key) => attempt(() => Reflect.get(socket, key)))
+  return values.find((value) => hasMethods(value, 'goaway', 'close')) as Http2Session | undefined
+}
+
+// --- Servers of Bun ------------------------------------------------------------------------------
+
+// Bun has no handle to close. Servers stop listening only by their `close()`, which finishes what is
+// being served, but cuts answers that are not taken yet. So it is called at a moment when there are
+// none. The stand-in is a `close()` that waits for ours, of which nobody hears before.
+
+/** Closes a server when no answer has been written that is not taken yet. */
+async function closeOnBun(server: net.Server, traffic: Traffic): Promise<void> {
+  while (traffic.isSending && server.listening) await unreffedPause(POLL_MS)
+  if (server.listening) closeBehindStandIn(server)
+}
+
+if ('bun' in process.versions) stopListening = closeOnBun
+
+/** The stand-in goes when the server listens again. */
+function closeBehindStandIn(server: net.Server): void {
+  const { promise: closed, resolve: onClosed } = deferred<void>()
+  const restoreEmit = replaceMethod(server, 'emit', (innerEmit) => {
+    return function emit(this: net.Server, event: string, ...args: unknown[]): unknown {
+      if (event !== 'close') return Reflect.apply(innerEmit, this, [event, ...args])
+      onClosed()
+      return true
+    }
+  })
+  const isClosing = attempt(() => server.close(() => onClosed())) !== undefined
+  if (!isClosing) onClosed()
+
+  let isTold = false
+  Reflect.defineProperty(server, 'listening', { configurable: true, value: true })
+  const tell = (callback: (() => void) | undefined): void => {
+    Reflect.deleteProperty(server, 'listening')
+    callback?.()
+    restoreEmit?.()
+    if (!isTold) server.emit('close')
+    isTold = true
+  }
+  const restoreClose = replaceMethod(server, 'close', () => {
+    return function close(callback?: () => void): net.Server {
+      void closed.then(() => setImmediate(tell, callback))
+      return server
+    }
+  })
+  server.once('listening', () => restoreClose?.())
+}
+
+// --- Copies that differ --------------------------------------------------------------------------
+
+/** Where this copy is. Only a stack tells that in an ES module and in CommonJS alike. */
+const FILE_IN_STACK = /(?:file:|\/|\w:\\)[^\n]*?(?=:\d+:\d+)/ // at <anonymous> (/srv/app.cjs:9:5)
+const FILE: string = FILE_IN_STACK.exec(`${new Error().stack}`)?.[0] ?? ''
+
+ownExports['FILE'] = FILE
+if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all is loaded
+
+/** Two versions may differ in more than their names. What the first one lacks is our own, and knows
+ *  nothing of what is registered there. */
+function warnOfOtherVersion(first: Record<string, unknown>): void {
+  const isComplete = Object.keys(ownExports).every((name) => name in first)
+  if (isComplete && first['VERSION'] === VERSION) return
+  const loaded = `${String(first['FILE'])} (${String(first['VERSION'])})`
+  log('warn', `is loaded twice: ${loaded} does the work of ${FILE} (${VERSION}), too`)
+}
+
+// --- Mistyped variables --------------------------------------------------------------------------
+
+/** All that may begin with `FTW_MONITOR_`. Layers add to it. */
+const VARIABLES = [
+  'FTW_MONITOR_LISTEN',
+  'FTW_MONITOR_URL',
+  'FTW_MONITOR_AUTOWARMUP',
+  'FTW_MONITOR_LOCAL',
+  'FTW_MONITOR_TIMEOUT_MS',
+  'FTW_MONITOR_MINIMUM_MS'
+]
+
+/** A mistyped one would have no effect, and nobody would notice. */
+function warnOfUnknownVariables(): void {
+  const names = attempt(() => Object.keys(process.env)) ?? [] // Deno may allow some of them alone
+  const unknown = names.filter((name) => {
+    if (!name.startsWith(PREFIX) || VARIABLES.includes(name)) return false
+    const value = readEnv(name)
+    return value !== undefined && !isOfKubernetes(name, value)
+  })
+  if (unknown.length > 0) log('warn', `does not know ${unknown.map(withNearest).join(', ')}`)
+}
+
+/** Kubernetes tells every container of a Service named ftw-monitor in such variables. */
+function isOfKubernetes(name: string, value: string): boolean {
+  return /_(SERVICE_(HOST|PORT)|PORT_\d+_)/.test(name) || /^(tcp|udp|sctp):/.test(value)
+}
+
+function withNearest(name: string): string {
+  let nearest = { variable: '', likeness: 0 }
+  for (const variable of VARIABLES) {
+    const likeness = likenessOf(name.slice(PREFIX.length), variable.slice(PREFIX.length))
+    if (likeness > nearest.likeness) nearest = { variable, likeness }
+  }
+  return nearest.likeness < LIKENESS_MIN ? name : `${name} (perhaps ${nearest.variable})`
+}
+
+const PREFIX = 'FTW_MONITOR_'
+const LIKENESS_MIN = 0.4 // as of PATH and HEALTH_PATH
+
+/** From 0 to 1, by the pairs of letters that two words share. */
+function likenessOf(one: string, other: string): number {
+  const pairs = Array.from(one.slice(1), (letter, at) => one.charAt(at) + letter)
+  const common = pairs.filter((pair) => other.includes(pair))
+  return (2 * common.length) / (one.length + other.length)
+}
+
+accompany(() => ({ onBegin: warnOfUnknownVariables }))
+
+// --- Programs that nobody edits ------------------------------------------------------------------
+
+// With `FTW_MONITOR=auto` this file, preloaded into a program that knows nothing of it, does what
+// start() does when the program's server listens, and delays its signals from then on; before that,
+// and where none ever listens, as in npm and in child processes, it touches nothing but listen().
 
 const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
 
@@ -5980,22 +5427,6 @@ const isAutoWanted = !firstExports && readAutoSwitch()
 
 /** Whether this is a copy that begins by itself. */
 const isAuto = isAutoWanted && !isWorkerThread
-
-if (isAuto) {
-  monitor = new Monitor({ servers: [], isByItself: true })
-  monitor.search()
-}
-
-// A program that knows nothing of us has no health path, at which its platform asks all the same.
-const isHealthPathOnly = !firstExports && !isWorkerThread && isSwitchedOff('FTW_MONITOR')
-if (isHealthPathOnly && isUsablePage(readEnv('FTW_MONITOR_HEALTH_PATH') ?? '')) {
-  monitor = new Monitor({ servers: [], isByItself: true })
-  monitor.findServers()
-  monitor.answerAtHealthPath()
-}
-
-if (isAutoWanted && isWorkerThread) tellOfServerInThread()
-if (firstExports) queueMicrotask(() => warnOfOtherVersion(firstExports)) // when all is loaded
 
 function readAutoSwitch(): boolean {
   const word = readEnv('FTW_MONITOR')
@@ -6016,6 +5447,885 @@ function tellOfServerInThread(): void {
   }
   const endSearch = observeListening({ onListen: doNothing, onListening })
 }
+
+const GUESS_MS = 1_000 // until a server that nobody named is taken for the instance
+
+/** The monitor that nobody started: it begins when the program's server listens, and there may
+ *  never be one. */
+class AutoMonitor extends Monitor {
+  get isSearching(): boolean {
+    return this.state === 'new'
+  }
+
+  /** What it was begun with holds, unless something else is wanted in code. */
+  override answerStart = ({ servers, ...others }: CheckedStartOptions): 'begin' | 'goOn' => {
+    const isMoreWanted = Object.values(others).some((option) => option !== undefined)
+    const isOurs = servers.every((server) => server === this.traffic.server)
+    return this.isRunning && isOurs && !isMoreWanted ? 'goOn' : 'begin'
+  }
+
+  override onServerListening(server: net.Server): void {
+    if (this.isSearching)
+      queueMicrotask(() => this.#beginUnlessBegun()) // when all is loaded
+    else super.onServerListening(server)
+  }
+
+  #beginUnlessBegun(): void {
+    if (this.isSearching && monitor === this) void this.begin()
+  }
+}
+
+function isSearching(owner: Monitor): boolean {
+  return owner instanceof AutoMonitor && owner.isSearching
+}
+
+/** A server that waits for a single request, such as an OAuth callback, must not get ours for it.
+ *  So one that nobody named has served a request before, or has listened for a second. */
+async function untilInUse({ traffic, clock }: Monitor): Promise<void> {
+  const limitTickMs = clock.nowTickMs + GUESS_MS
+  while (traffic.requests === 0 && clock.nowTickMs < limitTickMs) {
+    await new Promise<void>((resolve) => clock.schedule(TICK_MS, resolve))
+  }
+}
+
+/** All that becomes of a signal: how the process ends is up to the program and to the signal
+ *  itself, as without us. */
+const DELAY: Ending = {
+  isFinal: false,
+  insist(first) {
+    log('warn', 'SIGINT came again: lets the signals through')
+    letThrough(first)
+    process.kill(process.pid, 'SIGINT') // as the second one that it is
+  },
+  finish(first, _ended, leftMs) {
+    letThrough(first)
+    setTimeout(() => log('warn', `the program goes on after ${first.name}`), leftMs).unref()
+  }
+}
+
+/** Lets the signal do what it would have done without us. */
+function letThrough(signal: Signal): void {
+  const isAnybodyTold = signals.tellOthers(signal)
+  if (isAnybodyTold) return
+  // The kernel spares the first process of a container, which would serve nobody for ever.
+  if (process.pid === 1) process.exit(128 + (signal.number ?? 0))
+  process.kill(process.pid, signal.name)
+}
+
+/** What a monitor does besides, in a program that was to be left as it is. */
+class AutoCompanion implements Companion {
+  readonly #owner: Monitor
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+  }
+
+  onTick(): void {
+    this.#delaySignals()
+  }
+
+  onEvent(_traffic: Traffic, _server: net.Server, event: string): undefined {
+    if (event === 'listening') this.#delaySignals()
+  }
+
+  async prepareWarmup(): Promise<void> {
+    const { options } = this.#owner
+    const isGuess = this.#owner instanceof AutoMonitor && !isPortKnown(options)
+    if (isGuess) await untilInUse(this.#owner)
+  }
+
+  /** From when the instance listens, unless the program has asked for more. */
+  #delaySignals(): void {
+    const { traffic, isOff } = this.#owner
+    if (isOff || signals.areHeard || signals.hasCome || !traffic.server?.listening) return
+    signals.listen(ENDING_SIGNALS, { ...toShutdownOptions({}), ending: DELAY })
+    monitor.findServers()
+  }
+}
+
+if (isAuto) {
+  accompany((owner) => new AutoCompanion(owner))
+  monitor = new AutoMonitor({ servers: [] }, 'new')
+  monitor.hookServers()
+}
+
+if (isAutoWanted && isWorkerThread) tellOfServerInThread()
+
+// --- Layer: pages and balancers; all from here on may be deleted, and nothing above refers to it -
+
+// What is set by the environment of a deployment rather than in code: pages in place of performers,
+// what the service's own port answers, and what balancers want besides.
+
+// --- Pages ---------------------------------------------------------------------------------------
+
+// Pages of the instance itself that the environment names in place of code: to warm them, or to
+// check them. Where nothing is registered, `/` is warmed.
+
+const PAGE_WARNING_MS = 10_000 // by then a page is not slow, but silent
+
+/** Registers each page that the environment names as a site, which is warmed by loading it. One
+ *  that cannot be used is a site whose warm-up fails: another page's must not make it green. */
+function registerPages(): void {
+  const { pages, refused } = readPages('FTW_MONITOR_WARMUP')
+  for (const page of pages) {
+    const name = toSiteName(page)
+    if (performers.has(name)) continue // what code says comes first
+    // As it was written: some servers want the slash at its end.
+    addSite(name, (warmup) => loadPage({ ...warmup, url: urlOfPage(page) }))
+  }
+  for (const word of refused) addSite(word, refusePage)
+}
+
+/** The default performer: loads the page that the first visitor would have waited for. It cannot
+ *  warm what speaks no HTTP/1, such as gRPC; that is green as soon as it accepts. */
+async function loadPage({ site, url, signal }: Warmup): Promise<void> {
+  const { clock } = monitor
+  const warn = (): void => {
+    log('warn', `gets no answer from ${url}; if it never answers, register a warm-up performer`)
+  }
+  clock.schedule(PAGE_WARNING_MS, warn) // some servers answer nothing but upgrades
+  try {
+    const code = await visit(url, signal)
+    if (code >= 500) throw new Error(`it answered ${code}`)
+    if (code >= 300) log('warn', `got ${code} for ${site}: nothing behind it was loaded`)
+  } catch (error) {
+    if (!isOfOtherProtocol(error)) throw error
+    log('warn', `cannot load ${site}: the instance speaks no HTTP/1; a performer of yours could`)
+  } finally {
+    clock.cancel(warn)
+  }
+}
+
+defaultPerformers.set('/', loadPage)
+
+/** Checks pages of the service's own that the environment names. */
+function registerPageChecks(healthPath: string | undefined): void {
+  const { pages, refused } = readPages('FTW_MONITOR_CHECK')
+  for (const page of pages) {
+    if (parseTarget(page).path === healthPath) {
+      log('warn', `leaves ${page} out of FTW_MONITOR_CHECK: it would wait for itself`)
+    } else if (!registeredChecks.has(page)) {
+      registeredChecks.set(page, new PageCheck(page)) // what code says comes first
+    }
+  }
+  // What was to be checked is not known to be well.
+  for (const word of refused) {
+    if (registeredChecks.has(word)) continue
+    registeredChecks.set(word, new Dependency('Check', word, false, refusePage))
+  }
+}
+
+async function checkPage(page: string): Promise<true> {
+  const controller = new AbortController()
+  try {
+    const visited = visit(urlOfPage(page), controller.signal)
+    const code = await withinLimit(visited, 2 * ANSWER_MS) // it is late before
+    if (code >= 400) throw new Error(`it answered ${code}`)
+    return true
+  } finally {
+    controller.abort()
+  }
+}
+
+/** A check of a page of the instance itself, which has to accept connections first. */
+class PageCheck extends Dependency {
+  constructor(page: string) {
+    super('Check', page, false, () => checkPage(page))
+  }
+
+  override get isPremature(): boolean {
+    return super.isPremature || monitor.state !== 'accepting'
+  }
+
+  override get isCold(): boolean {
+    return this.trouble(false) === 'timed out' && monitor.warmup.wasColdAt(this.call.askedAtMs)
+  }
+}
+
+/** Pages that the environment names, with blanks or commas between them, and what is none there. */
+function readPages(name: string): { pages: string[]; refused: string[] } {
+  const words = readEnv(name)?.split(PAGE_SEPARATOR).filter(Boolean) ?? []
+  const refused = words.filter((word) => !isUsablePage(word)).map(clean)
+  if (refused.length > 0)
+    log('warn', `cannot use ${refused.join(' ')} of ${name}: ${PAGE_SENTENCE}`)
+  return { pages: words.filter(isUsablePage).map(withoutFragment), refused }
+}
+
+/** Other commas belong to the page: `/map?at=46.9,7.4`. */
+const PAGE_SEPARATOR = /[,;]*\s+|[,;]+(?=\/|$)/
+const PAGE_SENTENCE = 'a page is a path like /shop or /search?q=a'
+
+function refusePage(): never {
+  failWith(`cannot be used: ${PAGE_SENTENCE}`)
+}
+
+/** A browser would not send it either. */
+function withoutFragment(page: string): string {
+  return page.replace(/#.*/s, '')
+}
+
+accompany((owner) => ({
+  onBegin() {
+    registerPages()
+    registerPageChecks(healthPathOf(owner))
+  }
+}))
+
+VARIABLES.push(
+  'FTW_MONITOR_WARMUP',
+  'FTW_MONITOR_CHECK',
+  'FTW_MONITOR_HEALTH_PATH',
+  'FTW_MONITOR_KEEP_ALIVE_MS'
+)
+
+// --- Our own requests ----------------------------------------------------------------------------
+
+// The requests of a warm-up and of page checks. They go straight to the instance, whatever proxy
+// this process is told to use, and bear the credentials of the URL.
+
+/** Sends a GET of our own straight to the instance: for a page, or with a token for the view.
+ *  Resolves to the status when all of the answer has come. Pages over http are not loaded by fetch,
+ *  which knows no Unix sockets, refuses some ports, and gives up after 300 s. */
+async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
+  const isPage = token === undefined
+  const credentials = monitor.instance?.location.headers ?? {}
+  const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
+  const isHttps = /^https:/i.test(url)
+  const doesFetchGoStraight = !mayFetchUseProxy()
+  if (!isHttps && (isPage || !doesFetchGoStraight)) return visitByGet(url, headers, signal)
+  if (!doesFetchGoStraight) failWith(`a proxy would be asked for it: name its host in NO_PROXY`)
+  return visitByFetch(url, headers, signal)
+}
+
+/** Where a page of the instance itself is loaded. */
+function urlOfPage(page: string): string {
+  const { instance } = monitor
+  if (!instance) throw new Error('the instance is booting')
+  return `${instance.url}${page}`
+}
+
+/** A proxy would see token and credentials, and may not reach us. Bun and Deno use one that the
+ *  environment names, Node.js where it is told to, or where the program has put a dispatcher of its
+ *  own in place. We cannot tell whether our host is one of those in `NO_PROXY`. */
+function mayFetchUseProxy(): boolean {
+  const names = Object.keys(process.env)
+  const isHostExcepted = names.some((name) => NO_PROXY.test(name))
+  if ('bun' in process.versions || 'deno' in process.versions) {
+    return !isHostExcepted && names.some((name) => PROXY.test(name))
+  }
+  const harmless = isHostExcepted ? [...DIRECT_DISPATCHERS, PROXY_DISPATCHER] : DIRECT_DISPATCHERS
+  return DISPATCHERS.some((key) => {
+    const dispatcher: unknown = Reflect.get(globalThis, key)
+    return dispatcher !== undefined && !harmless.includes(kindOfObject(dispatcher))
+  })
+}
+
+const PROXY = /^(https?|all)_proxy$/i
+const NO_PROXY = /^no_proxy$/i
+
+/** Where fetch finds what sends its requests; it is there from the first request on. */
+const DISPATCHERS = [
+  Symbol.for('undici.globalDispatcher.1'),
+  Symbol.for('undici.globalDispatcher.2')
+]
+const DIRECT_DISPATCHERS: unknown[] = ['Agent', 'Dispatcher1Wrapper']
+const PROXY_DISPATCHER = 'EnvHttpProxyAgent' // which heeds NO_PROXY
+
+function kindOfObject(value: unknown): unknown {
+  return attempt(() => Object(value).constructor.name as unknown)
+}
+
+async function visitByFetch(
+  url: string,
+  headers: Record<string, string>,
+  signal: AbortSignal
+): Promise<number> {
+  const page = await fetch(url, { headers, redirect: 'manual', signal })
+  // A fetch that the program has put in its place may give a stream of Node.js.
+  const parts = page.body as unknown as AsyncIterable<unknown> | null
+  for await (const part of parts ?? []) void part
+  return page.status
+}
+
+/** Without an agent, since the usual one may know of a proxy. */
+function visitByGet(
+  url: string,
+  headers: Record<string, string>,
+  signal: AbortSignal
+): Promise<number> {
+  const options = { agent: false, headers, signal, socketPath: monitor.instance?.location.path }
+  return new Promise((resolve, reject) => {
+    const request = http.get(url, options, (page) => {
+      page.on('error', reject)
+      page.on('end', () => resolve(page.statusCode ?? 0))
+      page.resume()
+    })
+    request.on('error', reject)
+    request.on('upgrade', (page) => {
+      page.destroy()
+      reject(new Error(`it answered ${page.statusCode}`))
+    })
+  })
+}
+
+const TOKEN_HEADER = 'x-ftw-monitor-token'
+
+function adviceFor(message: unknown, code: string): string {
+  if (message === 'bad port') return ' for fetch; register a warm-up performer that does without it'
+  if (/_ALTNAME_/.test(code)) return '; set FTW_MONITOR_URL, or url, to a name that it has'
+  if (NO_HTTP1.has(code)) return '; it speaks no HTTP/1'
+  if (!/^(UNABLE_|SELF_|DEPTH_)/.test(code)) return ''
+  return "; set NODE_EXTRA_CA_CERTS to its issuer's file"
+}
+
+advisers.push(adviceFor)
+
+const NO_HTTP1 = new Set(['HPE_INVALID_CONSTANT', 'ERR_SSL_TLSV1_ALERT_NO_APPLICATION_PROTOCOL'])
+
+/** Whether somebody answered, but not in HTTP/1. */
+function isOfOtherProtocol(error: unknown): boolean {
+  const { code, cause } = error as { code?: string; cause?: { code?: string } } // fetch has a cause
+  return NO_HTTP1.has(code ?? cause?.code ?? '')
+}
+
+// --- The view ------------------------------------------------------------------------------------
+
+/** Answers `GET /@@warmup` and `GET /SITE/@@warmup` of this machine when the warm-up is over: 200
+ *  `Warmup successful` or 500 `Warmup failed: REASON`. It is there by itself where `start` has the
+ *  server; else mount it: `app.use(warmupView)` in Express and Connect, `http.createServer((req,
+ *  res) => warmupView(req, res, () => …))`. Other requests go to `next`, or are answered 404. */
+export const warmupView: (
+  request: http.IncomingMessage,
+  response: http.ServerResponse,
+  next?: () => void
+) => void = shared('warmupView', (request, response, next) => {
+  const { url = '', originalUrl = url } = request as { url?: string; originalUrl?: string }
+  const site = warmupSite(originalUrl) // Express cuts url
+  if (site === undefined) {
+    if (next) next()
+    else answerView(response, 404, 'Not found')
+    return
+  }
+
+  const viewRequest = viewRequests.get(monitor)
+  const isOurs = viewRequest?.isSentAs(request) === true
+  const refusal = viewRefusal(request, isOurs)
+  if (refusal) {
+    answerView(response, ...refusal)
+    return
+  }
+  const sites = sitesAt(isOurs ? '/' : site)
+  if (sites.length === 0) {
+    answerView(response, 404, 'No such site is registered')
+    return
+  }
+  if (isOurs) {
+    viewRequest.onSeen()
+    response.shouldKeepAlive = false // else our own connection would delay server.close()
+  }
+  void answerWhenWarm(response, sites)
+})
+
+/** At the service's port we believe no browser, since it may be a visitor's behind a proxy that
+ *  adds no header; nor HTTP/1.0, which nginx before 1.29.7 speaks in that case. */
+function isLocalVisitor({ headers, httpVersion, socket }: http.IncomingMessage): boolean {
+  if (httpVersion === '1.0' || fetchSiteOf(headers) !== undefined) return false
+  if (TOKEN_HEADER in headers) return false // of another instance
+  return isLocalSocket(socket) && isForOwnName(headers) && !isForwarded(headers)
+}
+
+/** What is to be warmed where a path is asked for: all sites for `/`, else the one of that name. */
+function sitesAt(path: string): string[] {
+  const all = [...siteNames()]
+  return path === '/' ? all : all.filter((name) => name === path)
+}
+
+function viewRefusal(
+  request: http.IncomingMessage,
+  isOurs: boolean
+): [status: number, text: string] | undefined {
+  if (!isOurs && !isLocalVisitor(request)) return [403, 'Only this machine may ask for a warm-up']
+  if (request.method !== 'GET') return [405, 'A warm-up is asked for by GET']
+  if (!monitor.instance) return [503, 'The monitor is not started']
+  return undefined
+}
+
+async function answerWhenWarm(response: http.ServerResponse, sites: string[]): Promise<void> {
+  const failure = await monitor.warmup.warmUp(sites)
+  try {
+    if (failure) answerView(response, 500, toRedLine(`${WARMUP_FAILED}: ${failure}`))
+    else answerView(response, 200, WARMED_UP)
+  } catch {
+    // The application may have answered meanwhile.
+  }
+}
+
+function answerView(response: http.ServerResponse, code: number, text: string): void {
+  response.writeHead(code, { 'Content-Type': PLAIN_TEXT })
+  response.end(`${text}\n`)
+}
+
+/** Whether a request of the application's is answered by us. */
+function isForView(target: string): boolean {
+  return !monitor.isOff && warmupSite(target) !== undefined
+}
+
+/** The site of `/shop/@@warmup?now` is `/shop`, that of `/@@warmup` is `/`; undefined elsewhere. */
+function warmupSite(target: string): string | undefined {
+  const { path } = parseTarget(target)
+  if (!path.endsWith(VIEW_PATH)) return undefined
+  return path.slice(0, -VIEW_PATH.length) || '/'
+}
+
+const VIEW_PATH = '/@@warmup'
+
+const WARMED_UP = 'Warmup successful'
+
+addCommand(
+  'warmup',
+  `Warm up again: warmup [SITE]
+
+    warmup does what GET /@@warmup does, warmup /shop what GET /shop/@@warmup does: the instance is
+    out until it is over. Replies "Warmup successful", or why it failed; every 10 s, how far it is.
+`,
+  async (asker, path = '/') => {
+    const sites = isUsablePage(path) ? sitesAt(toSiteName(path)) : []
+    if (sites.length === 0) failWith(`Error: no site '${path}' is registered`)
+    const report = (progress: string): void => asker.write(`${progress}\n`)
+    const failure = await warmUpReporting(sites, report)
+    if (failure) failWith(`${WARMUP_FAILED}: ${failure}`)
+    return WARMED_UP
+  },
+  { http: false, local: true }
+)
+
+/** Reports now and then, since nobody waits for minutes without a word. */
+async function warmUpReporting(
+  sites: string[],
+  report: (progress: string) => void
+): Promise<string> {
+  const done = monitor.warmup.warmUp(sites)
+  for (;;) {
+    const failure = await Promise.race([done, unreffedPause(REPORT_MS)])
+    if (failure !== undefined) return failure
+    const running = monitor.warmup.sites.find(({ stage }) => stage === 'running')
+    if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
+  }
+}
+
+/** A request of our own to the view, with which a warm-up begins: so performers run as the work of a
+ *  request does. */
+class ViewRequest implements Companion {
+  readonly #owner: Monitor
+  /** Which it bears. */
+  #token: string | undefined
+  #isSeen = false
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+    viewRequests.set(owner, this)
+  }
+
+  isSentAs({ headers }: http.IncomingMessage): boolean {
+    return this.#token !== undefined && headers[TOKEN_HEADER] === this.#token
+  }
+
+  onSeen(): void {
+    this.#isSeen = true
+    this.#owner.warmup.beginNow()
+  }
+
+  /** If nobody answers at the view, the performers run all the same. Only our token proves that it
+   *  is there: a catch-all route, another worker or another process would answer, too. */
+  async prepareWarmup(signal: AbortSignal): Promise<void> {
+    const { instance } = this.#owner
+    if (!instance || instance.location.path !== undefined) return // at a Unix socket nobody is asked
+    // Not before, since it loads all of Node.js's cryptography; and some replace it.
+    this.#token = attempt(() => crypto.randomUUID())
+    this.#isSeen = false
+    if (this.#token === undefined) return
+    const { url } = instance
+    await this.#sendTo(url, signal)
+    const ipv6Url = ipv6UrlOf(this.#owner)
+    if (this.#isSeen || ipv6Url === undefined) return
+    instance.url = ipv6Url // for the performers, which begin as soon as it is seen
+    await this.#sendTo(ipv6Url, signal)
+    if (!this.#isSeen) instance.url = url
+  }
+
+  async #sendTo(url: string, signal: AbortSignal): Promise<void> {
+    const { clock } = this.#owner
+    const controller = new AbortController()
+    const abort = (): void => controller.abort()
+    const giveUp = (): void => {
+      if (!this.#isSeen) abort()
+    }
+    if (signal.aborted) return
+    signal.addEventListener('abort', abort)
+    clock.schedule(VIEW_MS, giveUp)
+    try {
+      await visit(`${url}${VIEW_PATH}`, controller.signal, this.#token)
+    } catch {
+      // Nobody answered.
+    } finally {
+      clock.cancel(giveUp)
+    }
+  }
+}
+
+const VIEW_MS = 10_000 // until the view has seen our token: some routes never answer
+
+const viewRequests = new WeakMap<Monitor, ViewRequest>()
+
+/** IPv6 may be all that a server at `::` takes: then it is not at `localhost` where that is
+ *  127.0.0.1, but another process may be. */
+function ipv6UrlOf({ server, options, instance }: Monitor): string | undefined {
+  const isTold = options.url !== undefined || readEnv('FTW_MONITOR_URL') !== undefined
+  if (!server || isTold || boundAddress(options, server).address !== '::') return undefined
+  return instance?.url.replace('//localhost', '//[::1]')
+}
+
+/** The view answers before the application would. Of HTTP/2, its request follows the stream. */
+function answerAtView(event: string, args: unknown[]): 'taken' | 'uncounted' | undefined {
+  if (event === 'stream') {
+    const { ':path': path } = args[1] as http.IncomingHttpHeaders
+    return isForView(String(path)) ? 'uncounted' : undefined
+  }
+  if (!REQUEST_EVENTS.has(event)) return undefined
+  const request = args[0] as http.IncomingMessage
+  const response = args[1] as http.ServerResponse
+  if (!isRequest(request, response) || !isForView(request.url ?? '')) return undefined
+  warmupView(request, response)
+  return 'taken'
+}
+
+const REQUEST_EVENTS = new Set(['request', 'checkContinue', 'checkExpectation'])
+
+accompany((owner) => new ViewRequest(owner))
+accompany(() => ({
+  onEvent: (_traffic, _server, event, args) => answerAtView(event, args)
+}))
+
+// --- The health path -----------------------------------------------------------------------------
+
+// A path at which the service's own port answers the verdict before the service sees the request,
+// for platforms that give a container one port, and balancers with one health port for a pool.
+
+export interface StartOptions {
+  /** A path at which the service's own port answers the verdict, before the service sees the
+   *  request: for platforms that give a container one port. Default: `FTW_MONITOR_HEALTH_PATH`. */
+  healthPath?: string
+}
+
+optionChecks.set('healthPath', (path) => {
+  must(path === undefined || isSitePath(path), 'healthPath must be a path, as /ready')
+})
+
+/** Sends an answer; it may find that its asker has gone. */
+type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string) => void
+
+/** Known also after the monitor has given up, when it must not be green, and where it is switched
+ *  off, when it must not be red. */
+const healthPaths = new WeakMap<Monitor, string | undefined>()
+
+function healthPathOf(owner: Monitor): string | undefined {
+  if (!healthPaths.has(owner)) healthPaths.set(owner, owner.options.healthPath ?? readHealthPath())
+  return healthPaths.get(owner)
+}
+
+/** Whatever the query, it is the same answer. */
+function readHealthPath(): string | undefined {
+  const [page] = readPages('FTW_MONITOR_HEALTH_PATH').pages
+  return page === undefined ? undefined : parseTarget(page).path
+}
+
+/** The verdict is not that of bystanders. Other methods are the service's own. */
+function isForHealth(traffic: Traffic, method: unknown, target: unknown): boolean {
+  if (traffic !== monitor.traffic || monitor.state === 'new') return false
+  if (method !== 'GET' && method !== 'HEAD') return false
+  const path = healthPathOf(monitor)
+  return path !== undefined && parseTarget(String(target)).path === path
+}
+
+const USER_AGENT_MAX = 80 // characters, to tell probers apart
+
+/** Tells what anybody may know. Visitors share their address with the balancer through which they
+ *  come, so a prober is known by its User-Agent, too, and bears no forwarding header. */
+async function answerHealth(
+  headers: http.IncomingHttpHeaders,
+  remoteAddress: string | undefined,
+  send: SendHealth
+): Promise<void> {
+  const { probers, instance } = monitor
+  const address = remoteAddress ?? instance?.location.path
+  if (address !== undefined && !isForPerson(headers) && !isForwarded(headers)) {
+    const agent = clean(headers['user-agent'] ?? 'no User-Agent').slice(0, USER_AGENT_MAX)
+    const name = `${address.replace(MAPPED_ADDRESS, '')} (${agent})`
+    probers.note({ isPerson: false, remoteAddress: name }, 1)
+  }
+  const { healthy, reason } = await inquireAndJudge()
+  const body = `${reason}\n`
+  attempt(() => send(healthy ? 200 : 503, headersFor(PLAIN_TEXT, body), body))
+}
+
+function answerHealthRequest(
+  traffic: Traffic,
+  request: http.IncomingMessage,
+  response: http.ServerResponse
+): void {
+  const { headers, socket } = request
+  traffic.keepBusy(socket, response)
+  const send: SendHealth = (code, head, body) => response.writeHead(code, head).end(body)
+  answerHealth(headers, socket.remoteAddress, send).catch(doNothing) // it may be no request
+}
+
+/** Of HTTP/2, for which `request` may not be emitted. */
+function answerHealthStream(
+  traffic: Traffic,
+  session: Http2Session,
+  stream: Http2Stream,
+  headers: http.IncomingHttpHeaders
+): void {
+  traffic.keepBusy(session, stream)
+  stream.on('error', doNothing) // its prober may have reset it
+  const address = attempt(() => session.socket?.remoteAddress) // throws when it has ended
+  const send: SendHealth = (code, head, body) => {
+    stream.respond({ ':status': code, ...head })
+    stream.end(headers[':method'] === 'HEAD' ? '' : body)
+  }
+  answerHealth(headers, address, send).catch(doNothing)
+}
+
+/** Returns whether the event is a request for the health path. */
+function answerAtHealthPath(traffic: Traffic, event: string, args: unknown[]): boolean {
+  if (event === 'stream') {
+    const stream = args[0] as Http2Stream
+    const headers = args[1] as http.IncomingHttpHeaders
+    const isMeant = isForHealth(traffic, headers[':method'], headers[':path'])
+    if (!isMeant || !stream.session) return false
+    answerHealthStream(traffic, stream.session, stream, headers)
+    return true
+  }
+  if (!REQUEST_EVENTS.has(event)) return false
+  const request = args[0] as http.IncomingMessage
+  const response = args[1] as http.ServerResponse
+  if (!isRequest(request, response)) return false
+  if (!isForHealth(traffic, request.method, request.url)) return false
+  answerHealthRequest(traffic, request, response)
+  return true
+}
+
+accompany(() => ({
+  onEvent: (traffic, _server, event, args) => {
+    return answerAtHealthPath(traffic, event, args) ? 'taken' : undefined
+  }
+}))
+
+// A program that knows nothing of us has no health path, at which its platform asks all the same.
+const isHealthPathOnly = !firstExports && !isWorkerThread && isSwitchedOff('FTW_MONITOR')
+if (isHealthPathOnly && isUsablePage(readEnv('FTW_MONITOR_HEALTH_PATH') ?? '')) {
+  monitor = new Monitor({ servers: [] })
+  monitor.hookServers()
+}
+
+// --- The load of the event loop ------------------------------------------------------------------
+
+// How busy the event loop is, measured once a tick, so that probers get the same answer and none
+// spoils another's.
+
+/** Not every version of Node.js's types has it on `performance`. */
+type MeasureUtilization = (now?: object, before?: object) => { active: number; utilization: number }
+
+const LOAD_SAMPLES = 40 // of the event loop, one a tick: ten seconds
+
+class Load {
+  /** From 0 to 1, over the last ten seconds; -1 where the runtime cannot tell. */
+  utilization = -1
+  #samples: object[] = []
+
+  measure(): void {
+    const { eventLoopUtilization }: { eventLoopUtilization?: MeasureUtilization } =
+      Object(performance)
+    const now = eventLoopUtilization?.()
+    if (!now?.active) return // it is missing on Bun, and always 0 on Deno
+    this.#samples = [...this.#samples.slice(-LOAD_SAMPLES), now]
+    this.utilization = eventLoopUtilization?.(now, this.#samples[0]).utilization || 0
+  }
+}
+
+const loadByMonitor = new WeakMap<Monitor, Load>()
+
+function loadOf(owner: Monitor): Load {
+  const load = loadByMonitor.get(owner) ?? new Load()
+  loadByMonitor.set(owner, load)
+  return load
+}
+
+accompany((owner) => ({
+  onTick(isFirst) {
+    if (isFirst) loadByMonitor.delete(owner)
+    else loadOf(owner).measure()
+  }
+}))
+
+// --- What balancers ask --------------------------------------------------------------------------
+
+const AGENT_WORTH = 3 // answers of health_check: one takes a server out (of an address that several
+// backends share, `fall` says how many answers they need together)
+
+addCommand('agent_check', "Answer HAProxy's agent check", async (asker) => {
+  monitor.probers.note(asker, AGENT_WORTH)
+  const verdict = await inquireAndJudge()
+  if (verdict.healthy) return `up ${idlePercentage()}%`
+  const state = monitor.draining ? 'stopped' : 'down'
+  return asker.reply(`${state} #${reasonFor(asker, verdict)}\n`, 503, PLAIN_TEXT)
+})
+
+/** What the event loop has left over, but never nothing: an instance that fails fast is idle
+ *  too. */
+function idlePercentage(): number {
+  const idle = Math.round(100 - 100 * Math.max(0, loadOf(monitor).utilization))
+  return Math.max(10, idle)
+}
+
+/** A prober may ask too rarely for a shutdown to tell it: the log says so while there is time to
+ *  change that. */
+function tellIfTooSlow(prober: Prober): void {
+  const { options } = signals
+  if (!options) return
+  const { fall } = options
+  const tellingMs = tellingLimitMs(options.timeoutMs)
+  const neededMs = Math.ceil(fall / prober.answersPerAsk) * prober.intervalMs
+  if (neededMs <= tellingMs) return
+  const needed = `${fall} answers take ${Math.round(neededMs / 1_000)} s`
+  const limit = `a shutdown waits ${tellingMs / 1_000} s for its probers`
+  const advice = 'raise timeoutMs, unless it asks faster then'
+  log('info', `${prober.shownAddress} ${prober.pace}: ${needed}, but ${limit}; ${advice}`)
+}
+
+accompany(() => ({ onProber: tellIfTooSlow }))
+
+// --- PROXY headers --------------------------------------------------------------------------------
+
+// A balancer that speaks the PROXY protocol says who its client is before it sends anything else:
+// in a line, or in bytes behind a signature. That is skipped and not believed, since anybody can
+// send it.
+
+const PROXY_LINE_MAX = 107 // bytes, as the PROXY protocol says of its version 1
+const PROXY_HEADER_MAX = 4_096 // bytes of version 2: addresses, and a few extensions of balancers
+
+/** How many bytes of a connection's beginning are such a header; 0 where there is none. */
+function proxyHeaderLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  if (mayBeginWith(PROXY_LINE_START, bytes)) return proxyLineLength(bytes)
+  if (mayBeginWith(PROXY_SIGNATURE, bytes)) return proxyBytesLength(bytes)
+  return 0
+}
+
+/** Whether the bytes that have come are those of a signature, or the first of them. */
+function mayBeginWith(signature: Buffer, bytes: Buffer): boolean {
+  if (bytes[0] !== signature[0]) return false // most checks: nothing more is looked at
+  const length = Math.min(signature.length, bytes.length)
+  return bytes.compare(signature, 0, length, 0, length) === 0
+}
+
+/** Of version 1. */
+function proxyLineLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  const text = bytes.toString('latin1', 0, PROXY_LINE_MAX)
+  if (text.includes('\n')) return PROXY_LINE.exec(text)?.[0].length ?? 'wrong'
+  return text.length < PROXY_LINE_MAX ? 'incomplete' : 'wrong'
+}
+
+/** Of version 2: behind the signature come version and command, the family of the addresses, and
+ *  the length of what follows. */
+function proxyBytesLength(bytes: Buffer): number | 'incomplete' | 'wrong' {
+  if (bytes.length < PROXY_FIXED_BYTES) return 'incomplete'
+  const isKnown = PROXY_COMMANDS.includes(bytes.readUInt8(12))
+  const length = PROXY_FIXED_BYTES + bytes.readUInt16BE(14)
+  if (!isKnown || length > PROXY_HEADER_MAX) return 'wrong'
+  return bytes.length < length ? 'incomplete' : length
+}
+
+const PROXY_WORD = 'PROXY '
+const PROXY_LINE_START = Buffer.from(PROXY_WORD)
+/** PROXY TCP4 192.0.2.7 10.0.0.5 51234 8160, or PROXY UNKNOWN and perhaps more */
+const PROXY_LINE = /^PROXY (?:TCP[46](?: [\da-fA-F.:]+){2}(?: \d+){2}|UNKNOWN(?: .*)?)\r\n/
+
+/** As the protocol writes it: blank lines, a zero and QUIT, which no other protocol begins with */
+const PROXY_SIGNATURE = Buffer.from([
+  0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a
+])
+const PROXY_FIXED_BYTES = 16
+const PROXY_COMMANDS = [0x20, 0x21] // LOCAL, which HAProxy's own checks send, and PROXY
+
+const WRONG_PROXY_HEADER = 'Error: wrong PROXY header\n'
+
+/** A header that breaks off is taken for a line. */
+skipPreamble = (lines) => {
+  const length = proxyHeaderLength(lines.unread)
+  if (length === 'incomplete') return lines.socket.readableEnded
+  if (length === 'wrong') {
+    lines.refuse(WRONG_PROXY_HEADER)
+  } else if (length > 0) {
+    lines.isProxied = true
+    lines.unread = lines.unread.subarray(length)
+  }
+  return true
+}
+
+// --- Idle connections ----------------------------------------------------------------------------
+
+// A balancer may keep connections for longer than Node.js does, and then send a request to one that
+// is just being closed.
+
+export interface StartOptions {
+  /** For how long the server keeps a connection open on which no request comes, in milliseconds:
+   *  longer than the balancer does, or a request may meet a connection that is just being closed.
+   *  Default: `FTW_MONITOR_KEEP_ALIVE_MS`, else what the server says itself. */
+  keepAliveMs?: number
+}
+
+optionChecks.set('keepAliveMs', (ms = 0) => {
+  must(typeof ms === 'number', 'keepAliveMs must be a number')
+  const isInRange = ms >= 0 && ms <= MILLISECONDS_MAX
+  must(isInRange, `keepAliveMs must be a number from 0 to ${MILLISECONDS_MAX}`, RangeError)
+})
+
+const HEAD_MS = 1_000 // for a head, beyond the time for which a connection is kept without one
+
+/** Makes a server keep idle connections for so long; returns a function that undoes this. */
+function keepConnections(server: http.Server, keepAliveMs: number | undefined): () => void {
+  const { keepAliveTimeout, headersTimeout } = server
+  if (keepAliveMs === undefined || keepAliveTimeout === undefined) return doNothing
+  const headMs = headersTimeout && Math.max(headersTimeout, keepAliveMs + HEAD_MS) // 0: no limit
+  server.keepAliveTimeout = keepAliveMs
+  server.headersTimeout = headMs
+  return () => {
+    if (server.keepAliveTimeout === keepAliveMs) server.keepAliveTimeout = keepAliveTimeout
+    if (server.headersTimeout === headMs) server.headersTimeout = headersTimeout
+  }
+}
+
+/** Tells the servers of a monitor, but no bystanders. */
+class IdleLimit implements Companion {
+  readonly #owner: Monitor
+  readonly #restores: (() => void)[] = []
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+  }
+
+  onServer(traffic: Traffic, server: net.Server): void {
+    if (traffic !== this.#owner.traffic) return
+    const { keepAliveMs = readMilliseconds('FTW_MONITOR_KEEP_ALIVE_MS') } = this.#owner.options
+    this.#restores.push(keepConnections(server as http.Server, keepAliveMs))
+  }
+
+  onUnhook(): void {
+    for (const restore of this.#restores.splice(0)) restore()
+  }
+}
+
+accompany((owner) => new IdleLimit(owner))
 
 // --- Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it -
 
@@ -6256,7 +6566,7 @@ addCommand(
       ...(await databaseFigures(registered, span)),
       memory: memoryFigures(),
       cpu: process.cpuUsage(),
-      loop: { utilization: Number(monitor.load.utilization.toFixed(4)) },
+      loop: { utilization: Number(loadOf(monitor).utilization.toFixed(4)) },
       http: httpFigures()
     })
   },
@@ -6365,12 +6675,13 @@ class LoadHistory {
     if (this.#ticks % TICKS_PER_SECOND === 0) this.#endSecond(owner, nowMs)
   }
 
-  #endSecond({ load, traffic }: Monitor, nowMs: number): void {
+  #endSecond(owner: Monitor, nowMs: number): void {
+    const { traffic } = owner
     const totals = totalsOf(traffic)
     const second: Second = {
       endedAtMs: nowMs,
       seconds: Math.max(1, (nowMs - this.#secondBeganAtMs) / 1_000),
-      utilization: load.utilization,
+      utilization: loadOf(owner).utilization,
       lagMs: this.#lagMs,
       requests: totals.requests - this.#before.requests,
       errors: totals.errors - this.#before.errors,
@@ -6404,16 +6715,19 @@ class LoadHistory {
 /** The history of each load, which the monitor makes anew whenever its clock begins. */
 const loadHistories = new WeakMap<Load, LoadHistory>()
 
-tickListeners.push((owner) => {
-  const history = loadHistories.get(owner.load)
-  if (history) history.onTick(owner)
-  else loadHistories.set(owner.load, new LoadHistory(owner))
-})
+accompany((owner) => ({
+  onTick() {
+    const load = loadOf(owner)
+    const history = loadHistories.get(load)
+    if (history) history.onTick(owner)
+    else loadHistories.set(load, new LoadHistory(owner))
+  }
+}))
 
 /** Nothing has happened before the clock has begun. */
-function latelyOf({ load }: Monitor): Lately {
+function latelyOf(owner: Monitor): Lately {
   const nothing = { lagSeconds: 0, errors: 0, answers: 0, meanAnswerMs: -1 }
-  return loadHistories.get(load)?.lately ?? nothing
+  return loadHistories.get(loadOf(owner))?.lately ?? nothing
 }
 
 // Answers
@@ -6576,7 +6890,7 @@ addCommand(
   'Get metrics for Prometheus, in its text exposition format',
   async () => {
     const collected = await collectAll()
-    await inspectAll() // last, so that nothing is registered between it and the verdict
+    await inquire() // last, so that nothing is registered between it and the verdict
     const families = [
       ...processFamilies(),
       ...instanceFamilies(),
@@ -6722,7 +7036,7 @@ function family(name: string, help: string, value: number, labels = ''): Family 
 function processFamilies(): Family[] {
   const { user, system } = process.cpuUsage()
   const { rss, heapUsed, heapTotal, external } = memoryUsage()
-  const { utilization } = monitor.load
+  const { utilization } = loadOf(monitor)
   const version = `{version="${process.version}"}`
   return [
     family('process_cpu_user_seconds_total', 'CPU time in user mode.', user / 1e6),
@@ -6743,7 +7057,7 @@ const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 
 function instanceFamilies(): Family[] {
   const { traffic, warmup } = monitor
-  const { healthy, state } = judgeAndRecord()
+  const { healthy, state } = judgeAndTell()
   const isWarm = Number(warmup.stage === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = traffic.server ? traffic.upgradedConnections : -1
@@ -6834,6 +7148,87 @@ function valuesByLabel<T>(
 }
 
 // --- Layer: status and page; all from here on may be deleted, and nothing above refers to it ----
+
+// --- Changes of the verdict ----------------------------------------------------------------------
+
+// When the instance was red, and why: a line in the log for each change, and the last few of them
+// for the status. What the monitor does itself is recorded when it happens. Databases and checks
+// are asked when somebody asks, and once at the end of a boot, a warm-up and a drain; between them
+// they are left alone, so that one which sleeps is not kept awake.
+
+const CHANGES_MAX = 10 // of the verdict, that the status shows
+const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
+
+/** The history of each monitor. */
+const histories = new WeakMap<Monitor, VerdictHistory>()
+
+class VerdictHistory implements Companion {
+  /** The last ones, the oldest first, each with the time since which it held. */
+  readonly changes: { verdict: Verdict; time: string }[] = []
+  readonly #owner: Monitor
+  #redSinceMs = performance.now()
+  #hasBeenHealthy = false
+  #dueLine: { level: 'info' | 'warn'; text: string } | undefined
+  #loggedAtTickMs = -Infinity
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+    this.#add(BOOTING)
+    histories.set(owner, this)
+  }
+
+  /** Compares what anybody may know: details may differ each time. */
+  onVerdict(verdict: Verdict): void {
+    const before = this.changes.at(-1)?.verdict ?? BOOTING
+    if (before.reason === verdict.reason) return
+    this.#add(verdict)
+    if (verdict.healthy) this.#tellHealthy(before)
+    else this.#tellRed(verdict, before)
+  }
+
+  /** The clock would not tell of it any more. */
+  onClose(): void {
+    if (!this.#owner.isOff) this.#logDueLine()
+  }
+
+  #tellRed({ grade, cause }: Verdict, before: Verdict): void {
+    if (before.healthy) this.#redSinceMs = performance.now()
+    const isBoot = !this.#hasBeenHealthy && grade === 'warn' // which tells of itself
+    if (!isBoot) this.#logSoon(grade === 'fail' ? 'warn' : 'info', `is red: ${cause}`)
+  }
+
+  #tellHealthy(before: Verdict): void {
+    const seconds = ((performance.now() - this.#redSinceMs) / 1_000).toFixed(1)
+    const again = this.#hasBeenHealthy ? ' again' : ''
+    const isRedUntold = this.#dueLine !== undefined
+    const why = isRedUntold ? `; it was red: ${before.cause}` : ''
+    this.#logSoon('info', `is healthy${again} after ${seconds} s${why}`)
+    this.#hasBeenHealthy = true
+  }
+
+  #add(verdict: Verdict): void {
+    if (this.changes.length === CHANGES_MAX) this.changes.shift()
+    this.changes.push({ verdict, time: new Date().toISOString() })
+  }
+
+  /** Of several changes within a second, only the last one is logged. */
+  #logSoon(level: 'info' | 'warn', text: string): void {
+    this.#dueLine = { level, text }
+    const { clock } = this.#owner
+    const waitMs = this.#loggedAtTickMs + CHANGE_LINE_MS - clock.nowTickMs
+    if (waitMs > 0) clock.schedule(waitMs, this.#logDueLine)
+    else this.#logDueLine()
+  }
+
+  readonly #logDueLine = (): void => {
+    if (!this.#dueLine) return
+    log(this.#dueLine.level, this.#dueLine.text)
+    this.#dueLine = undefined
+    this.#loggedAtTickMs = this.#owner.clock.nowTickMs
+  }
+}
+
+accompany((owner) => new VerdictHistory(owner))
 
 // --- Status --------------------------------------------------------------------------------------
 
@@ -6955,15 +7350,16 @@ export const status: () => Promise<Status> = shared('status', async () => {
 /** What tells of others, the addresses of probers and the texts of errors, is for this machine
  *  only. */
 async function statusFor(isLocal: boolean): Promise<Status> {
-  await inspectAll()
-  const { healthy, state, grade, reason, explanation } = judgeAndRecord()
-  const { clock, load, instance, warmup, probers, draining, history } = monitor
+  await inquire()
+  const { healthy, state, grade, reason, explanation } = judgeAndTell()
+  const { clock, instance, warmup, probers, draining } = monitor
+  const changes = histories.get(monitor)?.changes ?? []
   return {
     healthy,
     state,
     grade,
     reason: isLocal ? explanation : reason,
-    changes: history.changes.map(({ verdict, time }) => ({
+    changes: changes.map(({ verdict, time }) => ({
       time,
       healthy: verdict.healthy,
       state: verdict.state,
@@ -6974,7 +7370,7 @@ async function statusFor(isLocal: boolean): Promise<Status> {
     listening: monitor.state === 'accepting' && !monitor.isInstanceClosing,
     uptimeSeconds: process.uptime(),
     ...trafficStatus(monitor),
-    eventLoopUtilization: load.utilization,
+    eventLoopUtilization: loadOf(monitor).utilization,
     eventLoopLagSeconds: latelyOf(monitor).lagSeconds,
     residentMemoryBytes: readResidentMemory(),
     warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
@@ -6982,7 +7378,7 @@ async function statusFor(isLocal: boolean): Promise<Status> {
       status: stage,
       seconds,
       failure: isLocal ? failure : '',
-      nextTrySeconds: stage === 'failed' ? warmup.nextTrySeconds : -1
+      nextTrySeconds: stage === 'failed' ? secondsToNextTry(monitor) : -1
     })),
     databases: answered(databases).map((each) => {
       return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
@@ -7026,13 +7422,19 @@ function proberStatuses(probers: Probers, clock: Clock, isLocal: boolean): Probe
   return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
 }
 
+/** How long until what has failed to warm up is tried again, -1 where nothing has. */
+function secondsToNextTry({ warmup, clock }: Monitor): number {
+  const { retryAtTickMs } = warmup
+  return retryAtTickMs === undefined ? -1 : (retryAtTickMs - clock.nowTickMs) / 1_000
+}
+
 function drainingStatus(draining: Draining): DrainingStatus {
-  const { seconds, informedCount, missingCount, isFinished } = draining
+  const { sinceMs, informedCount, missingCount, isTold } = draining
   return {
-    seconds,
+    seconds: (performance.now() - sinceMs) / 1_000,
     probers: informedCount + missingCount,
     probersInformed: informedCount,
-    finished: isFinished,
+    finished: isTold && monitor.traffic.requestsInFlight === 0,
     shutdown: currentShutdown !== undefined
   }
 }
@@ -7305,6 +7707,11 @@ function checksOf(rows: Row[]): Record<string, object[]> {
 
 // The status for a browser: what `/` is to whoever accepts HTML.
 
+const PAGE = '/'
+
+/** Help for all others. */
+nameOfRoot = ({ accept }) => (accept?.includes('text/html') ? PAGE : 'help')
+
 addCommand(
   PAGE,
   'Show how the instance is to a browser',
@@ -7357,7 +7764,7 @@ function renderPage(known: Status, exchange: Exchange, nonce: string): string {
 <table>
 ${rowsOf(known).sort(byGrade).map(pageRow).join('\n')}
 </table>
-${renderChart(known, loadHistories.get(monitor.load)?.seconds ?? [])}
+${renderChart(known, loadHistories.get(loadOf(monitor))?.seconds ?? [])}
 <p>${offered.map(([name]) => pageLink(name)).join(' ·\n')}
 <p>ftw-monitor ${VERSION}</main></body></html>
 `
