@@ -32,7 +32,7 @@
 //   Sending clients elsewhere
 //   The verdict
 //   Databases and checks
-//   Shared calls and counters
+//   Shared calls
 //   Warm-up
 //   Who asks
 //   Probers
@@ -62,6 +62,7 @@
 //   The health path
 //   The load of the event loop
 //   What balancers ask
+//   Waiting for health
 //   PROXY headers
 //   Idle connections
 //   Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it
@@ -259,7 +260,6 @@ const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event
 const ANSWER_MS = 900 // for a database or a check; Kubernetes waits for one second
 const QUESTION_MS = 30_000 // until one is asked anew: a cut connection never answers
 const REASON_MAX = 500 // characters; balancers show less
-const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole boot
 
 // Of the warm-up
 const WARMUP_TOLD_MS = 60_000 // then it may hang; doubled, so that WARMUP_MS costs five lines
@@ -293,7 +293,6 @@ const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
 const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment, and of idle connections: a week
 
 // Of figures
-const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 const FAULT_LOG_MS = 60_000 // between faults of our own
@@ -428,6 +427,8 @@ interface Companion {
     event: string,
     args: unknown[]
   ): 'taken' | 'uncounted' | undefined
+  /** A request is over, with the status of its answer, or 0 where there was none. */
+  onRequestEnd?(traffic: Traffic, request: RequestInFlight, statusCode: number): void
   /** Somebody has asked for the verdict so often that it may be a balancer. */
   onProber?(prober: Prober): void
   /** Whether something has to be found out before the verdict is told. */
@@ -1064,9 +1065,9 @@ class Listener {
     const candidates = sessions.filter(
       ({ remoteAddress }) => countByAddress.get(remoteAddress) === most
     )
-    const idle = candidates.filter(({ phase }) => phase !== 'running')
+    const idle = candidates.filter(({ state }) => state !== 'running')
     idle.sort(
-      (one, other) => one.phaseSinceTickMs - other.phaseSinceTickMs || one.number - other.number
+      (one, other) => one.stateSinceTickMs - other.stateSinceTickMs || one.number - other.number
     )
     candidates.sort((one, other) => one.number - other.number)
     const leaving = idle[0] ?? candidates[0]
@@ -1123,14 +1124,6 @@ interface RequestInFlight {
   /** Of an upgrade alone: whether the application has answered it. */
   isUpgradeAnswered?: () => boolean
 }
-
-/** Called when a request is over, with the status of its answer, or 0 where there was none. Layers
- *  add to it. */
-const requestEndListeners: ((
-  owner: Traffic,
-  request: RequestInFlight,
-  statusCode: number
-) => void)[] = []
 
 /** An HTTP/2 session; its own type is in a module that we do not import. */
 interface Http2Session extends NodeJS.EventEmitter {
@@ -1641,7 +1634,9 @@ class Traffic {
     this.#inFlight.delete(key)
     request.client.requestEnded(upload)
     if (statusCode >= 500) this.errors++
-    for (const onRequestEnd of requestEndListeners) onRequestEnd(this, request, statusCode)
+    for (const companion of this.#companions) {
+      companion.onRequestEnd?.(this, request, statusCode)
+    }
   }
 
   // The end of the application
@@ -2091,39 +2086,6 @@ export const health: () => Promise<{ healthy: boolean; reason: string }> = share
   }
 )
 
-/** Resolves at the first `OK`, for PM2's `process.send('ready')` and for tests; at once where there
- *  is no monitor: with `FTW_MONITOR=0`, after `stop()`, and where `start` gave up. Called before
- *  `start` it waits, for ever if `start` is never called, but keeps no process alive. Rejects with
- *  the reason of `signal` when that aborts, with a `TypeError` for wrong options, and with an
- *  `Error` once a shutdown is over: not before, since a rejection that nobody catches would end the
- *  process in the middle of it. */
-export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void> = shared(
-  'untilHealthy',
-  async (options = {}) => {
-    mustHaveOnly(options, ['signal'], 'untilHealthy takes an object that may have signal')
-    const { signal = new AbortController().signal } = options
-    const isSignal = hasMethods(signal, 'addEventListener', 'throwIfAborted')
-    must(isSignal, 'signal must be an AbortSignal')
-    signal.throwIfAborted()
-    await untilAbort(signal, pollUntilHealthy(signal))
-    signal.throwIfAborted()
-  }
-)
-
-async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
-  while (!signal.aborted) {
-    if (currentShutdown) {
-      await currentShutdown.done.promise
-      throw new Error('ftw-monitor: the instance has shut down')
-    }
-    const isOver = monitor.isOff && monitor.state !== 'new'
-    if (isOver || isSwitchedOff('FTW_MONITOR')) return
-    const isHealthy = monitor.isRunning && (await inquireAndJudge()).healthy
-    if (isHealthy) return
-    await unreffedPause(HEALTHY_POLL_MS)
-  }
-}
-
 /** Judges by what is known, and does nothing else; `inquire` comes before it. */
 function judge(): Verdict {
   const { draining, state, isInstanceClosing } = monitor
@@ -2151,10 +2113,9 @@ function isWithoutMonitor(): boolean {
 /** A boot ends with the warm-up. */
 function judgeBoot({ state, warmup }: Monitor): Verdict {
   if (state !== 'accepting') return BOOTING
-  const { stage } = warmup
-  if (stage === 'cold') return BOOTING
-  if (stage === 'running') return WARMING_UP
-  if (stage === 'failed') {
+  if (warmup.state === 'cold') return BOOTING
+  if (warmup.state === 'running') return WARMING_UP
+  if (warmup.state === 'failed') {
     return fault('warmup_failed', WARMUP_FAILED, `${WARMUP_FAILED}: ${warmup.failure}`)
   }
   return HEALTHY
@@ -2255,14 +2216,15 @@ export const registerDatabase: (name: string, database: Database) => Activity = 
     must(['boolean', 'undefined'].includes(typeof database.optional), 'optional is true or false')
     const registered = new RegisteredDatabase(name, database)
     databases.set(name, registered)
-    const { loads, stores, connections } = registered.counters
-    return {
-      loads: (count) => loads.add(count),
-      stores: (count) => stores.add(count),
-      connections: (count) => connections.add(count)
-    }
+    return activityOf(registered)
   }
 )
+
+/** Where the service counts what it does with a database. A layer that shows this puts counters in
+ *  place of those that count nothing. */
+let activityOf: (registered: RegisteredDatabase) => Activity = () => {
+  return { loads: doNothing, stores: doNothing, connections: doNothing }
+}
 
 /** Registers a check of what is no database, such as free space on a disk, or replaces it. It
  *  passes unless it throws or returns `false`: `null`, `0` and `''` pass. Throws a `TypeError` for
@@ -2356,11 +2318,6 @@ class Dependency {
 
 class RegisteredDatabase extends Dependency {
   readonly database: Database
-  readonly counters = {
-    loads: new Counter(),
-    stores: new Counter(),
-    connections: new Counter()
-  }
 
   constructor(name: string, database: Database) {
     const isConnected = (): unknown => database.isConnected()
@@ -2382,7 +2339,7 @@ function firstBroken(): Dependency | undefined {
   return broken.find(({ isCold }) => !isCold) ?? broken[0]
 }
 
-// --- Shared calls and counters -------------------------------------------------------------------
+// --- Shared calls --------------------------------------------------------------------------------
 
 const TIMED_OUT = new Error('no answer in time')
 
@@ -2455,29 +2412,10 @@ function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
   })
 }
 
-/** Counts events, and remembers an hour of them by the second. */
-class Counter {
-  total = 0
-  /** The oldest second comes first. */
-  readonly bySecond = new Map<number, number>()
-
-  /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
-  add(count: unknown = 1): void {
-    const events = Number(count)
-    must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
-    const second = Math.floor(performance.now() / 1_000)
-    this.total += events
-    this.bySecond.set(second, (this.bySecond.get(second) ?? 0) + events)
-    if (this.bySecond.size <= HISTORY_SECONDS) return
-    const [oldest = second] = this.bySecond.keys()
-    this.bySecond.delete(oldest)
-  }
-}
-
 // --- Warm-up -------------------------------------------------------------------------------------
 
-// Each site has a performer, and a stage. One queue warms them one after the other; whoever asks
-// for some of them waits for these. The stage of the whole is derived from its sites: the instance
+// Each site has a performer, and a state. One queue warms them one after the other; whoever asks
+// for some of them waits for these. The state of the whole is derived from its sites: the instance
 // is green if no site's last warm-up failed, and each that was there at boot was warmed.
 
 const performers = new Map<string, WarmupPerformer>()
@@ -2495,7 +2433,7 @@ export const registerWarmup: (site: string, performer: WarmupPerformer) => void 
 )
 
 function addSite(name: string, performer: WarmupPerformer): void {
-  const wasGreen = monitor.warmup.stage === 'done'
+  const wasGreen = monitor.warmup.state === 'done'
   performers.set(name, performer)
   monitor.warmup.onRegistered(name, wasGreen)
 }
@@ -2518,12 +2456,12 @@ function siteNames(): Iterable<string> {
 }
 
 /** How the warm-up of a site stands. */
-type SiteStage = 'off' | 'waiting' | 'running' | 'warm' | 'failed'
+type SiteState = 'off' | 'waiting' | 'running' | 'warm' | 'failed'
 
 /** A site from boot to the end of the instance. */
 class Site {
   readonly name: string
-  stage: SiteStage
+  state: SiteState
   /** Whether it has to be warm before the instance is green. */
   isAwaited = true
   /** Why its last warm-up failed, '' if it did not. */
@@ -2533,19 +2471,19 @@ class Site {
   #startedAtMs = 0
   #seconds = 0
 
-  constructor(name: string, stage: 'off' | 'waiting') {
+  constructor(name: string, state: 'off' | 'waiting') {
     this.name = name
-    this.stage = stage
+    this.state = state
   }
 
   /** How long its warm-up took, or has run so far. */
   get seconds(): number {
-    return this.stage === 'running' ? this.#secondsSinceStart : this.#seconds
+    return this.state === 'running' ? this.#secondsSinceStart : this.#seconds
   }
 
   /** Makes it wait for its warm-up, unless that runs already. */
   expect(isAwaited: boolean): void {
-    if (this.stage !== 'running') this.stage = 'waiting'
+    if (this.state !== 'running') this.state = 'waiting'
     this.isAwaited = isAwaited
   }
 
@@ -2562,7 +2500,7 @@ class Site {
       pauseMs *= 2
     }
     clock.schedule(pauseMs, tell)
-    this.stage = 'running'
+    this.state = 'running'
     this.failure = ''
     this.#startedAtMs = performance.now()
 
@@ -2570,9 +2508,9 @@ class Site {
       signal.throwIfAborted()
       await untilAbort(signal, currentPerformers().get(name)?.({ site: name, url, signal }))
       signal.throwIfAborted()
-      this.stage = 'warm'
+      this.state = 'warm'
     } catch (error) {
-      this.stage = 'failed'
+      this.state = 'failed'
       this.failure = errorText(error)
     }
     this.#seconds = this.#secondsSinceStart
@@ -2592,14 +2530,14 @@ class Site {
   }
 }
 
-type WarmupStage = 'off' | 'cold' | 'running' | 'done' | 'failed'
+type WarmupState = 'off' | 'cold' | 'running' | 'done' | 'failed'
 
 /** Warms the sites of one boot, one after the other, and tries again what has failed. */
 class WarmupRunner {
   readonly #monitor: Monitor
   readonly #isAutomatic = !isSwitchedOff('FTW_MONITOR_AUTOWARMUP')
   readonly #sites = new Map<string, Site>()
-  #state: 'preparing' | 'begun' | 'over' = 'preparing'
+  #life: 'preparing' | 'begun' | 'over' = 'preparing'
   readonly #preparation = new AbortController()
 
   constructor(owner: Monitor) {
@@ -2611,16 +2549,16 @@ class WarmupRunner {
   }
 
   /** It is read at each check, so it builds no list. */
-  get stage(): WarmupStage {
+  get state(): WarmupState {
     for (const { isAwaited } of this.#queue.keys()) {
       if (isAwaited) return 'running'
     }
-    let whole: WarmupStage = 'done'
+    let whole: WarmupState = 'done'
     for (const name of siteNames()) {
-      const { stage, isAwaited } = this.#site(name)
-      if (stage === 'failed') return 'failed'
-      if (stage === 'waiting' && isAwaited) whole = 'cold'
-      else if (stage === 'off' && whole === 'done') whole = 'off'
+      const { state, isAwaited } = this.#site(name)
+      if (state === 'failed') return 'failed'
+      if (state === 'waiting' && isAwaited) whole = 'cold'
+      else if (state === 'off' && whole === 'done') whole = 'off'
     }
     return whole
   }
@@ -2636,7 +2574,7 @@ class WarmupRunner {
     if (this.#isAutomatic) {
       void this.#beginWhenPrepared()
     } else {
-      this.#state = 'begun'
+      this.#life = 'begun'
       void inquireAndJudge() // the boot is over
     }
   }
@@ -2649,14 +2587,14 @@ class WarmupRunner {
 
   /** Warms what waits, whatever is not prepared yet. */
   beginNow(): void {
-    if (this.#state !== 'preparing') return
-    this.#state = 'begun'
+    if (this.#life !== 'preparing') return
+    this.#life = 'begun'
     this.#takeNextStep()
   }
 
   /** A site that is registered while the instance is green only takes it out if it fails. */
   onRegistered(name: string, wasGreen: boolean): void {
-    if (this.#state !== 'begun' || this.#site(name).stage !== 'waiting') return
+    if (this.#life !== 'begun' || this.#site(name).state !== 'waiting') return
     void this.warmUp([name], !wasGreen)
   }
 
@@ -2666,7 +2604,7 @@ class WarmupRunner {
   }
 
   end(): void {
-    this.#state = 'over'
+    this.#life = 'over'
     this.abort('the monitor was stopped')
   }
 
@@ -2688,8 +2626,8 @@ class WarmupRunner {
 
   /** Whether the warm-up was running, or yet to come, when something was asked. */
   wasColdAt(askedAtMs: number): boolean {
-    const { stage } = this
-    return stage === 'cold' || stage === 'running' || askedAtMs < this.#awaitedUntilMs
+    const { state } = this
+    return state === 'cold' || state === 'running' || askedAtMs < this.#awaitedUntilMs
   }
 
   /** Queues the sites that are not in the queue yet; unless nobody awaits them, the instance is red
@@ -2722,16 +2660,16 @@ class WarmupRunner {
     const failure = describeFailures([site])
     this.#queue.delete(site)
     if (site.isAwaited) this.#awaitedUntilMs = performance.now()
-    if (this.#state !== 'over') this.#logOutcome(site)
+    if (this.#life !== 'over') this.#logOutcome(site)
     if (this.#queue.size === 0) this.#takeNextStep()
-    const isOver = this.#queue.size === 0 && this.#state !== 'over'
+    const isOver = this.#queue.size === 0 && this.#life !== 'over'
     if (isOver) void inquireAndJudge() // as the next prober would
     return failure
   }
 
   #logOutcome({ name, failure, seconds }: Site): void {
     const { sites } = this
-    const warm = sites.filter(({ stage }) => stage === 'warm')
+    const warm = sites.filter(({ state }) => state === 'warm')
     const outcome = failure ? `failed (${failure})` : 'is warm'
     const text = `(${warm.length}/${sites.length}) ${name} ${outcome} after ${seconds.toFixed(1)} s`
     log(failure ? 'warn' : 'info', text)
@@ -2746,13 +2684,13 @@ class WarmupRunner {
   /** Warms what still waits, and tries again what has failed. */
   readonly #takeNextStep = (): void => {
     const { isInstanceClosing, clock } = this.#monitor
-    if (this.#state !== 'begun' || this.#queue.size > 0 || currentShutdown) return
+    if (this.#life !== 'begun' || this.#queue.size > 0 || currentShutdown) return
     if (isInstanceClosing) {
       clock.schedule(TICK_MS, this.#takeNextStep) // one of another process may come back
       return
     }
 
-    const waiting = this.sites.filter(({ stage }) => stage === 'waiting')
+    const waiting = this.sites.filter(({ state }) => state === 'waiting')
     const { failure } = this
     if (waiting.length > 0) void this.warmUp(waiting.map(({ name }) => name))
     else if (failure === '') this.#retryPauseMs = WARMUP_RETRY_MS
@@ -2771,7 +2709,7 @@ class WarmupRunner {
   readonly #retry = (): void => {
     this.retryAtTickMs = undefined
     for (const site of this.sites) {
-      if (site.stage === 'failed') site.expect(true)
+      if (site.state === 'failed') site.expect(true)
     }
     this.#takeNextStep()
   }
@@ -3361,7 +3299,7 @@ function beginShutdown(options: CheckedShutdownOptions, signal?: NodeJS.Signals)
 /** `telling`: the verdict is red, and each prober is told. `settling`: until no request comes.
  *  `closing`: no connection is accepted, and every request finishes. `cleaning`: `cleanUp`, and the
  *  goodbye of upgraded connections. */
-type ShutdownPhase = 'telling' | 'settling' | 'closing' | 'cleaning' | 'done'
+type ShutdownState = 'telling' | 'settling' | 'closing' | 'cleaning' | 'done'
 
 /** How long probers may take to be told: all of the time but what requests have in any case. */
 function tellingLimitMs(timeoutMs: number): number {
@@ -3369,7 +3307,7 @@ function tellingLimitMs(timeoutMs: number): number {
 }
 
 class Shutdown {
-  phase: ShutdownPhase = 'telling'
+  state: ShutdownState = 'telling'
   /** Resolves when it is over. */
   readonly done = deferred<void>()
   readonly #options: CheckedShutdownOptions
@@ -3398,7 +3336,7 @@ class Shutdown {
   }
 
   get isRunning(): boolean {
-    return this.phase !== 'done'
+    return this.state !== 'done'
   }
 
   get ending(): Ending {
@@ -3452,9 +3390,9 @@ class Shutdown {
   }
 
   /** If the process is killed in the middle, the log shows how far it had come. */
-  #enter(phase: ShutdownPhase): void {
-    this.phase = phase
-    log('info', `shutdown: ${phase} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
+  #enter(state: ShutdownState): void {
+    this.state = state
+    log('info', `shutdown: ${state} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
   }
 
   /** Tells whoever probes, and waits for a quiet moment. */
@@ -3680,7 +3618,8 @@ class Signals {
         const hear = (): void => this.#onSignal({ name, number }, options)
         // tsx has a hidden listener in its child, and kills the child if that does not answer
         // within 60 ms: so it comes before all that we do.
-        if (isSomebodyHidden(name)) setImmediate(hear)
+        const isSomebodyHidden = process.rawListeners(name).length > shownListeners(name).length
+        if (isSomebodyHidden) setImmediate(hear)
         else hear()
       }
       this.#listeners.set(name, listener)
@@ -3771,10 +3710,6 @@ function replaceListener(
 ): void {
   process.on(name, next)
   process.off(name, listener)
-}
-
-function isSomebodyHidden(signal: NodeJS.Signals): boolean {
-  return process.rawListeners(signal).length > shownListeners(signal).length
 }
 
 /** Those which `process.listeners()` returns. */
@@ -4060,9 +3995,9 @@ function reasonFor(asker: Asker, { reason, explanation }: Verdict): string {
 }
 
 addCommand('warmup_state', 'Get instance warmup state.', () => {
-  const { stage } = monitor.warmup
-  if (stage === 'running') return '0 1'
-  return stage === 'done' ? '1 0' : '0 0'
+  const { state } = monitor.warmup
+  if (state === 'running') return '0 1'
+  return state === 'done' ? '1 0' : '0 0'
 })
 
 addCommand(
@@ -4112,9 +4047,10 @@ addCommand(
 // Both run commands in the same way, and have the same limits.
 
 /** What a connection waits for, each with a limit of its own. */
-type Phase = 'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'yielding' | 'closing'
+type SessionState =
+  'awaitingRequest' | 'idle' | 'running' | 'awaitingReader' | 'yielding' | 'closing'
 
-const PHASE_MS: Record<Phase, number> = {
+const STATE_MS: Record<SessionState, number> = {
   awaitingRequest: SEND_MS, // or a line
   idle: SILENCE_MS, // in interactive mode
   running: COMMAND_MS,
@@ -4168,15 +4104,15 @@ abstract class Session {
   readonly number: number
   /** Whether it began with a PROXY header: then a balancer asks, perhaps for somebody else. */
   isProxied = false
-  phase: Phase = 'awaitingRequest'
-  phaseSinceTickMs: number
+  state: SessionState = 'awaitingRequest'
+  stateSinceTickMs: number
 
   constructor(listener: Listener, socket: net.Socket, place: number, number: number) {
     this.listener = listener
     this.socket = socket
     this.place = place
     this.number = number
-    this.phaseSinceTickMs = listener.clock.nowTickMs
+    this.stateSinceTickMs = listener.clock.nowTickMs
   }
 
   get remoteAddress(): string | undefined {
@@ -4188,28 +4124,28 @@ abstract class Session {
     return this.listener.unixSocket !== undefined || isLocalSocket(this.socket)
   }
 
-  enter(phase: Phase): void {
-    this.phase = phase
-    this.phaseSinceTickMs = this.listener.clock.nowTickMs
+  enter(state: SessionState): void {
+    this.state = state
+    this.stateSinceTickMs = this.listener.clock.nowTickMs
   }
 
   end(): void {
-    if (this.phase === 'closing') return // a second end() would build an error with its stack
+    if (this.state === 'closing') return // a second end() would build an error with its stack
     this.enter('closing')
     this.socket.end()
   }
 
   enforceLimit(): void {
-    const hasUnsentReply = this.phase === 'closing' && this.socket.writableLength > 0
-    const limitMs = PHASE_MS[hasUnsentReply ? 'awaitingReader' : this.phase]
-    if (this.listener.clock.nowTickMs - this.phaseSinceTickMs < limitMs) return
-    if (this.phase === 'running') this.giveUpCommand()
+    const hasUnsentReply = this.state === 'closing' && this.socket.writableLength > 0
+    const limitMs = STATE_MS[hasUnsentReply ? 'awaitingReader' : this.state]
+    if (this.listener.clock.nowTickMs - this.stateSinceTickMs < limitMs) return
+    if (this.state === 'running') this.giveUpCommand()
     else this.cutOff()
   }
 
   /** Ends at once; by a reset within a reply, so that nobody takes a part of it for the whole. */
   cutOff(): void {
-    const isInReply = this.phase === 'running' || this.socket.writableLength > 0
+    const isInReply = this.state === 'running' || this.socket.writableLength > 0
     if (isInReply) attempt(() => this.socket.resetAndDestroy()) // Unix sockets have none
     this.socket.destroy()
   }
@@ -4243,8 +4179,8 @@ class LineSession extends Session implements Asker {
   }
 
   write(text: string): void {
-    if (this.phase === 'closing' || this.socket.destroyed) return
-    if (this.phase === 'running') this.enter('running') // a command that reports has longer
+    if (this.state === 'closing' || this.socket.destroyed) return
+    if (this.state === 'running') this.enter('running') // a command that reports has longer
     if (this.socket.writableLength > UNSENT_MAX) this.cutOff()
     else this.socket.write(text)
   }
@@ -4254,7 +4190,7 @@ class LineSession extends Session implements Asker {
   }
 
   receive(chunk: Buffer): void {
-    if (this.phase === 'closing') return
+    if (this.state === 'closing') return
     this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
     if (!this.isAtLeisure && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
@@ -4262,7 +4198,7 @@ class LineSession extends Session implements Asker {
 
   /** Whether the next line need not wait. */
   get isAtLeisure(): boolean {
-    return this.phase === 'awaitingRequest' || this.phase === 'idle'
+    return this.state === 'awaitingRequest' || this.state === 'idle'
   }
 
   /** Takes one line after the other, each when the reply to the one before is done and taken. */
@@ -4277,23 +4213,23 @@ class LineSession extends Session implements Asker {
   }
 
   waitForReader(): void {
-    const { phase } = this
+    const { state } = this
     this.enter('awaitingReader')
     this.socket.once('drain', () => {
-      if (this.phase !== 'awaitingReader') return
-      this.enter(phase)
+      if (this.state !== 'awaitingReader') return
+      this.enter(state)
       this.yieldTurn() // else a reader who keeps up would leave nothing to the application
     })
   }
 
-  /** Leaves the time to the others; the limit of the phase goes on. */
+  /** Leaves the time to the others; the limit of the state goes on. */
   yieldTurn(): void {
-    const { phase, phaseSinceTickMs } = this
+    const { state, stateSinceTickMs } = this
     this.enter('yielding')
     const goOn = (): void => {
-      if (this.phase !== 'yielding') return
-      this.phase = phase
-      this.phaseSinceTickMs = phaseSinceTickMs
+      if (this.state !== 'yielding') return
+      this.state = state
+      this.stateSinceTickMs = stateSinceTickMs
       this.serve()
     }
     setTimeout(goOn, TURN_PAUSE_MS).unref()
@@ -4352,7 +4288,7 @@ class LineSession extends Session implements Asker {
       this.end()
       return
     }
-    if (this.phase === 'closing') return
+    if (this.state === 'closing') return
     this.enter('idle')
     this.socket.setNoDelay() // else replies to pipelined lines would wait for the client's ACKs
   }
@@ -4418,7 +4354,7 @@ class HttpSession extends Session {
   constructor(lines: LineSession) {
     super(lines.listener, lines.socket, lines.place, lines.number)
     this.isProxied = lines.isProxied
-    this.phaseSinceTickMs = lines.phaseSinceTickMs // its head has 60 s since the connection came
+    this.stateSinceTickMs = lines.stateSinceTickMs // its head has 60 s since the connection came
   }
 
   accept(exchange: Exchange): void {
@@ -4437,7 +4373,7 @@ class HttpSession extends Session {
   }
 
   answerNext(): void {
-    if (this.phase === 'closing' || this.socket.destroyed) return
+    if (this.state === 'closing' || this.socket.destroyed) return
     const exchange = this.waiting.shift()
     if (!exchange) return
     this.current = exchange
@@ -4449,7 +4385,7 @@ class HttpSession extends Session {
 
   async finishLater(exchange: Exchange, answer: Promise<unknown>): Promise<void> {
     await answer
-    if (this.phase === 'running') this.finish(exchange) // else given up meanwhile
+    if (this.state === 'running') this.finish(exchange) // else given up meanwhile
   }
 
   /** The next request waits until this reply is taken, and until the application has had its
@@ -4464,7 +4400,7 @@ class HttpSession extends Session {
   }
 
   answerWhatWaits(): void {
-    if (this.phase === 'closing') return
+    if (this.state === 'closing') return
     this.current = undefined
     this.enter('awaitingRequest')
     this.answerNext()
@@ -4839,19 +4775,14 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 // What is current. Commands and databases, performers and collectors stand in their sections.
 
 // What we replace of somebody else's, and when we put it back. Where somebody has wrapped it since,
-// ours stays below that, and does nothing any more.
+// ours stays below that, and does nothing any more. Each layer says at its head what it replaces.
 //
 //   `emit` of each server      from `start` on; back at `stop` and at the end of a shutdown
-//   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
-//   `keepAliveTimeout` and     the same, where `keepAliveMs` says so, unless the program has set
-//   `headersTimeout`           them since
 //   listeners of the signals   from `shutdownOnSignal` on; back at `stop`, and before the signal is
 //                              let through
 //   `writeHead` of a response  while clients are sent elsewhere; it goes with the response
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or
 //                              else at the end of the shutdown
-//   `close`, `emit` and        on Bun alone, in place of `_handle`
-//   `listening` of a server
 
 const signals = new Signals()
 
@@ -4864,7 +4795,11 @@ let monitor = new Monitor({ servers: [] }, 'new')
 // --- Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it -
 
 // What serves programs as they are: where nobody passes a server to `start`, where it comes late, or
-// has listened for long, and where nobody calls `start`.
+// has listened for long, and where nobody calls `start`. It replaces, besides:
+//
+//   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
+//   `close`, `emit` and        on Bun alone, in place of `_handle`
+//   `listening` of a server
 
 /** Gives a companion to the current monitor, and to each one from now on. */
 function accompany(make: (owner: Monitor) => Companion): void {
@@ -5103,7 +5038,7 @@ class PortWatch implements Companion {
     if (server) return
     if (state === 'waiting' && isPortKnown(options)) this.#open()
     if (this.#owner.state === 'booting') void this.inquire()
-    if (warmup.stage === 'running' && this.isInquiryDue) void this.inquire()
+    if (warmup.state === 'running' && this.isInquiryDue) void this.inquire()
   }
 
   get isInquiryDue(): boolean {
@@ -5554,7 +5489,10 @@ if (isAutoWanted && isWorkerThread) tellOfServerInThread()
 // --- Layer: pages and balancers; all from here on may be deleted, and nothing above refers to it -
 
 // What is set by the environment of a deployment rather than in code: pages in place of performers,
-// what the service's own port answers, and what balancers want besides.
+// what the service's own port answers, and what balancers want besides. It replaces, besides:
+//
+//   `keepAliveTimeout` and     from `start` on, where `keepAliveMs` says so; back at `stop` and at the
+//   `headersTimeout`           end of a shutdown, unless the program has set them since
 
 // --- Pages ---------------------------------------------------------------------------------------
 
@@ -5908,7 +5846,7 @@ async function warmUpReporting(
   for (;;) {
     const failure = await Promise.race([done, unreffedPause(REPORT_MS)])
     if (failure !== undefined) return failure
-    const running = monitor.warmup.sites.find(({ stage }) => stage === 'running')
+    const running = monitor.warmup.sites.find(({ state }) => state === 'running')
     if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
   }
 }
@@ -6205,6 +6143,43 @@ function tellIfTooSlow(prober: Prober): void {
 
 accompany(() => ({ onProber: tellIfTooSlow }))
 
+// --- Waiting for health --------------------------------------------------------------------------
+
+const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole boot
+
+/** Resolves at the first `OK`, for PM2's `process.send('ready')` and for tests; at once where there
+ *  is no monitor: with `FTW_MONITOR=0`, after `stop()`, and where `start` gave up. Called before
+ *  `start` it waits, for ever if `start` is never called, but keeps no process alive. Rejects with
+ *  the reason of `signal` when that aborts, with a `TypeError` for wrong options, and with an
+ *  `Error` once a shutdown is over: not before, since a rejection that nobody catches would end the
+ *  process in the middle of it. */
+export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void> = shared(
+  'untilHealthy',
+  async (options = {}) => {
+    mustHaveOnly(options, ['signal'], 'untilHealthy takes an object that may have signal')
+    const { signal = new AbortController().signal } = options
+    const isSignal = hasMethods(signal, 'addEventListener', 'throwIfAborted')
+    must(isSignal, 'signal must be an AbortSignal')
+    signal.throwIfAborted()
+    await untilAbort(signal, pollUntilHealthy(signal))
+    signal.throwIfAborted()
+  }
+)
+
+async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
+    if (currentShutdown) {
+      await currentShutdown.done.promise
+      throw new Error('ftw-monitor: the instance has shut down')
+    }
+    const isOver = monitor.isOff && monitor.state !== 'new'
+    if (isOver || isSwitchedOff('FTW_MONITOR')) return
+    const isHealthy = monitor.isRunning && (await inquireAndJudge()).healthy
+    if (isHealthy) return
+    await unreffedPause(HEALTHY_POLL_MS)
+  }
+}
+
 // --- PROXY headers --------------------------------------------------------------------------------
 
 // A balancer that speaks the PROXY protocol says who its client is before it sends anything else:
@@ -6417,15 +6392,53 @@ function toNumber(text: string, name: string, max: number): number {
 
 const DECIMAL = /^\d+(\.\d+)?$/ // 0.5
 
-/** Returns what was counted in the last seconds. */
-function countsOf(
-  { counters }: RegisteredDatabase,
-  seconds: number
-): Record<keyof Activity, number> {
+const HISTORY_SECONDS = 3_600 // as far as zc.z3monitor looks back
+
+/** Counts events, and remembers an hour of them by the second. */
+class Counter {
+  total = 0
+  /** The oldest second comes first. */
+  readonly bySecond = new Map<number, number>()
+
+  /** Takes `unknown`, since JavaScript may pass '3', which would be concatenated. */
+  add(count: unknown = 1): void {
+    const events = Number(count)
+    must(events >= 0 && events < Infinity, 'a count must be a number from 0', RangeError)
+    const second = Math.floor(performance.now() / 1_000)
+    this.total += events
+    this.bySecond.set(second, (this.bySecond.get(second) ?? 0) + events)
+    if (this.bySecond.size <= HISTORY_SECONDS) return
+    const [oldest = second] = this.bySecond.keys()
+    this.bySecond.delete(oldest)
+  }
+}
+
+const counters = new WeakMap<RegisteredDatabase, Record<keyof Activity, Counter>>()
+
+function countersOf(registered: RegisteredDatabase): Record<keyof Activity, Counter> {
+  const known = counters.get(registered)
+  if (known) return known
+  const made = { loads: new Counter(), stores: new Counter(), connections: new Counter() }
+  counters.set(registered, made)
+  return made
+}
+
+activityOf = (registered) => {
+  const { loads, stores, connections } = countersOf(registered)
   return {
-    loads: countedIn(counters.loads, seconds),
-    stores: countedIn(counters.stores, seconds),
-    connections: countedIn(counters.connections, seconds)
+    loads: (count) => loads.add(count),
+    stores: (count) => stores.add(count),
+    connections: (count) => connections.add(count)
+  }
+}
+
+/** Returns what was counted in the last seconds. */
+function countsOf(registered: RegisteredDatabase, seconds: number): Record<keyof Activity, number> {
+  const { loads, stores, connections } = countersOf(registered)
+  return {
+    loads: countedIn(loads, seconds),
+    stores: countedIn(stores, seconds),
+    connections: countedIn(connections, seconds)
   }
 }
 
@@ -6773,9 +6786,11 @@ function answersOf(traffic: Traffic): Answers {
   return answers
 }
 
-requestEndListeners.push((traffic, request, statusCode) => {
-  answersOf(traffic).add(request, statusCode > 0)
-})
+accompany(() => ({
+  onRequestEnd(traffic, request, statusCode) {
+    answersOf(traffic).add(request, statusCode > 0)
+  }
+}))
 
 function totalsOf(traffic: Traffic): Totals {
   const { count, totalMs } = answersOf(traffic)
@@ -7058,7 +7073,7 @@ const LAG_HELP = 'The largest delay of a timer in the last thirty seconds.'
 function instanceFamilies(): Family[] {
   const { traffic, warmup } = monitor
   const { healthy, state } = judgeAndTell()
-  const isWarm = Number(warmup.stage === 'done')
+  const isWarm = Number(warmup.state === 'done')
   const { requests, in_flight, errors } = httpFigures()
   const upgraded = traffic.server ? traffic.upgradedConnections : -1
   const { lagSeconds } = latelyOf(monitor)
@@ -7088,8 +7103,8 @@ const SITE_HELP = 'How long its warm-up took, or has run so far.'
 
 function siteFamily({ sites }: WarmupRunner): Family {
   const byName = new Map(sites.map((site) => [site.name, site]))
-  const values = valuesByLabel('site', byName, ({ stage, seconds }) => {
-    return stage === 'off' || stage === 'waiting' ? -1 : seconds
+  const values = valuesByLabel('site', byName, ({ state, seconds }) => {
+    return state === 'off' || state === 'waiting' ? -1 : seconds
   })
   return { name: 'ftw_monitor_warmup_seconds', help: SITE_HELP, values }
 }
@@ -7106,7 +7121,11 @@ function databaseFamilies(): Family[] {
   })
   const passing = valuesByLabel('database', databases, passingValue, optionalLabel)
   const counted = (kind: keyof Activity): Family =>
-    ofEach(`${kind}_total`, `What the service counted as ${kind}.`, (of) => of.counters[kind].total)
+    ofEach(
+      `${kind}_total`,
+      `What the service counted as ${kind}.`,
+      (of) => countersOf(of)[kind].total
+    )
 
   return [
     { name: 'ftw_monitor_database_connected', help: 'Whether it is connected.', values: passing },
@@ -7373,13 +7392,7 @@ async function statusFor(isLocal: boolean): Promise<Status> {
     eventLoopUtilization: loadOf(monitor).utilization,
     eventLoopLagSeconds: latelyOf(monitor).lagSeconds,
     residentMemoryBytes: readResidentMemory(),
-    warmup: warmup.sites.map(({ name, stage, seconds, failure }) => ({
-      site: name,
-      status: stage,
-      seconds,
-      failure: isLocal ? failure : '',
-      nextTrySeconds: stage === 'failed' ? secondsToNextTry(monitor) : -1
-    })),
+    warmup: warmup.sites.map((site) => siteStatus(site, isLocal)),
     databases: answered(databases).map((each) => {
       return { ...dependencyStatus(each, isLocal), connected: each.isPassing }
     }),
@@ -7420,6 +7433,16 @@ function proberStatuses(probers: Probers, clock: Clock, isLocal: boolean): Probe
   }))
   const recent = all.filter(({ askedSecondsAgo }) => askedSecondsAgo <= HISTORY_SECONDS)
   return recent.sort((one, other) => one.askedSecondsAgo - other.askedSecondsAgo)
+}
+
+function siteStatus({ name, state, seconds, failure }: Site, isLocal: boolean): SiteStatus {
+  return {
+    site: name,
+    status: state,
+    seconds,
+    failure: isLocal ? failure : '',
+    nextTrySeconds: state === 'failed' ? secondsToNextTry(monitor) : -1
+  }
 }
 
 /** How long until what has failed to warm up is tried again, -1 where nothing has. */
