@@ -417,6 +417,8 @@ interface Companion {
   onTick?(isFirst: boolean): void
   /** The clock stops. */
   onClose?(): void
+  /** The instance's server listens. */
+  onListening?(): void
   /** The traffic has a server that it did not have before. */
   onServer?(traffic: Traffic, server: net.Server): void
   /** Sees an event of a server before all others. What is `taken` nobody else hears of; what is
@@ -584,6 +586,7 @@ class Monitor {
     if (this.instance?.hasMoved(boundAddress(this.options, server))) {
       void this.#close('closed')
     }
+    for (const companion of this.companions) companion.onListening?.()
     if (this.state === 'closed') this.#wait()
     else this.#advance()
   }
@@ -5459,8 +5462,8 @@ class AutoCompanion implements Companion {
     this.#delaySignals()
   }
 
-  onEvent(_traffic: Traffic, _server: net.Server, event: string): undefined {
-    if (event === 'listening') this.#delaySignals()
+  onListening(): void {
+    this.#delaySignals()
   }
 
   async prepareWarmup(): Promise<void> {
