@@ -1412,7 +1412,10 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 
 /** Each call of the API with an option that there is not, and the end of what it is told. */
 const SURPLUS_OPTIONS: [call: (monitor: Monitor) => unknown, end: string][] = [
-  [(monitor) => monitor.start({ prot: 8080 } as object), 'logger, healthPath, keepAliveMs, not prot'],
+  [
+    (monitor) => monitor.start({ prot: 8080 } as object),
+    'logger, healthPath, keepAliveMs, not prot'
+  ],
   [(monitor) => monitor.untilHealthy({ timeoutMs: 5 } as object), 'have signal, not timeoutMs'],
   [(monitor) => monitor.drain({ timeout: 5 } as object), 'timeoutMs, minimumMs, not timeout'],
   [(monitor) => monitor.shutdown({ cleanup: 5 } as object), 'exitAfterMs, signals, not cleanup'],

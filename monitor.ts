@@ -16,8 +16,9 @@
 // tells how the instance is stands one verdict: may it be sent requests, and if not, why?
 //
 // The core comes first, and can be read and signed alone. Each of the layers behind it may be cut
-// off with all that follows it: a layer adds to the core from below. A section, under a banner of the same words, keeps the state,
-// the timers and the functions of one concern together.
+// off with all that follows it: a layer adds to the core from below, and the core knows of none. A
+// section, under a banner of the same words, keeps the state, the timers and the functions of one
+// concern together.
 //
 //   Public types
 //   Limits
@@ -834,25 +835,17 @@ function locateInstance(
   const origin = `${server && isSecure(server) ? 'https' : 'http'}://${hostInUrl(host)}`
   const ownUrl = port ? `${origin}:${port}` : origin
   const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
-  const { plainUrl, headers } = splitCredentials(toldUrl)
-  return { host, port, path, url: withoutSlashes(plainUrl ?? ownUrl), headers }
+  const plainUrl = toldUrl === undefined ? ownUrl : withoutCredentials(toldUrl)
+  return { host, port, path, url: withoutSlashes(plainUrl) }
 }
 
-/** Takes the credentials out of `http://user:password@host`, since fetch refuses them there, and
- *  nobody is to see them: as a header they do the same. */
-function splitCredentials(text: string | undefined): {
-  plainUrl: string | undefined
-  headers: Record<string, string>
-} {
-  const url = text === undefined ? undefined : new URL(text)
-  if (!url || (url.username === '' && url.password === '')) return { plainUrl: text, headers: {} }
-
-  const parts = [url.username, url.password]
-  const decoded = parts.map((part) => attempt(() => decodeURIComponent(part)) ?? part)
-  const authorization = `Basic ${Buffer.from(decoded.join(':')).toString('base64')}`
+/** Nobody is to see them, and fetch refuses them there. */
+function withoutCredentials(text: string): string {
+  const url = new URL(text)
+  if (url.username === '' && url.password === '') return text
   url.username = ''
   url.password = ''
-  return { plainUrl: url.href, headers: { authorization } }
+  return url.href
 }
 
 /** Where the monitor is to listen. */
@@ -915,8 +908,6 @@ interface Location {
   path: string | undefined
   /** Without credentials. */
   url: string
-  /** Of our own requests: the credentials, if the URL was told with some. */
-  headers: Record<string, string>
 }
 
 class InstanceAddress {
@@ -4425,19 +4416,17 @@ class Exchange implements Asker {
   readonly response: http.ServerResponse
   readonly name: string
   readonly args: string[]
-  readonly query: string
   #code = 200
   /** The media type, where it is not that of the command. */
   #type: string | undefined
   #body = ''
 
   constructor(session: HttpSession, response: http.ServerResponse) {
-    const { name, args, query } = parseCommand(response.req.url ?? '')
+    const { name, args } = parseCommand(response.req.url ?? '')
     this.session = session
     this.response = response
     this.name = name || nameOfRoot(response.req.headers)
     this.args = args
-    this.query = query
   }
 
   get remoteAddress(): string | undefined {
@@ -4499,13 +4488,13 @@ function headersFor(type: string, body: string): http.OutgoingHttpHeaders {
 let nameOfRoot: (headers: http.IncomingHttpHeaders) => string = () => 'help'
 
 /** Reads `/NAME/ARG…?QUERY`; the name is '' of `/`. */
-function parseCommand(target: string): { name: string; args: string[]; query: string } {
-  if (PLAIN_PATH.test(target)) return { name: target.slice(1), args: [], query: '' }
+function parseCommand(target: string): { name: string; args: string[] } {
+  if (PLAIN_PATH.test(target)) return { name: target.slice(1), args: [] }
 
-  const { path, query } = parseTarget(target)
+  const { path } = parseTarget(target)
   const parts = attempt(() => path.split('/').filter(Boolean).map(decodeURIComponent))
   const [name = '', ...args] = parts ?? [path] // no command has a name that cannot be decoded
-  return { name, args, query }
+  return { name, args }
 }
 
 const PLAIN_PATH = /^\/\w+$/ // /health_check, where nothing is to be taken apart or decoded
@@ -4797,8 +4786,8 @@ let monitor = new Monitor({ servers: [] }, 'new')
 
 // --- Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it -
 
-// What serves programs as they are: where nobody passes a server to `start`, where it comes late, or
-// has listened for long, and where nobody calls `start`. It replaces, besides:
+// What serves programs as they are: where nobody passes a server to `start`, where it comes late,
+// or has listened for long, and where nobody calls `start`. It replaces, besides:
 //
 //   `listen` of `net.Server`   from `start` on; back at `stop` and at the end of a shutdown
 //   `close`, `emit` and        on Bun alone, in place of `_handle`
@@ -5240,9 +5229,9 @@ function sessionOf(socket: net.Socket): Http2Session | undefined {
 
 // --- Servers of Bun ------------------------------------------------------------------------------
 
-// Bun has no handle to close. Servers stop listening only by their `close()`, which finishes what is
-// being served, but cuts answers that are not taken yet. So it is called at a moment when there are
-// none. The stand-in is a `close()` that waits for ours, of which nobody hears before.
+// Bun has no handle to close. Servers stop listening only by their `close()`, which finishes what
+// is being served, but cuts answers that are not taken yet. So it is called at a moment when there
+// are none. The stand-in is a `close()` that waits for ours, of which nobody hears before.
 
 /** Closes a server when no answer has been written that is not taken yet. */
 async function closeOnBun(server: net.Server, traffic: Traffic): Promise<void> {
@@ -5494,8 +5483,8 @@ if (isAutoWanted && isWorkerThread) tellOfServerInThread()
 // What is set by the environment of a deployment rather than in code: pages in place of performers,
 // what the service's own port answers, and what balancers want besides. It replaces, besides:
 //
-//   `keepAliveTimeout` and     from `start` on, where `keepAliveMs` says so; back at `stop` and at the
-//   `headersTimeout`           end of a shutdown, unless the program has set them since
+//   `keepAliveTimeout` and     from `start` on, where `keepAliveMs` says so; back at `stop` and at
+//   `headersTimeout`           the end of a shutdown, unless the program has set them since
 
 // --- Pages ---------------------------------------------------------------------------------------
 
@@ -5629,13 +5618,24 @@ VARIABLES.push(
  *  which knows no Unix sockets, refuses some ports, and gives up after 300 s. */
 async function visit(url: string, signal: AbortSignal, token?: string): Promise<number> {
   const isPage = token === undefined
-  const credentials = monitor.instance?.location.headers ?? {}
+  const credentials = readCredentials(monitor.options)
   const headers = isPage ? credentials : { ...credentials, [TOKEN_HEADER]: token }
   const isHttps = /^https:/i.test(url)
   const doesFetchGoStraight = !mayFetchUseProxy()
   if (!isHttps && (isPage || !doesFetchGoStraight)) return visitByGet(url, headers, signal)
   if (!doesFetchGoStraight) failWith(`a proxy would be asked for it: name its host in NO_PROXY`)
   return visitByFetch(url, headers, signal)
+}
+
+/** Those of `http://user:password@host`, as a header. */
+function readCredentials(options: CheckedStartOptions): Record<string, string> {
+  const text = options.url ?? readEnv('FTW_MONITOR_URL')
+  const url = attempt(() => new URL(text ?? ''))
+  if (!url || (url.username === '' && url.password === '')) return {}
+  const parts = [url.username, url.password]
+  const decoded = parts.map((part) => attempt(() => decodeURIComponent(part)) ?? part)
+  const encoded = Buffer.from(decoded.join(':')).toString('base64')
+  return { authorization: `Basic ${encoded}` }
 }
 
 /** Where a page of the instance itself is loaded. */
@@ -5854,8 +5854,8 @@ async function warmUpReporting(
   }
 }
 
-/** A request of our own to the view, with which a warm-up begins: so performers run as the work of a
- *  request does. */
+/** A request of our own to the view, with which a warm-up begins: so performers run as the work of
+ *  a request does. */
 class ViewRequest implements Companion {
   readonly #owner: Monitor
   /** Which it bears. */
@@ -5880,7 +5880,8 @@ class ViewRequest implements Companion {
    *  is there: a catch-all route, another worker or another process would answer, too. */
   async prepareWarmup(signal: AbortSignal): Promise<void> {
     const { instance } = this.#owner
-    if (!instance || instance.location.path !== undefined) return // at a Unix socket nobody is asked
+    const isOnUnixSocket = instance?.location.path !== undefined // where nobody is asked for a view
+    if (!instance || isOnUnixSocket) return
     // Not before, since it loads all of Node.js's cryptography; and some replace it.
     this.#token = attempt(() => crypto.randomUUID())
     this.#isSeen = false
@@ -6183,7 +6184,7 @@ async function pollUntilHealthy(signal: AbortSignal): Promise<void> {
   }
 }
 
-// --- PROXY headers --------------------------------------------------------------------------------
+// --- PROXY headers -------------------------------------------------------------------------------
 
 // A balancer that speaks the PROXY protocol says who its client is before it sends anything else:
 // in a line, or in bytes behind a signature. That is skipped and not believed, since anybody can
@@ -7169,7 +7170,7 @@ function valuesByLabel<T>(
   return values
 }
 
-// --- Layer: status and page; all from here on may be deleted, and nothing above refers to it ----
+// --- Layer: status and page; all from here on may be deleted, and nothing above refers to it -----
 
 // --- Changes of the verdict ----------------------------------------------------------------------
 
@@ -7775,7 +7776,7 @@ rect.pass { fill: #17692d } rect.warn { fill: #ffb81c } rect.fail { fill: #a8201
 /** Refreshes itself without a script; `?pause` stops that. */
 function renderPage(known: Status, exchange: Exchange, nonce: string): string {
   const offered = [...commands].filter(([, entry]) => entry.http && !entry.hidden)
-  const isPaused = exchange.query === 'pause'
+  const isPaused = parseTarget(exchange.response.req.url ?? '').query === 'pause'
   const refresh = isPaused ? '' : '<meta http-equiv="refresh" content="2">'
   const toggle = isPaused ? '<a href="/">Refresh</a>' : '<a href="?pause">Pause</a>'
   const heading = headingOf(known)
@@ -7944,7 +7945,7 @@ function gradeMarks(changes: Status['changes']): string {
   return marks.join('\n')
 }
 
-// --- Layer: the program; all from here on may be deleted, and nothing above refers to it --------
+// --- Layer: the program; all from here on may be deleted, and nothing above refers to it ---------
 
 /** Runs the program, and returns its exit status. */
 async function main(words: string[]): Promise<number> {
