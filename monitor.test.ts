@@ -3476,6 +3476,20 @@ describeInProcess('The application', ALONE, () => {
     assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
     assert.match(await ask(port, 'metrics\n'), /^ftw_monitor_http_requests_total 0$/m)
   })
+
+  test('a response of an adapter, which knows no request, may close', async (t) => {
+    const server = await serve(t)
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
+    const socket = Object.assign(new EventEmitter(), { destroy() {} })
+    for (const more of [{}, { req: undefined }, { req: {} }, { req: { complete: false } }]) {
+      const response = Object.assign(new EventEmitter(), { end() {} }, more)
+      emit('request', { method: 'GET', url: '/x', socket }, response)
+      assert.equal((await monitor.status()).requestsInFlight, 1)
+      response.emit('close')
+      assert.equal((await monitor.status()).requestsInFlight, 0)
+    }
+  })
 })
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
@@ -5205,7 +5219,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const emitForged = () => server.emit('request', trapped(['method', 'url', 'socket']), {})
     server.removeAllListeners('request')
     server.on('request', (_, response) => response.end?.('served'))
-    const faults = () => logger.lines.filter((line) => line.includes('has a fault'))
+    const faults = () => logger.lines.filter((line) => line.includes('has an internal error'))
     const clock = fakeClock(t)
     emitForged()
     clock.now += 59_999
@@ -5214,7 +5228,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     clock.now += 1
     emitForged()
     assert.equal(faults().length, 2)
-    assert.match(faults()[0] ?? '', /^error ftw-monitor has a fault: trap\n +at /)
+    assert.match(faults()[0] ?? '', /^error ftw-monitor has an internal error: trap\n +at /)
     assert.equal((await getPage(instancePort, '/')).body, 'served')
   })
 })
@@ -9578,6 +9592,54 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       await refused
     })
   }
+
+  test('a listener that comes after process.removeAllListeners() hears of the signal, after us', async (t) => {
+    const script = `
+      process.on('SIGTERM', () => print('removed'))
+      monitor.shutdownOnSignal({ cleanUp: () => print('cleaned up') })
+      process.removeAllListeners('SIGTERM')
+      process.on('SIGTERM', () => { print('told'); process.exit(3) })
+      setTimeout(() => process.kill(process.pid, 'SIGTERM'), 50)
+      setTimeout(() => process.exit(9), 10_000)`
+    const watched = runScript(t, { script })
+    assert.equal(await watched.exit, 3, watched.output)
+    assertOrder(watched.output, 'cleaned up', 'told')
+    assert.doesNotMatch(watched.output, /^removed/m)
+  })
+
+  test('a signal listener that comes and goes leaves nothing behind', async (t) => {
+    const script = `
+      monitor.shutdownOnSignal()
+      const finalized = new FinalizationRegistry(() => { count++ })
+      let count = 0
+      for (let index = 0; index < 100; index++) {
+        const listener = () => {}
+        finalized.register(listener)
+        process.once('SIGTERM', listener)
+        await nextTurn()
+        process.off('SIGTERM', listener)
+      }
+      for (let round = 0; round < 100 && count < 90; round++) {
+        gc()
+        await pause(20)
+      }
+      print('collected', count >= 90, process.listenerCount('SIGTERM'))
+      process.exit()`
+    const watched = runScript(t, { script, flags: ['--expose-gc'] })
+    assert.equal(await watched.exit, 0, watched.output)
+    assert.match(watched.output, /^collected true 1$/m)
+  })
+
+  test('ten listeners of a signal cost no warning of Node.js', async (t) => {
+    const script = `
+      for (let index = 0; index < 9; index++) process.on('SIGTERM', () => {})
+      monitor.shutdownOnSignal()
+      await pause(50)
+      process.exit()`
+    const watched = runScript(t, { script })
+    assert.equal(await watched.exit, 0)
+    assert.equal(watched.output, '')
+  })
 
   test('a SIGINT that ends the process at once takes the file of a Unix socket along', async (t) => {
     const path = join(scratchFolder(t), 'service.sock')

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// ftw-monitor: tells balancers, probes and people whether this instance may be sent requests
+// ftw-monitor: tells load balancers, probes and people whether this instance may be sent requests
 //
 // Version 1.0.0. Copyright (c) 2026 the ftw-monitor authors.
 // SPDX-License-Identifier: MIT
@@ -18,7 +18,7 @@
 // The core comes first, and can be read and signed alone. Each of the layers behind it may be cut
 // off with all that follows it: a layer adds to the core from below, and the core knows of none. A
 // section, under a banner of the same words, keeps the state, the timers and the functions of one
-// concern together.
+// concern together; those of a layer are listed at its head.
 //
 //   Public types
 //   Limits
@@ -48,33 +48,10 @@
 //   Helpers
 //   The module
 //   Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it
-//   Servers that listen
-//   Servers that start() was not given
-//   Instances behind a port
-//   Connections that came earlier
-//   Servers of Bun
-//   Copies that differ
-//   Mistyped variables
-//   Programs that nobody edits
 //   Layer: pages and balancers; all from here on may be deleted, and nothing above refers to it
-//   Pages
-//   Our own requests
-//   The view
-//   The health path
-//   The load of the event loop
-//   What balancers ask
-//   Waiting for health
-//   PROXY headers
-//   Idle connections
 //   Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it
-//   Figures
-//   Metrics
 //   Layer: status and page; all from here on may be deleted, and nothing above refers to it
-//   Changes of the verdict
-//   Status
-//   The page
 //   Layer: the program; all from here on may be deleted, and nothing above refers to it
-//   Called or imported
 
 import * as http from 'node:http'
 import * as net from 'node:net'
@@ -89,7 +66,7 @@ export type Mode = 'quit' | 'interactive' | 'more'
 
 /** Who asked a command. */
 export interface Connection {
-  /** Sends text to the asker, just as it is. */
+  /** Sends text to the asker, unchanged. */
   write(text: string): void
   /** The asker's IP address; `undefined` on a Unix socket, and after the asker's reset. */
   readonly remoteAddress: string | undefined
@@ -226,7 +203,7 @@ export interface DrainOptions {
 /** What `shutdown` and `shutdownOnSignal` may be told, besides what `drain` may. */
 export interface ShutdownOptions extends DrainOptions {
   /** Called at once, beside all the rest: for consumers of queues and schedulers, which are to take
-   *  no more jobs. `signal` is what came, `undefined` for `shutdown()`. */
+   *  no more jobs. `signal` is the one that came, `undefined` for `shutdown()`. */
   onSignal?(shutdown: { signal: NodeJS.Signals | undefined }): unknown
   /** Called when no request is in flight any more: closes databases, says goodbye to WebSockets,
    *  which are ended a second after it was called. May return a promise. */
@@ -293,7 +270,7 @@ const ALIVE_MS = 1_000 // for a process that is done to end by itself
 const TIMER_MAX_MS = 2 ** 31 - 1 // what setTimeout takes
 const MILLISECONDS_MAX = 7 * 86_400_000 // in the environment, and of idle connections: a week
 
-// Of figures
+// Of the log
 const LOG_LINE_MAX = 2_000 // characters: a failure of each of many sites is in one line
 const LOG_MS = 1_000 // between failures of one command, so that nobody can flood the host's log
 const FAULT_LOG_MS = 60_000 // between faults of our own
@@ -356,7 +333,7 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
     const options = toStartOptions(instance)
     const answer = monitor.answerStart(options)
     if (answer === 'refuse') {
-      log('warn', 'is started already; stop() it first')
+      log('warn', 'is already started; call stop() first')
       return monitor.address
     }
     if (currentShutdown?.isRunning || signals.hasCome) {
@@ -388,7 +365,7 @@ export const stop: () => Promise<void> = shared('stop', async () => {
 })
 
 //   new ── waiting ── booting ── accepting ── closed ── waiting
-//   any of them ── stopped
+//   any of them ── stopped; waiting ── failed
 
 type MonitorState =
   | 'new' // nobody has called start()
@@ -516,7 +493,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
-    for (const companion of this.companions) companion.onBegin?.()
+    this.#tellCompanions((companion) => companion.onBegin?.())
     this.#wait()
     return this.started.promise
   }
@@ -560,12 +537,12 @@ class Monitor {
   /** Has companions find others, unless it was not started. */
   findServers(): void {
     if (!this.#isHooked) return
-    for (const companion of this.companions) companion.findServers?.()
+    this.#tellCompanions((companion) => companion.findServers?.())
   }
 
   unhookServers(): void {
     this.#isHooked = false
-    for (const companion of this.companions) companion.onUnhook?.()
+    this.#tellCompanions((companion) => companion.onUnhook?.())
     for (const traffic of this.allTraffic) traffic.unhook()
   }
 
@@ -587,7 +564,7 @@ class Monitor {
     if (this.instance?.hasMoved(boundAddress(this.options, server))) {
       void this.#close('closed')
     }
-    for (const companion of this.companions) companion.onListening?.()
+    this.#tellCompanions((companion) => companion.onListening?.())
     if (this.state === 'closed') this.#wait()
     else this.#advance()
   }
@@ -623,7 +600,7 @@ class Monitor {
   #wait(): void {
     this.state = 'waiting'
     tellIfRed(this)
-    for (const companion of this.companions) companion.onTick?.(true)
+    this.#tellCompanions((companion) => companion.onTick?.(true))
     this.clock.start(() => this.#tick())
     this.clock.schedule(LISTEN_WARNING_MS, () => {
       if (this.state === 'waiting') log('warn', 'waits for the server to listen')
@@ -661,6 +638,11 @@ class Monitor {
   }
 
   /** The instance accepts connections. */
+  /** A layer that fails is our fault, and must not be the host's end. */
+  #tellCompanions(tell: (companion: Companion) => void): void {
+    for (const companion of this.companions) attemptOwn(() => tell(companion))
+  }
+
   accept(): void {
     if (this.state !== 'booting') return
     this.state = 'accepting'
@@ -669,7 +651,7 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    for (const companion of this.companions) companion.onTick?.(false)
+    this.#tellCompanions((companion) => companion.onTick?.(false))
     this.#advance()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) {
@@ -688,7 +670,7 @@ class Monitor {
     if (listener?.isListening) log('info', 'closed')
     this.state = state
     tellIfRed(this)
-    for (const companion of this.companions) companion.onClose?.()
+    this.#tellCompanions((companion) => companion.onClose?.())
     this.clock.stop()
     this.warmup.end()
     this.warmup = new WarmupRunner(this)
@@ -744,7 +726,7 @@ function checkPort(port: unknown, listen: unknown): void {
   )
 }
 
-/** https and http2 servers are no `http.Server`, but do the same; a `net.Server` lacks
+/** https and http2 servers are no `http.Server`, but behave alike; a `net.Server` lacks
  *  setTimeout. */
 function isServer(value: unknown): value is net.Server {
   return hasMethods(value, 'listen', 'emit', 'setTimeout')
@@ -1092,7 +1074,7 @@ function describeAddress(address: net.AddressInfo | string): string {
   return `${hostInUrl(address.address)}:${address.port}`
 }
 
-const NAME_ADVICE = 'the name may be known later; else set FTW_MONITOR_LISTEN'
+const NAME_ADVICE = 'the name may resolve later; else set FTW_MONITOR_LISTEN'
 
 /** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
@@ -1154,7 +1136,6 @@ class Quiet {
     this.#eventsBefore = eventsBefore
   }
 
-  /** Something has happened. */
   begin(): void {
     this.#sinceMs = performance.now()
     this.#samples = 0
@@ -1360,7 +1341,7 @@ class Traffic {
     this.#observer = observer
     this.#companions = companions
     const requestEnded = (response: http.ServerResponse): void => {
-      this.#requestEnded(response, response.statusCode, response.req)
+      attemptOwn(() => this.#requestEnded(response, response.statusCode, response.req))
     }
     this.#onResponseClose = function onResponseClose() {
       requestEnded(this)
@@ -1512,7 +1493,7 @@ class Traffic {
     this.#clientOf(socket)
   }
 
-  /** It is announced while the connection that carries it is announced. */
+  /** `session` is emitted while the connection that carries it is announced. */
   #onSession(session: Http2Session): void {
     const client = this.#clients.get(this.#newestCarrier ?? session)
     this.#newestCarrier = undefined
@@ -1575,7 +1556,7 @@ class Traffic {
     const client = this.#clientOf(session)
     stream.once('close', () => {
       client.upgradedStreams.delete(stream)
-      this.#requestEnded(stream, Number(stream.sentHeaders?.[':status']))
+      attemptOwn(() => this.#requestEnded(stream, Number(stream.sentHeaders?.[':status'] ?? 0)))
     })
     this.#requestBegins(stream, `${String(method)} ${String(path)}`, client)
     if (method === 'CONNECT') this.#isUpgrading(stream, () => stream.headersSent)
@@ -1980,7 +1961,7 @@ function closeConnectionAfter(
 }
 
 /** A client that still sends its body would see the connection break, and never read the answer. */
-function isUploading({ complete, headers }: http.IncomingMessage): boolean {
+function isUploading({ complete, headers = {} }: Partial<http.IncomingMessage>): boolean {
   if (complete) return false
   return 'transfer-encoding' in headers || Number(headers['content-length'] ?? 0) > 0
 }
@@ -2070,8 +2051,9 @@ function verdictOf(state: VerdictState, grade: Grade, reason: string): Verdict {
 }
 
 /** Tells whether this instance may be sent requests: reason `OK`, or why not, in one line that
- *  never contains `OK`. Answers within a second, and never rejects. With `FTW_MONITOR=0`, which is
- *  for emergencies, nothing is asked, and it is healthy until it shuts down. */
+ *  never contains `OK`. Answers within a second, or two where a check is registered meanwhile, and
+ *  never rejects. With `FTW_MONITOR=0`, which is for emergencies, nothing is asked, and it is
+ *  healthy until it shuts down. */
 export const health: () => Promise<{ healthy: boolean; reason: string }> = shared(
   'health',
   async () => {
@@ -2150,7 +2132,7 @@ function judgeAndTell(): Verdict {
 
 function tellCompanions(owner: Monitor, verdict: Verdict): void {
   owner.toldVerdict = verdict
-  for (const companion of owner.companions) companion.onVerdict?.(verdict)
+  for (const companion of owner.companions) attemptOwn(() => companion.onVerdict?.(verdict))
 }
 
 /** Tells when it happens what is known without asking anybody: a boot, a warm-up, a drain, the end.
@@ -2177,7 +2159,8 @@ async function inquireIfDue(): Promise<void> {
 async function inquire(): Promise<void> {
   const inquiries = allDependencies().map((each) => each.ask())
   for (const companion of monitor.companions) {
-    if (companion.isInquiryDue && companion.inquire) inquiries.push(companion.inquire())
+    if (!companion.isInquiryDue || !companion.inquire) continue
+    inquiries.push(companion.inquire().catch(doNothing))
   }
   await Promise.all(inquiries)
   // What was registered meanwhile is asked, too; but only once, since that may go on without end.
@@ -2393,13 +2376,14 @@ function successOf<T>(promise: Promise<T>): Promise<T> {
  *  while the application blocks the event loop no answer can be read, but that spoils only
  *  one of them. */
 function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
+  const halfMs = Math.max(0, limitMs) / 2
   return new Promise((resolve, reject) => {
     // setImmediate: after the application has blocked, read first what came in time.
     const timeOut = (): unknown => setImmediate(reject, TIMED_OUT)
     const waitAgain = (): void => {
-      timer = setTimeout(timeOut, limitMs / 2).unref()
+      timer = setTimeout(timeOut, halfMs).unref()
     }
-    let timer = setTimeout(waitAgain, limitMs / 2).unref()
+    let timer = setTimeout(waitAgain, halfMs).unref()
     const endWait = (): void => clearTimeout(timer)
     promise.then(resolve, reject)
     promise.then(endWait, endWait)
@@ -2542,7 +2526,7 @@ class WarmupRunner {
     return Array.from(siteNames(), (name) => this.#site(name))
   }
 
-  /** It is read at each check, so it builds no list. */
+  /** It is read by every check, so it builds no list. */
   get state(): WarmupState {
     for (const { isAwaited } of this.#queue.keys()) {
       if (isAwaited) return 'running'
@@ -2575,7 +2559,9 @@ class WarmupRunner {
 
   async #beginWhenPrepared(): Promise<void> {
     const { signal } = this.#preparation
-    for (const companion of this.#monitor.companions) await companion.prepareWarmup?.(signal)
+    for (const companion of this.#monitor.companions) {
+      await companion.prepareWarmup?.(signal).catch(doNothing)
+    }
     this.beginNow()
   }
 
@@ -2931,7 +2917,7 @@ class Probers {
     const prober = this.#byAddress.get(address) ?? this.#add(address)
     prober.ask(this.#monitor.clock.nowTickMs, answersPerAsk)
     if (prober.asks !== PROBER_ASKS) return
-    for (const companion of this.#monitor.companions) companion.onProber?.(prober)
+    for (const companion of this.#monitor.companions) attemptOwn(() => companion.onProber?.(prober))
   }
 
   /** Returns whoever asks often enough to be a balancer, and has not stopped; from now on their
@@ -2989,9 +2975,9 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
 // goes on until `resume`; a shutdown begins with it.
 
 /** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
- *  close`. Resolves when each prober was told `fall` times and no request is in flight, after
- *  `timeoutMs` at most, at once without a monitor. Rejects with a `TypeError` or `RangeError` for
- *  wrong options. */
+ *  close`. Resolves when each prober was told `fall` times and no request is in flight; without
+ *  that at `timeoutMs`, at `resume()` and `stop()`, and at once where no monitor runs. Rejects with
+ *  a `TypeError` or `RangeError` for wrong options. */
 export const drain: (options?: DrainOptions) => Promise<void> = shared(
   'drain',
   async (options = {}) => {
@@ -3351,15 +3337,19 @@ class Shutdown {
     await this.#do('the requests in flight', () => this.#close())
     if (this.ending.isFinal) await this.#cleanUp(event, told)
 
-    clearTimeout(deadline)
     const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
+    await this.#do('the monitor', () => this.#endMonitor())
+    clearTimeout(keepAlive)
+    clearTimeout(deadline)
+    this.#enter('done')
+    this.done.resolve()
+  }
+
+  async #endMonitor(): Promise<void> {
     await this.#monitor.end()
     if (!this.#signal) this.closeServers() // else whoever listens for it may want to
     const isProcessEnding = this.#signal !== undefined && this.ending.isFinal
     if (!isProcessEnding) this.#monitor.unhookServers() // else nothing is to be served any more
-    clearTimeout(keepAlive)
-    this.#enter('done')
-    this.done.resolve()
   }
 
   /** For a call of shutdown() that did not begin it. */
@@ -3383,7 +3373,7 @@ class Shutdown {
     for (const traffic of this.#allTraffic) traffic.closeServers()
   }
 
-  /** If the process is killed in the middle, the log shows how far it had come. */
+  /** If the process is killed in the middle, the log shows how far it got. */
   #enter(state: ShutdownState): void {
     this.state = state
     log('info', `shutdown: ${state} after ${(this.#elapsedMs() / 1_000).toFixed(1)} s`)
@@ -3400,7 +3390,7 @@ class Shutdown {
     if (!isInTime) log('warn', describeLate(tellingMs, describeProgress(draining)))
     const tooSlow = this.#isAtTerminal ? [] : draining.tooSlowProbers
     for (const { shownAddress, pace } of tooSlow) {
-      log('info', `${shownAddress} ${pace}: too seldom to be told in time`)
+      log('info', `${shownAddress} ${pace}: too rarely to be told in time`)
     }
 
     this.#enter('settling')
@@ -3576,19 +3566,20 @@ class Signals {
   /** The latest options, while signals are heard. */
   options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
-  /** The listeners of others, each by what stands in its place. */
-  readonly #heldBack = new Map<SignalListener, SignalListener>()
+  /** The listeners of others, each by what stands in its place: with that it goes. */
+  readonly #heldBack = new WeakMap<SignalListener, SignalListener>()
   /** The signal that began the shutdown. */
   #first: (Signal & { atMs: number }) | undefined
   #isRepeatLogged = false
-  /** One of somebody else's is added just after this event. */
+  /** Emitted just before a listener is added. */
   readonly #onNewListener = (name: string | symbol, listener: unknown): void => {
     const own = this.#listeners.get(name as NodeJS.Signals)
     const isOurs = listener === own || this.#heldBack.has(listener as SignalListener)
     if (own && !isOurs) process.nextTick(() => this.#holdBack(name as NodeJS.Signals))
   }
-  /** While we shut down, `process.removeAllListeners()` must not take ours, too: without any
-   *  listener the next signal would kill the process in the middle. */
+  /** `process.removeAllListeners('SIGTERM')` must not take ours, too: without any listener the next
+   *  signal would kill the process, in the middle of its shutdown perhaps. (Without a name it takes
+   *  Node.js's own, too, and no signal is heard any more.) */
   readonly #onListenerRemoved = (name: string | symbol, removed: unknown): void => {
     const own = this.#listeners.get(name as NodeJS.Signals)
     if (own && removed === own) process.on(name as NodeJS.Signals, own)
@@ -3598,12 +3589,11 @@ class Signals {
     return this.options !== undefined
   }
 
-  /** After a signal, nothing may begin any more. */
+  /** Once a signal has come, nothing new may begin. */
   get hasCome(): boolean {
     return this.#first !== undefined
   }
 
-  /** Listens for these signals from now on. */
   listen(names: NodeJS.Signals[], options: CheckedShutdownOptions): void {
     this.release()
     this.options = options
@@ -3621,6 +3611,7 @@ class Signals {
       this.#holdBack(name)
     }
     process.on('newListener', this.#onNewListener)
+    process.on('removeListener', this.#onListenerRemoved)
   }
 
   /** Takes our listeners off, and puts those of others back into their places. */
@@ -3635,13 +3626,12 @@ class Signals {
       process.off(name, own)
     }
     this.#listeners.clear()
-    this.#heldBack.clear()
     this.options = undefined
   }
 
   /** Puts a function that does nothing in place of each listener of others, in their order. To
-   *  `process.listeners()` and `process.off()` it looks like the original. There is a listener at
-   *  any moment: without one, a signal would end the process or be lost. */
+   *  `process.listeners()` and `process.off()` it looks like the original. Ours is there at any
+   *  moment: without any, a signal would end the process or be lost. */
   #holdBack(name: NodeJS.Signals): void {
     const own = this.#listeners.get(name)
     const others = shownListeners(name).filter((listener) => listener !== own)
@@ -3664,7 +3654,6 @@ class Signals {
     const nowMs = performance.now()
     if (!this.#first) {
       this.#first = { ...signal, atMs: nowMs }
-      process.on('removeListener', this.#onListenerRemoved)
       monitor.hookServers() // also where it was not started, since a shutdown waits for them
       void this.#shutDown(signal, options)
       return
@@ -3702,8 +3691,8 @@ function replaceListener(
   listener: SignalListener,
   next: SignalListener
 ): void {
+  process.off(name, listener) // first, or eleven listeners would cost a warning of Node.js
   process.on(name, next)
-  process.off(name, listener)
 }
 
 /** Those which `process.listeners()` returns. */
@@ -4610,7 +4599,7 @@ function attemptOwn<T>(act: () => T): T | undefined {
     const nowMs = performance.now()
     if (nowMs - faultLoggedAtMs >= FAULT_LOG_MS) {
       faultLoggedAtMs = nowMs
-      log('error', `has a fault: ${errorText(error)}`, ...framesOf(error))
+      log('error', `has an internal error: ${errorText(error)}`, ...framesOf(error))
     }
     return undefined
   }
@@ -4776,16 +4765,41 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or
 //                              else at the end of the shutdown
 
+// How a layer adds to the core. What fails there is logged, and harms neither core nor host.
+//
+//   a companion of each monitor           `companionMakers`: hears of its life and traffic
+//   servers that `start` was not given    `Monitor.allTraffic`, `answerStart`, `open`, `accept`
+//   connections, requests of its own      `Traffic.addClient`, `moveClient`, `remove`, `adopt`,
+//                                         `keepBusy`, `openRequests`, `isSending`
+//   how a server stops listening          `stopListening`, `closeQuietConnections`
+//   what a signal does                    an `Ending` for `signals.listen`; `signals.tellOthers`
+//   options, and where one is needed      `optionChecks`, `serversNeeded`
+//   what databases count, and know        `databaseMethods`, `activityOf`
+//   when an answer may be late            `Dependency.isPremature`, `isCold`, `wasColdAt`
+//   performers where there are none       `defaultPerformers`, `beginNow`
+//   commands, and the page at `/`         `addCommand`, `addEntry`, `nameOfRoot`
+//   what comes before the first line      `skipPreamble`, `Session.isProxied`
+//   advice about errors, exports          `advisers`, `shared`
+
 const signals = new Signals()
 
 /** The shutdown that has begun, also when it is over; `start` forgets it. */
 let currentShutdown: Shutdown | undefined
 
-/** One that was not begun stands for none. */
+/** One that was never begun stands for none. */
 let monitor = new Monitor({ servers: [] }, 'new')
 
 // --- Layer: unmodified programs; all from here on may be deleted, and nothing above refers to it -
 
+//   Servers that listen
+//   Servers that start() was not given
+//   Instances behind a port
+//   Connections that came earlier
+//   Servers of Bun
+//   Copies that differ
+//   Mistyped variables
+//   Programs that nobody edits
+//
 // What serves programs as they are: where nobody passes a server to `start`, where it comes late,
 // or has listened for long, and where nobody calls `start`. It replaces, besides:
 //
@@ -5480,6 +5494,16 @@ if (isAutoWanted && isWorkerThread) tellOfServerInThread()
 
 // --- Layer: pages and balancers; all from here on may be deleted, and nothing above refers to it -
 
+//   Pages
+//   Our own requests
+//   The view
+//   The health path
+//   The load of the event loop
+//   What balancers ask
+//   Waiting for health
+//   PROXY headers
+//   Idle connections
+//
 // What is set by the environment of a deployment rather than in code: pages in place of performers,
 // what the service's own port answers, and what balancers want besides. It replaces, besides:
 //
@@ -6307,6 +6331,9 @@ class IdleLimit implements Companion {
 accompany((owner) => new IdleLimit(owner))
 
 // --- Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it -
+
+//   Figures
+//   Metrics
 
 // --- Figures -------------------------------------------------------------------------------------
 
@@ -7172,6 +7199,10 @@ function valuesByLabel<T>(
 
 // --- Layer: status and page; all from here on may be deleted, and nothing above refers to it -----
 
+//   Changes of the verdict
+//   Status
+//   The page
+
 // --- Changes of the verdict ----------------------------------------------------------------------
 
 // When the instance was red, and why: a line in the log for each change, and the last few of them
@@ -7946,6 +7977,8 @@ function gradeMarks(changes: Status['changes']): string {
 }
 
 // --- Layer: the program; all from here on may be deleted, and nothing above refers to it ---------
+
+//   Called or imported
 
 /** Runs the program, and returns its exit status. */
 async function main(words: string[]): Promise<number> {
