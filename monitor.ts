@@ -420,6 +420,24 @@ interface Companion {
   prepareWarmup?(signal: AbortSignal): Promise<void>
 }
 
+/** At each event of a server, only those are called that listen for events. */
+class Companions {
+  readonly all: Companion[] = []
+  readonly ofEvents: Companion[] = []
+  readonly ofRequests: Companion[] = []
+
+  add(companion: Companion): void {
+    this.all.push(companion)
+    if (companion.onEvent) this.ofEvents.push(companion)
+    if (companion.onRequestEnd) this.ofRequests.push(companion)
+  }
+
+  /** What fails in a layer is our fault, and must not be the host's end. */
+  tell(act: (companion: Companion) => void): void {
+    for (const companion of this.all) attemptOwn(() => act(companion))
+  }
+}
+
 /** What makes them. Layers add to it. */
 const companionMakers: ((owner: Monitor) => Companion)[] = []
 
@@ -427,7 +445,7 @@ class Monitor {
   state: MonitorState
   readonly logger: Logger
   readonly options: CheckedStartOptions
-  readonly companions: Companion[] = []
+  readonly companions = new Companions()
   readonly traffic = new Traffic(this, this.companions)
   /** What a shutdown closes and waits for. Companions add what is never judged, counted or told
    *  of. */
@@ -451,7 +469,7 @@ class Monitor {
     this.state = state
     this.options = options
     this.logger = options.logger ?? console
-    for (const make of companionMakers) this.companions.push(make(this))
+    for (const make of companionMakers) this.companions.add(make(this))
   }
 
   get isOff(): boolean {
@@ -493,7 +511,7 @@ class Monitor {
 
   /** Begins this life. */
   begin(): Promise<Address> {
-    this.#tellCompanions((companion) => companion.onBegin?.())
+    this.companions.tell((each) => each.onBegin?.())
     this.#wait()
     return this.started.promise
   }
@@ -537,12 +555,12 @@ class Monitor {
   /** Has companions find others, unless it was not started. */
   findServers(): void {
     if (!this.#isHooked) return
-    this.#tellCompanions((companion) => companion.findServers?.())
+    this.companions.tell((each) => each.findServers?.())
   }
 
   unhookServers(): void {
     this.#isHooked = false
-    this.#tellCompanions((companion) => companion.onUnhook?.())
+    this.companions.tell((each) => each.onUnhook?.())
     for (const traffic of this.allTraffic) traffic.unhook()
   }
 
@@ -564,7 +582,7 @@ class Monitor {
     if (this.instance?.hasMoved(boundAddress(this.options, server))) {
       void this.#close('closed')
     }
-    this.#tellCompanions((companion) => companion.onListening?.())
+    this.companions.tell((each) => each.onListening?.())
     if (this.state === 'closed') this.#wait()
     else this.#advance()
   }
@@ -600,7 +618,7 @@ class Monitor {
   #wait(): void {
     this.state = 'waiting'
     tellIfRed(this)
-    this.#tellCompanions((companion) => companion.onTick?.(true))
+    this.companions.tell((each) => each.onTick?.(true))
     this.clock.start(() => this.#tick())
     this.clock.schedule(LISTEN_WARNING_MS, () => {
       if (this.state === 'waiting') log('warn', 'waits for the server to listen')
@@ -638,11 +656,6 @@ class Monitor {
   }
 
   /** The instance accepts connections. */
-  /** A layer that fails is our fault, and must not be the host's end. */
-  #tellCompanions(tell: (companion: Companion) => void): void {
-    for (const companion of this.companions) attemptOwn(() => tell(companion))
-  }
-
   accept(): void {
     if (this.state !== 'booting') return
     this.state = 'accepting'
@@ -651,7 +664,7 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.#tellCompanions((companion) => companion.onTick?.(false))
+    this.companions.tell((each) => each.onTick?.(false))
     this.#advance()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) {
@@ -670,7 +683,7 @@ class Monitor {
     if (listener?.isListening) log('info', 'closed')
     this.state = state
     tellIfRed(this)
-    this.#tellCompanions((companion) => companion.onClose?.())
+    this.companions.tell((each) => each.onClose?.())
     this.clock.stop()
     this.warmup.end()
     this.warmup = new WarmupRunner(this)
@@ -1306,17 +1319,13 @@ class Client {
 
 const LAST_STREAM_ID = 2 ** 31 - 1 // so that none is refused
 
-/** Hears of servers. */
-interface ServerObserver {
-  onServerListening(server: net.Server): void
-  onServerClose(server: net.Server): void
-}
+type ServerObserver = Pick<Monitor, 'onServerListening' | 'onServerClose'>
 
 class Traffic {
   requests = 0
   errors = 0
   readonly #observer: ServerObserver
-  readonly #companions: Companion[]
+  readonly #companions: Companions
   /** All that serve requests, each with the function that takes the hook off; the first one is the
    *  instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
@@ -1337,7 +1346,7 @@ class Traffic {
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
-  constructor(observer: ServerObserver, companions: Companion[]) {
+  constructor(observer: ServerObserver, companions: Companions) {
     this.#observer = observer
     this.#companions = companions
     const requestEnded = (response: http.ServerResponse): void => {
@@ -1380,7 +1389,7 @@ class Traffic {
       return
     }
     this.#unhooks.set(server, unhook)
-    for (const companion of this.#companions) companion.onServer?.(this, server)
+    this.#companions.tell((each) => each.onServer?.(this, server))
     if (this.#state !== 'open') this.#stopServer(server)
   }
 
@@ -1444,7 +1453,7 @@ class Traffic {
   /** Sees each event of a server before the application does; returns whether that is not to hear
    *  of it. */
   onEvent(server: net.Server, event: string, args: unknown[]): boolean {
-    for (const companion of this.#companions) {
+    for (const companion of this.#companions.ofEvents) {
       const outcome = companion.onEvent?.(this, server, event, args)
       if (outcome) return outcome === 'taken'
     }
@@ -1609,7 +1618,7 @@ class Traffic {
     this.#inFlight.delete(key)
     request.client.requestEnded(upload)
     if (statusCode >= 500) this.errors++
-    for (const companion of this.#companions) {
+    for (const companion of this.#companions.ofRequests) {
       companion.onRequestEnd?.(this, request, statusCode)
     }
   }
@@ -2120,7 +2129,7 @@ function isInquiryDue(): boolean {
   if (monitor.draining || isWithoutMonitor()) return false
   if (monitor.server && monitor.isInstanceClosing) return false // it is known
   if (databases.size > 0 || registeredChecks.size > 0) return true
-  return monitor.companions.some((companion) => companion.isInquiryDue)
+  return monitor.companions.all.some((companion) => companion.isInquiryDue)
 }
 
 /** The verdict as a check sees it. */
@@ -2132,7 +2141,7 @@ function judgeAndTell(): Verdict {
 
 function tellCompanions(owner: Monitor, verdict: Verdict): void {
   owner.toldVerdict = verdict
-  for (const companion of owner.companions) attemptOwn(() => companion.onVerdict?.(verdict))
+  owner.companions.tell((each) => each.onVerdict?.(verdict))
 }
 
 /** Tells when it happens what is known without asking anybody: a boot, a warm-up, a drain, the end.
@@ -2158,7 +2167,7 @@ async function inquireIfDue(): Promise<void> {
 /** Asks even if the verdict does not depend on the answers, as during a drain. */
 async function inquire(): Promise<void> {
   const inquiries = allDependencies().map((each) => each.ask())
-  for (const companion of monitor.companions) {
+  for (const companion of monitor.companions.all) {
     if (!companion.isInquiryDue || !companion.inquire) continue
     inquiries.push(companion.inquire().catch(doNothing))
   }
@@ -2559,7 +2568,7 @@ class WarmupRunner {
 
   async #beginWhenPrepared(): Promise<void> {
     const { signal } = this.#preparation
-    for (const companion of this.#monitor.companions) {
+    for (const companion of this.#monitor.companions.all) {
       await companion.prepareWarmup?.(signal).catch(doNothing)
     }
     this.beginNow()
@@ -2917,7 +2926,7 @@ class Probers {
     const prober = this.#byAddress.get(address) ?? this.#add(address)
     prober.ask(this.#monitor.clock.nowTickMs, answersPerAsk)
     if (prober.asks !== PROBER_ASKS) return
-    for (const companion of this.#monitor.companions) attemptOwn(() => companion.onProber?.(prober))
+    this.#monitor.companions.tell((each) => each.onProber?.(prober))
   }
 
   /** Returns whoever asks often enough to be a balancer, and has not stopped; from now on their
@@ -4810,7 +4819,7 @@ let monitor = new Monitor({ servers: [] }, 'new')
 /** Gives a companion to the current monitor, and to each one from now on. */
 function accompany(make: (owner: Monitor) => Companion): void {
   companionMakers.push(make)
-  monitor.companions.push(make(monitor))
+  monitor.companions.add(make(monitor))
 }
 
 // --- Servers that listen -------------------------------------------------------------------------
@@ -5097,7 +5106,7 @@ class UnseenTraffic extends Traffic {
   readonly #watch: PortWatch
 
   constructor(owner: Monitor, watch: PortWatch) {
-    super(owner, [])
+    super(owner, new Companions())
     this.#owner = owner
     this.#watch = watch
   }
@@ -5958,9 +5967,11 @@ function answerAtView(event: string, args: unknown[]): 'taken' | 'uncounted' | u
     return isForView(String(path)) ? 'uncounted' : undefined
   }
   if (!REQUEST_EVENTS.has(event)) return undefined
-  const request = args[0] as http.IncomingMessage
+  const request = args[0] as http.IncomingMessage | undefined
   const response = args[1] as http.ServerResponse
-  if (!isRequest(request, response) || !isForView(request.url ?? '')) return undefined
+  const url: unknown = request?.url // of a mock, it may be anything
+  const isMeant = typeof url === 'string' && isForView(url)
+  if (!request || !isMeant || !isRequest(request, response)) return undefined
   warmupView(request, response)
   return 'taken'
 }
@@ -5991,12 +6002,15 @@ optionChecks.set('healthPath', (path) => {
 type SendHealth = (code: number, headers: http.OutgoingHttpHeaders, body: string) => void
 
 /** Known also after the monitor has given up, when it must not be green, and where it is switched
- *  off, when it must not be red. */
-const healthPaths = new WeakMap<Monitor, string | undefined>()
+ *  off, when it must not be red; '' where there is none. */
+const healthPaths = new WeakMap<Monitor, string>()
 
-function healthPathOf(owner: Monitor): string | undefined {
-  if (!healthPaths.has(owner)) healthPaths.set(owner, owner.options.healthPath ?? readHealthPath())
-  return healthPaths.get(owner)
+function healthPathOf(owner: Monitor): string {
+  const known = healthPaths.get(owner)
+  if (known !== undefined) return known
+  const path = owner.options.healthPath ?? readHealthPath() ?? ''
+  healthPaths.set(owner, path)
+  return path
 }
 
 /** Whatever the query, it is the same answer. */
@@ -6010,7 +6024,7 @@ function isForHealth(traffic: Traffic, method: unknown, target: unknown): boolea
   if (traffic !== monitor.traffic || monitor.state === 'new') return false
   if (method !== 'GET' && method !== 'HEAD') return false
   const path = healthPathOf(monitor)
-  return path !== undefined && parseTarget(String(target)).path === path
+  return path !== '' && parseTarget(String(target)).path === path
 }
 
 const USER_AGENT_MAX = 80 // characters, to tell probers apart
@@ -6073,10 +6087,10 @@ function answerAtHealthPath(traffic: Traffic, event: string, args: unknown[]): b
     return true
   }
   if (!REQUEST_EVENTS.has(event)) return false
-  const request = args[0] as http.IncomingMessage
+  const request = args[0] as http.IncomingMessage | undefined
   const response = args[1] as http.ServerResponse
+  if (!request || !isForHealth(traffic, request.method, request.url)) return false
   if (!isRequest(request, response)) return false
-  if (!isForHealth(traffic, request.method, request.url)) return false
   answerHealthRequest(traffic, request, response)
   return true
 }
