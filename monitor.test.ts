@@ -15194,6 +15194,11 @@ describeProcesses('The program', PAIRWISE, () => {
       ],
       [['drain', 'app1=one'], 'app1=one is no instance; one is named [NAME=][HOST:]PORT'],
       [['drain', `::1:${one}`], `::1:${one} is no instance; one is named [NAME=][HOST:]PORT`],
+      ...[`127.0.0.1:${one}x`, `localhost:${one}x`].map((word): [string[], string] => [
+        ['drain', word, 'until noon'],
+        `${word} may be an instance or a reason: one is named [NAME=][HOST:]PORT, ` +
+          'and a reason that looks so comes after --'
+      ]),
       [['drain', ''], 'drain has an empty argument: is a variable not set?'],
       [['health_check', ''], 'health_check has an empty argument: is a variable not set?'],
       [['status', ' '], 'status has an empty argument: is a variable not set?'],
@@ -15222,7 +15227,15 @@ describeProcesses('The program', PAIRWISE, () => {
       ],
       [
         ['status', '/run/web'],
-        "cannot use '/run/web': status takes [INSTANCE]; try ftw-monitor --help"
+        "cannot use '/run/web': status takes [INSTANCE…]; try ftw-monitor --help"
+      ],
+      [
+        ['status', `${one}`, 'app2'],
+        "cannot use 'app2': status takes [INSTANCE…]; try ftw-monitor --help"
+      ],
+      [
+        ['dump-perf-metrics', `${one}`, 'app2'],
+        "cannot use 'app2': dump-perf-metrics takes [INSTANCE…]; try ftw-monitor --help"
       ],
       [['resume', `${one}`, `a=${other}`], `resume takes one instance, not ${one} and a`],
       [
@@ -15263,6 +15276,21 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(connections, 0)
   })
 
+  test('a port of the environment that cannot be used is named with PORT', async (t) => {
+    const rows: [string[], string, string][] = [
+      [['health_check'], '31o01', 'PORT=31o01 is no instance port'],
+      [['drain', 'noon'], '65500', 'PORT=65500 is no instance port'],
+      [['wait'], '/run/web', 'PORT=/run/web is no port; a socket is named by FTW_MONITOR_LISTEN'],
+      [['demo'], '31o01', 'PORT=31o01 is no instance port'],
+      [['status', '--port', '31o02'], '31o01', '31o02 is no instance port']
+    ]
+    for (const [words, port, sentence] of rows) {
+      const result = await runProgram(t, words, { env: { PORT: port } })
+      const stderr = `ftw-monitor: ${sentence}\n`
+      assert.deepEqual(result, { status: 2, stdout: '', stderr }, words.join(' '))
+    }
+  })
+
   test('every command takes the instance that it is told, wherever PORT is', async (t) => {
     const told: string[] = []
     const one = await fakeInstance(t, (socket) => {
@@ -15288,6 +15316,8 @@ describeProcesses('The program', PAIRWISE, () => {
       [['drain', `127.0.0.1:${one}`, 'from 12:30 -', '13:30'], 'drain from 12:30 - 13:30\n'],
       [['drain', `app1=${one}`, '--', '--odd', 'a=1', '5'], 'drain --odd a=1 5\n'],
       [['drain', '--port', `${one}`, 'release', '42'], 'drain release 42\n'],
+      [['drain', '--port', `${one}`, '12:30 to', '13:30'], 'drain 12:30 to 13:30\n'],
+      [['drain', `app1=${one}`, '--', 'ticket:42x'], 'drain ticket:42x\n'],
       [['drain', '--port', `${one}`, '--', `${other}`], `drain ${other}\n`],
       [['resume', `${one}`], 'resume\n'],
       [['warmup', `${one}`, '/shop?a=1'], 'warmup /shop?a=1\n'],
@@ -15366,7 +15396,8 @@ describeProcesses('The program', PAIRWISE, () => {
     for (const name of names) {
       if (name === 'drain') continue // takes any text
       const { status, stderr } = await runProgram(t, [name, '/a', '/b', '/c'])
-      const taken = `${name} takes [INSTANCE]${usages[name] ?? ''}; try ftw-monitor --help\n`
+      const instances = name === 'status' ? '[INSTANCE…]' : '[INSTANCE]'
+      const taken = `${name} takes ${instances}${usages[name] ?? ''}; try ftw-monitor --help\n`
       assert.equal(status, 2, name)
       assert.ok(stderr.endsWith(taken), stderr)
     }

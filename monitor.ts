@@ -8209,6 +8209,10 @@ function wordsOfDrain(call: Call): string[] {
     const asReason = `drain -- ${words.join(' ')}`
     failWith(`${first} may be a port or a reason: say drain --port ${first}, or ${asReason}`)
   }
+  if (!isForInstance(first, 'drain') && LIKE_HOST_AND_PORT.test(first)) {
+    const howNamed = 'one is named [NAME=][HOST:]PORT, and a reason that looks so comes after --'
+    failWith(`${first} may be an instance or a reason: ${howNamed}`)
+  }
   const later = others.find((word) => isForInstance(word, 'drain'))
   if (later !== undefined) {
     failWith(`${later} may be an instance: that comes first, and a reason that looks so after --`)
@@ -8216,20 +8220,26 @@ function wordsOfDrain(call: Call): string[] {
   return words
 }
 
+const LIKE_HOST_AND_PORT = /[a-z.\]].*:\d/i // 127.0.0.1:10301x; not the time 12:30
+
 function checkInstances({ name, options, instances }: Call): void {
   const [first, second] = instances.map((instance) => instance.name)
   const port = options.get('--port')
   if (first === undefined) return
   if (port !== undefined) failWith(`--port ${port} and ${first} are two instances: name one`)
-  if (second === undefined || name === 'status' || name === 'dump-perf-metrics') return
+  if (second === undefined || MANY_INSTANCES.includes(name)) return
   failWith(`${name} takes one instance, not ${first} and ${second}`)
 }
+
+/** The commands that take any number of instances. */
+const MANY_INSTANCES = ['status', 'dump-perf-metrics']
 
 function checkSurplus({ name, words }: Call): void {
   const usage = ARGUMENTS.get(name)?.split(' ') ?? []
   const surplus = words[usage.length]
   if (surplus === undefined) return
-  const taken = name === 'demo' ? 'options alone' : ['[INSTANCE]', ...usage].join(' ')
+  const instances = MANY_INSTANCES.includes(name) ? '[INSTANCE…]' : '[INSTANCE]'
+  const taken = name === 'demo' ? 'options alone' : [instances, ...usage].join(' ')
   failWith(`cannot use '${surplus}': ${name} takes ${taken}; try ftw-monitor --help`)
 }
 
@@ -8317,7 +8327,7 @@ function findMonitor(instancePort?: string, instanceHost?: string): net.NetConne
   if (told.path !== undefined && instanceHost === undefined) return { path: told.path }
 
   const bound = instanceHost ?? told.host ?? readEnv('HOST') ?? ''
-  const port = told.port ?? portBeside(instancePort ?? readEnv('PORT') ?? '8080')
+  const port = told.port ?? monitorPortBeside(instancePort)
   return { host: hostReaching(withoutBrackets(bound)), port }
 }
 
@@ -8326,12 +8336,20 @@ function withoutBrackets(host: string): string {
   return host.replace(/^\[(.*)\]$/, '$1')
 }
 
-function portBeside(instancePort: string): number {
+/** The monitor's port, which is that of the instance + 80. A wrong one tells where it is from. */
+function monitorPortBeside(portInCall?: string): number {
+  const instancePort = portInCall ?? portInEnvironment()
   const port = toPort(instancePort)
   const monitorPort = port === undefined ? undefined : toPort(String(port + PORT_OFFSET))
   if (monitorPort !== undefined) return monitorPort
-  if (!isPath(instancePort)) failWith(`${instancePort} is no instance port`)
-  return failWith(`${instancePort} is no port; a socket is named by FTW_MONITOR_LISTEN`)
+
+  const shown = portInCall ?? `PORT=${instancePort}`
+  if (!isPath(instancePort)) failWith(`${shown} is no instance port`)
+  return failWith(`${shown} is no port; a socket is named by FTW_MONITOR_LISTEN`)
+}
+
+function portInEnvironment(): string {
+  return readEnv('PORT') ?? '8080'
 }
 
 /** Reads `10301`, `host:10301`, `[::1]:10301` or `web1=10301`. */
@@ -8679,9 +8697,10 @@ function escapeTag(text: string): string {
 
 /** Runs a small instance to try everything on. */
 async function runDemo({ options }: Call): Promise<number> {
-  const text = options.get('--port') ?? readEnv('PORT') ?? '8080'
+  const portInCall = options.get('--port')
+  const text = portInCall ?? portInEnvironment()
   const port = Number(text)
-  if (!isPort(port)) failWith(`${text} is no instance port`)
+  if (!isPort(port)) failWith(`${portInCall ?? `PORT=${text}`} is no instance port`)
 
   const { loads } = registerDatabase('main', { isConnected: () => true })
   registerWarmup('/', () => new Promise((resolve) => setTimeout(resolve, 3_000).unref()))
