@@ -14866,6 +14866,8 @@ function parseDump(stdout: string): Point[] {
   return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
 }
 
+const BY_ITS_OWN_PORT = '(an instance is named by its own port; its monitor is 80 higher)'
+
 describeProcesses('The program', PAIRWISE, () => {
   test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
     const server = await serve(t)
@@ -15416,7 +15418,28 @@ describeProcesses('The program', PAIRWISE, () => {
     const sent = await runProgram(t, ['drain', '--port', '1', '--', '--help'])
     assert.equal(sent.status, 2)
     const refused = 'cannot ask 127.0.0.1:81: connect ECONNREFUSED 127.0.0.1:81'
-    assert.equal(sent.stderr, `ftw-monitor: ${refused}\n`)
+    assert.equal(sent.stderr, `ftw-monitor: ${refused} ${BY_ITS_OWN_PORT}\n`)
+  })
+
+  test('where a connection is refused, the program tells how an instance is named', async (t) => {
+    const port = await freePort()
+    const place = `127.0.0.1:${port + 80}`
+    const refused = `${place}: connect ECONNREFUSED ${place}`
+    const listen = { FTW_MONITOR_LISTEN: place }
+    const rows: [string[], Record<string, string>, string][] = [
+      [['drain', `app1=${port}`], {}, `cannot ask app1 at ${refused} ${BY_ITS_OWN_PORT}`],
+      [['status', '--port', `${port}`], listen, `cannot ask ${refused} ${BY_ITS_OWN_PORT}`],
+      [
+        ['health_check'],
+        { PORT: `${port}` },
+        `cannot ask ${refused} (name the instance: --port N)`
+      ],
+      [['resume'], { ...listen, PORT: '9' }, `cannot ask ${refused}`]
+    ]
+    for (const [words, env, sentence] of rows) {
+      const stderr = `ftw-monitor: ${sentence}\n`
+      assert.deepEqual(await runProgram(t, words, { env }), { status: 2, stdout: '', stderr })
+    }
   })
 
   test('`ftw-monitor wait --pid` ends with 1 as soon as that process is gone', async (t) => {

@@ -8068,7 +8068,12 @@ interface Call {
 interface Instance {
   name: string
   to: net.NetConnectOpts
+  namedBy: NamedBy
 }
+
+/** A word or an option of the call; without them the environment: PORT, which is 8080 if it is not
+ *  set, or FTW_MONITOR_LISTEN, which names the monitor and not the instance. */
+type NamedBy = 'word' | 'option' | 'PORT' | 'FTW_MONITOR_LISTEN'
 
 /** What the program does by itself, beside the commands of a monitor. */
 const PROGRAM_COMMANDS = ['wait', 'status', 'dump-perf-metrics', 'demo']
@@ -8247,8 +8252,18 @@ function checkSurplus({ name, words }: Call): void {
 function instanceOf({ instances, options }: Call): Instance {
   const [named] = instances
   if (named) return named
-  const to = findMonitor(options.get('--port'), options.get('--host'))
-  return { name: monitorPlace(to), to }
+  const port = options.get('--port')
+  const to = findMonitor(port, options.get('--host'))
+  return {
+    name: monitorPlace(to),
+    to,
+    namedBy: port === undefined ? namedByEnvironment(to) : 'option'
+  }
+}
+
+function namedByEnvironment(to: net.NetConnectOpts): NamedBy {
+  const isMonitorNamed = 'path' in to || endpointInEnvironment().port !== undefined
+  return isMonitorNamed ? 'FTW_MONITOR_LISTEN' : 'PORT'
 }
 
 function monitorPlace(to: net.NetConnectOpts): string {
@@ -8272,13 +8287,22 @@ async function sendCommand(call: Call): Promise<number> {
 
 /** A reply, or a failure that tells who was asked. No reply at all is none, as through a tunnel to
  *  nowhere. */
-async function tellingWhom({ name, to }: Instance, asked: Promise<string>): Promise<string> {
+async function tellingWhom(instance: Instance, asked: Promise<string>): Promise<string> {
+  const { name, to } = instance
   const place = monitorPlace(to)
   const shown = name === place ? place : `${name} at ${place}`
   const reply = await asked.catch((error: unknown) =>
-    failWith(`cannot ask ${shown}: ${errorText(error)}`)
+    failWith(`cannot ask ${shown}: ${errorText(error)}${hintAfter(error, instance)}`)
   )
   return reply || failWith(`cannot ask ${shown}: no answer`)
+}
+
+/** Where nobody listens, perhaps the port was not that of an instance. */
+function hintAfter(error: unknown, { namedBy }: Instance): string {
+  const { code } = error as NodeJS.ErrnoException
+  if (code !== 'ECONNREFUSED' || namedBy === 'FTW_MONITOR_LISTEN') return ''
+  if (namedBy === 'PORT') return ' (name the instance: --port N)'
+  return ` (an instance is named by its own port; its monitor is ${PORT_OFFSET} higher)`
 }
 
 function exitStatus(words: string[], reply: string): number {
@@ -8359,7 +8383,7 @@ function readInstance(word: string, defaultHost?: string): Instance {
   if (port === undefined || /\s/.test(address)) {
     failWith(`${word} is no instance; one is named [NAME=][HOST:]PORT`)
   }
-  return { name, to: findMonitor(String(port), host) }
+  return { name, to: findMonitor(String(port), host), namedBy: 'word' }
 }
 
 const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
