@@ -15791,6 +15791,35 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.match(drained.stdout, /\nDrained\n$/)
   })
 
+  test('the first line of drain names the instance, and changes are printed once a second', async (t) => {
+    const words = ['a bit', 'more', 'Drained']
+    const port = await fakeInstance(t, (socket) => {
+      let count = 0
+      const timer = setInterval(() => {
+        count++
+        if (count < 30) socket.write(`Draining: 0 of 1 probers know, ${count} requests in flight\n`)
+        if (count === 30) socket.end('Draining: 1 of 1 probers know\nDrained\nwith no line feed')
+      }, 50)
+      socket.on('close', () => clearInterval(timer))
+    })
+    const rows: [string[], Record<string, string>, string][] = [
+      [['drain', `app$&1=${port}`], {}, 'app$&1'],
+      [['drain', `127.0.0.1:${port}`], {}, `127.0.0.1:${port}`],
+      [['drain', '--port', `${port}`], {}, `127.0.0.1:${port}`],
+      [['drain', ...words], { PORT: `${port}` }, `127.0.0.1:${port}`],
+      [['drain'], { FTW_MONITOR_LISTEN: `127.0.0.1:${port + 80}` }, `127.0.0.1:${port + 80}`]
+    ]
+    const results = await Promise.all(rows.map(([call, env]) => runProgram(t, call, { env })))
+    for (const [index, { stdout, stderr }] of results.entries()) {
+      const lines = stdout.split('\n')
+      const place = rows[index]?.[2]
+      assert.equal(stderr, '')
+      assert.equal(lines[0], `Draining ${place}: 0 of 1 probers know, 1 requests in flight`)
+      assert.match(lines[1] ?? '', /^Draining: 0 of 1 probers know, (1\d|2\d) requests in flight$/)
+      assert.deepEqual(lines.slice(2), ['Drained', 'with no line feed'])
+    }
+  })
+
   test('the demo ends by a signal, warm or not', SLOW, async (t) => {
     const endDemo = async (signal: NodeJS.Signals, isWarm: boolean) => {
       const port = await freePort()

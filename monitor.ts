@@ -8266,6 +8266,13 @@ function namedByEnvironment(to: net.NetConnectOpts): NamedBy {
   return isMonitorNamed ? 'FTW_MONITOR_LISTEN' : 'PORT'
 }
 
+/** The instance as whoever called has named it, or would. */
+function instancePlace({ name, to, namedBy }: Instance): string {
+  if (namedBy === 'word' || 'path' in to) return name
+  if (namedBy === 'FTW_MONITOR_LISTEN') return monitorPlace(to)
+  return monitorPlace({ ...to, port: to.port - PORT_OFFSET })
+}
+
 function monitorPlace(to: net.NetConnectOpts): string {
   if ('path' in to) return to.path
   return `${hostInUrl(to.host ?? '')}:${to.port}`
@@ -8276,14 +8283,69 @@ async function sendCommand(call: Call): Promise<number> {
   if (/[\r\n]/.test(line)) failWith('a command is one line')
 
   const wordsOfLine = line.split(/\s+/)
-  const isInteractive = wordsOfLine[0] === 'interactive'
+  const [name = ''] = wordsOfLine
   const instance = instanceOf(call)
   const socket = net.connect(instance.to)
-  if (isInteractive) joinTerminal(socket)
-  const limitMs = isInteractive ? SILENCE_MS : COMMAND_MS
-  const reply = await tellingWhom(instance, talk(socket, `${line}\n`, limitMs, printPart))
-  return exitStatus(wordsOfLine, reply)
+  if (name === 'interactive') joinTerminal(socket)
+  const printer = name === 'drain' ? new DrainPrinter(instancePlace(instance)) : undefined
+  const show = (part: string): void => (printer ? printer.print(part) : printPart(part))
+  try {
+    const limitMs = name === 'interactive' ? SILENCE_MS : COMMAND_MS
+    const asked = talk(socket, `${line}\n`, limitMs, show)
+    return exitStatus(wordsOfLine, await tellingWhom(instance, asked))
+  } finally {
+    printer?.finish()
+  }
 }
+
+/** Prints the reply of `drain`. The first line names the instance. Progress is printed once a
+ *  second at most, since the figures of a busy instance flicker; what follows it, at once. */
+class DrainPrinter {
+  readonly #place: string
+  #isFirst = true
+  #unfinishedLine = ''
+  #pendingLine = ''
+  /** Runs for a second from each line of progress that was printed. */
+  #timer: NodeJS.Timeout | undefined
+
+  constructor(place: string) {
+    this.#place = place
+  }
+
+  print(part: string): void {
+    const lines = (this.#unfinishedLine + part).split('\n')
+    this.#unfinishedLine = lines.pop() ?? ''
+    for (const line of lines) this.#takeLine(line)
+  }
+
+  #takeLine(line: string): void {
+    if (!line.startsWith('Draining: ')) {
+      this.#pendingLine = '' // it is out of date
+      printPart(`${line}\n`)
+      return
+    }
+    this.#pendingLine = this.#isFirst
+      ? line.replace('Draining', () => `Draining ${this.#place}`)
+      : line
+    this.#isFirst = false
+    if (this.#timer === undefined) this.#printPending()
+  }
+
+  #printPending(): void {
+    this.#timer = undefined
+    if (this.#pendingLine === '') return
+    printPart(`${this.#pendingLine}\n`)
+    this.#pendingLine = ''
+    this.#timer = setTimeout(() => this.#printPending(), PROGRESS_MS).unref()
+  }
+
+  /** Prints what has no line feed. */
+  finish(): void {
+    printPart(this.#unfinishedLine)
+  }
+}
+
+const PROGRESS_MS = 1_000
 
 /** A reply, or a failure that tells who was asked. No reply at all is none, as through a tunnel to
  *  nowhere. */
