@@ -15820,6 +15820,69 @@ describeProcesses('The program', PAIRWISE, () => {
     }
   })
 
+  /** Waits for half a second in place of 30 s, and tells when a line is sent. */
+  const HASTY = `--import=data:text/javascript,${encodeURIComponent(`
+    import * as fs from 'node:fs'
+    import * as net from 'node:net'
+    const { setTimeout } = globalThis
+    globalThis.setTimeout = (act, ms) =>
+      setTimeout(act, ms === 30_000 && !process.env.PATIENT ? 500 : ms)
+    const { write } = net.Socket.prototype
+    net.Socket.prototype.write = function (text, ...others) {
+      if (!/^[a-z]+\\n$/.test(text)) return write.call(this, text, ...others)
+      return write.call(this, text, (error) => error ?? fs.writeSync(2, 'sent\\n'))
+    }`)}`
+
+  test('a drain that nobody waits for any more is not carried out by an instance that hung', async (t) => {
+    const { watched, port } = await bootService(t)
+    await untilHealthy(port)
+    watched.child.kill('SIGSTOP')
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}`, NODE_OPTIONS: HASTY }
+    const late = await runProgram(t, ['drain'], { env })
+    const sequel = 'drain may still be carried out: ask status, then resume'
+    const sentence = `cannot ask 127.0.0.1:${port}: no answer within 30 s; ${sequel}`
+    assert.deepEqual([late.status, late.stderr], [2, `sent\nftw-monitor: ${sentence}\n`])
+    for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+      const interrupted = startProgram(t, ['drain'], { ...env, PATIENT: '1' })
+      await until(() => interrupted.stderr === 'sent\n', 'the line is sent')
+      interrupted.child.kill(signal)
+      await interrupted.exit
+      assert.equal(interrupted.child.signalCode, signal)
+    }
+    watched.child.kill('SIGCONT')
+    for (let count = 0; count < 5; count++) {
+      assert.match(await ask(port, 'status\n'), /^OK\n[^]*\ndraining +no\n/)
+    }
+    const half = await ask(port, 'drain', { end: true })
+    assert.match(half, /\nDrained\n$/)
+  })
+
+  test('what may have been sent to an instance that hangs is told', async (t) => {
+    const port = await fakeInstance(t, () => {})
+    const env = { PORT: String(port), NODE_OPTIONS: HASTY }
+    const rows: Record<string, string> = {
+      resume: '; resume may still be carried out: ask status',
+      warmup: '; warmup may still be carried out: ask status',
+      queue: '; queue may still be carried out',
+      metrics: ''
+    }
+    for (const [name, sequel] of Object.entries(rows)) {
+      const { status, stderr } = await runProgram(t, [name], { env })
+      const sentence = `cannot ask 127.0.0.1:${port + 80}: no answer within 30 s${sequel}`
+      assert.deepEqual([status, stderr.replace('sent\n', '')], [2, `ftw-monitor: ${sentence}\n`])
+    }
+  })
+
+  test('health_check and its like wait for two seconds', async (t) => {
+    const port = await fakeInstance(t, () => {})
+    const names = ['health_check', 'readyz', 'agent_check', 'livez', 'warmup_state', 'monitor']
+    const calls = names.map((name) => runProgram(t, [name], { env: { PORT: String(port) } }))
+    for (const { status, stderr } of await Promise.all(calls)) {
+      const sentence = `cannot ask 127.0.0.1:${port + 80}: no answer within 2 s`
+      assert.deepEqual([status, stderr], [2, `ftw-monitor: ${sentence}\n`])
+    }
+  })
+
   test('the demo ends by a signal, warm or not', SLOW, async (t) => {
     const endDemo = async (signal: NodeJS.Signals, isWarm: boolean) => {
       const port = await freePort()

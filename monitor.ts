@@ -8287,15 +8287,68 @@ async function sendCommand(call: Call): Promise<number> {
   const instance = instanceOf(call)
   const socket = net.connect(instance.to)
   if (name === 'interactive') joinTerminal(socket)
+  resetAtSignal(socket)
   const printer = name === 'drain' ? new DrainPrinter(instancePlace(instance)) : undefined
   const show = (part: string): void => (printer ? printer.print(part) : printPart(part))
   try {
-    const limitMs = name === 'interactive' ? SILENCE_MS : COMMAND_MS
-    const asked = talk(socket, `${line}\n`, limitMs, show)
+    const asked = talk(socket, `${line}\n`, limitsOf(name), show).catch((error: unknown) => {
+      throw error instanceof LateError ? new Error(error.message + sequelOf(name)) : error
+    })
     return exitStatus(wordsOfLine, await tellingWhom(instance, asked))
   } finally {
     printer?.finish()
   }
+}
+
+function limitsOf(name: string): TalkLimits {
+  if (name === 'interactive') return { firstMs: SILENCE_MS, nextMs: SILENCE_MS }
+  const firstMs = QUICK_COMMANDS.includes(name) ? STATUS_ANSWER_MS : COMMAND_MS
+  return { firstMs, nextMs: COMMAND_MS }
+}
+
+/** Commands that wait for one answer of a database or check at most. A script that asks them is to
+ *  know soon that an instance hangs; whatever changes something may well wait until it goes on. */
+const QUICK_COMMANDS = [
+  'agent_check',
+  'dbinfo',
+  'health_check',
+  'help',
+  'livez',
+  'monitor',
+  'quit',
+  'readyz',
+  'warmup_state',
+  'zeocache',
+  'zeostatus'
+]
+
+/** What may become of a command that was not answered: an instance that hangs reads it when it goes
+ *  on. It refuses `drain`, `resume` and `warmup` of a client that has reset its connection; but
+ *  there is no reset of a Unix socket, a tunnel may swallow it, and the line may have been read. */
+function sequelOf(name: string): string {
+  if ([...QUICK_COMMANDS, ...SLOW_QUERIES].includes(name)) return ''
+  const sequel = `; ${name} may still be carried out`
+  if (name === 'drain') return `${sequel}: ask status, then resume`
+  return isOwnCommand(name) ? sequel : `${sequel}: ask status`
+}
+
+/** Commands that change nothing either, but may take longer. */
+const SLOW_QUERIES = ['metrics', 'perf_metrics', 'interactive']
+
+/** Whoever is interrupted takes the command back, if it was not read yet. */
+function resetAtSignal(socket: net.Socket): void {
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+    process.once(signal, () => {
+      reset(socket)
+      process.kill(process.pid, signal) // now that nobody listens for it, it ends us
+    })
+  }
+}
+
+/** A client that is gone without a reset looks like `nc -N`, which has sent all and still reads. */
+function reset(socket: net.Socket, error?: Error): void {
+  attempt(() => socket.resetAndDestroy()) // Unix sockets have none
+  socket.destroy(error)
 }
 
 /** Prints the reply of `drain`. The first line names the instance. Progress is printed once a
@@ -8450,24 +8503,44 @@ function readInstance(word: string, defaultHost?: string): Instance {
 
 const NAMED_INSTANCE = /^(?:([^=]+)=)?(.*)$/s // web1=10301
 
-/** Sends text, and returns all that comes back until the other side closes. The limit is for the
- *  whole reply; or, where its parts are shown as they come, for each of them. */
+/** How long to wait for the whole reply; or, where its parts are shown as they come, for the first
+ *  of them, and for each that follows. */
+interface TalkLimits {
+  firstMs: number
+  nextMs?: number
+}
+
+class LateError extends Error {}
+
+/** Sends text, and returns all that comes back until the other side closes. */
 async function talk(
   socket: net.Socket,
   text: string,
-  limitMs: number,
+  { firstMs, nextMs = firstMs }: TalkLimits,
   showPart?: (part: string) => void
 ): Promise<string> {
-  const late = new Error(`no answer within ${limitMs / 1_000} s`)
-  const timer = setTimeout(() => socket.destroy(late), limitMs).unref()
+  let late: LateError | undefined
+  const giveUpAfter = (limitMs: number): NodeJS.Timeout => {
+    const giveUp = (): void => {
+      late = new LateError(`no answer within ${limitMs / 1_000} s`)
+      reset(socket, late)
+    }
+    return setTimeout(giveUp, limitMs).unref()
+  }
+  let timer = giveUpAfter(firstMs)
   socket.setEncoding('utf8').write(text)
 
   let reply = ''
-  for await (const part of socket as AsyncIterable<string>) {
-    reply = (reply + part).slice(0, UNSENT_MAX)
-    if (!showPart) continue
-    showPart(part)
-    timer.refresh()
+  try {
+    for await (const part of socket as AsyncIterable<string>) {
+      reply = (reply + part).slice(0, UNSENT_MAX)
+      if (!showPart) continue
+      showPart(part)
+      clearTimeout(timer)
+      timer = giveUpAfter(nextMs)
+    }
+  } catch (error) {
+    throw late ?? error // a reset leaves no error of its own
   }
   return reply
 }
@@ -8567,7 +8640,7 @@ interface SeenStatus {
  *  answer there is not to be taken for a healthy instance. */
 async function askStatus(to: net.NetConnectOpts): Promise<SeenStatus> {
   const request = 'GET /status HTTP/1.0\r\nHost: localhost\r\n\r\n'
-  const reply = await talk(net.connect(to), request, STATUS_ANSWER_MS)
+  const reply = await talk(net.connect(to), request, { firstMs: STATUS_ANSWER_MS })
   if (reply === '') failWith('no answer')
   const [head = '', body = ''] = reply.split('\r\n\r\n')
   if (!head.includes(HEALTH_JSON)) failWith('what answers there gives no status')
@@ -8648,7 +8721,7 @@ function unreachable(error: unknown): Shown {
 
 /** The first line of the status is the verdict. */
 async function ownStatus(instance: Instance): Promise<Shown> {
-  const asked = talk(net.connect(instance.to), 'status\n', STATUS_ANSWER_MS)
+  const asked = talk(net.connect(instance.to), 'status\n', { firstMs: STATUS_ANSWER_MS })
   const reply = await tellingWhom(instance, asked)
   const lines = reply.trimEnd().split('\n').map(clean)
   return { lines, healthy: lines[0] === 'OK' }
@@ -8743,7 +8816,7 @@ async function dumpPerfMetrics(call: Call): Promise<number> {
 /** Returns the line of an instance; '' after a complaint where there is none. */
 async function dumpInstance({ name, to }: Instance, deployment: string): Promise<string> {
   try {
-    const json = await talk(net.connect(to), 'perf_metrics\n', FIGURES_ANSWER_MS)
+    const json = await talk(net.connect(to), 'perf_metrics\n', { firstMs: FIGURES_ANSWER_MS })
     const tags = `deployment=${deployment},process=${escapeTag(name)}`
     return `deployments,${tags} ${toFields(json)}\n`
   } catch (error) {
