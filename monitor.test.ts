@@ -2010,6 +2010,25 @@ describeInProcess('Start and stop', ALONE, () => {
     assert.deepEqual(logger.lines, [])
   })
 
+  test('a monitor that is switched off is told of once, but not to those who run tests', async (t) => {
+    for (const runner of ['NODE_TEST_CONTEXT', 'JEST_WORKER_ID', 'VITEST', undefined]) {
+      const context = process.env['NODE_TEST_CONTEXT']
+      t.after(() => {
+        if (context !== undefined) process.env['NODE_TEST_CONTEXT'] = context
+      })
+      delete process.env['NODE_TEST_CONTEXT']
+      setEnvironment(t, { FTW_MONITOR: 'off', ...(runner === undefined ? {} : { [runner]: '1' }) })
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      const server = await serve(t)
+      assert.equal(await monitor.start({ server, logger }), false)
+      assert.equal(await monitor.start({ server, logger }), false)
+      const told = ['info ftw-monitor is switched off by FTW_MONITOR=off']
+      assert.deepEqual(logger.lines, runner === undefined ? told : [])
+      delete process.env[runner ?? '']
+    }
+  })
+
   test('FTW_MONITOR=1 leaves the monitor on', async (t) => {
     const port = await freePort()
     const monitor = await importMonitor(t)
@@ -15459,6 +15478,28 @@ describeProcesses('The program', PAIRWISE, () => {
     const alive = await runProgram(t, ['wait', '--pid', String(process.pid)], { env })
     assert.deepEqual([alive.status, alive.stderr], [0, ''])
     assert.match(alive.stdout, /^\d+\.\d s {2}OK\n$/)
+  })
+
+  test('`wait` under FTW_MONITOR=0 waits until the instance accepts connections', async (t) => {
+    const port = await freePort()
+    const off = { FTW_MONITOR: '0', HOST: '127.0.0.1' }
+    const waiting = startProgram(t, ['wait', '--port', String(port)], off)
+    const first = 'FTW_MONITOR is off: waits for the port of the instance alone\n'
+    await until(() => waiting.output.includes('ECONNREFUSED'), 'nobody listens')
+    assert.ok(waiting.output.startsWith(first), waiting.output)
+    await serve(t, hello, { host: '127.0.0.1', port })
+    assert.equal(await inTime(waiting.exit, 'it accepts connections'), 0)
+    assert.match(waiting.output, /\n\d+\.\d s {2}OK\n$/)
+
+    const nowhere = { ...off, FTW_MONITOR_LISTEN: `127.0.0.1:${await freePort()}` }
+    const unknown = await runProgram(t, ['wait'], { env: nowhere })
+    assert.deepEqual([unknown.status, unknown.stderr], [0, ''])
+    const late = await runProgram(t, ['wait', `${await freePort()}`, '--timeout', '0'], {
+      env: off
+    })
+    assert.equal(late.status, 1, late.stdout)
+    const gone = await runProgram(t, ['wait', `${port}`, '--pid', '999999999'], { env: off })
+    assert.deepEqual([gone.status, gone.stdout], [1, `${first}process 999999999 is gone\n`])
   })
 
   test("`wait --pid` takes somebody else's process for one, and a zombie for none", async (t) => {

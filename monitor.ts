@@ -4807,6 +4807,7 @@ let monitor = new Monitor({ servers: [] }, 'new')
 //   Servers of Bun
 //   Copies that differ
 //   Mistyped variables
+//   Monitors that are switched off
 //   Programs that nobody edits
 //
 // What serves programs as they are: where nobody passes a server to `start`, where it comes late,
@@ -5361,6 +5362,25 @@ function likenessOf(one: string, other: string): number {
 }
 
 accompany(() => ({ onBegin: warnOfUnknownVariables }))
+
+// --- Monitors that are switched off --------------------------------------------------------------
+
+// FTW_MONITOR=0 leaves no trace but a line in the log, once: whoever wonders why nobody listens at
+// the monitor's port is to find it. Where tests run it is expected, and a line each would be noise.
+
+const TEST_RUNNER_VARIABLES = ['NODE_TEST_CONTEXT', 'JEST_WORKER_ID', 'VITEST']
+
+let isSwitchTold = false
+
+function tellIfSwitchedOff(): void {
+  if (isSwitchTold || !isSwitchedOff('FTW_MONITOR')) return
+  isSwitchTold = true
+  const isTest = TEST_RUNNER_VARIABLES.some((name) => readEnv(name) !== undefined)
+  if (!isTest) log('info', `is switched off by FTW_MONITOR=${readEnv('FTW_MONITOR')}`)
+}
+
+// Of all that happens in start(), this is what comes before it gives up.
+accompany(() => ({ findServers: tellIfSwitchedOff }))
 
 // --- Programs that nobody edits ------------------------------------------------------------------
 
@@ -8550,14 +8570,17 @@ const STATUS_ANSWER_MS = 2_000 // a database has most of a second to answer
 
 /** Waits until the instance is healthy, and prints why it is not. */
 async function waitUntilHealthy(call: Call): Promise<number> {
-  const { to } = instanceOf(call)
+  const instance = instanceOf(call)
   const timeoutSeconds = Number(call.options.get('--timeout') ?? '300')
   if (!(timeoutSeconds >= 0)) failWith('--timeout needs a number of seconds')
   const pid = readPid(call.options.get('--pid'))
 
+  const isOff = isSwitchedOff('FTW_MONITOR')
+  if (isOff) console.log('FTW_MONITOR is off: waits for the port of the instance alone')
+
   let progressBefore = ''
   for (;;) {
-    const progress = await askProgress(to)
+    const progress = await (isOff ? askPort(instance) : askProgress(instance.to))
     if (pid !== undefined && (await isProcessGone(pid))) {
       console.log(`process ${pid} is gone`)
       return 1 // even if something else is healthy there
@@ -8613,6 +8636,21 @@ function isAbsent(path: string): Promise<boolean> {
 function wakeAfter(ms: number): Promise<void> {
   return new Promise((resolve) => {
     setTimeout(resolve, ms)
+  })
+}
+
+/** Where the monitor is switched off nobody can tell more than whether the instance accepts
+ *  connections; where only the monitor's address is known, not even that. */
+function askPort({ to, namedBy }: Instance): Promise<string> {
+  if (namedBy === 'FTW_MONITOR_LISTEN' || 'path' in to) return Promise.resolve('OK')
+  return new Promise((resolve) => {
+    const socket = net.connect({ ...to, port: to.port - PORT_OFFSET })
+    socket.setTimeout(STATUS_ANSWER_MS, () => socket.destroy(new Error('no answer')))
+    socket.on('error', (error) => resolve(clean(errorText(error))))
+    socket.on('connect', () => {
+      socket.destroy()
+      resolve('OK')
+    })
   })
 }
 
