@@ -11989,7 +11989,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     )
   })
 
-  test('a blocked event loop is told of at most once in ten seconds, and not while it boots', async (t) => {
+  test('of blocks of the event loop the log tells at most once in ten seconds, but of a longer one at once, and not while it boots', async (t) => {
     const clock = fakeClock(t)
     const timers = takeTimers(t, ['setInterval'], clock)
     const server = http.createServer(hello)
@@ -12005,22 +12005,31 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     server.listen(LOOPBACK)
     await untilVerdict(monitor)
     computeAlways(t)
-    const told = () => warningsOf(logger).map((line) => line.replace(/^.*noticed that /, ''))
-    const first = 'the event loop was blocked for 1.5 s; no request took 0.1 s of that'
+    const told = () => warningsOf(logger).map((line) => line.replace(/^.*monitor noticed /, ''))
+    const block = (ms: number) => {
+      timers.stall(ms)
+      timers.pass(1_000)
+    }
+    const ofSeconds = (seconds: string) => {
+      return `that the event loop was blocked for ${seconds} s; no request took 0.1 s of that`
+    }
     timers.pass(1_000)
-    timers.stall(1_500)
+    block(1_500)
+    assert.deepEqual(told(), [ofSeconds('1.5')])
+    block(3_000)
+    assert.deepEqual(told().slice(1), [ofSeconds('3.0')])
+    for (const ms of [2_000, 2_500, 1_500, 999]) block(ms)
     timers.pass(1_000)
-    assert.deepEqual(told(), [first])
-    timers.stall(3_000)
-    timers.pass(1_000)
-    assert.deepEqual(told(), [first])
-    timers.pass(8_000)
-    timers.stall(999)
-    timers.pass(1_000)
-    assert.deepEqual(told(), [first])
-    timers.stall(2_000)
-    timers.pass(1_000)
-    assert.deepEqual(told(), [first, first.replace('1.5', '2.0')])
+    const held = `3 s ago ${ofSeconds('2.5')}; besides, 2 shorter blocks`
+    assert.deepEqual(told().slice(2), [held])
+    timers.pass(9_000)
+    block(1_500)
+    assert.deepEqual(told().slice(3), [ofSeconds('1.5')])
+    block(1_200)
+    timers.pass(9_000)
+    assert.deepEqual(told().slice(4), [`8 s ago ${ofSeconds('1.2')}`])
+    timers.pass(20_000)
+    assert.equal(told().length, 5)
   })
 
   test('a process that was suspended is not told of as blocked', async (t) => {

@@ -6866,17 +6866,30 @@ function totalsOf(traffic: Traffic): Totals {
 // Blocks of the event loop
 
 const BLOCK_MS = 1_000 // probers and people wait that long; shorter ones would fill the log
-const BLOCK_LOG_MS = 10_000 // between two lines, or a loop that is always blocked fills the log
+const BLOCK_LOG_MS = 10_000 // between lines, or a loop that is always blocked fills the log
 const CPU_SHARE = 1 / 4 // of a block: whoever uses less was not computing
 const IN_FLIGHT_MS = 100 // of a block; what comes after it is there in the same turn, but briefly
 const NAMES_MAX = 2 // of requests in one line
 const NAME_MAX = 80 // characters
+
+/** A block that has no line in the log yet. */
+interface HeldBlock {
+  endedAtMs: number
+  ms: number
+  text: string
+}
 
 /** Sees how late each tick is, and says in the log what was in flight during a long block. */
 class BlockWatch {
   #activeMs = readActiveMs()
   #cpuMs = readCpuMs()
   #loggedAtMs = -Infinity
+  /** How long the block was that was logged last. */
+  #loggedMs = 0
+  /** The longest one since then. */
+  #held: HeldBlock | undefined
+  /** How many there were besides it. */
+  #shorterCount = 0
 
   /** Returns the largest delay that a timer may have had: our own may have become due late in a
    *  block. */
@@ -6888,6 +6901,7 @@ class BlockWatch {
     const wasOnCpuMs = cpuMs - this.#cpuMs
     this.#activeMs = activeMs
     this.#cpuMs = cpuMs
+    this.#logHeld()
     if (lateMs <= BLOCK_MS - TICK_MS) return lateMs
 
     const wasBusyMs = wasActiveMs || wasOnCpuMs // as far as the runtime can tell
@@ -6900,17 +6914,43 @@ class BlockWatch {
 
   /** A process that is suspended, as by SIGSTOP or with a laptop, finds its timers late, too. */
   #tell({ traffic }: Monitor, blockMs: number, isComputing: boolean, ended: EndedRequest[]): void {
-    const nowMs = performance.now()
-    if (nowMs - this.#loggedAtMs < BLOCK_LOG_MS) return
-    this.#loggedAtMs = nowMs
-
     const seconds = (blockMs / 1_000).toFixed(1)
     const what = isComputing
       ? `was blocked for ${seconds} s`
       : `stood still for ${seconds} s, and hardly used the CPU: the process was suspended or ` +
         'starved, or made a synchronous call'
     const inFlight = traffic.server ? `; ${describeInFlight(traffic, ended, blockMs)}` : ''
-    log('warn', `noticed that the event loop ${what}${inFlight}`)
+    const text = `that the event loop ${what}${inFlight}`
+
+    // A longer one must not hide behind the one before it: it may have another cause.
+    if (this.#isLineDue || blockMs > this.#loggedMs) this.#log(blockMs, text)
+    else this.#hold({ endedAtMs: performance.now(), ms: blockMs, text })
+  }
+
+  get #isLineDue(): boolean {
+    return performance.now() - this.#loggedAtMs >= BLOCK_LOG_MS
+  }
+
+  #log(blockMs: number, text: string): void {
+    this.#loggedAtMs = performance.now()
+    this.#loggedMs = blockMs
+    log('warn', `noticed ${text}`)
+  }
+
+  #hold(block: HeldBlock): void {
+    if (this.#held) this.#shorterCount++
+    if (!this.#held || block.ms > this.#held.ms) this.#held = block
+  }
+
+  #logHeld(): void {
+    if (!this.#held || !this.#isLineDue) return
+    const { endedAtMs, ms, text } = this.#held
+    const seconds = ((performance.now() - endedAtMs) / 1_000).toFixed(0)
+    const count = this.#shorterCount
+    const others = count > 0 ? `; besides, ${plural(count, 'shorter block', 'shorter blocks')}` : ''
+    this.#held = undefined
+    this.#shorterCount = 0
+    this.#log(ms, `${seconds} s ago ${text}${others}`)
   }
 }
 
