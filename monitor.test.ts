@@ -3050,7 +3050,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     await inTime(done, 'the load is over')
     await endless
     assert.deepEqual([load.failures, load.served], [[], load.sent])
-    const cut = 'ftw-monitor cuts 1 request that is still in flight after 3 s'
+    const cut = 'ftw-monitor cuts 1 request that is still in flight after 3 s: GET /hang'
     assert.deepEqual(linesOfShutdown(output), [cut])
   })
 
@@ -8983,19 +8983,42 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
   test('what is in flight after FTW_MONITOR_TIMEOUT_MS is cut before cleanUp, as the log says, and the option beats it', async (t) => {
     const endOne = async (script: string, seconds: number) => {
       const service = await bootService(t, { env: { FTW_MONITOR_TIMEOUT_MS: '900' }, script })
-      const pages = ['/hang', '/stream'].map(async (path) => {
-        await assert.rejects(getPage(service.instancePort, path), /aborted|hang up|ECONNRESET/)
-      })
-      await service.hasSaid('asked for /hang')
-      await service.hasSaid('asked for /stream')
+      const pages: Promise<void>[] = []
+      for (const path of ['/hang', '/stream']) {
+        const page = getPage(service.instancePort, path)
+        pages.push(assert.rejects(page, /aborted|hang up|ECONNRESET/))
+        await service.hasSaid(`asked for ${path}`)
+      }
       const { status, ms, output } = await service.end()
-      const cut = `ftw-monitor cuts 2 requests that are still in flight after ${seconds} s`
+      const names = 'GET /hang, GET /stream'
+      const cut = `ftw-monitor cuts 2 requests that are still in flight after ${seconds} s: ${names}`
       assert.deepEqual([status, linesOfShutdown(output)], [0, [cut]])
       assertOrder(output, cut, 'cleaned up')
       assert.ok(ms > seconds * 1_000 - 50 && ms < 10_000, `ended after ${ms} ms`)
       await Promise.all(pages)
     }
     await Promise.all([endOne('', 0.9), endOne('options.timeoutMs = 1_400', 1.4)])
+  })
+
+  test('the log names once what a shutdown waits for, without queries, and three requests at most', async (t) => {
+    const script = `
+      options.timeoutMs = 6_500
+      handle = ({ url }) => print('asked for', url)`
+    const service = await bootService(t, { script })
+    const pages: Promise<void>[] = []
+    for (const path of ['/a?token=secret', '/b%0a', '/a', '/c', '/d']) {
+      pages.push(assert.rejects(getPage(service.instancePort, path)))
+      await service.hasSaid(`asked for ${path}`)
+    }
+    const { output } = await service.end()
+    await Promise.all(pages)
+    const names = 'GET /a, GET /b%0a, GET /c, 2 others'
+    const [first = '', ...others] = output.split('\n').filter((line) => / waits for /.test(line))
+    assert.deepEqual([first, ...others], [`ftw-monitor waits for 5 requests: ${names}`])
+    assertOrder(output, 'shutdown: closing after', first)
+    assert.deepEqual(linesOfShutdown(output), [
+      `ftw-monitor cuts 5 requests that are still in flight after 6.5 s: ${names}`
+    ])
   })
 
   test('the instance serves for minimumMs or FTW_MONITOR_MINIMUM_MS after the signal, and the option comes first', async (t) => {
@@ -11963,9 +11986,9 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     const [line = '', ...others] = warningsOf(logger)
     const name = `GET /late/${'x'.repeat(70)}`
     assert.match(
-      line.replace(/\/held\/\d/, '/held/N'),
+      line.replaceAll(/\/held\/\d/g, '/held/N'),
       new RegExp(
-        `^warn ftw-monitor noticed that the event loop was blocked for \\d+\\.\\d s; in flight: ${name}, GET /held/N, 2 others$`
+        `^warn ftw-monitor noticed that the event loop was blocked for \\d+\\.\\d s; in flight: ${name}, GET /held/N, GET /held/N, 1 other$`
       )
     )
     assert.deepEqual(others, [])
@@ -18948,7 +18971,8 @@ describeProcesses('Endurance', TOGETHER, () => {
         await service.hasSaid('asked for /stream')
         const { status, ms, output } = await service.end('SIGTERM', 60_000)
         await assert.rejects(answer)
-        const lines = ['ftw-monitor cuts 1 request that is still in flight after 25 s']
+        const cut = 'ftw-monitor cuts 1 request that is still in flight after 25 s: GET /stream'
+        const lines = [cut]
         assert.deepEqual([status, linesOfShutdown(output)], [0, lines])
         assert.ok(ms > 24_900, `${ms} ms`)
       }

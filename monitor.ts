@@ -3295,6 +3295,9 @@ function tellingLimitMs(timeoutMs: number): number {
   return Math.max(timeoutMs - REQUESTS_MS, timeoutMs * TELLING_SHARE)
 }
 
+/** Tells which requests these are: `: GET /forever`. A layer may name them. */
+let describeRequests: (requests: RequestInFlight[]) => string = () => ''
+
 class Shutdown {
   state: ShutdownState = 'telling'
   /** Resolves when it is over. */
@@ -3447,12 +3450,13 @@ class Shutdown {
   }
 
   async #cutRequests(): Promise<void> {
+    const names = describeRequests(this.#allTraffic.flatMap((each) => [...each.openRequests]))
     let count = 0
     for (const traffic of this.#allTraffic) count += traffic.cutRequests()
     if (count === 0) return // a connection that had just come
     const seconds = this.#options.timeoutMs / 1_000
     const requests = plural(count, 'request that is', 'requests that are')
-    log('warn', `cuts ${requests} still in flight after ${seconds} s`)
+    log('warn', `cuts ${requests} still in flight after ${seconds} s${names}`)
     // The application is to hear of it before cleanUp.
     const isCut = (): boolean => this.#allTraffic.every((each) => each.requestsInFlight === 0)
     await pollUntil(isCut, GOODBYE_MS)
@@ -6869,8 +6873,6 @@ const BLOCK_MS = 1_000 // probers and people wait that long; shorter ones would 
 const BLOCK_LOG_MS = 10_000 // between lines, or a loop that is always blocked fills the log
 const CPU_SHARE = 1 / 4 // of a block: whoever uses less was not computing
 const IN_FLIGHT_MS = 100 // of a block; what comes after it is there in the same turn, but briefly
-const NAMES_MAX = 2 // of requests in one line
-const NAME_MAX = 80 // characters
 
 /** A block that has no line in the log yet. */
 interface HeldBlock {
@@ -6980,15 +6982,49 @@ function describeInFlight(traffic: Traffic, ended: EndedRequest[], blockMs: numb
     .sort((one, other) => other.weight - one.weight || other.startedAtMs - one.startedAtMs)
   if (inFlight.length === 0) return `no request took ${IN_FLIGHT_MS / 1_000} s of that`
 
-  const names = [...new Set(inFlight.map(({ line }) => nameOfRequest(line)))].slice(0, NAMES_MAX)
-  const others = inFlight.length - names.length
-  if (others > 0) names.push(plural(others, 'other', 'others'))
-  return `in flight: ${names.join(', ')}`
+  return `in flight: ${nameRequests(inFlight)}`
 }
 
-function nameOfRequest(line: string): string {
-  return clean(withoutQuery(line)).slice(0, NAME_MAX)
+// Requests in the log
+
+const NAMES_MAX = 3 // of requests in one line
+const NAME_MAX = 80 // characters
+const WAIT_TOLD_MS = 3_000 // after the server has closed: most requests are over by then
+
+/** `GET /burn, GET /slow, 2 others` */
+function nameRequests(requests: { line: string }[]): string {
+  const all = requests.map(({ line }) => clean(withoutQuery(line)).slice(0, NAME_MAX))
+  const names = [...new Set(all)].slice(0, NAMES_MAX)
+  const others = requests.length - names.length
+  if (others > 0) names.push(plural(others, 'other', 'others'))
+  return names.join(', ')
 }
+
+/** Says once what a shutdown has been waiting for for a while. */
+class CloseWatch implements Companion {
+  readonly #owner: Monitor
+  #closingSinceMs: number | undefined
+  #isTold = false
+
+  constructor(owner: Monitor) {
+    this.#owner = owner
+  }
+
+  onTick(): void {
+    if (this.#isTold || currentShutdown?.state !== 'closing') return
+    const nowMs = performance.now()
+    this.#closingSinceMs ??= nowMs
+    if (nowMs - this.#closingSinceMs < WAIT_TOLD_MS) return
+    const open = this.#owner.allTraffic.flatMap((each) => [...each.openRequests])
+    if (open.length === 0) return
+    this.#isTold = true
+    log('info', `waits for ${plural(open.length, 'request', 'requests')}${describeRequests(open)}`)
+  }
+}
+
+accompany((owner) => new CloseWatch(owner))
+
+describeRequests = (requests) => (requests.length > 0 ? `: ${nameRequests(requests)}` : '')
 
 // --- Metrics -------------------------------------------------------------------------------------
 
