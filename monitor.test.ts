@@ -1615,7 +1615,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const logger = recorder()
     assert.equal(await monitor.start({ server, logger }), false)
     assert.deepEqual(warningsOf(logger), [
-      'warn ftw-monitor finds no port at the instance port + 80: set FTW_MONITOR_LISTEN'
+      'warn ftw-monitor finds no port at the instance port + 80: set FTW_MONITOR_LISTEN; nothing listens until a restart'
     ])
     assert.equal(Object.hasOwn(server, 'emit'), true) // shutdown() waits for its requests
 
@@ -2282,7 +2282,9 @@ describeInProcess('Addresses', ALONE, () => {
       assert.deepEqual(await monitor.start({ ...options, logger }), address, what)
       if (address === false) {
         const advice = 'finds no port at the instance port + 80: set FTW_MONITOR_LISTEN'
-        assert.deepEqual(warningsOf(logger), [`warn ftw-monitor ${advice}`], what)
+        const [warning = '', ...others] = warningsOf(logger)
+        assert.match(warning, new RegExp(`${advice.replace('+', '.')}; .* until a restart$`), what)
+        assert.deepEqual(others, [], what)
       } else {
         await untilVerdict(monitor)
         assert.equal(await ask(address === here ? monitorPort : onPath, 'health_check\n'), 'OK\n')
@@ -2363,7 +2365,7 @@ describeInProcess('Addresses', ALONE, () => {
     assert.equal(await monitor.start({ server, listen: LOOPBACK, logger }), false)
     assert.match(
       warningsOf(logger).join(),
-      /cannot use FTW_MONITOR_LOCAL=sockets: it must be socket/
+      /cannot use FTW_MONITOR_LOCAL=sockets: it must be socket; there is no monitor until a restart$/
     )
   })
 
@@ -2404,7 +2406,9 @@ describeInProcess('Addresses', ALONE, () => {
     )
     setEnvironment(t, { [timeout]: '2147482000' })
     monitor.shutdownOnSignal()
-    assert.match(warningsOf(logger).at(-1) ?? '', /cannot use FTW_MONITOR_TIMEOUT_MS=2147482000/)
+    const range = 'it must be a number of milliseconds from 0 to 604800000'
+    const last = `warn ftw-monitor cannot use ${timeout}=2147482000: ${range}; uses 25000`
+    assert.deepEqual(warningsOf(logger).slice(-1), [last])
     const { reason } = await monitor.health()
     assert.equal(reason, `Error: Check '/a b' failed: cannot be used: ${page}`)
   })
@@ -7094,7 +7098,15 @@ describeInProcess('Warm-up', ALONE, () => {
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     }
     setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
-    await bootInstance(t)
+    const { logger } = await bootInstance(t)
+    assert.deepEqual(warningsOf(logger), [])
+  })
+
+  test('a word in FTW_MONITOR_AUTOWARMUP that switches nothing off costs a warning', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'none' })
+    const { logger } = await bootInstance(t, { performers: WARM })
+    const warning = 'cannot use FTW_MONITOR_AUTOWARMUP=none: it is 0, false, no or off'
+    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor ${warning}`])
   })
 
   test('server.close() aborts a running warm-up within a second, though nobody asks', async (t) => {
@@ -7561,10 +7573,36 @@ describeInProcess('The health path', ALONE, () => {
     }
   })
 
-  test('a wrong FTW_MONITOR_HEALTH_PATH is one warning', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: 'ready' })
-    const { logger } = await bootInstance(t, { performers: WARM })
-    assert.match(warningsOf(logger).join(), /^[^,]*FTW_MONITOR_HEALTH_PATH[^,]*$/)
+  const USES = 'it must be a path, as /ready;'
+  const MISTYPED: Record<string, string> = {
+    ready: '/ready',
+    '//ready': '/ready',
+    'ready?deep=1': '/ready',
+    '/ready, /live': '/ready',
+    'https://example.org/ready#now': '/ready'
+  }
+  for (const [text, path] of Object.entries(MISTYPED)) {
+    test(`FTW_MONITOR_HEALTH_PATH=${text} is taken for ${path}, with one warning`, async (t) => {
+      setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text, FTW_MONITOR_CHECK: 'wrong' })
+      const options = { until: 'started', performers: WARM } as const
+      const { instancePort, logger } = await bootInstance(t, options)
+      const { status, body } = await getPage(instancePort, path)
+      assert.deepEqual([status, body], [503, "Error: Check 'wrong' failed.\n"])
+      const warnings = warningsOf(logger).filter((line) => line.includes('HEALTH_PATH'))
+      const warning = `warn ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH=${text}: ${USES} uses ${path}`
+      assert.deepEqual(warnings, [warning])
+    })
+  }
+
+  test('an FTW_MONITOR_HEALTH_PATH in which there is no path does not replace the home page', async (t) => {
+    for (const text of ['https://example.org', '/\u200b', '//']) {
+      setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text })
+      const { instancePort, logger } = await bootInstance(t, { performers: WARM })
+      assert.equal((await getPage(instancePort, '/')).body, 'hello')
+      const [warning = '', ...others] = warningsOf(logger)
+      assert.ok(warning.endsWith(`: ${USES} there is none`), warning)
+      assert.deepEqual(others, [])
+    }
   })
 })
 
@@ -13314,7 +13352,12 @@ const TELL_OF_TRACES = `
     return JSON.stringify({ listeners, open, isEmitOwn: Object.hasOwn(process, 'emit') })
   }`
 /** What a copy that is switched off does, and the answer at the health path. */
-const SWITCHED_OFF: [name: string, env: Record<string, string>, healthBody: string][] = [
+const SWITCHED_OFF: [
+  name: string,
+  env: Record<string, string>,
+  healthBody: string,
+  stderr?: string
+][] = [
   [
     'answers at the health path alone',
     { FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/ready' },
@@ -13322,8 +13365,14 @@ const SWITCHED_OFF: [name: string, env: Record<string, string>, healthBody: stri
   ],
   ['does nothing without a health path', { FTW_MONITOR: '0' }, 'served'],
   [
-    'does nothing where the health path is none',
+    'answers at the health path that was meant',
     { FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: 'ready' },
+    'OK\n',
+    'ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH=ready: it must be a path, as /ready; uses /ready\n'
+  ],
+  [
+    'does nothing where the health path is none',
+    { FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: 'https://example.org' },
     'served'
   ]
 ]
@@ -13627,12 +13676,16 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const run = async (word: string) => {
       return await runUnmodifiedToEnd(t, "print('ran')", { FTW_MONITOR: word })
     }
-    const [typo, ...known] = await Promise.all(['autp', 'AUTO', '1', 'off', ' '].map(run))
-    assert.equal(typo?.stdout, 'ran\n')
-    assert.match(typo.stderr, /^ftw-monitor cannot use FTW_MONITOR=autp.*\n$/)
-    for (const { stdout, stderr } of known) {
-      assert.deepEqual({ stdout, stderr }, { stdout: 'ran\n', stderr: '' })
+    const values = 'it is auto, or 0, false, no or off'
+    const endOne = async (word: string, warning: string) => {
+      const { stdout, stderr } = await run(word)
+      assert.deepEqual({ stdout, stderr }, { stdout: 'ran\n', stderr: warning })
     }
+    const known = ['AUTO', 'off', ' '].map((word) => endOne(word, ''))
+    const unknown = ['autp', '1', 'on'].map((word) => {
+      return endOne(word, `ftw-monitor cannot use FTW_MONITOR=${word}: ${values}\n`)
+    })
+    await Promise.all([...known, ...unknown])
   })
 
   /** Has a program import two copies of its own, and say what becomes of it. */
@@ -13801,7 +13854,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     })
   }
 
-  for (const [name, env, healthBody] of SWITCHED_OFF) {
+  for (const [name, env, healthBody, stderr = ''] of SWITCHED_OFF) {
     test(`preloaded into a program and switched off, it ${name}`, async (t) => {
       const port = await freePort()
       const tell = 'process.once("SIGTERM", () => { print(traces()); process.exit(3) })'
@@ -13820,7 +13873,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
         listeners: number[]
       }
       assert.deepEqual(listeners, [0, 0])
-      assert.equal(watched.stderr, '')
+      assert.equal(watched.stderr, stderr)
     })
   }
 

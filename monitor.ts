@@ -527,7 +527,7 @@ class Monitor {
   /** A wrong setting of a deployment costs a warning and the monitor, never the application. A
    *  health path stays red. */
   giveUp(error: unknown): void {
-    log('warn', errorText(error))
+    log('warn', `${errorText(error)}; there is no monitor until a restart`)
     void this.end('failed')
   }
 
@@ -538,7 +538,7 @@ class Monitor {
       this.giveUp(error)
       return
     }
-    log('warn', errorText(error))
+    log('warn', `${errorText(error)}; nothing listens until a restart`)
     this.listener = undefined
     this.started.resolve(false)
   }
@@ -3010,8 +3010,8 @@ const DRAIN_OPTIONS = ['reason', 'fall', 'timeoutMs', 'minimumMs']
 function toDrainOptions({
   reason = 'Draining',
   fall = 3,
-  timeoutMs = readMilliseconds('FTW_MONITOR_TIMEOUT_MS') ?? 25_000,
-  minimumMs = readMilliseconds('FTW_MONITOR_MINIMUM_MS') ?? 0
+  timeoutMs = readMilliseconds('FTW_MONITOR_TIMEOUT_MS', 25_000),
+  minimumMs = readMilliseconds('FTW_MONITOR_MINIMUM_MS', 0)
 }: DrainOptions): Required<DrainOptions> {
   must(typeof reason === 'string' && clean(reason).trim(), 'reason must be text')
   must(Number.isInteger(fall) && fall > 0, 'fall must be a whole number from 1', RangeError)
@@ -4650,14 +4650,17 @@ function readEnvAs<T>(
 }
 
 /** A wrong value costs a warning, and is left out. */
-function readMilliseconds(name: string): number | undefined {
+function readMilliseconds(name: string, byDefault: number): number
+function readMilliseconds(name: string, byDefault?: number): number | undefined
+function readMilliseconds(name: string, byDefault?: number): number | undefined {
   const text = readEnv(name)
-  if (text === undefined) return undefined
+  if (text === undefined) return byDefault
   const milliseconds = Number(text)
   if (milliseconds >= 0 && milliseconds <= MILLISECONDS_MAX) return milliseconds
   const range = `a number of milliseconds from 0 to ${MILLISECONDS_MAX}`
-  log('warn', `cannot use ${name}=${text}: it must be ${range}`)
-  return undefined
+  const used = byDefault === undefined ? '' : `; uses ${byDefault}`
+  log('warn', `cannot use ${name}=${text}: it must be ${range}${used}`)
+  return byDefault
 }
 
 /** A path, perhaps with a query. Without control characters, which a name must not have. */
@@ -5365,7 +5368,22 @@ function likenessOf(one: string, other: string): number {
   return (2 * common.length) / (one.length + other.length)
 }
 
-accompany(() => ({ onBegin: warnOfUnknownVariables }))
+const SWITCHED_ON = /^(1|true|yes|on)$/i
+
+/** `none` would not switch it off. */
+function warnOfUnknownSwitch(): void {
+  const name = 'FTW_MONITOR_AUTOWARMUP'
+  const word = readEnv(name)
+  if (word === undefined || SWITCHED_ON.test(word) || isSwitchedOff(name)) return
+  log('warn', `cannot use ${name}=${word}: it is 0, false, no or off`)
+}
+
+accompany(() => ({
+  onBegin() {
+    warnOfUnknownVariables()
+    warnOfUnknownSwitch()
+  }
+}))
 
 // --- Monitors that are switched off --------------------------------------------------------------
 
@@ -5392,8 +5410,6 @@ accompany(() => ({ findServers: tellIfSwitchedOff }))
 // start() does when the program's server listens, and delays its signals from then on; before that,
 // and where none ever listens, as in npm and in child processes, it touches nothing but listen().
 
-const KNOWN_SWITCH = /^(auto|0|1|false|true|no|yes|off|on)$/i
-
 /** Threads inherit the environment, and load what was preloaded. */
 const isWorkerThread = Reflect.get(methodOf(process, 'abort'), 'disabled') === true
 
@@ -5405,9 +5421,12 @@ const isAuto = isAutoWanted && !isWorkerThread
 function readAutoSwitch(): boolean {
   const word = readEnv('FTW_MONITOR')
   if (word === undefined) return false
-  const isKnown = KNOWN_SWITCH.test(word)
-  if (!isKnown && !isWorkerThread) log('warn', `cannot use FTW_MONITOR=${word}: it is auto, or 0`)
-  return /^auto$/i.test(word)
+  const isAutomatic = /^auto$/i.test(word)
+  // `on` may be meant as `auto`, and begins nothing.
+  const isKnown = isAutomatic || isSwitchedOff('FTW_MONITOR')
+  const values = 'auto, or 0, false, no or off'
+  if (!isKnown && !isWorkerThread) log('warn', `cannot use FTW_MONITOR=${word}: it is ${values}`)
+  return isAutomatic
 }
 
 /** A thread has no signals. */
@@ -5631,11 +5650,15 @@ class PageCheck extends Dependency {
 
 /** Pages that the environment names, with blanks or commas between them, and what is none there. */
 function readPages(name: string): { pages: string[]; refused: string[] } {
-  const words = readEnv(name)?.split(PAGE_SEPARATOR).filter(Boolean) ?? []
+  const words = pagesIn(readEnv(name))
   const refused = words.filter((word) => !isUsablePage(word)).map(clean)
   if (refused.length > 0)
     log('warn', `cannot use ${refused.join(' ')} of ${name}: ${PAGE_SENTENCE}`)
   return { pages: words.filter(isUsablePage).map(withoutFragment), refused }
+}
+
+function pagesIn(text = ''): string[] {
+  return text.split(PAGE_SEPARATOR).filter(Boolean)
 }
 
 /** Other commas belong to the page: `/map?at=46.9,7.4`. */
@@ -6032,15 +6055,27 @@ const healthPaths = new WeakMap<Monitor, string>()
 function healthPathOf(owner: Monitor): string {
   const known = healthPaths.get(owner)
   if (known !== undefined) return known
-  const path = owner.options.healthPath ?? readHealthPath() ?? ''
-  healthPaths.set(owner, path)
-  return path
+  const { healthPath = healthPathInEnvironment() } = owner.options
+  healthPaths.set(owner, healthPath)
+  if (owner.options.healthPath === undefined) warnOfHealthPath(healthPath)
+  return healthPath
 }
 
-/** Whatever the query, it is the same answer. */
-function readHealthPath(): string | undefined {
-  const [page] = readPages('FTW_MONITOR_HEALTH_PATH').pages
-  return page === undefined ? undefined : parseTarget(page).path
+/** Whatever the query, it is the same answer. A path without its slash, or a whole URL, is taken
+ *  for the path that was meant: there, the service's own catch-all would always be green. */
+function healthPathInEnvironment(): string {
+  const [word = ''] = pagesIn(readEnv('FTW_MONITOR_HEALTH_PATH'))
+  const { path } = parseTarget(withoutFragment(word))
+  if (isUsablePage(path)) return path
+  const meant = path.replace(/^[/\\]*/, '/')
+  return isUsablePage(meant) && meant !== '/' ? meant : '' // never the home page by mistake
+}
+
+function warnOfHealthPath(path: string): void {
+  const text = readEnv('FTW_MONITOR_HEALTH_PATH')
+  if (text === undefined || (isUsablePage(text) && pagesIn(text).length === 1)) return
+  const used = path === '' ? 'there is none' : `uses ${path}`
+  log('warn', `cannot use FTW_MONITOR_HEALTH_PATH=${text}: it must be a path, as /ready; ${used}`)
 }
 
 /** The verdict is not that of bystanders. Other methods are the service's own. */
@@ -6127,7 +6162,7 @@ accompany(() => ({
 
 // A program that knows nothing of us has no health path, at which its platform asks all the same.
 const isHealthPathOnly = !firstExports && !isWorkerThread && isSwitchedOff('FTW_MONITOR')
-if (isHealthPathOnly && isUsablePage(readEnv('FTW_MONITOR_HEALTH_PATH') ?? '')) {
+if (isHealthPathOnly && healthPathInEnvironment() !== undefined) {
   monitor = new Monitor({ servers: [] })
   monitor.hookServers()
 }
