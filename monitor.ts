@@ -707,10 +707,10 @@ function toStartOptions(instance: unknown): CheckedStartOptions {
   const isWithoutOptions = isServer(instance) || Array.isArray(instance)
   const options: unknown = isWithoutOptions ? { server: instance } : instance
   const names = [...START_OPTIONS, ...optionChecks.keys()]
-  const sentence = 'start() takes an http.Server (app.listen() of Express, fastify.server), or '
-  mustHaveOnly(options, names, sentence + names.join(', '))
+  const whoTakes = 'start() takes an http.Server (app.listen() of Express, fastify.server), or'
+  mustHaveOnly(options, names, whoTakes)
 
-  const { server = [], ...others } = options
+  const { server = [], ...others } = options as Record<string, unknown>
   const { port, url, listen, local = 'socket', logger = console } = others
   const servers: unknown[] = Array.isArray(server) ? server : [server]
   must(servers.every(isServer), 'server must be an http, https or http2 server, or a list of them')
@@ -2220,7 +2220,7 @@ export const registerCheck: (name: string, check: Check, options?: CheckOptions)
   (name, check, options = {}) => {
     must(isWord(name), 'a check has a name without white space')
     must(typeof check === 'function', 'a check is a function')
-    mustHaveOnly(options, ['optional'], 'the one option of a check is optional')
+    mustHaveOnly(options, ['optional'], 'a check takes')
     const { optional = false }: CheckOptions = options
     must(typeof optional === 'boolean', 'optional is true or false')
     const passes = async (): Promise<boolean> => (await check()) !== false
@@ -2990,8 +2990,7 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
 export const drain: (options?: DrainOptions) => Promise<void> = shared(
   'drain',
   async (options = {}) => {
-    const sentence = `drain takes an object with any of ${DRAIN_OPTIONS.join(', ')}`
-    mustHaveOnly(options, DRAIN_OPTIONS, sentence)
+    mustHaveOnly(options, DRAIN_OPTIONS, 'drain takes')
     await untilDrained(toDrainOptions(options))
   }
 )
@@ -3211,7 +3210,7 @@ function overridden(
   { given }: CheckedShutdownOptions,
   options: ShutdownOptions
 ): CheckedShutdownOptions {
-  mustBeShutdownOptions(options)
+  mustHaveOnly(options, SHUTDOWN_OPTIONS, 'a shutdown takes')
   const merged: ShutdownOptions = {}
   for (const name of SHUTDOWN_OPTIONS) {
     const owner = Reflect.get(options, name) === undefined ? given : options
@@ -3234,13 +3233,8 @@ interface CheckedShutdownOptions extends Required<DrainOptions> {
 
 const SHUTDOWN_OPTIONS = [...DRAIN_OPTIONS, 'onSignal', 'cleanUp', 'exitAfterMs', 'signals']
 
-function mustBeShutdownOptions(options: ShutdownOptions): void {
-  const sentence = `a shutdown takes an object with any of ${SHUTDOWN_OPTIONS.join(', ')}`
-  mustHaveOnly(options, SHUTDOWN_OPTIONS, sentence)
-}
-
 function toShutdownOptions(options: ShutdownOptions): CheckedShutdownOptions {
-  mustBeShutdownOptions(options)
+  mustHaveOnly(options, SHUTDOWN_OPTIONS, 'a shutdown takes')
   const drainOptions = toDrainOptions(options)
   const timeoutMs = fittingTimeoutMs(options, drainOptions.timeoutMs)
   const minimumMs = fittingMinimumMs(drainOptions.minimumMs, timeoutMs)
@@ -3795,7 +3789,7 @@ export const register: (
   command: Command,
   options?: CommandOptions
 ) => void = shared('register', (name, doc, command, options = {}) => {
-  mustHaveOnly(options, ['http', 'local'], 'the options of a command are http and local')
+  mustHaveOnly(options, ['http', 'local'], 'a command takes')
   const { http: overHttp = false, local = false }: CommandOptions = options
   must(isWord(name), 'a command has a name without white space')
   must(
@@ -4528,15 +4522,16 @@ function hasMethods(value: unknown, ...names: string[]): boolean {
   return isObject(value) && names.every((name) => typeof value[name] === 'function')
 }
 
-/** The sentence says which options there are; the error names the one that is not among them. */
+/** The error names what is no option, and those that there are. */
 function mustHaveOnly(
   options: unknown,
   names: string[],
-  sentence: string
-): asserts options is Record<string, unknown> {
+  whoTakes: string
+): asserts options is object {
+  const sentence = `${whoTakes} an object with any of ${names.join(', ')}`
   must(isObject(options), sentence)
   const surplus = Object.keys(options).find((name) => !names.includes(name))
-  must(surplus === undefined, `${sentence}, not ${surplus}`)
+  must(surplus === undefined, `there is no option ${surplus}: ${sentence}`)
 }
 
 function mayHaveMethod(value: object, name: string): boolean {
@@ -6257,7 +6252,7 @@ const HEALTHY_POLL_MS = 250 // of untilHealthy: databases bear that for a whole 
 export const untilHealthy: (options?: { signal?: AbortSignal }) => Promise<void> = shared(
   'untilHealthy',
   async (options = {}) => {
-    mustHaveOnly(options, ['signal'], 'untilHealthy takes an object that may have signal')
+    mustHaveOnly(options, ['signal'], 'untilHealthy takes')
     const { signal = new AbortController().signal } = options
     const isSignal = hasMethods(signal, 'addEventListener', 'throwIfAborted')
     must(isSignal, 'signal must be an AbortSignal')
