@@ -3516,8 +3516,8 @@ export const shutdownOnSignal: (options?: ShutdownOptions) => void = shared(
     const checked = toShutdownOptions(options)
     const { signals: names = ENDING_SIGNALS } = options
     must(
-      Array.isArray(names) && names.length > 0 && names.every((it) => SIGNAL_NUMBERS.has(it)),
-      `signals must be some of ${[...SIGNAL_NUMBERS.keys()].join(', ')}`
+      Array.isArray(names) && names.length > 0 && names.every((it) => SIGNALS.includes(it)),
+      `signals must be some of ${SIGNALS.join(', ')}`
     )
     signals.listen(names, checked)
     monitor.findServers()
@@ -3556,16 +3556,8 @@ const EXIT: Ending = {
 
 const ENDING_SIGNALS: NodeJS.Signals[] = ['SIGTERM', 'SIGINT']
 
-/** The signals by which somebody may ask a process to end, with Linux's numbers. */
-const SIGNAL_NUMBERS = new Map<string, number>([
-  ['SIGHUP', 1],
-  ['SIGINT', 2],
-  ['SIGQUIT', 3],
-  ['SIGUSR1', 10],
-  ['SIGUSR2', 12],
-  ['SIGTERM', 15],
-  ['SIGBREAK', 21]
-])
+/** By which somebody may ask a process to end. */
+const SIGNALS = 'SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2 SIGTERM SIGBREAK'.split(' ')
 
 type SignalListener = (signal: NodeJS.Signals, number?: number) => void
 
