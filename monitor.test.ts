@@ -15986,6 +15986,8 @@ describeProcesses('The program', PAIRWISE, () => {
       interrupted.child.kill(signal)
       await interrupted.exit
       assert.equal(interrupted.child.signalCode, signal)
+      const unanswered = `ftw-monitor: no answer before ${signal}; ${sequel}`
+      assert.equal(interrupted.output, `sent\n${unanswered}\n`)
     }
     watched.child.kill('SIGCONT')
     for (let count = 0; count < 5; count++) {
@@ -19012,18 +19014,22 @@ async function sendHostile(port: number, from: string, random: () => number): Pr
 }
 
 describeProcesses('Endurance', TOGETHER, () => {
-  test('the program gives a monitor that is silent up after 30 s', SLOW, async (t) => {
-    const silent = net.createServer((socket) => {
-      socket.on('error', () => {}).resume()
-    })
-    t.after(() => silent.close())
-    await once(silent.listen(0, '127.0.0.1'), 'listening')
-    const { status, stderr } = await runProgram(t, ['health_check'], {
-      env: { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(silent)}` }
-    })
-    assert.equal(status, 2)
-    assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
-  })
+  test(
+    'the program gives a command that changes something up after 30 s of silence',
+    SLOW,
+    async (t) => {
+      const silent = net.createServer((socket) => {
+        socket.on('error', () => {}).resume()
+      })
+      t.after(() => silent.close())
+      await once(silent.listen(0, '127.0.0.1'), 'listening')
+      const { status, stderr } = await runProgram(t, ['resume'], {
+        env: { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(silent)}` }
+      })
+      assert.equal(status, 2)
+      assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
+    }
+  )
 
   test(
     'without limits of its own, a shutdown cuts requests after 25 s, and exits after 28 s',

@@ -8405,7 +8405,7 @@ async function sendCommand(call: Call): Promise<number> {
   const instance = instanceOf(call)
   const socket = net.connect(instance.to)
   if (name === 'interactive') joinTerminal(socket)
-  resetAtSignal(socket)
+  resetAtSignal(socket, name)
   const printer = name === 'drain' ? new DrainPrinter(instancePlace(instance)) : undefined
   const show = (part: string): void => (printer ? printer.print(part) : printPart(part))
   try {
@@ -8454,9 +8454,11 @@ function sequelOf(name: string): string {
 const SLOW_QUERIES = ['metrics', 'perf_metrics', 'interactive']
 
 /** Whoever is interrupted takes the command back, if it was not read yet. */
-function resetAtSignal(socket: net.Socket): void {
+function resetAtSignal(socket: net.Socket, name: string): void {
+  const sequel = sequelOf(name)
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     process.once(signal, () => {
+      if (socket.bytesRead === 0 && sequel !== '') complain(`no answer before ${signal}${sequel}`)
       reset(socket)
       process.kill(process.pid, signal) // now that nobody listens for it, it ends us
     })
