@@ -8479,7 +8479,7 @@ class DrainPrinter {
   #unfinishedLine = ''
   #pendingLine = ''
   /** Runs for a second from each line of progress that was printed. */
-  #timer: NodeJS.Timeout | undefined
+  #timer: ReturnType<typeof setTimeout> | undefined
 
   constructor(place: string) {
     this.#place = place
@@ -8640,7 +8640,7 @@ async function talk(
   showPart?: (part: string) => void
 ): Promise<string> {
   let late: LateError | undefined
-  const giveUpAfter = (limitMs: number): NodeJS.Timeout => {
+  const giveUpAfter = (limitMs: number): ReturnType<typeof setTimeout> => {
     const giveUp = (): void => {
       late = new LateError(`no answer within ${limitMs / 1_000} s`)
       reset(socket, late)
