@@ -16578,6 +16578,22 @@ function readmeBlock(language: string, text = ''): string {
   return block
 }
 
+/** The README's script that restarts these instances one by one, each of which is `server.mjs`. */
+function rollingRestart(ports: number[]): string {
+  const program = [process.execPath, ...programWords([])].map(quote).join(' ')
+  return readmeBlock('sh', 'kill -TERM')
+    .replace('10301 10302 10303', ports.join(' '))
+    .replace('node server.js', `${quote(process.execPath)} server.mjs`)
+    .replace('npx ftw-monitor', program)
+    .replace('sleep 5', 'sleep 0')
+}
+
+function killIfAlive(pid: number): void {
+  try {
+    process.kill(pid, 'SIGKILL')
+  } catch {} // it has ended
+}
+
 const NEXT_ENVIRONMENT = { NEXT_TELEMETRY_DISABLED: '1', NODE_ENV: 'production' }
 
 /** A folder with a Next.js app of one page, which needs half a second. */
@@ -16673,6 +16689,25 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.equal((await getPage(port, '/')).body, 'Hello\n')
     booted.child.kill('SIGTERM')
     assert.equal(await booted.exit, 0)
+  })
+
+  test('a warm-up of the README that hangs fails by its time limit, whatever is collected', async (t) => {
+    const performer = readmeBlock('js', 'registerWarmup').replace(/^import .*$/m, '')
+    assert.match(performer, / 60_000\)/)
+    const service = `
+      import http from 'node:http'
+      import { registerWarmup, start } from ${JSON.stringify(MODULE.href)}
+      const server = http.createServer(() => {})
+      ${performer.replace('60_000', '500')}
+      start(server)
+      server.listen(Number(process.env.PORT), '127.0.0.1')
+      setInterval(gc, 50)`
+    const file = join(scratchFolder(t), 'server.mjs')
+    fs.writeFileSync(file, service)
+    const env = { PORT: String(await freePort()) }
+    const booted = watch(t, process.execPath, ['--expose-gc', file], { env })
+    const isFailed = () => booted.output.includes('is red: Warmup failed: /shop: it took a minute')
+    await until(isFailed, 'the warm-up has failed')
   })
 
   test('nginx accepts the configuration of the README', needs('nginx'), async (t) => {
@@ -16829,9 +16864,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test("the README's rolling restart goes on while instances get warm, and stops at one that dies", async (t) => {
-    const folder = scratchFolder(t)
     const ports: number[] = []
     while (ports.length < 3) ports.push(await freePort())
+    t.after(() => ports.forEach((port) => killIfAlive(Number(pidOf(port))))) // before they are gone
+    const folder = scratchFolder(t)
     const pidOf = (port: number) => fs.readFileSync(join(folder, `${port}.pid`), 'utf8').trim()
     const service = `
       import http from 'node:http'
@@ -16841,22 +16877,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       monitor.shutdownOnSignal()
       server.listen(Number(process.env.PORT), '127.0.0.1')`
     const file = join(folder, 'server.mjs')
-    const call = [process.execPath, ...programWords([])].map(quote).join(' ')
-    const script = readmeBlock('sh', 'kill -TERM')
-      .replace('10301 10302 10303', ports.join(' '))
-      .replace('node server.js', `${quote(process.execPath)} server.mjs`)
-      .replace('npx ftw-monitor', call)
-      .replace('sleep 5', 'sleep 0')
+    const script = rollingRestart(ports)
     assert.match(script, /wait --port \$port --pid \$! \|\| exit 1/)
     const restart = () =>
       runToEnd(t, 'sh', ['-c', script], { cwd: folder, env: { HOST: '127.0.0.1' } })
-    t.after(() => {
-      for (const port of ports) {
-        try {
-          process.kill(Number(pidOf(port)), 'SIGKILL')
-        } catch {} // it has ended
-      }
-    })
 
     fs.writeFileSync(file, service)
     for (const port of ports) {
@@ -16878,6 +16902,39 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.match(broken.stdout, new RegExp(`^process ${pidOf(dead)} is gone$`, 'm'))
     assert.deepEqual(others.map(pidOf), warm.slice(1))
     for (const port of others) assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
+  })
+
+  test("the README's rolling restart kills a process whose event loop hangs", async (t) => {
+    t.after(() => killIfAlive(Number(fs.readFileSync(pidFile, 'utf8')))) // before that is gone
+    const folder = scratchFolder(t)
+    const port = await freePort()
+    const pidFile = join(folder, `${port}.pid`)
+    const logFile = join(folder, `${port}.log`)
+    const hangs = `
+      process.on('SIGTERM', () => {})
+      console.log('hangs')
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0)`
+    const hung = watch(t, process.execPath, ['--eval', hangs])
+    await until(() => hung.output.includes('hangs'), 'it hangs')
+    const service = `
+      import http from 'node:http'
+      import { start } from ${JSON.stringify(MODULE.href)}
+      const server = http.createServer((_, response) => response.end('hello'))
+      start(server)
+      server.listen(Number(process.env.PORT), '127.0.0.1')`
+    fs.writeFileSync(join(folder, 'server.mjs'), service)
+    fs.writeFileSync(pidFile, `${hung.child.pid}\n`)
+    fs.writeFileSync(logFile, 'what the last process said\n')
+
+    const script = rollingRestart([port]).replace('seq 35', 'seq 2')
+    const options = { cwd: folder, env: { HOST: '127.0.0.1' } }
+    const restart = await inTime(runToEnd(t, 'sh', ['-c', script], options), 'it is restarted')
+    assert.equal(restart.status, 0, restart.stdout + restart.stderr)
+    assert.match(restart.stdout, new RegExp(`^${port} hung: killed$`, 'm'))
+    await inTime(hung.exit, 'the old process is gone')
+    assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
+    const log = fs.readFileSync(logFile, 'utf8')
+    assert.match(log, /^what the last process said\n[^]*is healthy after/)
   })
 
   test('HAProxy accepts the configurations of the README', needs('haproxy'), async (t) => {
@@ -17093,11 +17150,13 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     "the README's alerts fire for what is wrong, and not for a drain",
     needs('promtool'),
     async (t) => {
+      let isMailDown = false
       const scrape = async (connected: boolean, performers = WARM, isDrained = false) => {
         const databases = { main: { isConnected: () => connected } }
         const { monitor, port } = await bootInstance(t, { databases, performers, until: 'started' })
         const isWarm = async () => (await ask(port, 'warmup_state\n')) === '1 0\n'
         if (performers === WARM) await until(isWarm, 'it is warm')
+        monitor.registerCheck('mail', () => !isMailDown, { optional: true })
         if (isDrained) void monitor.drain()
         return readSamples(await ask(port, 'metrics\n'))
       }
@@ -17118,6 +17177,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         gone: { up: '1 0x29' },
         restarted: { up: '1x10 0 1x19' }
       }
+      isMailDown = true
+      scrapes['without-mail'] = await scrape(true)
       scrapes['hung']!['ftw_monitor_warmup_seconds{site="/shop"}'] = '0+60x30'
       scrapes['hung']!['ftw_monitor_warmup_seconds{site="/"}'] = 2
 
@@ -17144,6 +17205,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         InstanceGone: [{ instance: 'gone' }],
         InstanceRed: [{ instance: 'broken' }, { instance: 'failed' }, { instance: 'hung' }],
         DatabaseDown: [{ instance: 'broken', database: 'main' }],
+        OptionalDown: [{ instance: 'without-mail', check: 'mail', optional: 'true' }],
         WarmupHangs: [{ instance: 'hung', site: '/shop' }],
         EventLoopBlocked: [{ instance: 'blocked' }],
         Errors: [{ instance: 'failing' }]
@@ -17152,7 +17214,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const alert_rule_test = [
         ...firing('30s', {}),
         ...firing('4m', { InstanceGone, DatabaseDown, EventLoopBlocked }),
-        ...firing('12m', afterAll),
+        ...firing('12m', { ...afterAll, OptionalDown: [] }),
         ...firing('29m', afterAll)
       ]
       const folder = scratchFolder(t)
@@ -17163,6 +17225,39 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const words = ['test', 'rules', 'tests.yml']
       const { status, stdout, stderr } = await runToEnd(t, 'promtool', words, { cwd: folder })
       assert.equal(status, 0, stdout + stderr)
+    }
+  )
+
+  test(
+    'HAProxy, told as in the README, keeps an instance whose monitor is switched off',
+    needs('haproxy'),
+    async (t) => {
+      const instancePort = await freePort()
+      const front = await freePort()
+      const nowhere = await freePort()
+      const boot = (env: Record<string, string>) =>
+        runScript(t, {
+          env,
+          script: `
+            const server = http.createServer((request, response) => {
+              response.writeHead(request.url === '/' ? 200 : 404).end('hello')
+            })
+            monitor.start(server)
+            server.listen(${instancePort}, '127.0.0.1')`
+        })
+      const first = boot({})
+      const instance = { instancePort, port: instancePort + 80 }
+      const haproxy = await startHaproxy(t, (socket) =>
+        configure(haproxyOfReadme().byAgent, front, instance, nowhere, socket)
+      )
+      await haproxy.untilState('app1', /^UP/)
+      const commands = readmeBlock('', 'disable agent').replace('10301', String(instancePort))
+      for (const command of commands.trim().split('\n')) await haproxy.command(command)
+      first.child.kill('SIGKILL')
+      await haproxy.untilState('app1', /^DOWN/)
+      boot({ FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/readyz' })
+      await haproxy.untilState('app1', /^UP/)
+      assert.equal((await getPage(front, '/')).body, 'hello')
     }
   )
 
