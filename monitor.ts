@@ -6149,7 +6149,7 @@ accompany(() => ({
 
 // A program that knows nothing of us has no health path, at which its platform asks all the same.
 const isHealthPathOnly = !firstExports && !isWorkerThread && isSwitchedOff('FTW_MONITOR')
-if (isHealthPathOnly && healthPathInEnvironment() !== undefined) {
+if (isHealthPathOnly && healthPathInEnvironment() !== '') {
   monitor = new Monitor({ servers: [] })
   monitor.hookServers()
 }
