@@ -4500,22 +4500,29 @@ describeInProcess('The verdict', TOGETHER, () => {
   })
 })
 
+/** What a database may answer that is neither true nor false, and how the reason calls that. */
+const ANSWERS_BUT_TRUE: [answer: unknown, shown: string][] = [
+  [undefined, 'undefined'],
+  [null, 'null'],
+  [0, 'a number'],
+  [1, 'a number'],
+  ['true', 'a string'],
+  [{}, 'an object'],
+  [[true], 'an object'],
+  [Symbol('x'), 'a symbol']
+]
+
+const REFUSED = ['::1', '127.0.0.1'].map((host) => new Error(`connect ECONNREFUSED ${host}:5432`))
+
 describeInProcess('The verdict', ALONE, () => {
   test(
     'strangers are told the category of a reason, this machine all of it',
     NEEDS_OUTSIDE,
     async (t) => {
       takeTimers(t) // so that nothing is tried again
-      let isBroken = false
+      let isConnected = (): unknown => true
       const { monitor, port } = await bootInstance(t, {
-        databases: {
-          main: {
-            isConnected: () => {
-              if (isBroken) throw new Error('no 10.0.0.7')
-              return true
-            }
-          }
-        },
+        databases: { main: { isConnected: () => isConnected() as boolean } },
         performers: { '/shop': () => Promise.reject(new Error('no table')) },
         until: 'started'
       })
@@ -4537,16 +4544,17 @@ describeInProcess('The verdict', ALONE, () => {
       assert.deepEqual(await askAll({}), repliesOf('Warmup failed: /shop: no table'))
       assert.deepEqual(await askAll(stranger), repliesOf('Warmup failed'))
 
-      isBroken = true
-      const whole = "Database 'main' failed: no 10.0.0.7"
-      const category = "Database 'main' failed."
-      for (const [options, text] of [
-        [{}, whole],
-        [stranger, category]
-      ] as const) {
+      const expectReplies = async (options: LineOptions, text: string) => {
         const expected = [...repliesOf(`Error: ${text}`), `{"error":"${text}"}\n`]
         assert.deepEqual(await askAll(options, 'perf_metrics'), expected)
       }
+      isConnected = () => Promise.reject(new Error('no 10.0.0.7'))
+      await expectReplies({}, "Database 'main' failed: no 10.0.0.7")
+      await expectReplies(stranger, "Database 'main' failed.")
+      isConnected = () => ({})
+      const why = 'isConnected() returned an object, not true'
+      await expectReplies({}, `Database 'main' disconnected: ${why}`)
+      await expectReplies(stranger, "Database 'main' disconnected.")
 
       void monitor.drain({ reason: 'new disk' })
       const drained = ['new disk\n', 'new disk\n', 'stopped #new disk\n']
@@ -4603,12 +4611,15 @@ describeInProcess('The verdict', ALONE, () => {
   test('only true means connected, and failures are told', async (t) => {
     const { monitor, port } = await bootInstance(t)
     const rows: [() => unknown, string][] = [
-      ...[false, undefined, null, 0, 1, 'true', {}, [true], Symbol('x')].flatMap(
-        (value): [() => unknown, string][] => [
-          [() => value, 'disconnected.'],
-          [() => Promise.resolve(value), 'disconnected.']
+      [() => false, 'disconnected.'],
+      [() => Promise.resolve(false), 'disconnected.'],
+      ...ANSWERS_BUT_TRUE.flatMap(([value, shown]): [() => unknown, string][] => {
+        const trouble = `disconnected: isConnected() returned ${shown}, not true`
+        return [
+          [() => value, trouble],
+          [() => Promise.resolve(value), trouble]
         ]
-      ),
+      }),
       [
         () => {
           throw new Error('no route')
@@ -4618,6 +4629,9 @@ describeInProcess('The verdict', ALONE, () => {
       [() => Promise.reject(new TypeError('bad password')), 'failed: bad password'],
       [() => Promise.reject('only text'), 'failed: only text'],
       [() => Promise.reject(), 'failed: undefined'],
+      [() => Promise.reject(new AggregateError(REFUSED)), 'failed: connect ECONNREFUSED ::1:5432'],
+      [() => Promise.reject(new AggregateError(REFUSED, 'no host')), 'failed: no host'],
+      [() => Promise.reject(new AggregateError([])), 'failed: AggregateError'],
       [
         () => ({
           then() {

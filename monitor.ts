@@ -2258,7 +2258,7 @@ class Dependency {
       const wasBroken = this.isAsked && !this.isPassing
       const no = this.#kind === 'Database' ? 'disconnected' : 'failed'
       this.#outcome = answer === true ? 'passes' : no
-      this.#detail = ''
+      this.#detail = typeof answer === 'boolean' ? '' : describeWrongAnswer(answer)
       // Whatever failed to warm up may have failed for want of it.
       if (wasBroken && this.isPassing) monitor.warmup.retryAtOnce()
     } catch (error) {
@@ -2302,12 +2302,18 @@ class Dependency {
   }
 }
 
+/** That only `true` itself counts is easily forgotten. Checks answer nothing of the kind. */
+function describeWrongAnswer(answer: unknown): string {
+  const kind = isObject(answer) ? 'an object' : `a ${typeof answer}`
+  const shown = answer === undefined || answer === null ? String(answer) : kind
+  return `isConnected() returned ${shown}, not true`
+}
+
 class RegisteredDatabase extends Dependency {
   readonly database: Database
 
   constructor(name: string, database: Database) {
-    const isConnected = (): unknown => database.isConnected()
-    super('Database', name, database.optional === true, isConnected)
+    super('Database', name, database.optional === true, () => database.isConnected())
     this.database = database
   }
 }
@@ -4713,7 +4719,9 @@ function describeError(error: unknown): string {
 
   const { message, cause, code, name } = error as NodeJS.ErrnoException
   if (message === 'fetch failed' && cause) return errorText(cause)
-  const text = [message, code, name].find(Boolean) // a refused localhost has its code alone
+  const [first]: unknown[] = error instanceof AggregateError ? error.errors : []
+  if (message === '' && first !== undefined) return errorText(first)
+  const text = [message, code, name].find(Boolean)
   const advice = advisers.map((advise) => advise(message, String(code)))
   return boundedText(text) + advice.join('')
 }
