@@ -6745,13 +6745,13 @@ describeInProcess('Warm-up', ALONE, () => {
     await untilSeen(port)
     for (const seconds of [10, 20, 30, 40, 50]) {
       timers.pass(10_000)
-      await peer.hear(`Warms up / for ${seconds} s\n`)
+      await peer.hear(`Has been warming up / for ${seconds} s\n`)
     }
     gates[0]!.open()
     await until(async () => (await ask(port, 'status\n')).includes('/shop   running'), 'it goes on')
     for (const seconds of [10, 20, 30, 40]) {
       timers.pass(10_000)
-      await peer.hear(`Warms up /shop for ${seconds} s\n`)
+      await peer.hear(`Has been warming up /shop for ${seconds} s\n`)
     }
     gates[1]!.open()
     await peer.hear('Warmup successful\n')
@@ -8978,7 +8978,7 @@ describeInProcess('Shutdown', ALONE, () => {
       timers.pass(60_000)
       assert.deepEqual(exit.mock.calls.at(-1)?.arguments, [1])
       exit.mock.resetCalls()
-      const lines = [`error ftw-monitor exits after 60 s; not done: ${hanging.join(', ')}`]
+      const lines = [`error ftw-monitor exits after 60 s; ${hanging.join(', ')} did not finish`]
       assert.deepEqual(errorsOf(logger), lines)
       gate.open()
       await inTime(ended, 'the shutdown is over')
@@ -9120,7 +9120,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
       ])
       assert.deepEqual([done.status, linesOfShutdown(done.output)], [0, []])
       assert.match(done.output, /cleaned up/)
-      const lines = ['ftw-monitor exits after 0.4 s; not done: cleanUp']
+      const lines = ['ftw-monitor exits after 0.4 s; cleanUp did not finish']
       assert.deepEqual([late.status, linesOfShutdown(late.output)], [1, lines])
     }
   )
@@ -9352,7 +9352,7 @@ const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal
 
 /** What the monitor said of a signal that came again. */
 function linesOfRepeat(output: string): string[] {
-  return output.split('\n').filter((line) => /^ftw-monitor .*\bcame again\b/.test(line))
+  return output.split('\n').filter((line) => /^ftw-monitor got \w+ again/.test(line))
 }
 
 /** Signals in turn, what is heard of each, without which the kernel would make one of both, and pauses. */
@@ -9363,11 +9363,11 @@ const HARMLESS_REPEATS: Record<string, string> = {
   'a SIGTERM that comes four times':
     '→ SIGTERM, 50 ms, → SIGTERM, 50 ms, → SIGTERM, 50 ms, → SIGTERM',
   'a SIGTERM more than a second after a SIGTERM': `→ SIGTERM, ← told SIGTERM,
-    → SIGINT, ← SIGINT came again: is shutting down already, 1100 ms, → SIGTERM`,
+    → SIGINT, ← got SIGINT again; it is shutting down already, 1100 ms, → SIGTERM`,
   'a SIGTERM more than a second after a SIGINT': `→ SIGINT, ← told SIGINT,
-    → SIGINT, ← SIGINT came again: is shutting down already, 1100 ms, → SIGTERM`,
+    → SIGINT, ← got SIGINT again; it is shutting down already, 1100 ms, → SIGTERM`,
   'a SIGHUP more than a second after a SIGHUP': `→ SIGHUP, ← told SIGHUP,
-    → SIGTERM, ← SIGTERM came again: is shutting down already, 1100 ms, → SIGHUP`
+    → SIGTERM, ← got SIGTERM again; it is shutting down already, 1100 ms, → SIGHUP`
 }
 
 /** Does what such steps say. */
@@ -9659,7 +9659,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     const { status, output } = await service.end()
     assert.equal((await page).body, 'served')
     assert.equal(status, 0, output)
-    assert.match(output, /SIGTERM came again: is shutting down already/)
+    assert.match(output, /got SIGTERM again; it is shutting down already/)
     assert.match(output, /cleaned up/)
     assert.doesNotMatch(output, /^other/m)
   })
@@ -9693,7 +9693,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       const { status, ms, output } = await service.awaitEnd()
       assert.equal(status, 130)
       assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
-      assert.match(output, /^ftw-monitor .*\bSIGINT came again: ends at once/m)
+      assert.match(output, /^ftw-monitor .*\bgot SIGINT again; ends at once/m)
       assert.doesNotMatch(output, /cleaned up/)
       await refused
     })
@@ -12098,7 +12098,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       timers.pass(1_000)
     }
     const ofSeconds = (seconds: string) => {
-      return `that the event loop was blocked for ${seconds} s; no request took 0.1 s of that`
+      return `that the event loop was blocked for ${seconds} s; no request was being served, those that came meanwhile waited`
     }
     timers.pass(1_000)
     block(1_500)
@@ -12130,7 +12130,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     await until(() => watched.stderr.includes('\n'), 'it is told')
     assert.match(
       watched.stderr,
-      /^ftw-monitor noticed that the event loop stood still for \d+\.\d s, and hardly used the CPU: the process was suspended or starved, or made a synchronous call; no request took 0\.1 s of that\n$/
+      /^ftw-monitor noticed that the event loop stood still for \d+\.\d s, and hardly used the CPU: the process was suspended or starved, or made a synchronous call; no request was being served, those that came meanwhile waited\n$/
     )
   })
 
@@ -19161,7 +19161,7 @@ describeProcesses('Endurance', TOGETHER, () => {
           script: 'options = { cleanUp: () => new Promise(() => {}) }'
         })
         const { status, ms, output } = await service.end('SIGTERM', 60_000)
-        const lines = ['ftw-monitor exits after 28 s; not done: cleanUp']
+        const lines = ['ftw-monitor exits after 28 s; cleanUp did not finish']
         assert.deepEqual([status, linesOfShutdown(output)], [1, lines])
         assert.ok(ms > 27_900, `${ms} ms`)
       }

@@ -1091,7 +1091,10 @@ const NAME_ADVICE = 'the name may resolve later; else set FTW_MONITOR_LISTEN'
 
 /** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
-  ['EADDRINUSE', 'an older process may hold it; cluster workers need FTW_MONITOR_LISTEN each'],
+  [
+    'EADDRINUSE',
+    'an older process may hold it; each cluster worker needs its own FTW_MONITOR_LISTEN'
+  ],
   ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN'],
   ['EAI_AGAIN', NAME_ADVICE],
   ['ENOTFOUND', NAME_ADVICE]
@@ -2694,7 +2697,7 @@ class WarmupRunner {
 
   #retryLater(failure: string): void {
     const pauseMs = this.#retryPauseMs
-    log('warn', `tries again in ${pauseMs / 1_000} s what failed to warm up: ${failure}`)
+    log('warn', `tries again in ${pauseMs / 1_000} s: ${failure}`)
     const { clock } = this.#monitor
     this.retryAtTickMs = clock.nowTickMs + pauseMs
     this.#retryPauseMs = Math.min(pauseMs * 2, WARMUP_RETRY_MAX_MS)
@@ -3497,7 +3500,7 @@ class Shutdown {
   #onDeadline(): void {
     if (!this.ending.isFinal) return
     const seconds = this.#options.exitAfterMs / 1_000
-    log('error', `exits after ${seconds} s; not done: ${[...this.#undone].join(', ')}`)
+    log('error', `exits after ${seconds} s; ${[...this.#undone].join(', ')} did not finish`)
     this.closeServers() // with them goes the file of a Unix socket
     process.exit(1)
   }
@@ -3550,7 +3553,7 @@ interface Signal {
 const EXIT: Ending = {
   isFinal: true,
   insist() {
-    log('warn', 'SIGINT came again: ends at once')
+    log('warn', 'got SIGINT again; ends at once')
     currentShutdown?.closeServers() // with them goes the file of a Unix socket
     process.exit(130)
   },
@@ -3667,7 +3670,7 @@ class Signals {
       options.ending.insist(this.#first)
       return
     }
-    if (!this.#isRepeatLogged) log('info', `${signal.name} came again: is shutting down already`)
+    if (!this.#isRepeatLogged) log('info', `got ${signal.name} again; it is shutting down already`)
     this.#isRepeatLogged = true
   }
 
@@ -5481,7 +5484,7 @@ async function untilInUse({ traffic, clock }: Monitor): Promise<void> {
 const DELAY: Ending = {
   isFinal: false,
   insist(first) {
-    log('warn', 'SIGINT came again: lets the signals through')
+    log('warn', 'got SIGINT again; lets the signals through')
     letThrough(first)
     process.kill(process.pid, 'SIGINT') // as the second one that it is
   },
@@ -5925,7 +5928,9 @@ async function warmUpReporting(
     const failure = await Promise.race([done, unreffedPause(REPORT_MS)])
     if (failure !== undefined) return failure
     const running = monitor.warmup.sites.find(({ state }) => state === 'running')
-    if (running) report(toRedLine(`Warms up ${running.name} for ${running.seconds.toFixed(0)} s`))
+    if (!running) continue
+    const time = `${running.seconds.toFixed(0)} s`
+    report(toRedLine(`Has been warming up ${running.name} for ${time}`))
   }
 }
 
@@ -7010,7 +7015,7 @@ function describeInFlight(traffic: Traffic, ended: EndedRequest[], blockMs: numb
     })
     .filter(({ insideMs }) => insideMs >= IN_FLIGHT_MS)
     .sort((one, other) => other.weight - one.weight || other.startedAtMs - one.startedAtMs)
-  if (inFlight.length === 0) return `no request took ${IN_FLIGHT_MS / 1_000} s of that`
+  if (inFlight.length === 0) return 'no request was being served, those that came meanwhile waited'
 
   return `in flight: ${nameRequests(inFlight)}`
 }
