@@ -4901,7 +4901,12 @@ async function hangingDatabase(t: TestContext) {
     timers.pass(1_000)
     return reason
   }
-  return { clock, questions, check, trouble }
+  const databaseStatus = async () => {
+    const known = monitor.status()
+    timers.pass(1_000)
+    return (await known).databases[0] ?? assert.fail('it has not been asked')
+  }
+  return { clock, questions, check, trouble, databaseStatus }
 }
 
 const HEALTHY_LINE = /^info ftw-monitor is healthy( again)? after \d+\.\d s$/
@@ -5354,7 +5359,8 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
         optional: false,
         passing: false,
         trouble: 'failed: no broker',
-        answeredMs: 0
+        answeredMs: 0,
+        pendingSeconds: -1
       }
     )
   })
@@ -5796,6 +5802,19 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     clock.now += 1
     assert.equal(await trouble(), "Error: Database 'main' timed out.")
     assert.equal(questions.length, 2)
+  })
+
+  test('status tells for how long a database has not answered, also once it is asked anew', async (t) => {
+    const { clock, questions, databaseStatus } = await hangingDatabase(t)
+    const { trouble, pendingSeconds } = await databaseStatus()
+    assert.deepEqual([trouble, pendingSeconds], ['timed out', 0])
+    clock.now += 23_000
+    assert.equal((await databaseStatus()).pendingSeconds, 23)
+    clock.now += 10_000
+    assert.equal((await databaseStatus()).pendingSeconds, 33)
+    assert.equal(questions.length, 2)
+    questions[1]?.(true)
+    assert.equal((await databaseStatus()).pendingSeconds, -1)
   })
 
   test('a database that never answers is asked 20 times in ten minutes', async (t) => {
@@ -10874,7 +10893,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
         optional: false,
         connected: false,
         trouble: 'failed: no route',
-        answeredMs: -1
+        answeredMs: -1,
+        pendingSeconds: -1
       }
     ])
     assert.ok(known.uptimeSeconds > 0 && known.residentMemoryBytes > 1e6)
@@ -10965,7 +10985,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(text, /^OK\n/)
     assert.match(text, /^database   lost +disconnected \(optional\)$/m)
     assert.match(text, /^database   broken +failed: boom \(optional\)$/m)
-    assert.match(text, /^database   silent +timed out \(optional\)$/m)
+    assert.match(text, /^database   silent +no answer for 1 s \(optional\)$/m)
   })
 
   test('in metrics what is optional has a label that says so', async (t) => {

@@ -531,8 +531,7 @@ class Monitor {
     void this.end('failed')
   }
 
-  /** Our own port cannot be had. With the server at hand all else goes on, for health() and for the
-   *  health path. */
+  /** Our own port cannot be had. With the server at hand, health() and the health path go on. */
   onListenFailed(error: unknown): void {
     if (!this.server) {
       this.giveUp(error)
@@ -1091,10 +1090,7 @@ const NAME_ADVICE = 'the name may resolve later; else set FTW_MONITOR_LISTEN'
 
 /** Errors that may go away, with advice if they do not. */
 const PASSING_ERRORS = new Map<string | undefined, string>([
-  [
-    'EADDRINUSE',
-    'an older process may hold it; each cluster worker needs its own FTW_MONITOR_LISTEN'
-  ],
+  ['EADDRINUSE', 'an older process may hold it; a cluster worker needs its own FTW_MONITOR_LISTEN'],
   ['EADDRNOTAVAIL', 'the address may come late to its interface; else set FTW_MONITOR_LISTEN'],
   ['EAI_AGAIN', NAME_ADVICE],
   ['ENOTFOUND', NAME_ADVICE]
@@ -2346,6 +2342,8 @@ class SharedCall {
   answeredMs = -1
   /** When it was called last. */
   askedAtMs = -Infinity
+  /** Since when an answer is awaited, undefined if none is. */
+  pendingSinceMs: number | undefined
   readonly #call: () => unknown
   readonly #limitMs: number
   /** The answer of the pending call, undefined if there is none. */
@@ -2363,9 +2361,9 @@ class SharedCall {
     if (isPending && performance.now() - this.askedAtMs < QUESTION_MS) return this.#answerInTime
 
     this.askedAtMs = performance.now()
-    const answer = this.#callBeside(this.#answer, this.askedAtMs)
-    this.#answer = answer
-    this.#answerInTime = withinLimit(answer, this.#limitMs)
+    this.pendingSinceMs ??= this.askedAtMs
+    this.#answer = this.#callBeside(this.#answer, this.askedAtMs)
+    this.#answerInTime = withinLimit(this.#answer, this.#limitMs)
     this.#answerInTime.catch(doNothing) // nobody may be waiting any more
     return this.#answerInTime
   }
@@ -2378,7 +2376,10 @@ class SharedCall {
       this.answeredMs = performance.now() - askedAtMs
       return answer
     } finally {
-      if (this.askedAtMs === askedAtMs) this.#answer = undefined
+      if (this.askedAtMs === askedAtMs) {
+        this.#answer = undefined
+        this.pendingSinceMs = undefined
+      }
     }
   }
 }
@@ -7506,6 +7507,8 @@ export interface DatabaseStatus {
   trouble: string
   /** How long the last answer took. */
   answeredMs: number
+  /** For how long an answer has been awaited, -1 if none is. */
+  pendingSeconds: number
 }
 
 /** How a check is. */
@@ -7517,6 +7520,8 @@ export interface CheckStatus {
   trouble: string
   /** How long the last answer took. */
   answeredMs: number
+  /** For how long an answer has been awaited, -1 if none is. */
+  pendingSeconds: number
 }
 
 /** An address that asks for the verdict. */
@@ -7645,8 +7650,15 @@ function drainingStatus(draining: Draining): DrainingStatus {
 /** What a database and a check have in common. */
 function dependencyStatus(dependency: Dependency, isLocal: boolean): Omit<CheckStatus, 'passing'> {
   const { name, isOptional, call } = dependency
-  const trouble = dependency.trouble(isLocal)
-  return { name, optional: isOptional, trouble, answeredMs: call.answeredMs }
+  const { answeredMs, pendingSinceMs } = call
+  const isPending = pendingSinceMs !== undefined
+  return {
+    name,
+    optional: isOptional,
+    trouble: dependency.trouble(isLocal),
+    answeredMs,
+    pendingSeconds: isPending ? (performance.now() - pendingSinceMs) / 1_000 : -1
+  }
 }
 
 addCommand(
@@ -7778,11 +7790,14 @@ function checkRow(check: CheckStatus): Row {
 /** `passing` tells in a word that it does, '' if it does not. */
 function dependencyRow(
   kind: 'database' | 'check',
-  { name, optional, trouble, answeredMs }: Omit<CheckStatus, 'passing'>,
+  { name, optional, trouble, answeredMs, pendingSeconds }: Omit<CheckStatus, 'passing'>,
   passing: string,
   measure: string
 ): Row {
-  const stateText = passing ? `${passing}, answered in ${Math.round(answeredMs)} ms` : trouble
+  // Whether it is slow, or one call hangs, decides what is to be looked at.
+  const isHanging = trouble === 'timed out' && pendingSeconds >= 0
+  const why = isHanging ? `no answer for ${pendingSeconds.toFixed(0)} s` : trouble
+  const stateText = passing ? `${passing}, answered in ${Math.round(answeredMs)} ms` : why
   const text = optional ? `${stateText} (optional)` : stateText
   const broken: Grade = optional ? 'warn' : 'fail'
   const grade = passing ? 'pass' : broken
