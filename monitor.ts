@@ -2257,7 +2257,10 @@ class Dependency {
       const wasBroken = this.isAsked && !this.isPassing
       const no = this.#kind === 'Database' ? 'disconnected' : 'failed'
       this.#outcome = answer === true ? 'passes' : no
-      this.#detail = typeof answer === 'boolean' ? '' : describeWrongAnswer(answer)
+      // That only `true` itself counts is easily forgotten.
+      const kind = answer === null ? 'null' : typeof answer
+      this.#detail =
+        kind === 'boolean' ? '' : `isConnected() returned a value of type ${kind}, not true`
       // Whatever failed to warm up may have failed for want of it.
       if (wasBroken && this.isPassing) monitor.warmup.retryAtOnce()
     } catch (error) {
@@ -2299,13 +2302,6 @@ class Dependency {
     const end = isLocal && this.#detail !== '' ? '' : '.'
     return `${this.#kind} '${this.name}' ${this.trouble(isLocal)}${end}`
   }
-}
-
-/** That only `true` itself counts is easily forgotten. Checks answer nothing of the kind. */
-function describeWrongAnswer(answer: unknown): string {
-  const kind = isObject(answer) ? 'an object' : `a ${typeof answer}`
-  const shown = answer === undefined || answer === null ? String(answer) : kind
-  return `isConnected() returned ${shown}, not true`
 }
 
 class RegisteredDatabase extends Dependency {
@@ -3695,13 +3691,9 @@ class Signals {
   }
 }
 
-function replaceListener(
-  name: NodeJS.Signals,
-  listener: SignalListener,
-  next: SignalListener
-): void {
-  process.off(name, listener) // first, or eleven listeners would cost a warning of Node.js
-  process.on(name, next)
+function replaceListener(name: NodeJS.Signals, from: SignalListener, to: SignalListener): void {
+  process.off(name, from) // first, or eleven listeners would cost a warning of Node.js
+  process.on(name, to)
 }
 
 /** Those which `process.listeners()` returns. */
