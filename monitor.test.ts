@@ -2620,7 +2620,9 @@ describeInProcess('Listening', ALONE, () => {
     const stopped = await importMonitor(t)
     const logger = recorder()
     assert.equal(await monitor.start({ server, logger, listen: { port } }), false)
-    assert.match(warningsOf(logger).join(), /in use.*cluster/)
+    const advice = 'a cluster worker needs its own FTW_MONITOR_LISTEN'
+    const warning = new RegExp(`in use.*; an older process may hold it; ${advice}$`)
+    assert.match(warningsOf(logger).join(), warning)
     const other = { server, logger: recorder(), listen: { port: stoppedPort } }
     assert.equal(await stopped.start(other), false)
     assert.equal(await monitor.start({ server, logger: recorder() }), false)
@@ -7144,6 +7146,15 @@ describeInProcess('Warm-up', ALONE, () => {
     setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
     const { logger } = await bootInstance(t)
     assert.deepEqual(warningsOf(logger), [])
+  })
+
+  test('what failed to warm up is tried again, as the log says', async (t) => {
+    takeTimers(t)
+    const performers = { '/shop': () => Promise.reject(new Error('no table')) }
+    const { monitor, logger } = await bootInstance(t, { performers, until: 'started' })
+    await untilVerdict(monitor, /^Warmup failed/)
+    const lines = warningsOf(logger).filter((line) => line.includes('tries again'))
+    assert.deepEqual(lines, ['warn ftw-monitor tries again in 1 s: /shop: no table'])
   })
 
   test('a word in FTW_MONITOR_AUTOWARMUP that switches nothing off costs a warning', async (t) => {
