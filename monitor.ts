@@ -483,12 +483,8 @@ class Monitor {
   /** What a call of start() does while this is the current monitor: it begins a new one if this one
    *  does not run, or found no port to listen on. */
   answerStart: (options: CheckedStartOptions) => 'begin' | 'goOn' | 'refuse' = () => {
-    return this.isRunning && !this.hasNoPort ? 'refuse' : 'begin'
-  }
-
-  /** Whether its own port could not be had. */
-  get hasNoPort(): boolean {
-    return this.instance !== undefined && this.listener === undefined
+    const hasNoPort = this.instance !== undefined && this.listener === undefined
+    return this.isRunning && !hasNoPort ? 'refuse' : 'begin'
   }
 
   /** Where it listens. */
@@ -1825,8 +1821,9 @@ type ServerWithHandle = net.Server & {
   _pipeName?: string | null
 }
 
-/** What we have put into servers. */
-const standIns = new WeakSet<Handle>()
+/** What stands in for a handle, made beforehand: whatever connects between our last look and the
+ *  close is reset. A stand-in stands for itself. */
+const standIns = new WeakMap<Handle, Handle>()
 
 /** How a server stops listening: at once, or when what this returns is resolved. A layer may put
  *  another way in its place, for a runtime whose servers have no handle. */
@@ -1840,24 +1837,27 @@ function putStandIn(server: ServerWithHandle): void {
     attempt(() => Reflect.apply(methodOf(net.Server.prototype, 'close'), server, []))
     return
   }
-  if (standIns.has(handle)) return
   const standIn = standInFor(handle)
+  if (standIn === handle) return
+  const keepsAlive = handle.hasRef?.() !== false
   server._handle = standIn
   // Whoever was given the socket meanwhile has its backlog back.
   if (hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(BACKLOG))
   attempt(() => handle.close())
+  if (keepsAlive) standIn.ref?.()
   // The file of a Unix socket has gone with that; the program may look for it, or remove it.
   if (path) attempt(() => standIn.bind?.(path))
   // In a cluster, that closes what it knows.
   if (isOfCluster(handle)) process.once('disconnect', () => closeStandIn(server))
 }
 
-/** Keeps the process alive as the listening server did. */
+/** From its `ref()` on it keeps the process alive, as the listening server did. */
 function standInFor(handle: Handle): Handle {
+  const known = standIns.get(handle)
+  if (known) return known
   const address = {}
   handle.getsockname?.(address)
-  const keepAlive = setInterval(doNothing, TIMER_MAX_MS)
-  if (handle.hasRef?.() === false) keepAlive.unref()
+  const keepAlive = setInterval(doNothing, TIMER_MAX_MS).unref()
 
   const standIn = unopenedLike(handle)
   const close = methodOf(standIn, 'close')
@@ -1874,7 +1874,7 @@ function standInFor(handle: Handle): Handle {
       return 0
     }
   }
-  standIns.add(standIn)
+  standIns.set(handle, standIn).set(standIn, standIn)
   return standIn
 }
 
@@ -1904,7 +1904,8 @@ function closeStandIn(server: net.Server): void {
  *  more connections may be reset. */
 function acceptNoMore(server: ServerWithHandle): void {
   const { _handle: handle } = server
-  if (handle && hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(0))
+  const isListening = handle && standInFor(handle) !== handle
+  if (isListening && hasSocketOfItsOwn(handle, server)) attempt(() => handle.listen?.(0))
 }
 
 /** Whether nobody else accepts connections by the server's socket: then what waits there is ours. A
