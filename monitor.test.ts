@@ -8759,20 +8759,24 @@ describeInProcess('Shutdown', TOGETHER, () => {
     await inTime(ended, 'the shutdown is over')
   })
 
-  test('a connection by TLS from before start() is left to cleanUp, which may have a goodbye for it', async (t) => {
-    const server = https.createServer(certify(t, 'localhost'))
-    const upgraded = takeUpgrades(server)
-    await startListening(t, server)
-    const peer = await upgradeBy(
-      tls.connect({ port: portOf(server), host: '127.0.0.1', rejectUnauthorized: false })
-    )
-    t.after(() => peer.socket.destroy())
-    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
-    const cleanUp = () => void upgraded[0]?.write('goodbye')
-    await monitor.shutdown({ timeoutMs: 500, cleanUp })
-    await until(() => peer.endedAt > 0, 'the client has seen the end')
-    assert.equal(peer.text, 'goodbye')
-  })
+  test(
+    'a connection by TLS from before start() is left to cleanUp, which may have a goodbye for it',
+    needs('openssl'),
+    async (t) => {
+      const server = https.createServer(certify(t, 'localhost'))
+      const upgraded = takeUpgrades(server)
+      await startListening(t, server)
+      const peer = await upgradeBy(
+        tls.connect({ port: portOf(server), host: '127.0.0.1', rejectUnauthorized: false })
+      )
+      t.after(() => peer.socket.destroy())
+      const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+      const cleanUp = () => void upgraded[0]?.write('goodbye')
+      await monitor.shutdown({ timeoutMs: 500, cleanUp })
+      await until(() => peer.endedAt > 0, 'the client has seen the end')
+      assert.equal(peer.text, 'goodbye')
+    }
+  )
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
     const server = await serve(t)
@@ -18004,18 +18008,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     }
   )
 
-  test(
-    'under tsx a service serves what is in flight, and ends with its own status',
-    needsPackage('tsx'),
-    async (t) => {
-      const tsx = createRequire(`${PACKAGES}/`).resolve('tsx/cli')
-      const service = await bootService(t, { flags: [tsx], script: 'process.exitCode = 6' })
-      const { status, output } = await service.endWhileServing(service.instancePort, '/slow600')
-      assert.match(output, /cleaned up/)
-      assert.equal(status, 6)
-    }
-  )
-
   for (const [name, { file, words, status, lastWords = /^/ }] of Object.entries(UNMODIFIED)) {
     test(
       `${name} as it is has a monitor, and ends in its own way without a lost request`,
@@ -18300,6 +18292,19 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 })
 
 describeProcesses('Real programs', ALONE, () => {
+  // tsx kills a child that takes more than 60 ms to hear of a signal.
+  test(
+    'under tsx a service serves what is in flight, and ends with its own status',
+    needsPackage('tsx'),
+    async (t) => {
+      const tsx = createRequire(`${PACKAGES}/`).resolve('tsx/cli')
+      const service = await bootService(t, { flags: [tsx], script: 'process.exitCode = 6' })
+      const { status, output } = await service.endWhileServing(service.instancePort, '/slow600')
+      assert.match(output, /cleaned up/)
+      assert.equal(status, 6)
+    }
+  )
+
   test(
     'HAProxy, as in the README, takes an instance out while a database fails, whatever that says',
     needs('haproxy'),
