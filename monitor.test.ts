@@ -11211,9 +11211,10 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const waiting = `draining|▢ ${known}, 0 requests in flight`
     assert.deepEqual(await told(), ['Draining', waiting, 'red: Draining'])
     monitor.resume()
-    void monitor.shutdown({ minimumMs: 60_000 })
+    const ended = monitor.shutdown({ minimumMs: 2_000, timeoutMs: 4_000 })
     await until(async () => (await told())[0] === 'Draining (shutting down)', 'it shuts down')
     assert.equal((await monitor.status()).draining?.shutdown, true)
+    await ended // a shutdown that goes on would end the process of the tests at its deadline
   })
 
   test('on the page what fails comes first, then what will pass, then all else', async (t) => {
