@@ -411,7 +411,7 @@ interface Companion {
   onRequestEnd?(traffic: Traffic, request: RequestInFlight, statusCode: number): void
   /** Somebody has asked for the verdict so often that it may be a balancer. */
   onProber?(prober: Prober): void
-  /** Whether something has to be found out before the verdict is told. */
+  /** Whether something has to be found out before the verdict is told, and what finds it out. */
   readonly isInquiryDue?: boolean
   inquire?(): Promise<void>
   /** The verdict is told. */
@@ -586,8 +586,8 @@ class Monitor {
    *  wanted still holds then, and so do the probers that a drain waits for. */
   onServerClose(server: net.Server): void {
     if (server !== this.server) return
-    const hasListened = this.isInstanceClosing // one that never listened emits `close` too
-    if (hasListened && !currentShutdown) void this.#close('closed')
+    const wasServing = this.isInstanceClosing // one that never listened emits `close` too
+    if (wasServing && !currentShutdown) void this.#close('closed')
   }
 
   /** Takes the instance out; where it is out already, changes how. Probers are told for so long at
@@ -3572,12 +3572,12 @@ class Signals {
   /** The latest options, while signals are heard. */
   options: CheckedShutdownOptions | undefined
   readonly #listeners = new Map<NodeJS.Signals, SignalListener>()
-  /** The listeners of others, each by what stands in its place: with that it goes. */
+  /** The listeners of others, each by the placeholder that the process has in its place. */
   readonly #heldBack = new WeakMap<SignalListener, SignalListener>()
   /** The signal that began the shutdown. */
   #first: (Signal & { atMs: number }) | undefined
   #isRepeatLogged = false
-  /** Emitted just before a listener is added. */
+  /** `newListener` comes just before the listener is added, so we look when it has been. */
   readonly #onNewListener = (name: string | symbol, listener: unknown): void => {
     const own = this.#listeners.get(name as NodeJS.Signals)
     const isOurs = listener === own || this.#heldBack.has(listener as SignalListener)
@@ -4787,7 +4787,7 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   performers where there are none       `defaultPerformers`, `beginNow`
 //   commands, and the page at `/`         `addCommand`, `addEntry`, `nameOfRoot`
 //   what comes before the first line      `skipPreamble`, `Session.isProxied`
-//   advice about errors, exports          `advisers`, `shared`
+//   advice, names of requests, exports    `advisers`, `describeRequests`, `shared`
 
 const signals = new Signals()
 
@@ -5597,7 +5597,7 @@ async function loadPage({ site, url, signal }: Warmup): Promise<void> {
 defaultPerformers.set('/', loadPage)
 
 /** Checks pages of the service's own that the environment names. */
-function registerPageChecks(healthPath: string | undefined): void {
+function registerPageChecks(healthPath: string): void {
   const { pages, refused } = readPages('FTW_MONITOR_CHECK')
   for (const page of pages) {
     if (parseTarget(page).path === healthPath) {
