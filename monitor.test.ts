@@ -58,12 +58,20 @@ const SLOW = IS_SLOW_WANTED ? {} : { skip: 'takes long: set CI or SOAK' }
 /** By then a suite hangs, and fails: most take seconds, and the slow ones ten minutes. */
 const SUITE_LIMIT_MS = (IS_SLOW_WANTED ? 15 : 4) * 60_000
 
-/** `npm test` runs the parts beside each other, each in a process of its own: the suites up to the
- *  wire, and those which start processes. Without TEST_PART there are both. */
-const TEST_PART = process.env['TEST_PART']
+/** `npm test` runs these parts beside each other, each in a process of its own: the suites up to the
+ *  databases, those from the warm-up to the wire, and those which start processes. */
+const PARTS = ['databases', 'warm-up', 'processes']
+/** The part to run; without it all are. */
+const TEST_PART = process.env['TEST_PART'] ?? ''
+/** The part of the suites that follow, unless they start processes. */
+let part = 'databases'
+
+function isPartWanted(wanted: string): boolean {
+  return TEST_PART === '' || TEST_PART === wanted
+}
 
 function describeInProcess(name: string, how: SuiteOptions, suite: () => void): void {
-  if (TEST_PART !== 'processes') void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
+  if (isPartWanted(part)) void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
 }
 
 /** The suites that start processes, each as a function which declares it to Node's runner. */
@@ -78,7 +86,7 @@ function describeProcesses(name: string, how: SuiteOptions, suite: () => void): 
 /** Two suites at a time, so that nobody waits for the last test of one; then those that run alone.
  *  The last of the file take longest, so they begin. */
 function describeAllProcesses(): void {
-  if (TEST_PART === 'in process') return
+  if (!isPartWanted('processes')) return
   void describe('Beside each other', { concurrency: 2 }, () => {
     for (const declare of suitesOfProcesses.besideOthers.toReversed()) declare()
   })
@@ -459,13 +467,14 @@ function portOf(server: net.Server): number {
 
 const givenPorts = new Set<number>()
 
-/** The two parts of `npm test` have ports of their own, below those that Linux gives to clients. */
-const FIRST_PORT = TEST_PART === 'processes' ? 26_000 : 20_000
+/** The parts of `npm test` have ports of their own, below those that Linux gives to clients. */
+const PORTS_OF_PART = 4_000
+const FIRST_PORT = 20_000 + PORTS_OF_PART * Math.max(0, PARTS.indexOf(TEST_PART))
 
 /** A free port whose +80 is free too, and which no other test has been given. */
 async function freePort(): Promise<number> {
   for (;;) {
-    const port = FIRST_PORT + Math.floor(Math.random() * 5_900)
+    const port = FIRST_PORT + Math.floor(Math.random() * (PORTS_OF_PART - 100))
     if (givenPorts.has(port) || givenPorts.has(port + 80)) continue
     givenPorts.add(port)
     givenPorts.add(port + 80)
@@ -5895,6 +5904,8 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
 })
 
 // --- Warm-up -------------------------------------------------------------------------------------
+
+part = 'warm-up'
 
 /** Ports that a web page may not ask for, some of which are free. */
 const REFUSED_BY_FETCH = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665]

@@ -1,3 +1,3 @@
-// The suites of monitor.test.ts that start processes, for `npm test`, which runs both parts together.
+// The suites of monitor.test.ts that start processes, for `npm test`, which runs all parts together.
 process.env['TEST_PART'] = 'processes'
 await import('../monitor.test.ts')
