@@ -9976,77 +9976,53 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
 
 // --- The command table ---------------------------------------------------------------------------
 
-describeInProcess('The command table', TOGETHER, () => {
-  test('a command in more mode gets every following line, as calc does', async (t) => {
-    const calls: unknown[][] = []
-    const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        monitor.register('calc', 'Reckon', (connection, ...words) => {
-          calls.push(words)
-          if (words[0] === 'quit') return 'quit'
-          if (words[0] === 'leave') return 'interactive'
-          const [, one, sign, other] = /^(\d+)([+*])(\d+)$/.exec(words[0] ?? '') ?? []
-          const result = sign === '+' ? Number(one) + Number(other) : Number(one) * Number(other)
-          connection.write(sign ? `${result}\n.` : '.')
-          return 'more'
-        })
-      }
-    })
-    const talk = await converse(t, port)
-    const session = [
-      ['calc', '.'],
-      ['2+2', '4\n.'],
-      ['4*2', '8\n.'],
-      ['', '.']
-    ] as const
-    for (const [line, reply] of session) {
-      talk.say(`${line}\n`)
-      await talk.hear(reply)
-    }
-    talk.say('quit\n')
-    await until(() => talk.isClosed, 'the connection is closed')
-    assert.equal(talk.transcript, '')
-    assert.deepEqual(calls, [[], ['2+2'], ['4*2'], [], ['quit']])
-    assert.equal(
-      await ask(port, 'calc\n 2+2  or so\r\nleave\nhealth_check\nquit\n'),
-      '.4\n.OK\nGoodbye.\n'
-    )
-    assert.deepEqual(calls.slice(5), [[], ['2+2', 'or', 'so'], ['leave']])
-  })
+const INTERACTIVE = 'Interactive mode on.  Use "quit" To exit.\n'
 
+/** Sends each text on a connection of its own; what comes back until the end must be as given. */
+async function assertReplies(
+  where: number | string,
+  replies: Record<string, string | RegExp>,
+  options: AskOptions = {}
+): Promise<void> {
+  for (const [text, expected] of Object.entries(replies)) {
+    const reply = await ask(where, text, options)
+    if (typeof expected === 'string') assert.equal(reply, expected, JSON.stringify(text))
+    else assert.match(reply, expected, JSON.stringify(text))
+  }
+}
+
+describeInProcess('The command table', TOGETHER, () => {
   test('what a command answers decides what follows on its connection', async (t) => {
     const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        monitor.register('answer', '', (connection, mode, when) => {
+      prepare: ({ register }) => {
+        register('answer', '', (connection, mode, when) => {
           connection.write(`${mode}.`)
           const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
           return when === 'later' ? pause(5, answer) : answer
         })
-        monitor.register('fail', '', () => {
-          throw new Error('on purpose')
-        })
-        monitor.register('insist', '', (connection, word) => {
-          if (word === 'fail') throw new Error('on purpose')
-          connection.write(`${word}.`)
-          return word === 'end' ? 'quit' : 'more'
+        register('insist', '', (connection, ...words) => {
+          if (words[0] === 'fail') throw new Error('on purpose')
+          connection.write(JSON.stringify(words))
+          if (words[0] === 'end') return 'quit'
+          return words[0] === 'leave' ? 'interactive' : 'more'
         })
       }
     })
-    const on = 'Interactive mode on.  Use "quit" To exit.\n'
-    const rows = [
-      ['answer nothing\nquit\n', 'nothing.'],
-      ['answer nothing later\nquit\n', 'nothing.'],
-      ['answer quit\nquit\n', 'quit.'],
-      ['answer interactive\nquit\n', 'interactive.Goodbye.\n'],
-      ['answer interactive later\n\nquit\n', 'interactive.interactive.Goodbye.\n'],
-      ['interactive\nanswer nothing\nquit\n', `${on}nothing.Goodbye.\n`],
-      ['interactive\nanswer quit\nquit\n', `${on}quit.`],
-      ['interactive\nanswer quit later\nquit\n', `${on}quit.`],
-      ['fail\nquit\n', 'Error: on purpose\n'],
-      ['interactive\nfail\nquit\n', `${on}Error: on purpose\nGoodbye.\n`],
-      ['insist a\nfail\nquit\nend\nquit\n', 'a.Error: on purpose\nquit.end.']
-    ] as const
-    for (const [text, reply] of rows) assert.equal(await ask(port, text), reply, text)
+    await assertReplies(port, {
+      'answer nothing\nquit\n': 'nothing.',
+      'answer nothing later\nquit\n': 'nothing.',
+      'answer quit\nquit\n': 'quit.',
+      'answer interactive\nquit\n': 'interactive.Goodbye.\n',
+      'answer interactive later\n\nquit\n': 'interactive.interactive.Goodbye.\n',
+      'interactive\nanswer nothing\nquit\n': `${INTERACTIVE}nothing.Goodbye.\n`,
+      'interactive\nanswer quit\nquit\n': `${INTERACTIVE}quit.`,
+      'interactive\nanswer quit later\nquit\n': `${INTERACTIVE}quit.`,
+      'insist fail\nquit\n': 'Error: on purpose\n',
+      'interactive\ninsist fail\nquit\n': `${INTERACTIVE}Error: on purpose\nGoodbye.\n`,
+      'insist\n 2+2  or so\r\n\nfail\nquit\nend\nquit\n':
+        '[]["2+2","or","so"][]Error: on purpose\n["quit"]["end"]',
+      'insist a\nleave\nhealth_check\nquit\n': '["a"]["leave"]OK\nGoodbye.\n'
+    })
   })
 
   test('a command is registered, documented, replaced, and writes bit by bit', async (t) => {
@@ -10059,17 +10035,18 @@ describeInProcess('The command table', TOGETHER, () => {
         await nextTurn()
       }
     })
-    assert.equal(await ask(port, 'echo  a\tb c\n'), 'abc')
-    assert.deepEqual(returned, [undefined, undefined, undefined])
-    assert.deepEqual((await ask(port, 'help\n')).match(/^ {2}echo -- .*$/gm), [
-      '  echo -- Say it again'
-    ])
     monitor.register('health_check', 'Mine', (connection) => connection.write('my own\n'))
-    assert.equal(await ask(port, 'health_check\n'), 'my own\n')
+    await assertReplies(port, {
+      'echo  a\tb c\n': 'abc',
+      'help\n': /\n {2}echo -- Say it again\n/,
+      'health_check\n': 'my own\n'
+    })
+    assert.deepEqual(returned, [undefined, undefined, undefined])
   })
 
-  test('a wrong name, documentation or command is a TypeError', async (t) => {
-    const { register } = await importMonitor(t)
+  test('a wrong name, documentation, command or option is a TypeError', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    const register = monitor.register as (...all: unknown[]) => void
     const command = () => {}
     const wrong = [
       ['', 'doc', command],
@@ -10080,15 +10057,17 @@ describeInProcess('The command table', TOGETHER, () => {
       [42, 'doc', command],
       ['a', 42, command],
       ['a', 'doc', 'command'],
-      ['a', 'doc']
+      ['a', 'doc'],
+      ['a', 'doc', command, { http: true, local: true }] // over HTTP nobody is sure to be local
     ]
     for (const all of wrong) {
-      assert.throws(() => (register as (...all: unknown[]) => void)(...all), TypeError, String(all))
+      assert.throws(() => register(...all), TypeError, JSON.stringify(all))
     }
+    assert.equal(await ask(port, 'a\n'), 'Invalid command \'a\'\nTry "help".\n')
   })
 
-  test('a command that fails answers one line; its stack goes to the logger alone', async (t) => {
-    const failures: [unknown, string][] = [
+  test('whatever a command throws or rejects with is one line, and the host lives; its stack goes to the logger alone', async (t) => {
+    const thrownTexts: [unknown, string][] = [
       [new RangeError('boom x y'), 'RangeError: boom x y\n'],
       [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
       [new TypeError(''), 'TypeError: '],
@@ -10097,37 +10076,46 @@ describeInProcess('The command table', TOGETHER, () => {
       [null, 'null'],
       [Symbol('odd'), 'odd'],
       [Object.create(null), ':'],
-      [
-        {
-          get message() {
-            throw new Error('a trap')
-          }
-        },
-        ':'
-      ]
+      [trapped(['message']), ':'],
+      ...Object.values(THROWN).map((thrown): [unknown, string] => [thrown, ''])
     ]
-    const { port, logger } = await bootInstance(t, {
-      prepare: (monitor) => {
-        for (const [index, [error]] of failures.entries()) {
-          monitor.register(`throw${index}`, '', () => {
-            throw error
-          })
-          monitor.register(`reject${index}`, '', () => Promise.reject(error))
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    let registered = 0
+    for (const [thrown, text] of thrownTexts) {
+      const ways: Command[] = [
+        () => {
+          throw thrown
+        },
+        () => Promise.reject(thrown),
+        async () => {
+          await nextTurn()
+          throw thrown
         }
-      }
-    })
-    for (const [index, [, text]] of failures.entries()) {
-      for (const way of ['throw', 'reject']) {
-        const reply = await ask(port, `${way}${index}\n`)
-        assert.match(reply, /^[^\n]+\n$/)
-        assert.ok(reply.includes(text), `${way} ${text}: ${reply}`)
+      ]
+      for (const command of ways) {
+        registered++
+        const name = `fails${registered}`
+        monitor.register(name, '', command, { http: true })
+        const reply = await ask(port, `${name}\n`)
+        assert.match(reply, /^\P{Cc}{1,500}\n$/u, `${name} ${text}`)
+        assert.ok(reply.includes(text), `${name} ${text}: ${reply}`)
         assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
+        const { status, headers, body } = await getPage(port, `/${name}`)
+        assert.deepEqual([status, body], [500, reply])
+        assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
       }
     }
-    const errors = errorsOf(logger)
-    assert.equal(errors.length, failures.length * 2)
-    assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
+    const begun: Command = (connection) => {
+      connection.write('begun\n')
+      throw new RangeError('boom')
+    }
+    monitor.register('begins', '', begun, { http: true })
+    const { status, body } = await getPage(port, '/begins')
+    assert.deepEqual([status, body], [500, 'begun\nRangeError: boom\n'])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    const errors = errorsOf(logger)
+    assert.ok(errors.length >= registered, `${errors.length} of ${registered} are logged`)
+    assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
   })
 
   test('a failing command is logged at most once a second, each one by itself', async (t) => {
@@ -10140,109 +10128,52 @@ describeInProcess('The command table', TOGETHER, () => {
         }
       }
     })
-    const logged = (name: string) =>
-      logger.lines.filter((line) => line.includes(`${name} is broken`))
+    const logged = (name: string) => {
+      return logger.lines.filter((line) => line.includes(`${name} is broken`)).length
+    }
     const startedAt = performance.now()
     await ask(port, `interactive\n${'one\nother\n'.repeat(500)}quit\n`)
     const atMost = 1 + Math.floor((performance.now() - startedAt) / 1_000)
-    assert.ok(logged('one').length >= 1 && logged('one').length <= atMost)
-    assert.ok(logged('other').length >= 1 && logged('other').length <= atMost)
-    const before = logged('one').length
+    for (const name of ['one', 'other']) {
+      assert.ok(logged(name) >= 1 && logged(name) <= atMost, `${name}: ${logged(name)}`)
+    }
+    const before = logged('one')
     await until(async () => {
       await ask(port, 'one\n')
-      return logged('one').length > before
+      return logged('one') > before
     }, 'it is logged again')
     assert.ok(performance.now() - startedAt >= 1_000)
   })
 
-  test("the asker's own mistakes are not logged", async (t) => {
-    const { port, logger } = await bootInstance(t)
-    const before = logger.lines.length
-    for (const line of ['nope', 'help nope', 'dbinfo - 99999', '\x1b[31m', 'dbinfo nowhere']) {
-      await ask(port, `${line}\n`)
-    }
-    assert.deepEqual(logger.lines.slice(before), [])
-  })
-
-  test('anything but a mode that a command returns is answered with advice', async (t) => {
-    const returned: unknown[] = [
-      42,
-      'done',
-      '',
-      null,
-      false,
-      true,
-      ['quit'],
-      { mode: 'quit' },
-      Symbol('x')
-    ]
-    const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        for (const [index, value] of returned.entries()) {
-          monitor.register(`now${index}`, '', () => value as undefined)
-          monitor.register(`later${index}`, '', () => Promise.resolve(value as undefined))
-        }
-      }
-    })
-    const advice = / returned .*instead of a mode; reply with connection\.write\n$/
-    for (const index of returned.keys()) {
-      for (const name of [`now${index}`, `later${index}`]) {
-        const reply = await ask(port, `${name}\n`)
-        assert.ok(reply.startsWith(`Error: ${name} returned `) && advice.test(reply), reply)
-      }
-    }
-    assert.equal(
-      await ask(port, 'now0\n'),
-      'Error: now0 returned 42 instead of a mode; reply with connection.write\n'
-    )
-  })
-
-  test('whatever a command throws or rejects with is one line, and the host lives', async (t) => {
-    const logger = recorder()
-    const { monitor, port } = await bootInstance(t, { performers: WARM, logger })
-    for (const [kind, thrown] of Object.entries(THROWN)) {
-      const ways: Record<string, () => void | Promise<void>> = {
-        throws: () => {
-          throw thrown
-        },
-        rejects: () => Promise.reject(thrown),
-        'rejects later': async () => {
-          await nextTurn()
-          throw thrown
-        }
-      }
-      for (const [way, command] of Object.entries(ways)) {
-        monitor.register('fails', '', command, { http: true })
-        const reply = await ask(port, 'fails\n')
-        assert.match(reply, /^\P{Cc}{1,500}\n$/u, `${kind} ${way}`)
-        assert.equal((await getPage(port, '/fails')).status, 500)
-      }
-    }
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    assert.ok(errorsOf(logger).length >= 40)
-  })
-
   test('whatever a command returns, it is a mode or one line says that it is none', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const askReturned = async (returned: unknown) => {
+      monitor.register('odd', '', (() => returned) as () => void)
+      return await ask(port, 'odd\n')
+    }
     const twice = (resolve: (value: unknown) => void, reject: (error: Error) => void) => {
       resolve('quit')
       resolve('interactive')
       reject(new Error('boom'))
       throw new Error('boom')
     }
-    const fine: unknown[] = [undefined, 'quit', Promise.resolve('quit'), { then: twice }]
-    const wrong: unknown[] = [
-      null,
-      0,
-      42n,
-      true,
-      '',
-      'nope',
+    for (const fine of [undefined, 'quit', Promise.resolve('quit'), { then: twice }]) {
+      assert.equal(await askReturned(fine), '')
+    }
+
+    const shown = [42, 0, 42n, 'done', '', null, false, true, ['quit'], { mode: 'quit' }, [], {}]
+    for (const value of [...shown, Symbol('x'), thrower]) {
+      for (const returned of [value, Promise.resolve(value)]) {
+        const reply = await askReturned(returned)
+        const advice = /^Error: odd returned .* instead of a mode; reply with connection\.write\n$/u
+        assert.match(reply, advice)
+      }
+    }
+    const reply = 'Error: odd returned 42 instead of a mode; reply with connection.write\n'
+    assert.equal(await askReturned(42), reply)
+
+    const hardToShow: unknown[] = [
       'OK\nOK',
-      Symbol('mode'),
-      [],
-      {},
-      thrower,
       Object.create(null),
       { then: 1 },
       trapped(['then']),
@@ -10253,37 +10184,9 @@ describeInProcess('The command table', TOGETHER, () => {
       { then: (resolve: Function) => resolve({ then: thrower }) },
       Promise.resolve(new Proxy({ then: undefined }, { getPrototypeOf: thrower }))
     ]
-    for (const returned of [...fine, ...wrong]) {
-      monitor.register('odd', '', (() => returned) as () => void)
-      const reply = await ask(port, 'odd\n')
-      if (fine.includes(returned)) assert.equal(reply, '')
-      else assert.match(reply, /^\P{Cc}+\n$/u)
-      assert.doesNotMatch(reply, /OK/)
+    for (const returned of hardToShow) {
+      assert.match(await askReturned(returned), /^(?!.*OK)\P{Cc}+\n$/u)
     }
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  })
-
-  test('a command may write, fail and return after its asker has gone', async (t) => {
-    const gone = latch()
-    const finished = latch()
-    const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        monitor.register('gone', '', async (connection) => {
-          connection.write('begun\n')
-          await gone.opened
-          connection.write('nobody reads this\n')
-          finished.open()
-          throw new Error('nobody hears this')
-        })
-      }
-    })
-    const talk = await converse(t, port)
-    talk.say('gone\n')
-    await talk.hear('begun\n')
-    talk.socket.resetAndDestroy()
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n') // by now the reset has arrived, too
-    gone.open()
-    await inTime(finished.opened, 'it has run to its end')
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
@@ -10291,43 +10194,36 @@ describeInProcess('The command table', TOGETHER, () => {
     const server = await serve(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM, server })
     const resume: (() => void)[] = []
-    for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
-      monitor.register(
-        `late-${outcome}`,
-        '',
-        async (connection) => {
-          await new Promise<void>((resolve) => resume.push(resolve))
-          for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
-          if (outcome === 'fails') {
-            throw new Error(`${connection.remoteAddress} ${connection.local}`)
-          }
-          return outcome as 'quit'
-        },
-        { http: true }
-      )
+    const outcomes = ['interactive', 'quit', 'more', 'fails']
+    for (const outcome of outcomes) {
+      const command: Command = async (connection) => {
+        await new Promise<void>((resolve) => resume.push(resolve))
+        for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
+        if (outcome === 'fails') throw new Error(`${connection.remoteAddress} ${connection.local}`)
+        return outcome as 'quit'
+      }
+      monitor.register(`late-${outcome}`, '', command, { http: true })
     }
     const endings: ((socket: net.Socket) => unknown)[] = [
       (socket) => socket.resetAndDestroy(),
       (socket) => socket.destroy(),
       (socket) => socket.end()
     ]
+    const texts = outcomes.flatMap((outcome) => [`late-${outcome}\n`, headOf(`/late-${outcome}`)])
     for (const end of endings) {
-      for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
-        const name = `late-${outcome}`
-        for (const line of [`${name}\n`, headOf(`/${name}`)]) {
-          const peer = await converse(t, port)
-          peer.socket.write(line)
-          await until(() => resume.length > 0, 'it runs')
-          end(peer.socket)
-          await untilSeen(port)
-          resume.pop()!()
-          await untilSeen(port)
-          peer.socket.destroy()
-        }
+      for (const text of texts) {
+        const peer = await converse(t, port)
+        peer.say(text)
+        await until(() => resume.length > 0, 'it runs')
+        end(peer.socket)
+        await untilSeen(port)
+        resume.pop()!()
+        await untilSeen(port)
+        peer.socket.destroy()
       }
     }
     const hung = await converse(t, port)
-    hung.socket.write('late-fails\n')
+    hung.say('late-fails\n')
     await until(() => resume.length > 0, 'it runs')
     await monitor.stop()
     resume.pop()!()
@@ -10335,42 +10231,18 @@ describeInProcess('The command table', TOGETHER, () => {
     await bootInstance(t, { monitor, server })
   })
 
-  test('drain, resume and own local commands are for this machine only', async (t) => {
-    const { port } = await bootProcess(t, {
-      script: `
-        const { subscribe } = await import('node:diagnostics_channel')
-        const moveFarAway = ({ socket }) =>
-          Object.defineProperty(socket, 'remoteAddress', { value: '192.0.2.7' })
-        monitor.register('far', 'Moves who comes next far away', () =>
-          subscribe('net.server.socket', moveFarAway))
-        monitor.register('own', 'Own', (connection) => connection.write('Done'), { local: true })`
-    })
-    for (const line of ['own\n', 'drain\n', 'resume\n']) {
-      assert.match(await ask(port, line), /^(Done|(Draining: .*\n)+Drained\n|Resumed\n)$/)
-    }
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    await ask(port, 'far\n')
-    for (const line of ['own\n', 'drain\n', 'drain x\n', 'resume\n']) {
-      const reply = await ask(port, line)
-      assert.match(reply, /^.*\bthis machine\b.*\n$/)
-      assert.doesNotMatch(reply, /Done|Drained|Resumed/)
-    }
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  })
-
   test('on a Unix socket every peer is on this machine', async (t) => {
     const monitor = await importMonitor(t)
     const path = join(scratchFolder(t), 'socket')
     monitor.register('own', 'Own', (connection) => connection.write('Done\n'), { local: true })
     await monitor.start({ server: await serve(t), listen: { path }, logger: recorder() })
-    assert.equal(await ask(path, 'own\n'), 'Done\n')
-    assert.match(await ask(path, 'drain Moved\n'), /^(Draining: .*\n)+Drained\n$/)
-    assert.equal(await ask(path, 'health_check\n'), 'Moved\n')
-    await ask(path, 'resume\n')
-    await until(
-      async () => (await ask(path, 'health_check\n')) === 'OK\n',
-      'it is in service again'
-    )
+    await assertReplies(path, {
+      'own\n': 'Done\n',
+      'drain Moved\n': /^(Draining: .*\n)+Drained\n$/,
+      'health_check\n': 'Moved\n',
+      'resume\n': 'Resumed\n'
+    })
+    await untilVerdict(monitor)
   })
 
   test('with local: socket what a forwarder on this machine brings is a stranger', async (t) => {
@@ -10390,25 +10262,19 @@ describeInProcess('The command table', TOGETHER, () => {
     await untilVerdict(monitor) // our own request for the view is ours all the same
     await assert.rejects(monitor.start({ local: 'port' } as never), /local must be 'socket'/)
   })
-
-  test('a command cannot be offered over HTTP and be for this machine only', async (t) => {
-    const monitor = await importMonitor(t)
-    const both = { http: true, local: true }
-    assert.throws(() => monitor.register('own', 'Own', () => {}, both), TypeError)
-    const { port } = await bootInstance(t, { monitor, until: 'started' })
-    assert.equal(await ask(port, 'own\n'), 'Invalid command \'own\'\nTry "help".\n')
-  })
 })
 
 // --- Commands ------------------------------------------------------------------------------------
 
 describeInProcess('Commands', TOGETHER, () => {
-  test('help lists every command with its summary, sorted by name', async (t) => {
+  test('help lists every command with its summary, sorted by name, and tells all about each', async (t) => {
     const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        monitor.register('aardvark', 'Come first\n\n    and not this', () => {})
-        monitor.register('untold', '', () => {})
-      }
+      performers: WARM,
+      prepare: ({ register }) => {
+        register('aardvark', 'Come first\n\n    In its own words.\n', () => {})
+        register('untold', '', () => {})
+      },
+      until: 'started'
     })
     const [title, ...lines] = (await ask(port, 'help\n')).split('\n')
     assert.equal(title, 'Supported commands:')
@@ -10432,194 +10298,131 @@ describeInProcess('Commands', TOGETHER, () => {
       zeostatus: 'Get ZEO client status information'
     }
     assert.deepEqual({ ...summaries, ...expected }, summaries)
-  })
-
-  test('help NAME prints what is written about a command', async (t) => {
-    const { port } = await bootInstance(t, {
-      prepare: (monitor) => {
-        monitor.register('tell', 'Tell something\n\n    In its own words.\n', () => {})
-      }
+    await assertReplies(port, {
+      'help aardvark\n': 'Help for aardvark:\n\nCome first\n\n    In its own words.\n\n',
+      'help health_check\n': /^Help for health_check:\n\nCheck whether the instance is alive /,
+      'help help\n': /^Help for help:\n\nGet help about server commands\n\n(?: {4}\S.*\n)+\n$/,
+      'help interactive\n':
+        /^Help for interactive:\n\nTurn on monitor's interactive mode\n\n {4}\S[^]*until\s+quit\.\s+An\s+empty\s+line\s+repeats\s+the\s+last\s+command\.\n+$/,
+      'help quit\n': /^Help for quit:\n\nQuit the monitor\n\n {4}quit closes the connection\./,
+      'help warmup_state\n': /^Help for warmup_state:\n\nGet instance warmup state\.\n/
     })
-    assert.match(
-      await ask(port, 'help help\n'),
-      /^Help for help:\n\nGet help about server commands\n\n(?: {4}\S.*\n)+\n$/
-    )
-    assert.equal(
-      await ask(port, 'help tell\n'),
-      'Help for tell:\n\nTell something\n\n    In its own words.\n\n'
-    )
-    for (const name of ['health_check', 'interactive', 'quit', 'warmup_state']) {
-      assert.ok((await ask(port, `help ${name}\n`)).startsWith(`Help for ${name}:\n\n`), name)
-    }
   })
 
-  test('dbinfo answers loads, stores, connections, objects, and those loaded', async (t) => {
-    const monitor = await importMonitor(t)
+  test('dbinfo, zeocache and zeostatus answer what a database tells, and -1 for the rest', async (t) => {
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
+    const databases: Record<string, Database> = {
+      bare: { isConnected: async () => true },
+      partly: { isConnected: () => false, figures: () => ({ size: 5 }) },
+      later: {
+        isConnected: () => Promise.reject(new Error('no')),
+        figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
+        connections: async () => []
+      },
+      broken: { isConnected: thrower }
+    }
+    for (const [name, database] of Object.entries(databases)) {
+      monitor.registerDatabase(name, database)
+    }
+    // Where none is named main, "-" and no name mean the one registered first.
+    await assertReplies(port, {
+      'dbinfo\n': '0 0 0 -1 -1\n',
+      'dbinfo -\n': '0 0 0 -1 -1\n',
+      'zeocache -\n': '-1 -1 -1 -1 -1\n',
+      'zeostatus\n': 'True\n'
+    })
     const activity = monitor.registerDatabase('main', {
-      isConnected: () => true,
-      figures: () => ({ size: 3212, nonGhost: 1438 })
+      isConnected: () => false,
+      figures: () => ({
+        size: 3212,
+        nonGhost: 1438,
+        accesses: 1000,
+        bytesAdded: 4200,
+        bytesEvicted: 2300,
+        recordsAdded: 42,
+        recordsEvicted: 23
+      })
     })
     activity.loads(1113)
     activity.loads()
     activity.stores(28)
     for (let each = 0; each < 459; each++) activity.connections()
-    const { port } = await bootInstance(t, { monitor, until: 'started' })
-    assert.equal(await ask(port, 'dbinfo\n'), '1114 28 459 3212 1438\n')
-    assert.deepEqual(await askNumbers(port, 'dbinfo main 300'), [1114, 28, 459, 3212, 1438])
-  })
-
-  test('zeocache answers records and bytes added and evicted, and accesses', async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: {
-        main: {
-          isConnected: () => true,
-          figures: async () => ({
-            accesses: 1000,
-            bytesAdded: 4200,
-            bytesEvicted: 2300,
-            recordsAdded: 42,
-            recordsEvicted: 23
-          })
-        }
-      },
-      until: 'started'
-    })
-    assert.equal(await ask(port, 'zeocache\n'), '42 4200 23 2300 1000\n')
-    assert.deepEqual(await askNumbers(port, 'zeocache main'), [42, 4200, 23, 2300, 1000])
-  })
-
-  test('zeostatus answers True for a connected database, and False for any other', async (t) => {
-    const monitor = await importMonitor(t)
-    const answers: Record<string, () => boolean | Promise<boolean>> = {
-      up: () => true,
-      soon: async () => true,
-      down: () => false,
-      broken: () => {
-        throw new Error('broken')
-      },
-      rejecting: () => Promise.reject(new Error('no'))
-    }
-    for (const [name, isConnected] of Object.entries(answers)) {
-      monitor.registerDatabase(name, { isConnected })
-    }
-    const { port } = await bootInstance(t, { monitor, until: 'started' })
-    const replies = await Promise.all(
-      Object.keys(answers).map(async (name) => [name, await ask(port, `zeostatus ${name}\n`)])
-    )
-    assert.deepEqual(Object.fromEntries(replies), {
-      up: 'True\n',
-      soon: 'True\n',
-      down: 'False\n',
-      broken: 'False\n',
-      rejecting: 'False\n'
+    await assertReplies(port, {
+      'dbinfo\n': '1114 28 459 3212 1438\n',
+      'dbinfo -\n': '1114 28 459 3212 1438\n',
+      'dbinfo - 10\n': '1114 28 459 3212 1438\n',
+      'dbinfo main 300\n': '1114 28 459 3212 1438\n',
+      'dbinfo bare 007\n': '0 0 0 -1 -1\n',
+      'dbinfo bare 3600\n': '0 0 0 -1 -1\n',
+      'dbinfo partly 0\n': '0 0 0 5 -1\n',
+      'dbinfo later 1\n': '0 0 0 -1 6\n',
+      'zeocache\n': '42 4200 23 2300 1000\n',
+      'zeocache -\n': '42 4200 23 2300 1000\n',
+      'zeocache main\n': '42 4200 23 2300 1000\n',
+      'zeocache bare\n': '-1 -1 -1 -1 -1\n',
+      'zeocache later\n': '-1 -1 7 -1 -1\n',
+      'zeostatus\n': 'False\n',
+      'zeostatus -\n': 'False\n',
+      'zeostatus bare\n': 'True\n',
+      'zeostatus partly\n': 'False\n',
+      'zeostatus later\n': 'False\n',
+      'zeostatus broken\n': 'False\n',
+      'monitor 0 bare\n': /^-1\nVmRSS:/,
+      'monitor 0 later\n': /^0\nVmRSS:/
     })
   })
 
-  test('"-" and no name mean the database main, else the one registered first', async (t) => {
-    const { monitor, port } = await bootInstance(t, { until: 'started' })
-    const register = (name: string, size: number) =>
-      monitor.registerDatabase(name, {
-        isConnected: () => name === 'first',
-        figures: () => ({ size, accesses: size })
-      })
-    const ofWhom = async () => [
-      ...(await Promise.all(
-        ['dbinfo', 'dbinfo -', 'dbinfo - 10'].map(async (line) => (await askNumbers(port, line))[3])
-      )),
-      ...(await Promise.all(
-        ['zeocache', 'zeocache -'].map(async (line) => (await askNumbers(port, line))[4])
-      )),
-      await ask(port, 'zeostatus\n'),
-      await ask(port, 'zeostatus -\n')
-    ]
-    register('first', 1)
-    register('second', 2)
-    assert.deepEqual(await ofWhom(), [1, 1, 1, 1, 1, 'True\n', 'True\n'])
-    register('main', 3)
-    assert.deepEqual(await ofWhom(), [3, 3, 3, 3, 3, 'False\n', 'False\n'])
-  })
-
-  test('a name that no database has is answered by one line, and not logged', async (t) => {
-    const logger = recorder()
-    const { monitor, port } = await bootInstance(t, { logger, until: 'started' })
+  test("the asker's own mistakes are answered by one line that says so, and not logged", async (t) => {
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    const before = logger.lines.length
     for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'dbinfo -', 'monitor 0 -']) {
       assert.equal(await ask(port, `${command}\n`), "Error: no database 'main' is registered\n")
     }
     monitor.registerDatabase('main', { isConnected: () => true })
     for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'monitor 0', 'perf_metrics']) {
-      assert.equal(
-        await ask(port, `${command} nope\n`),
-        "Error: no database 'nope' is registered\n"
-      )
+      const reply = "Error: no database 'nope' is registered\n"
+      assert.equal(await ask(port, `${command} nope\n`), reply)
     }
-    assert.deepEqual(
-      logger.lines.filter((line) => !line.startsWith('info')),
-      []
-    )
-  })
-
-  test('figures that a database does not give are -1, those that it promises are not', async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: {
-        bare: { isConnected: () => true },
-        partly: { isConnected: () => true, figures: () => ({ size: 5 }) },
-        later: {
-          isConnected: async () => true,
-          figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
-          connections: async () => []
-        }
-      },
-      until: 'started'
-    })
-    assert.deepEqual(await askNumbers(port, 'dbinfo bare'), [0, 0, 0, -1, -1])
-    assert.deepEqual(await askNumbers(port, 'zeocache bare'), [-1, -1, -1, -1, -1])
-    assert.equal((await askMonitor(port, '0 bare')).count, -1)
-    assert.deepEqual(await askNumbers(port, 'dbinfo partly'), [0, 0, 0, 5, -1])
-    assert.deepEqual(await askNumbers(port, 'dbinfo later'), [0, 0, 0, -1, 6])
-    assert.deepEqual(await askNumbers(port, 'zeocache later'), [-1, -1, 7, -1, -1])
-    assert.equal((await askMonitor(port, '0 later')).count, 0)
-  })
-
-  test('SECONDS that is no number from 0 to 3600 is answered by one line that says so', async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: { main: { isConnected: () => true } },
-      until: 'started'
-    })
     for (const seconds of ['x', '-1', '3601', '3600.5', 'NaN', 'Infinity', '1e9', '0x10', '1,5']) {
       for (const command of ['dbinfo', 'perf_metrics']) {
-        assert.match(
-          await ask(port, `${command} main ${seconds}\n`),
-          /^Error: [^\n]*SECONDS[^\n]* 0 to 3600\n$/,
-          `${command} main ${seconds}`
-        )
+        const reply = await ask(port, `${command} main ${seconds}\n`)
+        assert.match(reply, /^Error: [^\n]*SECONDS[^\n]* 0 to 3600\n$/, `${command} ${seconds}`)
       }
     }
-    for (const seconds of ['0', '1', '3600', '007']) {
-      assert.deepEqual(await askNumbers(port, `dbinfo main ${seconds}`), [0, 0, 0, -1, -1])
-    }
+    await assertReplies(port, {
+      'nope\n': 'Invalid command \'nope\'\nTry "help".\n',
+      'help nope\n': 'Invalid command \'nope\'\nTry "help".\n',
+      'monitor young\n': /^Error: AGE [^\n]+\n$/,
+      '\x1b[31m\n': /^Invalid command ' \[31m'\n/
+    })
+    assert.deepEqual(logger.lines.slice(before), [])
   })
 
-  test("agent_check renders the verdict in words that are not the operator's", async (t) => {
+  test("agent_check renders the verdict in words that are not the operator's, over HTTP by 503 unless it is up", async (t) => {
     const gate = latch()
     let connected = true
     const { monitor, port } = await bootInstance(t, {
-      performers: {
-        '/': () => gate.opened
-      },
+      performers: { '/': () => gate.opened },
       databases: { main: { isConnected: () => connected } },
       until: 'started'
     })
-    const agent = () => ask(port, 'agent_check\n')
-    await until(async () => (await agent()) === 'down #Warmup in progress\n', 'it warms up')
+    const agent = async () => {
+      const line = await ask(port, 'agent_check\n')
+      const { status, body } = await getPage(port, '/agent_check')
+      assert.equal(body.replace(/\d+%/, 'N%'), line.replace(/\d+%/, 'N%'))
+      return `${status} ${line}`
+    }
+    await untilVerdict(monitor, 'Warmup in progress')
+    assert.equal(await agent(), '503 down #Warmup in progress\n')
     gate.open()
-    await untilHealthy(port)
-    assert.match(await agent(), /^up ([1-9]\d|100)%\n$/)
+    await untilVerdict(monitor)
+    assert.match(await agent(), /^200 up ([1-9]\d|100)%\n$/)
     connected = false
-    assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
+    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
     void monitor.drain()
-    assert.equal(await agent(), 'stopped #Draining\n')
+    assert.equal(await agent(), '503 stopped #Draining\n')
     monitor.resume()
-    assert.equal(await agent(), "down #Error: Database 'main' disconnected.\n")
+    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
   })
 
   test('what a command throws is told to this machine, that it failed to strangers', async (t) => {
@@ -10649,41 +10452,6 @@ describeInProcess('Commands', TOGETHER, () => {
     // What the asker did wrong is for every asker.
     const wrong = "Error: no database 'x' is registered\n"
     for (const header of ['', stranger]) assert.equal(await askAs('dbinfo x', header), wrong)
-  })
-
-  test('over HTTP agent_check is 503 where the instance is down or stopped', async (t) => {
-    let connected = true
-    const { monitor, port } = await bootInstance(t, {
-      databases: { main: { isConnected: () => connected } }
-    })
-    const agent = async () => {
-      const { status, body } = await getPage(port, '/agent_check')
-      return `${status} ${body}`
-    }
-    assert.match(await agent(), /^200 up \d+%\n$/)
-    connected = false
-    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
-    void monitor.drain()
-    assert.equal(await agent(), '503 stopped #Draining\n')
-  })
-
-  test('help tells all about interactive and quit', async (t) => {
-    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const interactive = await ask(port, 'help interactive\n')
-    assert.match(
-      interactive,
-      /^Help for interactive:\n\nTurn on monitor's interactive mode\n\n {4}\S/
-    )
-    assert.match(
-      interactive.replace(/\s+/g, ' '),
-      /until quit\. An empty line repeats the last command\. $/
-    )
-    const quit = await ask(port, 'help quit\n')
-    assert.match(quit, /^Help for quit:\n\nQuit the monitor\n\n {4}quit closes the connection\./)
-    assert.match(
-      await ask(port, 'help\n'),
-      /^ {2}interactive -- Turn on monitor's interactive mode$/m
-    )
   })
 })
 
