@@ -10066,43 +10066,49 @@ describeInProcess('The command table', TOGETHER, () => {
     assert.equal(await ask(port, 'a\n'), 'Invalid command \'a\'\nTry "help".\n')
   })
 
-  test('whatever a command throws or rejects with is one line, and the host lives; its stack goes to the logger alone', async (t) => {
-    const thrownTexts: [unknown, string][] = [
-      [new RangeError('boom x y'), 'RangeError: boom x y\n'],
-      [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
-      [new TypeError(''), 'TypeError: '],
-      ['only text', 'only text'],
-      [undefined, 'undefined'],
-      [null, 'null'],
-      [Symbol('odd'), 'odd'],
-      [Object.create(null), ':'],
-      [trapped(['message']), ':'],
-      ...Object.values(THROWN).map((thrown): [unknown, string] => [thrown, ''])
-    ]
+  test('whatever a command throws or rejects with is one line; its stack goes to the logger alone, its text to this machine', async (t) => {
+    const thrown: Record<string, unknown> = {
+      range: new RangeError('boom x y'),
+      lines: new Error('two\nlines\r\nand\0more'),
+      empty: new TypeError(''),
+      ...THROWN
+    }
+    const replies: Record<string, string> = {
+      range: 'RangeError: boom x y\n',
+      lines: 'Error: two lines  and more\n',
+      empty: 'TypeError: ',
+      text: 'boom',
+      nothing: 'undefined',
+      null: 'null',
+      symbol: 'boom',
+      bare: ':',
+      getters: ':'
+    }
     const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
-    let registered = 0
-    for (const [thrown, text] of thrownTexts) {
-      const ways: Command[] = [
-        () => {
-          throw thrown
+    for (const [kind, error] of Object.entries(thrown)) {
+      const ways: Record<string, Command> = {
+        throws: () => {
+          throw error
         },
-        () => Promise.reject(thrown),
-        async () => {
+        rejects: () => Promise.reject(error),
+        rejectsLater: async () => {
           await nextTurn()
-          throw thrown
+          throw error
         }
-      ]
-      for (const command of ways) {
-        registered++
-        const name = `fails${registered}`
+      }
+      for (const [way, command] of Object.entries(ways)) {
+        const name = `${kind}-${way}`
         monitor.register(name, '', command, { http: true })
         const reply = await ask(port, `${name}\n`)
-        assert.match(reply, /^\P{Cc}{1,500}\n$/u, `${name} ${text}`)
-        assert.ok(reply.includes(text), `${name} ${text}: ${reply}`)
+        assert.match(reply, /^\P{Cc}{1,500}\n$/u, name)
+        assert.ok(reply.includes(replies[kind] ?? ''), `${name}: ${reply}`)
         assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
         const { status, headers, body } = await getPage(port, `/${name}`)
         assert.deepEqual([status, body], [500, reply])
         assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
+        assert.equal(await ask(port, `PROXY UNKNOWN\r\n${name}\n`), `Error: ${name} failed\n`)
+        const page = await ask(port, `PROXY UNKNOWN\r\n${headOf(`/${name}`, 'Connection: close')}`)
+        assert.ok(page.endsWith(`\r\n\r\nError: ${name} failed\n`), page)
       }
     }
     const begun: Command = (connection) => {
@@ -10114,14 +10120,15 @@ describeInProcess('The command table', TOGETHER, () => {
     assert.deepEqual([status, body], [500, 'begun\nRangeError: boom\n'])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     const errors = errorsOf(logger)
-    assert.ok(errors.length >= registered, `${errors.length} of ${registered} are logged`)
+    const count = Object.keys(thrown).length * 3
+    assert.ok(errors.length >= count, `${errors.length} of ${count} are logged`)
     assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
   })
 
   test('whatever a command returns, it is a mode or one line says that it is none', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     const askReturned = async (returned: unknown) => {
-      monitor.register('odd', '', (() => returned) as () => void)
+      monitor.register('odd', '', (() => returned) as () => void, { http: true })
       return await ask(port, 'odd\n')
     }
     const twice = (resolve: (value: unknown) => void, reject: (error: Error) => void) => {
@@ -10144,6 +10151,9 @@ describeInProcess('The command table', TOGETHER, () => {
     }
     const reply = 'Error: odd returned 42 instead of a mode; reply with connection.write\n'
     assert.equal(await askReturned(42), reply)
+    const page = await getPage(port, '/odd')
+    assert.deepEqual([page.status, page.body], [500, reply])
+    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nodd\n'), 'Error: odd failed\n')
 
     const hardToShow: unknown[] = [
       'OK\nOK',
@@ -10202,20 +10212,6 @@ describeInProcess('The command table', TOGETHER, () => {
     resume.pop()!()
     await until(() => hung.isClosed, 'stop has closed it')
     await bootInstance(t, { monitor, server })
-  })
-
-  test('on a Unix socket every peer is on this machine', async (t) => {
-    const monitor = await importMonitor(t)
-    const path = join(scratchFolder(t), 'socket')
-    monitor.register('own', 'Own', (connection) => connection.write('Done\n'), { local: true })
-    await monitor.start({ server: await serve(t), listen: { path }, logger: recorder() })
-    await assertReplies(path, {
-      'own\n': 'Done\n',
-      'drain Moved\n': /^(Draining: .*\n)+Drained\n$/,
-      'health_check\n': 'Moved\n',
-      'resume\n': 'Resumed\n'
-    })
-    await untilVerdict(monitor)
   })
 
   test('with local: socket what a forwarder on this machine brings is a stranger', async (t) => {
@@ -10388,6 +10384,7 @@ describeInProcess('Commands', TOGETHER, () => {
       }
     }
     await assertReplies(port, {
+      'PROXY UNKNOWN\r\ndbinfo nope\n': "Error: no database 'nope' is registered\n",
       'nope\n': 'Invalid command \'nope\'\nTry "help".\n',
       'help nope\n': 'Invalid command \'nope\'\nTry "help".\n',
       'monitor young\n': /^Error: AGE [^\n]+\n$/,
@@ -10421,35 +10418,6 @@ describeInProcess('Commands', TOGETHER, () => {
     assert.equal(await agent(), '503 stopped #Draining\n')
     monitor.resume()
     assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
-  })
-
-  test('what a command throws is told to this machine, that it failed to strangers', async (t) => {
-    const { monitor, port } = await bootInstance(t, {
-      databases: {
-        main: {
-          isConnected: () => true,
-          figures: () => Promise.reject(new RangeError('no 10.0.0.7'))
-        }
-      }
-    })
-    const odd = (() => 'a secret') as unknown as Command
-    monitor.register('odd', '', odd, { http: true })
-    const oddReply = 'Error: odd returned a secret instead of a mode; reply with connection.write\n'
-    const askAs = async (line: string, header: string) => {
-      const reply = await ask(port, `${header}${line}\n`)
-      const path = `/${line.replaceAll(' ', '/')}`
-      const page = await ask(port, header + headOf(path, 'Connection: close'))
-      assert.ok(page.startsWith('HTTP/1.1 500 ') && page.endsWith(`\r\n\r\n${reply}`), page)
-      return reply
-    }
-    const stranger = 'PROXY UNKNOWN\r\n'
-    assert.equal(await askAs('dbinfo', ''), 'RangeError: no 10.0.0.7\n')
-    assert.equal(await askAs('dbinfo', stranger), 'Error: dbinfo failed\n')
-    assert.equal(await askAs('odd', ''), oddReply)
-    assert.equal(await askAs('odd', stranger), 'Error: odd failed\n')
-    // What the asker did wrong is for every asker.
-    const wrong = "Error: no database 'x' is registered\n"
-    for (const header of ['', stranger]) assert.equal(await askAs('dbinfo x', header), wrong)
   })
 })
 
@@ -10524,18 +10492,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(own!.length, line.length)
   })
 
-  test('perf_metrics of a disconnected database is its error alone, over HTTP as JSON', async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: { main: { isConnected: () => false } },
-      until: 'started'
-    })
-    const reply = '{"error":"Database \'main\' disconnected."}\n'
-    assert.equal(await ask(port, 'perf_metrics\n'), reply)
-    const { headers, body } = await getPage(port, '/perf_metrics')
-    assert.equal(body, reply)
-    assert.match(headers['content-type'] ?? '', /^application\/json\b/)
-  })
-
   test('without a database, and with a server that is not known, figures are -1 or left out', async (t) => {
     const { monitor, instancePort, start } = await startWithoutServer(t)
     const port = await start()
@@ -10554,12 +10510,14 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(await ask(port, 'status\n'), /^draining   .*, 0 of 0 probers know$/m)
   })
 
-  test('status tells the verdict, and what it comes from, in a line for each, and metrics the times', async (t) => {
+  test('text and page tell the verdict, and what it comes from, in a line for each, and metrics the times', async (t) => {
     const gate = latch()
+    let isConnected = true
     const { monitor, port, instancePort } = await bootInstance(t, {
       databases: {
         main: { isConnected: () => pause(60, true) },
-        cache: { isConnected: () => false, optional: true }
+        cache: { isConnected: () => false, optional: true },
+        search: { isConnected: () => isConnected }
       },
       performers: sitesBehind(gate),
       until: 'started'
@@ -10575,8 +10533,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const answer = samples['ftw_monitor_database_answer_seconds{database="main"}']!
     assert.ok(answer > 0.05 && answer < 0.9, `${answer}`)
     assert.equal(samples[`ftw_monitor_build_info{version="${monitor.VERSION}"}`], 1)
-    await askTimes(3, port, 'health_check\n')
 
+    await askTimes(3, port, 'health_check\n')
     const lines = (await ask(port, 'status\n')).split('\n')
     const url = `http://127\\.0\\.0\\.1:${instancePort}`
     const expected = [
@@ -10590,6 +10548,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       /^warm-up    \/search     waiting$/,
       /^database   main        connected, answered in \d+ ms$/,
       /^database   cache       disconnected \(optional\)$/,
+      /^database   search      connected, answered in \d+ ms$/,
       /^prober     127\.0\.0\.1   asked \d+\.\d s ago, every \d+\.\d s$/,
       /^draining   no$/,
       /^since      \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ  red: Warmup in progress$/,
@@ -10599,9 +10558,27 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(lines.length, expected.length, lines.join('\n'))
     for (const [index, line] of lines.entries()) assert.match(line, expected[index]!)
 
+    // On the page what will pass by itself is amber, what is broken red and first of all.
+    const warming = (await openPage(port)).body
+    assert.match(warming, /<title>… [^]*<h1 class="warn">Warmup in progress<\/h1>/)
+    const shopRow = /<tr class="warn"><th scope="row">warm-up<td>\/shop<td><progress [^>]*"><\//
+    assert.match(warming, shopRow)
+    const sites = rowsOfPage(warming).filter((row) => row.startsWith('warm-up'))
+    assert.deepEqual(
+      sites.map((row) => row.replace(/ [\d.]+ s$/, '')),
+      ['warm-up|/shop|▢ running for', 'warm-up|/search|waiting', 'warm-up|/|✓ warm after']
+    )
     gate.open()
     await untilHealthy(port)
     assert.match(await ask(port, 'status\n'), /^OK\ninstance /)
+    isConnected = false
+    const { body } = await openPage(port)
+    assert.match(body, /<title>✗ [^]*<h1 class="fail">Error: Database /)
+    const kinds = rowsOfPage(body).map((row) => /^[^|]*(\|[a-z]+(?=\|))?/.exec(row)?.[0])
+    assert.equal(
+      kinds.slice(0, 8).join(', '),
+      'database|search, database|cache, instance, last 30 s, warm-up, warm-up, warm-up, database|main'
+    )
   })
 
   test('status() gives the same as an object, and -1 for what cannot be known', async (t) => {
@@ -10635,7 +10612,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.ok(known.uptimeSeconds > 0 && known.residentMemoryBytes > 1e6)
   })
 
-  test('/status has the verdict and the checks of the health check response format', async (t) => {
+  test('/status has the verdict and the checks of the health check response format, perf_metrics an error', async (t) => {
     let isMainThere = true
     let isCacheThere = true
     const { port, instancePort } = await bootInstance(t, {
@@ -10670,6 +10647,12 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     isMainThere = false
     const disconnected = "Error: Database 'main' disconnected."
     assert.deepEqual(await told(), [503, 'fail', disconnected, 'fail', 'warn'])
+
+    const figures = '{"error":"Database \'main\' disconnected."}\n'
+    assert.equal(await ask(port, 'perf_metrics\n'), figures)
+    const { headers, body } = await getPage(port, '/perf_metrics')
+    assert.equal(body, figures)
+    assert.match(headers['content-type'] ?? '', /^application\/json\b/)
   })
 
   test('what is optional never makes the instance red, and says that it is optional', async (t) => {
@@ -10874,44 +10857,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       assert.doesNotMatch(page.body, /\sstyle=|\son\w+=/)
     }
     assert.equal(nonces.size, 3)
-  })
-
-  test('on the page what will pass by itself is amber, what is broken red and first of all', async (t) => {
-    const gate = latch()
-    let isConnected = true
-    const { monitor, port } = await bootInstance(t, {
-      databases: {
-        main: { isConnected: () => true },
-        cache: { isConnected: () => false, optional: true },
-        search: { isConnected: () => isConnected }
-      },
-      performers: sitesBehind(gate),
-      until: 'started'
-    })
-    await untilVerdict(monitor, 'Warmup in progress')
-    await until(async () => (await openPage(port)).body.includes('running for'), '/shop runs')
-    const warming = (await openPage(port)).body
-    assert.match(warming, /<title>… [^]*<h1 class="warn">Warmup in progress<\/h1>/)
-    const shopRow = /<tr class="warn"><th scope="row">warm-up<td>\/shop<td><progress [^>]*"><\//
-    assert.match(warming, shopRow)
-    const sites = rowsOfPage(warming).filter((row) => row.startsWith('warm-up'))
-    assert.deepEqual(
-      sites.map((row) => row.replace(/ [\d.]+ s$/, '')),
-      ['warm-up|/shop|▢ running for', 'warm-up|/search|waiting', 'warm-up|/|✓ warm after']
-    )
-    gate.open()
-    await untilVerdict(monitor)
-    isConnected = false
-    const { body } = await openPage(port)
-    assert.match(body, /<title>✗ [^]*<h1 class="fail">Error: Database /)
-    const kinds = rowsOfPage(body).map((row) => /^[^|]*(\|[a-z]+(?=\|))?/.exec(row)?.[0])
-    assert.deepEqual(kinds.slice(0, 4), [
-      'database|search',
-      'database|cache',
-      'instance',
-      'last 30 s'
-    ])
-    assert.deepEqual(kinds.slice(4, 8), ['warm-up', 'warm-up', 'warm-up', 'database|main'])
   })
 
   test('text, object, page and history tell how far a drain is, and whether it is finished', async (t) => {
