@@ -9992,22 +9992,21 @@ async function assertReplies(
 }
 
 describeInProcess('The command table', TOGETHER, () => {
-  test('what a command answers decides what follows on its connection', async (t) => {
-    const { port } = await bootInstance(t, {
-      prepare: ({ register }) => {
-        register('answer', '', (connection, mode, when) => {
-          connection.write(`${mode}.`)
-          const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
-          return when === 'later' ? pause(5, answer) : answer
-        })
-        register('insist', '', (connection, ...words) => {
-          if (words[0] === 'fail') throw new Error('on purpose')
-          connection.write(JSON.stringify(words))
-          if (words[0] === 'end') return 'quit'
-          return words[0] === 'leave' ? 'interactive' : 'more'
-        })
-      }
-    })
+  test('what a command answers decides what follows on its connection, but not over HTTP', async (t) => {
+    const answerMode: Command = (connection, mode, when) => {
+      connection.write(`${mode}.`)
+      const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
+      return when === 'later' ? pause(5, answer) : answer
+    }
+    const insist: Command = (connection, ...words) => {
+      if (words[0] === 'fail') throw new Error('on purpose')
+      connection.write(JSON.stringify(words))
+      if (words[0] === 'end') return 'quit'
+      return words[0] === 'leave' ? 'interactive' : 'more'
+    }
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('answer', '', answerMode, { http: true })
+    monitor.register('insist', '', insist)
     await assertReplies(port, {
       'answer nothing\nquit\n': 'nothing.',
       'answer nothing later\nquit\n': 'nothing.',
@@ -10023,6 +10022,13 @@ describeInProcess('The command table', TOGETHER, () => {
         '[]["2+2","or","so"][]Error: on purpose\n["quit"]["end"]',
       'insist a\nleave\nhealth_check\nquit\n': '["a"]["leave"]OK\nGoodbye.\n'
     })
+
+    const paths = ['/answer/quit', '/answer/interactive', '/answer/more']
+    const requests = paths.map((path) => headOf(path)).join('')
+    const pages = await ask(port, requests + headOf('/answer/nothing', 'Connection: close'))
+    assert.equal(pages.match(/HTTP\/1\.1 200 OK\r\n/g)?.length, 4)
+    const bodies = pages.match(/(?<=\r\n\r\n)\w+\./g)
+    assert.deepEqual(bodies, ['quit.', 'interactive.', 'more.', 'nothing.'])
   })
 
   test('a command is registered, documented, replaced, and writes bit by bit', async (t) => {
@@ -12284,7 +12290,11 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     }
   })
 
-  test('GET runs a command that is offered over HTTP, its arguments percent-decoded', async (t) => {
+  test('GET runs a command that is offered over HTTP, its arguments percent-decoded, and no other', async (t) => {
+    let calls = 0
+    const count: Command = () => {
+      calls++
+    }
     const echo: Command = async (connection, ...words) => {
       for (const word of words) {
         connection.write(`<${word}>`)
@@ -12292,29 +12302,22 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
       }
     }
     const { monitor, port } = await bootInstance(t)
-    monitor.register('echo', 'Echo', echo, { http: true })
-    monitor.register('größe', 'Size', (connection) => connection.write('XL'), { http: true })
-    const { status, body } = await getPage(port, '/echo/a%20b/%C3%BC%2F/c')
-    assert.deepEqual([status, body], [200, '<a b><ü/><c>'])
-    assert.equal((await getPage(port, '/gr%C3%B6%C3%9Fe')).body, 'XL')
-    assert.match((await getPage(port, '/help/echo')).body, /^Help for echo:\n\nEcho\n/)
-    const names = 'health_check agent_check metrics warmup_state monitor perf_metrics'.split(' ')
-    for (const name of names) assert.equal((await getPage(port, `/${name}`)).status, 200, name)
-  })
-
-  test('what is not offered over HTTP is not found there', async (t) => {
-    let calls = 0
-    const count: Command = () => {
-      calls++
-    }
-    const { monitor, port } = await bootInstance(t)
     monitor.register('own', 'Own', count)
     monitor.register('near', 'Near', count, { local: true })
-    const names =
+    monitor.register('echo', 'Echo', echo, { http: true })
+    monitor.register('größe', 'Size', (connection) => connection.write('XL'), { http: true })
+    assert.equal((await getPage(port, '/echo/a%20b/%C3%BC%2F/c')).body, '<a b><ü/><c>')
+    assert.equal((await getPage(port, '/gr%C3%B6%C3%9Fe')).body, 'XL')
+    assert.match((await getPage(port, '/help/echo')).body, /^Help for echo:\n\nEcho\n/)
+
+    const offered = 'health_check agent_check metrics warmup_state monitor perf_metrics'
+    const others =
       'own near drain drain/now %64rain /drain resume quit interactive nope HEALTH_CHECK ' +
       'constructor __proto__ health_check%2F % %ff favicon.ico'
-    for (const name of names.split(' ')) {
-      assert.equal((await getPage(port, `/${name}`)).status, 404, name)
+    for (const [status, names] of Object.entries({ 200: offered, 404: others })) {
+      for (const name of names.split(' ')) {
+        assert.equal((await getPage(port, `/${name}`)).status, Number(status), name)
+      }
     }
     assert.equal(calls, 0)
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
@@ -12340,34 +12343,6 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     await expectHelp('while a database is disconnected')
     void monitor.drain()
     await expectHelp('while it drains')
-  })
-
-  test('an HTTP connection is kept alive, whatever mode a command returns', async (t) => {
-    const { monitor, port } = await bootInstance(t)
-    for (const mode of ['quit', 'interactive', 'more'] as const) {
-      const command: Command = (connection) => {
-        connection.write(mode)
-        return mode
-      }
-      monitor.register(`${mode}s`, 'Returns a mode', command, { http: true })
-    }
-    const agent = new http.Agent({ keepAlive: true, maxSockets: 1 })
-    t.after(() => agent.destroy())
-    const sockets = new Set<unknown>()
-    agent.on('free', (socket) => {
-      sockets.add(socket)
-    })
-    const bodies = {
-      quits: 'quit',
-      interactives: 'interactive',
-      mores: 'more',
-      health_check: 'OK\n'
-    }
-    for (const [name, body] of Object.entries(bodies)) {
-      const answer = await getPage(port, `/${name}`, { agent })
-      assert.deepEqual([answer.status, answer.body], [200, body])
-    }
-    assert.equal(sockets.size, 1)
   })
 
   test('the target of a request may be absolute, and the request one of HTTP/1.0', async (t) => {
