@@ -10678,7 +10678,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(text, /^OK\n/)
     assert.match(text, /^database   lost +disconnected \(optional\)$/m)
     assert.match(text, /^database   broken +failed: boom \(optional\)$/m)
-    assert.match(text, /^database   silent +no answer for 1 s \(optional\)$/m)
+    assert.match(text, /^database   silent +no answer for \d+ s \(optional\)$/m)
 
     const samples = await askMetrics(port)
     assert.equal(samples['ftw_monitor_database_connected{database="lost",optional="true"}'], 0)
@@ -11849,44 +11849,32 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
     for (const where of [port, path]) assert.match(await ask(where, 'health_check\n'), /secret/)
   })
 
-  test('a wrong PROXY header is refused in one line', async (t) => {
-    let calls = 0
-    const count: Command = () => {
-      calls++
-    }
-    const { monitor, port } = await bootInstance(t, {
-      performers: WARM,
-      prepare: ({ register }) => register('count', '', count)
-    })
-    const wrong: Record<string, Buffer | string> = {
-      'another version': proxyBytes(0x11, TCP4_ADDRESSES),
-      'another command': proxyBytes(0x22, TCP4_ADDRESSES),
-      'a long one': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 4_081),
-      'the longest': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 65_535),
-      'another family': 'PROXY TCP5 127.0.0.1 10.0.0.5 1 2\r\n',
-      'no ports': 'PROXY TCP4 127.0.0.1 10.0.0.5\r\n',
-      names: 'PROXY TCP4 localhost example.com 1 2\r\n',
-      'no carriage return': 'PROXY TCP4 127.0.0.1 10.0.0.5 1 2\n',
-      'too long': `PROXY UNKNOWN ${'f'.repeat(92)}\r\n`,
-      endless: `PROXY TCP4 ${'1'.repeat(200)}`,
-      nothing: 'PROXY \r\n'
-    }
-    for (const [name, header] of Object.entries(wrong)) {
-      const reply = await askBehind(port, Buffer.from(header), 'count\ncount\n')
-      assert.equal(reply, 'Error: wrong PROXY header\n', name)
-    }
-    assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
-  })
-
-  test('what only begins like a PROXY header is a line, or HTTP', async (t) => {
+  test('a wrong PROXY header is refused in one line; what only begins like one is a line, or HTTP', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     const post: Command = (connection, word) => connection.write(`posted ${word}\n`)
     monitor.register('POST', '', post)
     monitor.register('PROXY', '', post)
+    const wrong = 'Error: wrong PROXY header\n'
+    const wrongBytes = {
+      'another version': proxyBytes(0x11, TCP4_ADDRESSES),
+      'another command': proxyBytes(0x22, TCP4_ADDRESSES),
+      'a long one': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 4_081),
+      'the longest': proxyBytes(PROXY_COMMAND, TCP4_ADDRESSES, 65_535)
+    }
+    for (const [name, header] of Object.entries(wrongBytes)) {
+      assert.equal(await askBehind(port, header, 'livez\nlivez\n'), wrong, name)
+    }
     const post405 = 'POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n'
     await assertReplies(port, {
+      'PROXY TCP5 127.0.0.1 10.0.0.5 1 2\r\nlivez\n': wrong,
+      'PROXY TCP4 127.0.0.1 10.0.0.5\r\nlivez\n': wrong,
+      'PROXY TCP4 localhost example.com 1 2\r\nlivez\n': wrong,
+      'PROXY TCP4 127.0.0.1 10.0.0.5 1 2\nlivez\n': wrong,
+      [`PROXY UNKNOWN ${'f'.repeat(92)}\r\nlivez\n`]: wrong,
+      [`PROXY TCP4 ${'1'.repeat(200)}`]: wrong,
+      'PROXY \r\nlivez\n': wrong,
+      'PROXY / HTTP/1.1\r\nHost: a\r\n\r\n': wrong,
       [post405]: /^HTTP\/1\.1 405 /,
-      'PROXY / HTTP/1.1\r\nHost: a\r\n\r\n': 'Error: wrong PROXY header\n',
       [`\r\n\r\n${post405}`]: /^HTTP\/1\.1 405 /,
       'POST letter\n': 'posted letter\n',
       'P\n': /^Invalid command 'P'\n/,
