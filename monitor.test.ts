@@ -11846,7 +11846,15 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
         assert.equal(await askBehind(where, header, 'drain\n'), refusal)
       }
     }
-    for (const where of [port, path]) assert.match(await ask(where, 'health_check\n'), /secret/)
+    // Without one, a peer is on this machine, also on a Unix socket.
+    for (const where of [port, path]) {
+      await assertReplies(where, {
+        'health_check\n': /secret/,
+        'drain Moved\n': /^(Draining: .*\n)+Drained\n$/,
+        'readyz\n': 'Moved\n',
+        'resume\n': 'Resumed\n'
+      })
+    }
   })
 
   test('a wrong PROXY header is refused in one line; what only begins like one is a line, or HTTP', async (t) => {
