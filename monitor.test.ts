@@ -10474,8 +10474,8 @@ async function askMetrics(port: number): Promise<Record<string, number>> {
   return readSamples(await ask(port, 'metrics\n'))
 }
 
-/** A monitor that is told of a port, and so does not know the server there. */
-async function startWithoutServer(t: TestContext) {
+/** A monitor that is told of a port alone, and so does not know the server there. */
+async function prepareUnknownServer(t: TestContext) {
   const monitor = await importMonitor(t)
   const instancePort = portOf(hide(await serve(t)))
   const start = async () => {
@@ -10499,7 +10499,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   })
 
   test('without a database, and with a server that is not known, figures are -1 or left out', async (t) => {
-    const { monitor, instancePort, start } = await startWithoutServer(t)
+    const { monitor, instancePort, start } = await prepareUnknownServer(t)
     const port = await start()
     await untilVerdict(monitor)
     const { cache, db, http: counts } = await askPerfMetrics(port)
@@ -10588,7 +10588,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   })
 
   test('status() gives the same as an object, and -1 for what cannot be known', async (t) => {
-    const { monitor, instancePort, start } = await startWithoutServer(t)
+    const { monitor, instancePort, start } = await prepareUnknownServer(t)
     monitor.registerDatabase('main', { isConnected: () => Promise.reject(new Error('no route')) })
     monitor.registerWarmup('/', () => Promise.reject(new Error('no stock')))
     await start()
