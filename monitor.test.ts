@@ -5907,8 +5907,43 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
 
 part = 'warm-up'
 
-/** Ports that a web page may not ask for, some of which are free. */
-const REFUSED_BY_FETCH = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665]
+/** Performers of these sites: they keep who is called, wait for the gate, and fail as they are told. */
+function recordSites(...sites: string[]) {
+  const record = {
+    calls: [] as string[],
+    gate: latch(),
+    /** What goes wrong with a site. */
+    failures: {} as Record<string, unknown>,
+    performers: {} as Record<string, WarmupPerformer>
+  }
+  record.gate.open()
+  for (const each of sites) {
+    record.performers[each] = async ({ site }) => {
+      record.calls.push(site)
+      await record.gate.opened
+      if (site in record.failures) throw record.failures[site]
+    }
+  }
+  return record
+}
+
+/** A handler which keeps the pages that it is asked for. */
+function recordPages() {
+  const seen: string[] = []
+  const handler: http.RequestListener = ({ url = '' }, response) => {
+    seen.push(url)
+    response.end('a page')
+  }
+  return { seen, handler }
+}
+
+/** A free one of the ports that a web page may not ask for. */
+async function portRefusedByFetch(): Promise<number | undefined> {
+  for (const port of [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]) {
+    if (await isFree(port)) return port
+  }
+  return undefined
+}
 
 /** Ways to start beside a `server` that listens at PORT, and whose `answer` is that of its pages. */
 const STARTS: Record<string, string> = {
@@ -5922,249 +5957,140 @@ const STARTS: Record<string, string> = {
     monitor.start()`
 }
 
-/** Sets a dispatcher as setGlobalDispatcher(new ProxyAgent(…)) does; gives what goes by it. */
-async function dispatchVisibly(t: TestContext): Promise<string[]> {
-  await fetch('data:,loaded') // by now there is one
-  const seen: string[] = []
-  for (const version of [1, 2]) {
-    const key = Symbol.for(`undici.globalDispatcher.${version}`)
-    const inner = Reflect.get(globalThis, key)
-    if (!inner) continue
-    class ProxyAgent {
-      dispatch(options: { origin: unknown; path: string; headers: unknown }, handler: unknown) {
-        const { origin, path, headers } = options
-        seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
-        return inner.dispatch(options, handler)
-      }
-    }
-    Reflect.set(globalThis, key, new ProxyAgent())
-    t.after(() => Reflect.set(globalThis, key, inner))
-  }
-  return seen
-}
-
 describeInProcess('Warm-up', TOGETHER, () => {
   test('a wrong site or performer is a TypeError', async (t) => {
-    const { registerWarmup } = await importMonitor(t)
-    const performer = () => {}
-    const wrong = [
-      ['', performer],
-      ['shop', performer],
-      ['/a b', performer],
-      [undefined, performer],
-      [42, performer],
-      ['/'],
-      ['/', 'performer']
-    ]
-    for (const all of wrong) {
-      assert.throws(() => (registerWarmup as (...all: unknown[]) => void)(...all), TypeError)
+    const monitor = await importMonitor(t)
+    const register = monitor.registerWarmup as (...all: unknown[]) => void
+    for (const site of ['', 'shop', '/a b', undefined, 42]) {
+      assert.throws(() => register(site, () => {}), TypeError)
     }
+    assert.throws(() => register('/'), TypeError)
+    assert.throws(() => register('/', 'performer'), TypeError)
   })
 
-  test('/@@warmup warms every site, /SITE/@@warmup that one, and others are not found', async (t) => {
-    const calls: string[] = []
-    const { server } = await bootInstance(t, {
-      prepare: ({ registerWarmup }) => {
-        for (const site of ['/', '/shop', '/shop/hats']) {
-          registerWarmup(site, () => void calls.push(site))
-        }
-      }
-    })
-    const rows: [string, number, string | undefined, string[]][] = [
-      ['/@@warmup', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
-      ['/@@warmup?now=1', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
-      ['/shop/@@warmup', 200, 'Warmup successful\n', ['/shop']],
-      ['/shop/hats/@@warmup', 200, 'Warmup successful\n', ['/shop/hats']],
-      ['http://localhost:8080/@@warmup', 200, 'Warmup successful\n', ['/', '/shop', '/shop/hats']],
-      ['HTTP://a/shop/@@warmup?now=1', 200, 'Warmup successful\n', ['/shop']],
-      ['/nowhere/@@warmup', 404, undefined, []],
-      ['/hats/@@warmup', 404, undefined, []],
-      ['/shop', 200, 'hello', []],
-      ['/?next=/@@warmup', 200, 'hello', []],
-      ['/?next=a?/@@warmup', 200, 'hello', []],
-      ['http://localhost/?next=/@@warmup', 200, 'hello', []],
-      ['http://localhost?/@@warmup', 200, 'hello', []]
-    ]
-    for (const [path, status, body, expected] of rows) {
+  test('/@@warmup warms every site, /SITE/@@warmup that one, others are not found, and a POST does nothing', async (t) => {
+    const { calls, performers } = recordSites('/', '/shop', '/shop/hats')
+    const { port, instancePort } = await bootInstance(t, { performers })
+    const all = ['/', '/shop', '/shop/hats']
+    const warmed: Record<string, string[]> = {
+      '/@@warmup': all,
+      '/@@warmup?now=1': all,
+      '/shop/@@warmup': ['/shop'],
+      '/shop/hats/@@warmup': ['/shop/hats'],
+      'http://localhost:8080/@@warmup': all,
+      'HTTP://a/shop/@@warmup?now=1': ['/shop']
+    }
+    for (const [path, sites] of Object.entries(warmed)) {
       calls.length = 0
-      const page = await getPage(portOf(server), path)
-      assert.equal(page.status, status, path)
-      if (body !== undefined) assert.equal(page.body, body, path)
-      if (body === 'Warmup successful\n')
-        assert.match(page.headers['content-type'] ?? '', /^text\/plain/)
-      assert.deepEqual(calls, expected, path)
+      const { status, headers, body } = await getPage(instancePort, path)
+      assert.deepEqual([status, body, calls], [200, 'Warmup successful\n', sites], path)
+      assert.match(headers['content-type'] ?? '', /^text\/plain/)
     }
-  })
 
-  test('a POST to /@@warmup warms nothing, and never reaches the application', async (t) => {
-    let calls = 0
-    const count = () => {
-      calls++
+    calls.length = 0
+    for (const path of ['/nowhere/@@warmup', '/hats/@@warmup']) {
+      assert.equal((await getPage(instancePort, path)).status, 404, path)
     }
-    const { port, instancePort } = await bootInstance(t, { performers: { '/': count } })
-    calls = 0
-    const { status, body } = await getPage(instancePort, '/@@warmup', { method: 'POST' })
-    assert.notEqual(status, 200)
-    assert.notEqual(body, 'hello')
-    assert.equal(calls, 0)
+    const queries = ['/?next=/@@warmup', '/?next=a?/@@warmup', 'http://localhost?/@@warmup']
+    for (const path of ['/shop', ...queries, 'http://localhost/?next=/@@warmup']) {
+      assert.equal((await getPage(instancePort, path)).body, 'hello', path)
+    }
+    assert.equal((await getPage(instancePort, '/@@warmup', { method: 'POST' })).status, 405)
+    assert.deepEqual(calls, [])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
-  test('a failing site is a 500 with its reason, and keeps no other from its turn', async (t) => {
-    const calls: string[] = []
-    let isBroken = false
-    const { server, port, logger } = await bootInstance(t, {
-      prepare: ({ registerWarmup }) => {
-        registerWarmup('/first', () => void calls.push('/first'))
-        registerWarmup('/broken', async () => {
-          calls.push('/broken')
-          if (isBroken) throw new Error('no such template')
-        })
-        registerWarmup('/thrower', () => {
-          calls.push('/thrower')
-          if (isBroken) throw 'no error at all'
-        })
-        registerWarmup('/last', () => void calls.push('/last'))
-      }
-    })
-    isBroken = true
-    calls.length = 0
-    const { status, headers, body } = await getPage(portOf(server), '/@@warmup')
-    assert.equal(status, 500)
+  test('a site that fails by hand is a 500, keeps no other from its turn, and is red until it is warm', async (t) => {
+    const sites = recordSites('/first', '/broken', '/odd', '/last')
+    const { port, instancePort, logger } = await bootInstance(t, { performers: sites.performers })
+    sites.failures = { '/broken': new Error('no such template'), '/odd': 'no error at all' }
+    sites.calls.length = 0
+    const failed = 'Warmup failed: /broken: no such template; /odd: no error at all\n'
+    const { status, headers, body } = await getPage(instancePort, '/@@warmup')
+    assert.deepEqual([status, body], [500, failed])
     assert.match(headers['content-type'] ?? '', /^text\/plain/)
-    assert.match(body, /^Warmup failed: .*no such template.*no error at all/)
-    assert.deepEqual(calls, ['/first', '/broken', '/thrower', '/last'])
+    assert.deepEqual(sites.calls, ['/first', '/broken', '/odd', '/last'])
     assert.match(warningsOf(logger).join(), /no such template/)
-    // one by hand that failed is as red as any other
-    const reply = await ask(port, 'health_check\n')
-    assert.equal(reply, 'Warmup failed: /broken: no such template; /thrower: no error at all\n')
+    assert.equal(await ask(port, 'health_check\n'), failed)
     assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
+
+    assert.equal((await getPage(instancePort, '/first/@@warmup')).status, 200)
+    assert.equal(await ask(port, 'health_check\n'), failed)
+    sites.failures = {}
+    assert.equal((await getPage(instancePort, '/@@warmup')).status, 200)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
   })
 
   test('each site is warmed once for all who ask meanwhile, and what is new is queued', async (t) => {
-    const calls: string[] = []
-    let gate = latch()
-    gate.open()
-    const { server, port } = await bootInstance(t, {
-      prepare: ({ registerWarmup }) => {
-        for (const site of ['/', '/shop']) {
-          registerWarmup(site, () => {
-            calls.push(site)
-            return gate.opened
-          })
-        }
-      }
-    })
-    const all = (...paths: string[]) =>
-      paths.map((path) => getPage(portOf(server), path).then(({ body }) => body))
-    const begin = async (path: string, ...others: string[]) => {
-      calls.length = 0
-      gate = latch()
-      const first = all(path)
-      await until(() => calls.length > 0, 'the first one is running')
-      const rest = all(...others)
-      const haveArrived = async () => {
-        const count = await promisify(server.getConnections.bind(server))()
-        return count > others.length
-      }
-      await until(haveArrived, 'all requests have arrived')
+    const sites = recordSites('/', '/shop')
+    const { port, instancePort } = await bootInstance(t, { performers: sites.performers })
+    const askFor = async (what: string) => {
+      if (what.startsWith('warmup')) return await ask(port, `${what}\n`)
+      return (await getPage(instancePort, what)).body
+    }
+    const rows: [first: string, others: string[], calls: string[]][] = [
+      ['/@@warmup', ['/@@warmup', '/shop/@@warmup'], ['/', '/shop']],
+      ['/shop/@@warmup', ['/shop/@@warmup'], ['/shop']],
+      ['/shop/@@warmup', ['/@@warmup', '/@@warmup'], ['/shop', '/']],
+      ['warmup', ['/@@warmup', 'warmup /shop'], ['/', '/shop']]
+    ]
+    for (const [first, others, calls] of rows) {
+      sites.calls.length = 0
+      sites.gate = latch()
+      const answers = [askFor(first)]
+      await until(() => sites.calls.length > 0, 'the first one is running')
+      answers.push(...others.map(askFor))
+      await getPage(instancePort, '/') // by then the others are seen
+      await untilSeen(port)
       assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
       assert.equal(await ask(port, 'warmup_state\n'), '0 1\n')
-      assert.equal(calls.length, 1)
-      gate.open()
-      const answers = await Promise.all([...first, ...rest])
-      assert.deepEqual(
-        answers,
-        answers.map(() => 'Warmup successful\n')
-      )
+      assert.equal(sites.calls.length, 1)
+      sites.gate.open()
+      for (const answer of answers) assert.equal(await answer, 'Warmup successful\n')
+      assert.deepEqual(sites.calls, calls)
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-      return calls.join(' ')
     }
-    assert.equal(await begin('/@@warmup', '/@@warmup', '/shop/@@warmup'), '/ /shop')
-    assert.equal(await begin('/shop/@@warmup', '/shop/@@warmup'), '/shop')
-    assert.equal(await begin('/shop/@@warmup', '/@@warmup', '/@@warmup'), '/shop /')
   })
 
   test('who asks for one site during a warm-up of all waits for that one, and hears of it alone', async (t) => {
-    let isByHand = false
-    const calls: string[] = []
-    const gates = { '/': latch(), '/slow': latch() }
-    const { port, instancePort } = await bootInstance(t, {
-      performers: {
-        '/': async () => {
-          if (!isByHand) return
-          calls.push('/')
-          await gates['/'].opened
-          throw new Error('root is broken')
-        },
-        '/shop': () => void calls.push('/shop'),
-        '/slow': () => isByHand && gates['/slow'].opened
-      }
-    })
-    isByHand = true
-    calls.length = 0
+    const sites = recordSites('/', '/shop')
+    let slow = latch()
+    slow.open()
+    const performers = { ...sites.performers, '/slow': () => slow.opened }
+    const { port, instancePort } = await bootInstance(t, { performers })
+    slow = latch()
+    sites.gate = latch()
+    sites.failures = { '/': new Error('root is broken') }
+    sites.calls.length = 0
     const all = getPage(instancePort, '/@@warmup')
-    await until(() => calls.length === 1, 'the first site is running')
+    await until(() => sites.calls.length === 1, 'the first site is running')
     const byView = getPage(instancePort, '/shop/@@warmup')
     const byLine = ask(port, 'warmup /shop\n')
     await getPage(instancePort, '/') // by then the view has seen the other request
     await untilSeen(port)
 
-    gates['/'].open()
+    sites.gate.open()
     const { status, body } = await inTime(byView, 'the view answers', 5_000)
     assert.deepEqual([status, body], [200, 'Warmup successful\n'])
     assert.equal(await inTime(byLine, 'the command replies', 5_000), 'Warmup successful\n')
     assert.ok(await isPendingFor(50, all))
-    gates['/slow'].open()
+    slow.open()
     assert.equal((await all).body, 'Warmup failed: root is broken\n')
-    assert.deepEqual(calls.slice(0, 2), ['/', '/shop']) // before '/' is tried again
+    assert.deepEqual(sites.calls.slice(0, 2), ['/', '/shop']) // before '/' is tried again
   })
 
-  test('a failed warm-up is settled by a whole one that succeeds, not by one site', async (t) => {
-    let isBroken = true
-    const server = await serve(t)
-    const { port } = await bootInstance(t, {
-      performers: {
-        '/': () => {
-          if (isBroken) throw new Error('broken')
-        },
-        '/shop': () => {}
-      },
-      server,
-      until: 'started'
-    })
-    const failed = 'Warmup failed: broken\n'
-    await until(async () => (await ask(port, 'health_check\n')) === failed, 'it has failed')
-    assert.equal((await getPage(portOf(server), '/shop/@@warmup')).status, 200)
-    assert.equal(await ask(port, 'health_check\n'), failed)
-    assert.equal((await getPage(portOf(server), '/@@warmup')).status, 500)
-    assert.equal(await ask(port, 'health_check\n'), failed)
-    isBroken = false
-    assert.equal((await getPage(portOf(server), '/@@warmup')).status, 200)
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
-  })
-
-  test('the command warmup does what the view does, and shares its runs', async (t) => {
-    const calls: string[] = []
-    let broken = ''
-    let gate = latch()
-    gate.open()
-    const perform: WarmupPerformer = async ({ site }) => {
-      calls.push(site)
-      await gate.opened
-      if (site === broken) throw new Error(`no ${site} is OK`)
-    }
-    const { server, port } = await bootInstance(t, {
-      performers: { '/': perform, '/shop': perform, '/k%C3%A4se': perform }
-    })
+  test('the command warmup does what the view does', async (t) => {
+    const sites = recordSites('/', '/shop', '/k%C3%A4se')
+    const { port } = await bootInstance(t, { performers: sites.performers })
     const warmUp = async (line: string) => {
-      calls.length = 0
+      sites.calls.length = 0
       const reply = await ask(port, `${line}\n`)
-      return `${reply.trimEnd()}: ${calls.join(' ')}`
+      return `${reply.trimEnd()}: ${sites.calls.join(' ')}`
     }
-    assert.equal(await warmUp('warmup'), 'Warmup successful: / /shop /k%C3%A4se')
-    assert.equal(await warmUp('warmup /'), 'Warmup successful: / /shop /k%C3%A4se')
+    const all = '/ /shop /k%C3%A4se'
+    assert.equal(await warmUp('warmup'), `Warmup successful: ${all}`)
+    assert.equal(await warmUp('warmup /'), `Warmup successful: ${all}`)
     assert.equal(await warmUp('warmup /shop'), 'Warmup successful: /shop')
     assert.equal(await warmUp('warmup /shop/'), 'Warmup successful: /shop')
     assert.equal(await warmUp('warmup /käse'), 'Warmup successful: /k%C3%A4se')
@@ -6172,27 +6098,11 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.equal(await warmUp(`warmup ${site}`), `Error: no site '${site}' is registered: `)
     }
 
-    broken = '/shop'
-    assert.equal(
-      await warmUp('warmup'),
-      'Warmup failed: /shop: no /shop is O K: / /shop /k%C3%A4se'
-    )
+    sites.failures = { '/shop': new Error('no /shop is OK') }
+    assert.equal(await warmUp('warmup'), `Warmup failed: /shop: no /shop is O K: ${all}`)
     assert.equal(await ask(port, 'health_check\n'), 'Warmup failed: /shop: no /shop is O K\n')
-    broken = ''
+    sites.failures = {}
     assert.match(await warmUp('warmup /shop'), /^Warmup successful: .*\/shop$/) // perhaps tried again
-
-    await until(async () => (await ask(port, 'health_check\n')) === 'OK\n', 'nothing runs')
-    calls.length = 0
-    gate = latch()
-    const byLine = ask(port, 'warmup\n')
-    await until(() => calls.length === 1, 'it is running')
-    const view = getPage(portOf(server), '/@@warmup')
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    gate.open()
-    assert.equal(await byLine, 'Warmup successful\n')
-    assert.equal((await view).body, 'Warmup successful\n')
-    assert.deepEqual(calls, ['/', '/shop', '/k%C3%A4se'])
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
   test('of 200 sites that fail each line of the log is bounded', async (t) => {
@@ -6207,19 +6117,15 @@ describeInProcess('Warm-up', TOGETHER, () => {
   })
 
   test('the command warmup is for lines of this machine', async (t) => {
-    let calls = 0
-    const count = () => {
-      calls++
-    }
-    const { port } = await bootInstance(t, { performers: { '/': count } })
-    const before = calls
+    const { calls, performers } = recordSites('/')
+    const { port } = await bootInstance(t, { performers })
     const refused = 'warmup is for this machine only\n'
     assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
     if (OUTSIDE) assert.equal(await ask(port, 'warmup\n', { from: OUTSIDE }), refused)
     for (const path of ['/warmup', '/warmup//', '/@@warmup']) {
       assert.equal((await getPage(port, path)).status, 404, path)
     }
-    assert.equal(calls, before)
+    assert.deepEqual(calls, ['/']) // at boot
     assert.match(await ask(port, 'help\n'), /^ {2}warmup -- Warm up again/m)
   })
 
@@ -6245,47 +6151,35 @@ describeInProcess('Warm-up', TOGETHER, () => {
     })
     const plainUrl = `http://127.0.0.1:${portOf(instance)}/base`
     await until(() => performed === `${plainUrl}/shop`, 'the performer has run')
+    assert.equal((await monitor.status()).url, plainUrl)
     const texts = [JSON.stringify(await monitor.status()), ...logger.lines]
     for (const name of ['status', 'metrics', 'perf_metrics']) {
       texts.push(await ask(port, `${name}\n`), (await getPage(port, `/${name}`)).body)
     }
     texts.push((await openPage(port)).body)
-    assert.equal((await monitor.status()).url, plainUrl)
     for (const text of texts) assert.doesNotMatch(text, /hunter2|min:|ad:|ad%3A/)
   })
 
   test('a caller who hangs up changes nothing about the warm-up', async (t) => {
-    let gate = latch()
-    gate.open()
-    let calls = 0
-    const { server, port } = await bootInstance(t, {
-      prepare: ({ registerWarmup }) => {
-        registerWarmup('/', () => {
-          calls++
-          return gate.opened
-        })
-      }
-    })
-    gate = latch()
-    const caller = await converse(t, portOf(server))
+    const sites = recordSites('/')
+    const { port, instancePort } = await bootInstance(t, { performers: sites.performers })
+    sites.gate = latch()
+    const caller = await converse(t, instancePort)
     caller.say(headOf('/@@warmup'))
-    await until(() => calls === 2, 'the warm-up is running')
+    await until(() => sites.calls.length === 2, 'the warm-up is running')
     caller.socket.resetAndDestroy()
-    assert.equal((await getPage(portOf(server), '/')).body, 'hello') // by now the reset is there
+    assert.equal((await getPage(instancePort, '/')).body, 'hello') // by now the reset is there
     assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    gate.open()
+    sites.gate.open()
     await untilHealthy(port)
-    assert.equal(calls, 2)
+    assert.equal(sites.calls.length, 2)
   })
 
-  test('only this machine may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
-    const monitor = await importMonitor(t)
-    let calls = 0
-    monitor.registerWarmup('/', () => {
-      calls++
-    })
+  test('only who is on this machine and names it may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
+    const { calls, performers } = recordSites('/')
     const server = await serve(t, hello, { host: '::', port: 0 })
-    await bootInstance(t, { monitor, server })
+    const port = portOf(server)
+    await bootInstance(t, { performers, server, options: { url: `http://Shop.example:${port}` } })
     const rows: [PageOptions, number][] = [
       [{}, 200],
       [{ host: '::1' }, 200],
@@ -6299,9 +6193,8 @@ describeInProcess('Warm-up', TOGETHER, () => {
       [{ headers: { 'X-Real-IP': '127.0.0.1' } }, 403],
       [{ headers: { Via: '1.1 proxy' } }, 403],
       [{ headers: { Origin: 'null' } }, 403],
-      [{ headers: { Origin: `http://127.0.0.1:${portOf(server)}` } }, 403],
+      [{ headers: { Origin: `http://127.0.0.1:${port}` } }, 403],
       [{ headers: { 'Sec-Fetch-Site': 'cross-site' } }, 403],
-      [{ headers: { 'Sec-Fetch-Site': 'same-site' } }, 403],
       [{ headers: { 'Sec-Fetch-Site': 'same-origin' } }, 403],
       [{ headers: { 'Sec-Fetch-Site': 'none' } }, 403],
       [{ headers: { 'User-Agent': 'Mozilla/5.0 (X11; Linux x86_64)' } }, 403],
@@ -6312,26 +6205,39 @@ describeInProcess('Warm-up', TOGETHER, () => {
       rows.push([{ host: OUTSIDE, from: OUTSIDE }, 200])
       rows.push([{ host: '127.0.0.1', from: OUTSIDE }, 403])
     }
+    for (const [name, status] of Object.entries(NAMES_OF_HOSTS)) {
+      rows.push([{ headers: { Host: name } }, status])
+    }
     for (const [options, status] of rows) {
-      const before = calls
-      const page = await getPage(portOf(server), '/@@warmup', options)
+      calls.length = 0
+      const page = await getPage(port, '/@@warmup', options)
       assert.equal(page.status, status, JSON.stringify(options))
-      assert.equal(calls - before, status === 200 ? 1 : 0, JSON.stringify(options))
+      assert.equal(calls.length, status === 200 ? 1 : 0, JSON.stringify(options))
+      if (status === 403) assert.equal(page.body, 'Only this machine may ask for a warm-up\n')
     }
   })
 
   test('a peer without an address is a stranger, and may not ask for a warm-up', async (t) => {
     const path = join(scratchFolder(t), 'instance')
-    let calls = 0
-    const count = () => {
-      calls++
+    const { calls, performers } = recordSites('/')
+    await bootInstance(t, { performers, server: await serve(t, hello, { path }) })
+    assert.equal((await getPage(0, '/@@warmup', { socketPath: path })).status, 403)
+    assert.deepEqual(calls, ['/']) // at boot
+  })
+
+  test('over HTTP/2 the name in :authority counts', async (t) => {
+    const server = await startListening(
+      t,
+      http2.createServer(() => {})
+    )
+    await bootInstance(t, { performers: WARM, server })
+    const rows = { localhost: 200, 'localhost:8080': 200, '[::1]:8080': 200, 'evil.example': 403 }
+    for (const [authority, status] of Object.entries(rows)) {
+      const session = await connectSession(t, portOf(server))
+      const stream = session!.request({ ':path': '/@@warmup', ':authority': authority }).resume()
+      const [headers] = await inTime(once(stream, 'response'), 'it answers')
+      assert.equal(headers[':status'], status, authority)
     }
-    const server = await serve(t, hello, { path })
-    await bootInstance(t, { performers: { '/': count }, server })
-    const before = calls
-    const page = await getPage(0, '/@@warmup', { socketPath: path })
-    assert.equal(page.status, 403)
-    assert.equal(calls, before)
   })
 
   test(
@@ -6348,7 +6254,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
         response.writeHead = noGood as unknown as typeof writeHead
         monitor.warmupView(request, response)
       })
-      const port = portOf(instance)
+      const port = portOf(hide(instance))
       await monitor.start({ port, listen: LOOPBACK, logger: recorder() })
       const { status, body } = await getPage(port, '/@@warmup')
       assert.deepEqual([status, body], [500, 'Warmup failed: broken\n'])
@@ -6356,14 +6262,24 @@ describeInProcess('Warm-up', TOGETHER, () => {
   )
 
   test('an instance on a port that fetch refuses warms up', async (t) => {
-    const monitor = await importMonitor(t)
-    for (const port of [10_080, 6_000, 5_060, 6_666]) {
-      if (!(await isFree(port))) continue
-      const server = await serve(t, hello, { host: '127.0.0.1', port })
-      await bootInstance(t, { monitor, server })
-      return
-    }
-    t.skip('all such ports are in use')
+    const port = await portRefusedByFetch()
+    if (!port) return t.skip('all such ports are in use')
+    await bootInstance(t, { server: await serve(t, hello, { host: '127.0.0.1', port }) })
+  })
+
+  test('over https it says what to do, and a performer does it', needs('openssl'), async (t) => {
+    const port = await portRefusedByFetch()
+    if (!port) return t.skip('all such ports are in use')
+    const listener = https.createServer(certify(t, 'localhost'), hello)
+    const server = await startListening(t, listener, { host: '127.0.0.1', port })
+    const { monitor, logger } = await bootInstance(t, { server, until: 'started' })
+    const advice = 'bad port for fetch; register a warm-up performer that does without it'
+    await untilVerdict(monitor, `Warmup failed: ${advice}`)
+    const warnings = warningsOf(logger)
+    assert.ok(warnings.length > 0)
+    for (const warning of warnings) assert.ok(warning.includes(advice), warning)
+    monitor.registerWarmup('/', () => {})
+    await untilVerdict(monitor)
   })
 
   test('the default performer loads the root page, and judges it by its status', async (t) => {
@@ -6374,41 +6290,48 @@ describeInProcess('Warm-up', TOGETHER, () => {
         response.writeHead(status, headers).end('a page')
       }
     }
-    const rows: [string, http.RequestListener, RegExp, RegExp][] = [
+    const reset: http.RequestListener = ({ socket }) => {
+      socket.destroy()
+    }
+    const stopHalfway: http.RequestListener = (_, response) => {
+      response.writeHead(200, { 'Content-Length': 1_000 }).write('half')
+      setTimeout(() => response.destroy(), 20)
+    }
+    const rows: [what: string, http.RequestListener, reply: RegExp, warning: RegExp][] = [
       ['a page', page(200), /^OK\n/, /^$/],
       ['a redirect', page(302, { Location: '/elsewhere' }), /^OK\n/, /^warn .*302.*nothing behind/],
       ['a lock', page(401), /^OK\n/, /^warn .*401.*nothing behind/],
       ['nothing', page(404), /^OK\n/, /^warn .*404.*nothing behind/],
       ['an error', page(500), /^Warmup failed: .*500/, /500/],
       ['another error', page(503), /^Warmup failed: .*503/, /503/],
-      [
-        'a reset',
-        ({ socket }) => {
-          socket.destroy()
-        },
-        /^Warmup failed: ./,
-        /failed/
-      ],
-      [
-        'half a page',
-        (_, response) => {
-          response.writeHead(200, { 'Content-Length': 1_000 }).write('half')
-          setTimeout(() => response.destroy(), 20)
-        },
-        /^Warmup failed: ./,
-        /failed/
-      ]
+      ['a reset', reset, /^Warmup failed: ./, /failed/],
+      ['half a page', stopHalfway, /^Warmup failed: ./, /failed/]
     ]
-    await Promise.all(
-      rows.map(async ([what, handler, reply, warning]) => {
-        const { port, logger } = await bootInstance(t, { handler, until: 'started' })
-        const check = () => ask(port, 'health_check\n')
-        await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
-        assert.match(await check(), reply, what)
-        assert.match(warningsOf(logger).join('\n'), warning, what)
-      })
-    )
+    const judge = async ([what, handler, reply, warning]: (typeof rows)[number]) => {
+      const { port, logger } = await bootInstance(t, { handler, until: 'started' })
+      const check = () => ask(port, 'health_check\n')
+      await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
+      assert.match(await check(), reply, what)
+      assert.match(warningsOf(logger).join('\n'), warning, what)
+    }
+    await Promise.all(rows.map(judge))
     assert.deepEqual(elsewhere, [])
+  })
+
+  test('the default performer reads the root page to the end of its body', async (t) => {
+    const gate = latch()
+    const server = await serve(t, async (_, response) => {
+      response.write('the first half')
+      await gate.opened
+      response.end('the second half')
+    })
+    const visited = once(server, 'request')
+    const { port } = await bootInstance(t, { server, until: 'started' })
+    await visited
+    assert.equal((await getPage(port, '/warmup_state')).body, '0 1\n')
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
+    gate.open()
+    await untilHealthy(port)
   })
 
   test('an instance that speaks HTTP/2 alone is green when it accepts, after one warning', async (t) => {
@@ -6422,255 +6345,122 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'warmup\n'), 'Warmup failed: no stock\n')
   })
 
-  test('so is one that speaks HTTP/2 alone over TLS', needs('openssl'), async (t) => {
-    const { keyFile, certFile } = certify(t, 'localhost')
-    const script = `
+  test(
+    'over TLS a certificate error says what to set, and HTTP/2 alone is green',
+    needs('openssl'),
+    async (t) => {
+      const { keyFile, certFile } = certify(t, 'localhost')
+      const start = (create: string, prepare: string) => `
+      import https from 'node:https'
       import http2 from 'node:http2'
       import { readFileSync } from 'node:fs'
-      const key = readFileSync('${keyFile}')
-      const cert = readFileSync('${certFile}')
-      const server = http2.createSecureServer({ key, cert }, (_, response) => response.end())
-      await new Promise((resolve) => server.listen(0, 'localhost', resolve))
-      const logger = { info() {}, warn: (text) => print(text), error: print }
-      const url = 'https://localhost:' + server.address().port
-      monitor.start({ server, url, listen: { host: '127.0.0.1', port: 0 }, logger })
-      await monitor.untilHealthy()
+      const [key, cert] = ${JSON.stringify([keyFile, certFile])}.map((file) => readFileSync(file))
+      const server = ${create}({ key, cert }, (_, response) => response.end('hello'))
+      await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
+      const { port } = server.address()
+      ${prepare}
+      const warnings = []
+      const logger = { info() {}, warn: (text) => warnings.push(text), error() {} }
+      await monitor.start({ server, listen: { port: 0 }, logger })
+      while (/booting|progress/.test((await monitor.health()).reason)) await pause(10)
+      const count = warnings.filter((text) => text.includes('speaks no HTTP/1')).length
+      print((await monitor.health()).reason, count)
       process.exit()`
-    const env = { NODE_EXTRA_CA_CERTS: certFile }
-    const watched = runScript(t, { script, env, flags: ['--no-warnings'] })
-    assert.equal(await inTime(watched.exit, 'it is green'), 0, watched.output)
-    const warnings = watched.stdout.split('\n').filter((line) => line.includes('speaks no HTTP/1'))
-    const isLoadedByFetch = NODE_MAJOR >= 26 // which knows HTTP/2 from there on
-    assert.equal(warnings.length, isLoadedByFetch ? 0 : 1, watched.output)
-  })
+      const trusted = { NODE_EXTRA_CA_CERTS: certFile }
+      const setUrl = 'process.env.FTW_MONITOR_URL = `https://localhost:${port}`'
+      const isLoadedByFetch = NODE_MAJOR >= 26 // which knows HTTP/2 from there on
+      const http2Alone = isLoadedByFetch ? /^OK 0\n/ : /^OK 1\n/
+      const rows: [create: string, url: string, env: Record<string, string>, RegExp][] = [
+        ['https.createServer', setUrl, {}, /^Warmup failed: .*NODE_EXTRA_CA_CERTS/],
+        ['https.createServer', '', trusted, /^Warmup failed: .*FTW_MONITOR_URL/],
+        ['https.createServer', setUrl, trusted, /^OK 0\n/],
+        ['http2.createSecureServer', setUrl, trusted, http2Alone]
+      ]
+      const judge = async ([create, url, env, expected]: (typeof rows)[number]) => {
+        const script = start(create, url)
+        const watched = runScript(t, { script, env, flags: ['--no-warnings'] })
+        assert.equal(await inTime(watched.exit, 'it is judged'), 0, watched.output)
+        assert.match(watched.output, expected)
+      }
+      await Promise.all(rows.map(judge))
+    }
+  )
 
   test('an instance of IPv6 alone is reached, though another process may have 127.0.0.1', async (t) => {
     for (const isPortShared of [false, true]) {
-      const ipv6 = { host: '::', port: 0, ipv6Only: true }
-      const server = await serve(t, hello, ipv6)
-      const asked: string[] = []
-      const other: http.RequestListener = ({ url = '' }, response) => {
-        asked.push(url)
-        response.end('of another process')
-      }
-      const port = portOf(server)
-      if (isPortShared) await serve(t, other, { host: '127.0.0.1', port })
+      const server = await serve(t, hello, { host: '::', port: 0, ipv6Only: true })
+      const { seen, handler } = recordPages() // of another process
+      if (isPortShared) await serve(t, handler, { host: '127.0.0.1', port: portOf(server) })
       const pages: string[] = []
-      const { monitor } = await bootInstance(t, {
-        server,
-        performers: {
-          '/': async ({ url }) => void pages.push(await (await fetch(`${url}/page`)).text())
-        }
-      })
-      const { url } = await monitor.status()
-      assert.deepEqual(pages, ['hello'], url)
-      assert.deepEqual(
-        asked.filter((each) => each !== '/@@warmup'),
-        []
+      const load: WarmupPerformer = async ({ url }) => {
+        pages.push(await (await fetch(`${url}/page`)).text())
+      }
+      await bootInstance(t, { server, performers: { '/': load } })
+      assert.deepEqual(pages, ['hello'])
+      assert.ok(
+        seen.every((url) => url === '/@@warmup'),
+        seen.join()
       )
     }
   })
 
-  test('the default performer reads the root page to the end of its body', async (t) => {
-    const gate = latch()
-    const server = await serve(t, async (_, response) => {
-      response.write('the first half')
-      await gate.opened
-      response.end('the second half')
-    })
-    const visited = once(server, 'request')
-    const { port } = await bootInstance(t, { server, until: 'started' })
-    await visited
-    const { body } = await getPage(port, '/warmup_state')
-    assert.equal(body, '0 1\n')
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    gate.open()
-    await untilHealthy(port)
-  })
-
-  test('a certificate error says what to set', needs('openssl'), async (t) => {
-    const { keyFile, certFile } = certify(t, 'localhost')
-    const script = (prepare: string) => `
-      import https from 'node:https'
-      import { readFileSync } from 'node:fs'
-      const [key, cert] = ${JSON.stringify([keyFile, certFile])}.map((file) => readFileSync(file))
-      const server = https.createServer({ key, cert }, (_, response) => response.end('hello'))
-      server.listen(0, '127.0.0.1', async () => {
-        const logger = { info() {}, warn() {}, error() {} }
-        const { port } = server.address()
-        ${prepare}
-        await monitor.start({ server, listen: { port: 0 }, logger })
-        for (;;) {
-          const { reason } = await monitor.health()
-          if (!/booting|progress/.test(reason)) {
-            print(reason)
-            process.exit()
-          }
-          await pause(10)
-        }
-      })`
-    const trusted = { NODE_EXTRA_CA_CERTS: certFile }
-    const setUrl = 'process.env.FTW_MONITOR_URL = `https://localhost:${port}`'
-    const rows: [string, Record<string, string>, RegExp][] = [
-      [setUrl, {}, /^Warmup failed: .*NODE_EXTRA_CA_CERTS/],
-      ['', trusted, /^Warmup failed: .*FTW_MONITOR_URL/],
-      [setUrl, trusted, /^OK\n/]
-    ]
-    const children = rows.map(([url, env]) =>
-      runScript(t, { script: script(url), env, flags: ['--no-warnings'] })
-    )
-    for (const [index, [, , expected]] of rows.entries()) {
-      await until(() => children[index]?.output.includes('\n'), 'the reason is printed')
-      assert.match(children[index]?.output ?? '', expected)
-    }
-  })
-
   test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
-    const monitor = await importMonitor(t)
-    const seen: string[] = []
-    monitor.registerWarmup('/', () => {
-      seen.push('/')
-      monitor.registerWarmup('/late', () => {
-        seen.push('/late')
-      })
+    const { calls, performers } = recordSites('/late')
+    await bootInstance(t, {
+      prepare: ({ registerWarmup }) => {
+        registerWarmup('/', () => registerWarmup('/late', performers['/late']!))
+      }
     })
-    await bootInstance(t, { monitor })
-    assert.deepEqual(seen, ['/', '/late'])
+    assert.deepEqual(calls, ['/late'])
   })
 
-  test('a site that is registered later is warmed in the background, and red only if it fails', async (t) => {
-    const gate = latch()
-    let isBroken = true
+  test('a site that is registered later is warmed in the background, red only if it fails, or if somebody asks', async (t) => {
+    const sites = recordSites('/late', '/later')
     const { monitor, port } = await bootInstance(t, { performers: WARM })
-    monitor.registerWarmup('/late', async () => {
-      await gate.opened
-      if (isBroken) throw new Error('no stock')
-    })
+    const beginInBackground = async (site: string) => {
+      sites.gate = latch()
+      monitor.registerWarmup(site, sites.performers[site]!)
+      await until(async () => (await stageOf(site)) === 'running', 'it is being warmed')
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
+    }
     const stageOf = async (name: string) =>
       (await monitor.status()).warmup.find(({ site }) => site === name)?.status
-    await until(async () => (await stageOf('/late')) === 'running', 'it is being warmed')
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
-    gate.open()
+
+    sites.failures = { '/late': new Error('no stock') }
+    await beginInBackground('/late')
+    sites.gate.open()
     await untilVerdict(monitor, 'Warmup failed: /late: no stock')
-    isBroken = false
+    sites.failures = {}
     await untilVerdict(monitor)
     assert.equal(await stageOf('/late'), 'warm')
-  })
 
-  test("an operator's warm-up of a site that is warmed in the background takes the instance out", async (t) => {
-    const gate = latch()
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    monitor.registerWarmup('/late', () => gate.opened)
-    const late = async () => (await monitor.status()).warmup.find(({ site }) => site === '/late')
-    await until(async () => (await late())?.status === 'running', 'it is being warmed')
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    const one = await converse(t, port)
-    one.say('warmup /late\n')
-    const all = await converse(t, port)
-    all.say('warmup\n')
-    const isOut = async () => (await ask(port, 'health_check\n')) === 'Warmup in progress\n'
-    await until(isOut, 'the instance is out')
-    assert.equal((await late())?.status, 'running')
-    gate.open()
-    await until(() => one.isClosed && all.isClosed, 'both are over')
-    assert.deepEqual([one.transcript, all.transcript], Array(2).fill('Warmup successful\n'))
+    await beginInBackground('/later')
+    const one = ask(port, 'warmup /later\n')
+    const all = ask(port, 'warmup\n')
+    await untilVerdict(monitor, 'Warmup in progress')
+    assert.equal(await stageOf('/later'), 'running')
+    sites.gate.open()
+    assert.deepEqual(await Promise.all([one, all]), Array(2).fill('Warmup successful\n'))
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
   test('a request for a site during a run that is past it is a new run', async (t) => {
     const gates = [latch(), latch(), latch()]
-    let calls = 0
-    const countCalls = () => {
-      calls++
-    }
+    const { calls, performers } = recordSites('/a')
     const { instancePort } = await bootInstance(t, {
-      performers: { '/a': countCalls, '/b': () => gates[calls - 1]?.opened },
+      performers: { ...performers, '/b': () => gates[calls.length - 1]?.opened },
       until: 'started'
     })
-    await until(() => calls === 1, '/a is warm, and /b runs')
+    await until(() => calls.length === 1, '/a is warm, and /b runs')
     const again = getPage(instancePort, '/a/@@warmup')
     const both = getPage(instancePort, '/@@warmup')
     await getPage(instancePort, '/') // by then the requests are seen
     gates[0]?.open()
     assert.equal((await again).status, 200)
-    assert.ok(calls >= 2, `${calls} calls of /a`)
+    assert.ok(calls.length >= 2, `${calls.length} calls of /a`)
     for (const gate of gates) gate.open()
     assert.equal((await both).status, 200)
-  })
-
-  test(
-    'https on a port that fetch refuses says what to do, and a performer does it',
-    needs('openssl'),
-    async (t) => {
-      const { key, cert } = certify(t, 'localhost')
-      const server = https.createServer({ key, cert }, hello)
-      closeLater(t, server)
-      const [port] = await Promise.all(
-        REFUSED_BY_FETCH.map(async (each) => (await isFree(each)) && each)
-      )
-      if (!port) return t.skip('each port that fetch refuses is in use')
-      server.listen(port, '127.0.0.1')
-      await once(server, 'listening')
-      const advice = 'bad port for fetch; register a warm-up performer that does without it'
-      const logger = recorder()
-      const { monitor } = await bootInstance(t, {
-        server: server as unknown as http.Server,
-        logger,
-        until: 'started'
-      })
-      await untilVerdict(monitor, `Warmup failed: ${advice}`)
-      const warnings = warningsOf(logger)
-      assert.ok(
-        warnings.length > 0 && warnings.every((line) => line.includes(advice)),
-        warnings.join()
-      )
-
-      monitor.registerWarmup('/', WARM['/']!)
-      await untilVerdict(monitor)
-    }
-  )
-
-  test('the view and its performers believe only who names this machine', async (t) => {
-    const monitor = await importMonitor(t)
-    let calls = 0
-    monitor.registerWarmup('/', () => {
-      calls++
-    })
-    const server = await serve(t)
-    const port = portOf(server)
-    await bootInstance(t, { monitor, server, options: { url: `http://Shop.example:${port}` } })
-    const raw = async (...lines: string[]) => {
-      const reply = await ask(port, [...lines, 'Connection: close', '', ''].join('\r\n'))
-      return Number(/^HTTP\/1\.\d (\d+) /.exec(reply)?.[1])
-    }
-    for (const [host, status] of Object.entries(NAMES_OF_HOSTS)) {
-      const before = calls
-      assert.equal(await raw('GET /@@warmup HTTP/1.1', `Host: ${host}`), status, host)
-      assert.equal(calls - before, status === 200 ? 1 : 0, host)
-    }
-    const { body } = await getPage(port, '/@@warmup', { headers: { Host: 'evil.example' } })
-    assert.equal(body, 'Only this machine may ask for a warm-up\n')
-  })
-
-  test('over HTTP/2 the name in :authority counts', async (t) => {
-    const server = http2.createServer((_, response) => response.end())
-    closeLater(t, server)
-    server.listen(LOOPBACK)
-    await once(server, 'listening')
-    await bootInstance(t, { performers: WARM, server: server as unknown as http.Server })
-    const statusFor = async (authority: string) => {
-      const session = http2.connect(`http://127.0.0.1:${portOf(server)}`)
-      const stream = session.request({ ':path': '/@@warmup', ':authority': authority })
-      stream.resume()
-      const [headers] = await inTime(once(stream, 'response'), 'it answers')
-      session.destroy()
-      return (headers as http2.IncomingHttpHeaders)[':status']
-    }
-    const rows = { localhost: 200, 'localhost:8080': 200, '[::1]:8080': 200, 'evil.example': 403 }
-    for (const [authority, status] of Object.entries(rows)) {
-      assert.equal(await statusFor(authority), status, authority)
-    }
   })
 
   test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
@@ -6683,9 +6473,8 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const { monitor, instancePort } = await bootInstance(t, setup)
     await untilVerdict(monitor, /^Warmup failed/)
     isByHand = true
-    const view = await fetch(`http://127.0.0.1:${instancePort}/@@warmup`)
-    assert.equal(await view.text(), 'Warmup failed: /broken: broken\n')
-    assert.equal(view.status, 500)
+    const { status, body } = await getPage(instancePort, '/@@warmup')
+    assert.deepEqual([status, body], [500, 'Warmup failed: /broken: broken\n'])
     await pause(100)
     assert.equal((await monitor.health()).healthy, false)
   })
@@ -6706,15 +6495,15 @@ const PAGES_TO_WARM: [text: string, loaded: string[], sites: string[]][] = [
   ]
 ]
 
-/** What FTW_MONITOR_WARMUP says, the site which that makes, and how the log shows it. */
-const WRONG_PAGES_TO_WARM: [text: string, wrong: string, shown: string][] = [
-  ['/own shop', 'shop', 'shop'],
-  ['shop', 'shop', 'shop'],
-  ['?q=a', '?q=a', '?q=a'],
-  ['//example.org/', '//example.org/', '//example.org/'],
-  ['http://me:secret@localhost/', 'http://***@localhost/', 'http://***@localhost/'],
-  ['/own /a\u200bb', '/a b', '/a b']
-]
+/** What FTW_MONITOR_WARMUP says, and the site which that makes. */
+const WRONG_PAGES_TO_WARM: Record<string, string> = {
+  '/own shop': 'shop',
+  shop: 'shop',
+  '?q=a': '?q=a',
+  '//example.org/': '//example.org/',
+  'http://me:secret@localhost/': 'http://***@localhost/',
+  '/own /a\u200bb': '/a b'
+}
 
 describeInProcess('Warm-up', ALONE, () => {
   test('where the program has replaced the global crypto the performers warm up, and it is green', async (t) => {
@@ -6723,12 +6512,9 @@ describeInProcess('Warm-up', ALONE, () => {
     t.after(() => Object.defineProperty(globalThis, 'crypto', before))
     for (const value of [{ getRandomValues: (all: unknown) => all }, undefined]) {
       Object.defineProperty(globalThis, 'crypto', { value, configurable: true })
-      let warmups = 0
-      const count = () => {
-        warmups++
-      }
-      const { port } = await bootInstance(t, { performers: { '/': count } })
-      assert.equal(warmups, 1)
+      const { calls, performers } = recordSites('/')
+      const { port } = await bootInstance(t, { performers })
+      assert.deepEqual(calls, ['/'])
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     }
   })
@@ -6737,10 +6523,27 @@ describeInProcess('Warm-up', ALONE, () => {
     for (const exempt of ['', 'localhost']) {
       const where = exempt && ', whatever NO_PROXY says'
       test(`a dispatcher of the program's own sees nothing of our requests over ${scheme}${where}`, async (t) => {
-        setEnvironment(t, {})
-        if (exempt) process.env['NO_PROXY'] = exempt
-        t.after(() => delete process.env['NO_PROXY'])
-        const seen = await dispatchVisibly(t)
+        setEnvironment(t, exempt ? { NO_PROXY: exempt } : {})
+        await fetch('data:,loaded') // by now there is a dispatcher
+        const seen: string[] = []
+        for (const version of [1, 2]) {
+          // as setGlobalDispatcher(new ProxyAgent(…)) does
+          const key = Symbol.for(`undici.globalDispatcher.${version}`)
+          const inner = Reflect.get(globalThis, key)
+          if (!inner) continue
+          class ProxyAgent {
+            dispatch(
+              options: { origin: unknown; path: string; headers: unknown },
+              handler: unknown
+            ) {
+              const { origin, path, headers } = options
+              seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
+              return inner.dispatch(options, handler)
+            }
+          }
+          Reflect.set(globalThis, key, new ProxyAgent())
+          t.after(() => Reflect.set(globalThis, key, inner))
+        }
         const server = await serve(t)
         await fetch(`http://127.0.0.1:${portOf(server)}/of-the-program`)
         assert.match(seen.join('\n'), /of-the-program/)
@@ -6748,11 +6551,7 @@ describeInProcess('Warm-up', ALONE, () => {
 
         const url = `${scheme}://me:secret@127.0.0.1:${portOf(server)}`
         const { monitor } = await bootInstance(t, { server, options: { url }, until: 'started' })
-        const isOver = async () => {
-          const { warmup } = await monitor.status()
-          return ['warm', 'failed'].includes(warmup[0]?.status ?? '')
-        }
-        await until(isOver, 'the warm-up is over')
+        await untilVerdict(monitor, /^(OK|Warmup failed)/)
         const ours = new RegExp(`x-ftw-monitor-token|${btoa('me:secret')}`, 'i')
         assert.doesNotMatch(seen.join('\n'), ours)
       })
@@ -6762,71 +6561,79 @@ describeInProcess('Warm-up', ALONE, () => {
   test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
     const clock = fakeClock(t)
     const timers = takeTimers(t, ['setInterval', 'setTimeout'], clock)
-    const gates = [latch(), latch()]
-    let isByHand = false
-    const { port } = await bootInstance(t, {
-      performers: {
-        '/': () => isByHand && gates[0]!.opened,
-        '/shop': () => isByHand && gates[1]!.opened
-      }
-    })
-    isByHand = true
+    const sites = recordSites('/', '/shop')
+    const { port } = await bootInstance(t, { performers: sites.performers })
+    sites.calls.length = 0
+    sites.gate = latch()
     const peer = await converse(t, port)
     peer.say('warmup\n')
-    await untilSeen(port)
-    for (const seconds of [10, 20, 30, 40, 50]) {
-      timers.pass(10_000)
-      await peer.hear(`Has been warming up / for ${seconds} s\n`)
+    await until(() => sites.calls.length === 1, 'the first site runs')
+    for (const site of ['/', '/shop']) {
+      assert.equal(sites.calls.at(-1), site)
+      for (const seconds of [10, 20, 30, 40, 50]) {
+        timers.pass(10_000)
+        await peer.hear(`Has been warming up ${site} for ${seconds} s\n`)
+      }
+      const { open } = sites.gate
+      sites.gate = latch()
+      open()
+      await until(() => sites.calls.length === 2, 'it goes on')
     }
-    gates[0]!.open()
-    await until(async () => (await ask(port, 'status\n')).includes('/shop   running'), 'it goes on')
-    for (const seconds of [10, 20, 30, 40]) {
-      timers.pass(10_000)
-      await peer.hear(`Has been warming up /shop for ${seconds} s\n`)
-    }
-    gates[1]!.open()
     await peer.hear('Warmup successful\n')
     await until(() => peer.isClosed, 'it is over')
   })
 
-  test('with automatic warm-up off a site is off until somebody asks, and then red if it fails', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: '0' })
-    let isBroken = true
-    const failing = () => {
-      if (isBroken) throw new Error('no stock')
+  for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
+    test(`FTW_MONITOR_AUTOWARMUP=${value} switches automatic warm-up off`, async (t) => {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+      const { calls, performers } = recordSites('/')
+      const { port } = await bootInstance(t, { performers, until: 'started' })
+      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+      assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
+      assert.deepEqual(calls, [])
+    })
+  }
+
+  test('a word in FTW_MONITOR_AUTOWARMUP that switches nothing off costs a warning', async (t) => {
+    const warning = 'cannot use FTW_MONITOR_AUTOWARMUP=none: it is 0, false, no or off'
+    for (const [value, warnings] of Object.entries({
+      on: [],
+      none: [`warn ftw-monitor ${warning}`]
+    })) {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+      const { calls, performers } = recordSites('/')
+      const { logger } = await bootInstance(t, { performers })
+      assert.deepEqual(calls, ['/'])
+      assert.deepEqual(warningsOf(logger), warnings)
     }
-    const setup = { performers: { '/': () => {}, '/shop': failing }, until: 'started' } as const
-    const { monitor, instancePort } = await bootInstance(t, setup)
+  })
+
+  test('with automatic warm-up off a site is off until somebody asks, and then red if it fails', async (t) => {
+    const timers = takeTimers(t)
+    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: '0' })
+    const sites = recordSites('/', '/shop')
+    sites.failures = { '/shop': new Error('no stock') }
+    const { monitor, instancePort } = await bootInstance(t, { performers: sites.performers })
     const stages = async () => (await monitor.status()).warmup.map(({ status }) => status)
-    await untilVerdict(monitor)
     assert.deepEqual(await stages(), ['off', 'off'])
-    assert.equal((await getPage(instancePort, '/shop/@@warmup')).status, 500)
+    sites.gate = latch()
+    const page = getPage(instancePort, '/shop/@@warmup')
+    await untilVerdict(monitor, 'Warmup in progress')
+    sites.gate.open()
+    assert.equal((await page).status, 500)
     assert.deepEqual(await stages(), ['off', 'failed'])
     assert.equal((await monitor.health()).reason, 'Warmup failed: /shop: no stock')
-    isBroken = false
+    sites.failures = {}
+    timers.pass(1_000)
     await untilVerdict(monitor) // tried again like any other
     assert.deepEqual(await stages(), ['off', 'warm'])
   })
 
-  test('a url ends without a slash, so that a path can follow it', async (t) => {
-    const urls: string[] = []
-    const keep: WarmupPerformer = ({ url }) => void urls.push(`${url}/catalogue`)
-    const { instancePort } = await bootInstance(t, { performers: { '/': keep, '/shop/': keep } })
-    const origin = `http://127.0.0.1:${instancePort}`
-    assert.deepEqual(urls, [`${origin}/catalogue`, `${origin}/shop/catalogue`])
-  })
-
   test('FTW_MONITOR_WARMUP names pages that are loaded in their order; what code registers comes first', async (t) => {
-    const variable = 'FTW_MONITOR_WARMUP'
-    setEnvironment(t, { [variable]: ' /shop/  / /search, /own/ ' })
-    const seen: string[] = []
-    const { monitor, logger } = await bootInstance(t, {
-      performers: { '/own': () => void seen.push('own performer') },
-      handler: ({ url = '' }, response) => {
-        seen.push(url)
-        response.end()
-      }
-    })
+    setEnvironment(t, { FTW_MONITOR_WARMUP: ' /shop/  / /search, /own/ ' })
+    const { seen, handler } = recordPages()
+    const performers = { '/own': () => void seen.push('own performer') }
+    const { monitor, logger } = await bootInstance(t, { performers, handler })
     assert.deepEqual(seen, ['own performer', '/shop/', '/', '/search'])
     const { warmup } = await monitor.status()
     const sites = warmup.map(({ site, status }) => `${site} ${status}`)
@@ -6837,13 +6644,8 @@ describeInProcess('Warm-up', ALONE, () => {
   for (const [text, loaded, sites] of PAGES_TO_WARM) {
     test(`FTW_MONITOR_WARMUP='${text}' loads ${loaded.join(' ')}`, async (t) => {
       setEnvironment(t, { FTW_MONITOR_WARMUP: text })
-      const seen: string[] = []
-      const { monitor, port, logger } = await bootInstance(t, {
-        handler: ({ url = '' }, response) => {
-          seen.push(url)
-          response.end()
-        }
-      })
+      const { seen, handler } = recordPages()
+      const { monitor, port, logger } = await bootInstance(t, { handler })
       assert.deepEqual(seen, loaded)
       const { warmup } = await monitor.status()
       const names = warmup.map(({ site }) => site)
@@ -6854,143 +6656,121 @@ describeInProcess('Warm-up', ALONE, () => {
     })
   }
 
-  for (const [text, wrong, shown] of WRONG_PAGES_TO_WARM) {
+  for (const [text, wrong] of Object.entries(WRONG_PAGES_TO_WARM)) {
     test(`no other page of FTW_MONITOR_WARMUP='${text}' makes the instance green`, async (t) => {
       setEnvironment(t, { FTW_MONITOR_WARMUP: text })
-      const seen: string[] = []
-      const { monitor, port, logger } = await bootInstance(t, {
-        handler: ({ url = '' }, response) => {
-          seen.push(url)
-          response.end()
-        },
-        until: 'started'
-      })
-      const why = `${wrong}: cannot be used: a page is a path like /shop or /search?q=a`
-      await untilVerdict(monitor, `Warmup failed: ${why}`)
+      const { seen, handler } = recordPages()
+      const { monitor, port, logger } = await bootInstance(t, { handler, until: 'started' })
+      const why = 'a page is a path like /shop or /search?q=a'
+      const reason = `Warmup failed: ${wrong}: cannot be used: ${why}`
+      await untilVerdict(monitor, reason)
       assert.deepEqual(seen, text.includes('/own') ? ['/own'] : [])
-      assert.equal(await ask(port, 'health_check\n'), `Warmup failed: ${why}\n`)
-      const variable = 'FTW_MONITOR_WARMUP'
-      const sentence = 'a page is a path like /shop or /search?q=a'
-      const warning = `warn ftw-monitor cannot use ${shown} of ${variable}: ${sentence}`
+      assert.equal(await ask(port, 'health_check\n'), `${reason}\n`)
+      const warning = `warn ftw-monitor cannot use ${wrong} of FTW_MONITOR_WARMUP: ${why}`
       assert.ok(warningsOf(logger).includes(warning), warningsOf(logger).join('\n'))
     })
   }
 
   test('a wrong page of FTW_MONITOR_WARMUP takes nothing out where there is no warm-up', async (t) => {
     setEnvironment(t, { FTW_MONITOR_WARMUP: 'shop', FTW_MONITOR_AUTOWARMUP: '0' })
-    const { monitor } = await bootInstance(t)
+    const { monitor } = await bootInstance(t, { until: 'started' })
     assert.equal((await monitor.health()).reason, 'OK')
   })
 
-  test('a database or check that turns good starts the next try of a failed warm-up at once', async (t) => {
-    for (const kind of ['database', 'check'] as const) {
+  for (const kind of ['database', 'check']) {
+    test(`a ${kind} that turns good starts the next try of a failed warm-up at once`, async (t) => {
       const timers = takeTimers(t)
       let isThere = false
-      let tries = 0
+      const sites = recordSites('/')
+      sites.failures = { '/': new Error('no stock') }
       const { monitor, port } = await bootInstance(t, {
-        prepare: (copy) => {
-          if (kind === 'check') copy.registerCheck('disk', () => isThere)
-          else copy.registerDatabase('main', { isConnected: () => isThere })
+        prepare: ({ registerCheck, registerDatabase }) => {
+          if (kind === 'check') registerCheck('disk', () => isThere)
+          else registerDatabase('main', { isConnected: () => isThere })
         },
-        performers: {
-          '/': () => {
-            tries++
-            if (!isThere) throw new Error('no stock')
-          }
-        },
+        performers: sites.performers,
         until: 'started'
       })
-      const site = async () => (await monitor.status()).warmup[0]!
-      await until(async () => (await site()).nextTrySeconds > 0, 'the next try is known')
-      for (const pauseMs of [1_000, 2_000, 4_000]) {
-        const before = tries
-        timers.pass(pauseMs)
-        await until(async () => tries > before && (await site()).nextTrySeconds > 0, 'it was tried')
+      const nextTrySeconds = async () => (await monitor.status()).warmup[0]!.nextTrySeconds
+      for (const seconds of [1, 2, 4]) {
+        await until(async () => (await nextTrySeconds()) === seconds, 'the next try is known')
+        timers.pass(seconds * 1_000)
       }
-      assert.equal((await site()).nextTrySeconds, 8)
-      assert.match(
-        await ask(port, 'status\n'),
-        /failed after \d+\.\d s; next try in 8 s: no stock$/m
-      )
+      await until(async () => (await nextTrySeconds()) === 8, 'it was tried')
+      const line = /failed after \d+\.\d s; next try in 8 s: no stock$/m
+      assert.match(await ask(port, 'status\n'), line)
 
       isThere = true
+      sites.failures = {}
       await untilHealthy(port) // without any time passing
-      assert.equal(tries, 5)
-      assert.equal((await site()).nextTrySeconds, -1)
-      t.mock.restoreAll()
+      assert.equal(sites.calls.length, 5)
+      assert.equal(await nextTrySeconds(), -1)
+    })
+  }
+
+  test('the failed sites alone are tried again, after a pause that doubles, as the log says', async (t) => {
+    const timers = takeTimers(t)
+    const sites = recordSites('/', '/good', '/bad')
+    const noStock = new Error('no stock')
+    sites.failures = { '/': noStock, '/bad': noStock }
+    const { monitor, logger } = await bootInstance(t, {
+      performers: sites.performers,
+      until: 'started'
+    })
+    const rows: [seconds: number, why: string, calls: string[]][] = [
+      [1, 'no stock; /bad: no stock', ['/', '/bad']],
+      [2, '/bad: no stock', ['/bad']],
+      [4, '/bad: no stock', ['/bad']]
+    ]
+    for (const [seconds, why, calls] of rows) {
+      const line = `warn ftw-monitor tries again in ${seconds} s: ${why}`
+      await until(() => logger.lines.includes(line), line)
+      sites.calls.length = 0
+      timers.pass(seconds * 1_000 - 500)
+      await nextTurn()
+      assert.deepEqual(sites.calls, [])
+      sites.failures = seconds === 4 ? {} : { '/bad': noStock }
+      timers.pass(1_000)
+      await until(() => sites.calls.includes('/bad'), 'it is tried again')
+      assert.deepEqual(sites.calls, calls)
     }
+    await untilVerdict(monitor)
+    assert.equal(logger.lines.filter((line) => line.includes('tries again')).length, 3)
   })
 
-  test('performers get their site, its url and a signal, in order of registration', async (t) => {
-    const monitor = await importMonitor(t)
-    const server = await serve(t)
-    const logger = recorder()
-    const calls: { site: string; url: string; isAborted: boolean }[] = []
-    for (const site of ['/shop', '/', '/a/b', '/blog']) {
-      monitor.registerWarmup(site, ({ site: path, url, signal }) => {
-        calls.push({ site: path, url, isAborted: signal.aborted })
-      })
+  test('performers get their site, its url without a slash at the end, and a signal, in order of registration', async (t) => {
+    const calls: unknown[] = []
+    const keep: WarmupPerformer = ({ site, url, signal }) => {
+      calls.push([site, url, signal.aborted])
     }
-    await bootInstance(t, { monitor, server, logger })
-    const origin = `http://127.0.0.1:${portOf(server)}`
-    const sites = ['/shop', '/', '/a/b', '/blog']
-    assert.deepEqual(
-      calls,
-      sites.map((site) => ({ site, url: `${origin}${site}`.replace(/\/$/, ''), isAborted: false }))
-    )
+    const performers = { '/shop': keep, '/': keep, '/a/b': keep, '/blog/': keep }
+    const { instancePort, logger } = await bootInstance(t, { performers })
+    const origin = `http://127.0.0.1:${instancePort}`
+    assert.deepEqual(calls, [
+      ['/shop', `${origin}/shop`, false],
+      ['/', origin, false],
+      ['/a/b', `${origin}/a/b`, false],
+      ['/blog', `${origin}/blog`, false]
+    ])
     const log = logger.lines.join('\n')
-    for (const [index, site] of sites.entries()) {
+    for (const [index, site] of ['/shop', '/', '/a/b', '/blog'].entries()) {
       assert.match(log, new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`))
     }
-    calls.length = 0
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
-    assert.deepEqual(
-      calls.map(({ site }) => site),
-      sites
-    )
   })
 
   test('FTW_MONITOR_URL is where performers find the instance, and url outdoes it', async (t) => {
     const server = await serve(t)
+    const base = `http://localhost:${portOf(server)}/base`
+    setEnvironment(t, { FTW_MONITOR_URL: base })
     const urls: string[] = []
-    const performer: WarmupPerformer = ({ url }) => {
+    const keep: WarmupPerformer = ({ url }) => {
       urls.push(url)
     }
-    const setup = { performers: { '/shop': performer, '/': performer }, server }
-    setEnvironment(t, { FTW_MONITOR_URL: `http://localhost:${portOf(server)}/base` })
+    const setup = { performers: { '/shop': keep, '/': keep }, server }
     const { monitor } = await bootInstance(t, setup)
-    assert.equal(urls[0], `http://localhost:${portOf(server)}/base/shop`)
     await monitor.stop()
-    urls.length = 0
     await bootInstance(t, { ...setup, options: { url: 'http://127.0.0.1:9/' } })
-    assert.equal(urls[1], 'http://127.0.0.1:9')
-  })
-
-  test('the failed sites alone are tried again, after a pause that doubles', async (t) => {
-    const timers = takeTimers(t)
-    const tries: Record<string, number> = { '/': 0, '/good': 0, '/bad': 0 }
-    const performer = (failures: number): WarmupPerformer => {
-      return ({ site }) => {
-        tries[site] = (tries[site] ?? 0) + 1
-        if (tries[site] <= failures) throw new Error(`${site} is not ready`)
-      }
-    }
-    const { monitor, logger } = await bootInstance(t, {
-      performers: { '/': performer(1), '/good': performer(0), '/bad': performer(3) },
-      until: 'started'
-    })
-    for (const seconds of [1, 2, 4]) {
-      const isLogged = () => logger.lines.some((line) => line.includes(`${seconds} s`))
-      await until(isLogged, `it is to be tried again after ${seconds} s`)
-      const triesBefore = tries['/bad'] ?? 0
-      timers.pass(seconds * 1_000 - 500)
-      await nextTurn()
-      assert.equal(tries['/bad'], triesBefore)
-      timers.pass(1_000)
-      await until(() => tries['/bad'] === triesBefore + 1, 'it is tried again')
-    }
-    await untilVerdict(monitor)
-    assert.deepEqual(tries, { '/': 2, '/good': 1, '/bad': 4 })
+    assert.deepEqual(urls, [`${base}/shop`, base, 'http://127.0.0.1:9/shop', 'http://127.0.0.1:9'])
   })
 
   test('warmupView mounts in http, Connect and Express', async (t) => {
@@ -7013,101 +6793,75 @@ describeInProcess('Warm-up', ALONE, () => {
         response.end(`next ${request.url}`)
       })
     })
-    closeLater(t, server)
+    for (const each of [hide(plain), hide(server)]) closeLater(t, each) // else it is there by itself
     await monitor.start({ logger: recorder() })
     await once(server.listen(port, '127.0.0.1'), 'listening')
     await untilHealthy(port + 80)
     assert.deepEqual(calls, ['/', '/shop'])
-    const rows: [number, string, number, string | undefined, string[]][] = [
+    const rows: [port: number, path: string, status: number, body: string, calls: string[]][] = [
       [port, '/@@warmup', 200, 'Warmup successful\n', ['/', '/shop']],
       [port, '/shop/@@warmup', 200, 'Warmup successful\n', ['/shop']],
       [port, '/shop/hats', 200, 'next /hats', []],
       [port, '/other', 200, 'next /other', []],
       [portOf(plain), '/@@warmup', 200, 'Warmup successful\n', ['/', '/shop']],
-      [portOf(plain), '/other', 404, undefined, []]
+      [portOf(plain), '/other', 404, 'Not found\n', []]
     ]
     for (const [at, path, status, body, expected] of rows) {
       calls.length = 0
       const page = await getPage(at, path)
-      assert.equal(page.status, status, path)
-      if (body !== undefined) assert.equal(page.body, body)
-      assert.deepEqual(calls, expected, path)
+      assert.deepEqual([page.status, page.body, calls], [status, body, expected], path)
     }
   })
 
   test('where the view is not mounted, only the performers make an instance green', async (t) => {
+    const reply = (status: number, headers = {}): http.RequestListener => {
+      return (_, response) => {
+        response.writeHead(status, headers).end('Warmup successful')
+      }
+    }
     const handlers: Record<string, http.RequestListener> = {
-      'a catch-all route': (_, response) => {
-        response.end('Warmup successful')
-      },
-      authentication: (_, response) => {
-        response.writeHead(401).end()
-      },
-      'not found': (_, response) => {
-        response.writeHead(404).end()
-      },
-      'a redirect': (_, response) => {
-        response.writeHead(302, { Location: '/login' }).end()
-      },
-      'an error': (_, response) => {
-        response.writeHead(500).end()
-      },
+      'a catch-all route': reply(200),
+      authentication: reply(401),
+      'not found': reply(404),
+      'a redirect': reply(302, { Location: '/login' }),
+      'an error': reply(500),
       'a reset': ({ socket }) => {
         socket.resetAndDestroy()
       }
     }
     setEnvironment(t, { HOST: '127.0.0.1' })
-    await Promise.all(
-      Object.entries(handlers).map(async ([what, handler]) => {
-        const port = await freePort()
-        const monitor = await importMonitor(t)
-        const gate = latch()
-        let calls = 0
-        monitor.registerWarmup('/', () => {
-          calls++
-          return gate.opened
-        })
-        const instance = http.createServer(handler)
-        closeLater(t, instance)
-        await monitor.start({ logger: recorder(), port })
-        assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n', what)
-        await once(instance.listen(port, '127.0.0.1'), 'listening')
-        await until(() => calls === 1, `the performer runs in spite of ${what}`)
-        assert.equal(await ask(port + 80, 'health_check\n'), 'Warmup in progress\n', what)
-        gate.open()
-        await untilHealthy(port + 80)
-        assert.equal(calls, 1, what)
-      })
-    )
-  })
-
-  test('while nobody knows whether the view is mounted, the instance is booting', async (t) => {
-    setEnvironment(t, { HOST: '127.0.0.1' })
-    const port = await freePort()
-    const monitor = await importMonitor(t)
-    const gate = latch()
-    const asked = latch()
-    let calls = 0
-    monitor.registerWarmup('/', () => {
-      calls++
-    })
-    const instance = http.createServer(async ({ url }, response) => {
-      assert.equal(url, '/@@warmup')
-      asked.open()
-      await gate.opened
-      response.end('Warmup successful')
-    })
-    closeLater(t, instance)
-    await monitor.start({ logger: recorder(), port })
-    await once(instance.listen(port, '127.0.0.1'), 'listening')
-    hide(instance)
-    await inTime(asked.opened, 'the view is asked for')
-    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
-    assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
-    assert.equal(calls, 0)
-    gate.open()
-    await untilHealthy(port + 80)
-    assert.equal(calls, 1)
+    const boot = async ([what, handler]: [string, http.RequestListener]) => {
+      const port = await freePort()
+      const monitor = await importMonitor(t)
+      const sites = recordSites('/')
+      sites.gate = latch()
+      monitor.registerWarmup('/', sites.performers['/']!)
+      const asked = latch()
+      const answered = latch()
+      const answer: http.RequestListener = async (request, response) => {
+        assert.equal(request.url, '/@@warmup')
+        asked.open()
+        await answered.opened
+        handler(request, response)
+      }
+      const instance = hide(http.createServer(answer))
+      closeLater(t, instance)
+      await monitor.start({ logger: recorder(), port })
+      const check = () => ask(port + 80, 'health_check\n')
+      assert.equal(await check(), 'Instance is booting\n', what)
+      await once(instance.listen(port, '127.0.0.1'), 'listening')
+      await inTime(asked.opened, 'the view is asked for')
+      assert.equal(await check(), 'Instance is booting\n', what)
+      assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
+      assert.deepEqual(sites.calls, [])
+      answered.open()
+      await until(() => sites.calls.length === 1, `the performer runs in spite of ${what}`)
+      assert.equal(await check(), 'Warmup in progress\n', what)
+      sites.gate.open()
+      await untilHealthy(port + 80)
+      assert.deepEqual(sites.calls, ['/'], what)
+    }
+    await Promise.all(Object.entries(handlers).map(boot))
   })
 
   test('an instance whose fetch throws at once warms up', async (t) => {
@@ -7128,137 +6882,57 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(asked, [`${url}/@@warmup`, url])
   })
 
-  test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off', async (t) => {
-    for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
-      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
-      const server = await serve(t)
-      const gate = latch()
-      let calls = 0
-      const { port } = await bootInstance(t, {
-        performers: {
-          '/': () => {
-            calls++
-            return gate.opened
-          }
-        },
-        server,
-        until: 'started'
-      })
-      assert.equal(await ask(port, 'health_check\n'), 'OK\n', value)
-      assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
-      assert.equal(calls, 0)
-      const page = getPage(portOf(server), '/@@warmup')
-      await until(() => calls === 1, 'the one asked for runs')
-      assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-      gate.open()
-      assert.equal((await page).body, 'Warmup successful\n')
-      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    }
-    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'on' })
-    const { logger } = await bootInstance(t)
-    assert.deepEqual(warningsOf(logger), [])
-  })
-
-  test('what failed to warm up is tried again, as the log says', async (t) => {
-    takeTimers(t)
-    const performers = { '/shop': () => Promise.reject(new Error('no table')) }
-    const { monitor, logger } = await bootInstance(t, { performers, until: 'started' })
-    await untilVerdict(monitor, /^Warmup failed/)
-    const lines = warningsOf(logger).filter((line) => line.includes('tries again'))
-    assert.deepEqual(lines, ['warn ftw-monitor tries again in 1 s: /shop: no table'])
-  })
-
-  test('a word in FTW_MONITOR_AUTOWARMUP that switches nothing off costs a warning', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: 'none' })
-    const { logger } = await bootInstance(t, { performers: WARM })
-    const warning = 'cannot use FTW_MONITOR_AUTOWARMUP=none: it is 0, false, no or off'
-    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor ${warning}`])
-  })
-
   test('server.close() aborts a running warm-up within a second, though nobody asks', async (t) => {
-    const monitor = await importMonitor(t)
-    const slow = latch()
-    const arrived = latch()
-    const server = await serve(t, async (_, response) => {
-      arrived.open()
-      await slow.opened
-      response.end()
-    })
+    const timers = takeTimers(t)
+    const { server, held, letGo } = await serveHeld(t)
     const signals: AbortSignal[] = []
-    monitor.registerWarmup('/', ({ signal }) => {
+    const performer: WarmupPerformer = ({ signal }) => {
       signals.push(signal)
       return hang()
-    })
-    const timers = takeTimers(t)
-    await bootInstance(t, { monitor, server, until: 'started' })
+    }
+    await bootInstance(t, { performers: { '/': performer }, server, until: 'started' })
     await until(() => signals.length === 1, 'the warm-up has begun')
-    const page = getPage(portOf(server), '/')
-    await arrived.opened
+    const page = getPage(portOf(server), '/held')
+    await until(() => held.length === 1, 'the server cannot close at once')
     server.close()
     timers.pass(1_000)
     assert.equal(signals[0]?.aborted, true)
-    slow.open()
+    letGo()
     await page
-  })
-
-  test('server.close() during a warm-up of 60 s ends the process within seconds', async (t) => {
-    const child = runScript(t, {
-      script: `
-        const server = http.createServer((_, response) => response.end('hello'))
-        monitor.registerWarmup('/', async ({ signal }) => {
-          setTimeout(() => server.close(), 100)
-          await pause(60_000, undefined, { signal })
-        })
-        server.listen(0, '127.0.0.1')
-        await monitor.start({ server, listen: { port: 0 } })`
-    })
-    assert.equal(await inTime(child.exit, 'it has exited'), 0, child.output)
   })
 
   test('a server that closes, and listens again before it has closed, is warmed up', async (t) => {
     quicken(t, 5)
-    const server = await serve(t, () => {})
-    const hanging = latch()
-    let tries = 0
-    const { port } = await bootInstance(t, {
-      performers: {
-        '/': async () => {
-          tries++
-          if (tries === 1) await hanging.opened
-        }
-      },
+    const { server, held } = await serveHeld(t)
+    const sites = recordSites('/')
+    sites.gate = latch()
+    const { port, instancePort } = await bootInstance(t, {
+      performers: sites.performers,
       server,
       until: 'started'
     })
-    const client = await converse(t, portOf(server))
-    client.say(headOf('/slow')) // which keeps it from closing
-    await until(async () => (await ask(port, 'monitor\n')) !== '0\n' && tries === 1, 'both run')
-    const instancePort = portOf(server)
+    const client = await converse(t, instancePort)
+    client.say(headOf('/held')) // which keeps it from closing
+    await until(() => held.length === 1 && sites.calls.length === 1, 'both run')
+    sites.gate = latch()
+    sites.gate.open()
     server.close()
     await until(async () => (await ask(port, 'warmup_state\n')) === '0 0\n', 'it is aborted')
     assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
     await once(server.listen(instancePort, '127.0.0.1'), 'listening')
     await untilHealthy(port)
-    assert.equal(tries, 2)
+    assert.equal(sites.calls.length, 2)
   })
 
   test('the signal of a warm-up aborts it after 30 minutes, and never once it is over', async (t) => {
     const timers = takeTimers(t)
-    const server = await serve(t)
     const signals: AbortSignal[] = []
-    await bootInstance(t, {
-      performers: {
-        '/': ({ signal }) => {
-          signals.push(signal)
-        },
-        '/slow': ({ signal }) => {
-          signals.push(signal)
-          return signals.length === 2 ? undefined : hang()
-        }
-      },
-      server
-    })
-    const asked = getPage(portOf(server), '/slow/@@warmup')
+    const keep: WarmupPerformer = ({ signal }) => {
+      signals.push(signal)
+      return signals.length === 3 ? hang() : undefined
+    }
+    const { instancePort } = await bootInstance(t, { performers: { '/': keep, '/slow': keep } })
+    const asked = getPage(instancePort, '/slow/@@warmup')
     await until(() => signals.length === 3, 'the second one runs')
     timers.pass(30 * 60_000 - 1_000)
     assert.equal(signals[2]?.aborted, false)
@@ -7267,10 +6941,7 @@ describeInProcess('Warm-up', ALONE, () => {
     const { status, body } = await asked
     assert.deepEqual([status, body], [500, 'Warmup failed: /slow: no end after 30 minutes\n'])
     timers.pass(30 * 60_000)
-    assert.deepEqual(
-      signals.map(({ aborted }) => aborted),
-      [false, false, true]
-    )
+    assert.deepEqual([signals[0]?.aborted, signals[1]?.aborted], [false, false])
   })
 
   test('a warm-up that hangs is told after 60 s, and each time it has run twice as long', async (t) => {
@@ -7280,75 +6951,63 @@ describeInProcess('Warm-up', ALONE, () => {
       performers: { '/': () => {}, '/shop': () => gate.opened, '/last': hang },
       until: 'started'
     })
+    const untilWarm = async (site: string) => {
+      await until(() => logger.lines.some((line) => line.includes(`${site} is warm`)), site)
+      await nextTurn()
+    }
     const told = () => logger.lines.filter((line) => line.includes('running'))
-    await until(() => logger.lines.some((line) => line.includes('/ is warm')), 'the first is warm')
-    await nextTurn()
+    const tellsOf = (site: string, ...times: number[]) =>
+      times.map((seconds) => `warn ftw-monitor ${site} still running after ${seconds} s`)
+
+    await untilWarm('/')
     timers.pass(59_750)
     assert.deepEqual(told(), [])
     timers.pass(250)
-    const line = (site: string, seconds: number) => {
-      return `warn ftw-monitor ${site} still running after ${seconds} s`
-    }
-    const lines = [line('/shop', 60)]
-    assert.deepEqual(told(), lines)
+    assert.deepEqual(told(), tellsOf('/shop', 60))
     timers.pass(59_750)
-    assert.deepEqual(told(), lines)
+    assert.deepEqual(told(), tellsOf('/shop', 60))
     timers.pass(500)
-    lines.push(line('/shop', 120))
-    assert.deepEqual(told(), lines)
+    assert.deepEqual(told(), tellsOf('/shop', 60, 120))
     timers.pass(120_000)
-    lines.push(line('/shop', 240))
-    assert.deepEqual(told(), lines)
+    const ofShop = tellsOf('/shop', 60, 120, 240)
+    assert.deepEqual(told(), ofShop)
 
     gate.open()
-    await until(() => logger.lines.some((text) => text.includes('/shop is warm')), 'it is warm')
-    await nextTurn()
+    await untilWarm('/shop')
     timers.pass(30 * 60_000 - 250) // what waited for its turn is told since it runs
-    for (const seconds of [60, 120, 240, 480, 960]) lines.push(line('/last', seconds))
-    assert.deepEqual(told(), lines)
+    assert.deepEqual(told(), [...ofShop, ...tellsOf('/last', 60, 120, 240, 480, 960)])
   })
 
   test('a server that answers nothing but upgrades is warned of once, after 10 s', async (t) => {
     const timers = takeTimers(t)
-    const server = http.createServer() // as ws has it
-    closeLater(t, server)
+    const server = await startListening(t, http.createServer()) // as ws has it
     server.on('upgrade', (_, socket) => socket.destroy())
     let connections = 0
     server.on('connection', () => {
       connections++
     })
-    server.listen(LOOPBACK)
-    await once(server, 'listening')
-    const logger = recorder()
-    const { monitor, port } = await bootInstance(t, { server, logger, until: 'started' })
+    const first = await bootInstance(t, { server, until: 'started' })
     await until(() => connections === 2, 'it asks for the view, and for the page')
     timers.pass(9_000)
-    assert.deepEqual(warningsOf(logger), [])
+    assert.deepEqual(warningsOf(first.logger), [])
     timers.pass(50_000)
     const page = `http://127.0.0.1:${portOf(server)}`
     const advice = 'if it never answers, register a warm-up performer'
-    assert.deepEqual(warningsOf(logger), [
-      `warn ftw-monitor gets no answer from ${page}; ${advice}`
-    ])
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    await monitor.stop()
+    const warning = `warn ftw-monitor gets no answer from ${page}; ${advice}`
+    assert.deepEqual(warningsOf(first.logger), [warning])
+    assert.equal(await ask(first.port, 'health_check\n'), 'Warmup in progress\n')
+    await first.monitor.stop()
 
-    const again = recorder()
-    monitor.registerWarmup('/', () => {})
-    await bootInstance(t, { monitor, server, logger: again, until: 'started' })
-    await untilVerdict(monitor)
+    const { logger } = await bootInstance(t, { server, performers: WARM })
     timers.pass(60_000)
-    assert.deepEqual(warningsOf(again), [])
+    assert.deepEqual(warningsOf(logger), [])
   })
 
   test('a page that answers in time, be it slow, is not warned of', async (t) => {
     const timers = takeTimers(t)
     const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => {
-      held.push(response)
-    })
-    const logger = recorder()
-    const { monitor } = await bootInstance(t, { server, logger, until: 'started' })
+    const handler: http.RequestListener = (_, response) => void held.push(response)
+    const { monitor, logger } = await bootInstance(t, { handler, until: 'started' })
     await until(() => held.length > 0, 'it asks for the page')
     timers.pass(9_000)
     held[0]?.end()
@@ -7372,19 +7031,16 @@ describeInProcess('Warm-up', ALONE, () => {
 describeInProcess('Warm-up', PAIRWISE, () => {
   for (const scheme of ['http', 'https'] as const) {
     const isSecure = scheme === 'https'
-    const options = isSecure ? needs('openssl') : {}
-    test(
-      `our own requests over ${scheme} go past a proxy that the environment names`,
-      options,
-      async (t) => {
-        let connections = 0
-        const proxy = net.createServer((socket) => {
-          connections++
-          socket.on('error', () => {}) // and no answer
-        })
-        await startListening(t, proxy)
-        const { keyFile = '', certFile = '' } = isSecure ? certify(t, 'localhost') : {}
-        const script = `
+    const name = `our own requests over ${scheme} go past a proxy that the environment names`
+    test(name, isSecure ? needs('openssl') : {}, async (t) => {
+      let connections = 0
+      const proxy = net.createServer((socket) => {
+        connections++
+        socket.on('error', () => {}) // and no answer
+      })
+      await startListening(t, proxy)
+      const { keyFile = '', certFile = '' } = isSecure ? certify(t, 'localhost') : {}
+      const script = `
         import { readFileSync } from 'node:fs'
         const { default: module } = await import('node:${scheme}')
         const options = ${isSecure}
@@ -7404,28 +7060,25 @@ describeInProcess('Warm-up', PAIRWISE, () => {
         print((await monitor.health()).reason)
         print(seen.join('\\n'))
         process.exit()`
-        const address = `http://127.0.0.1:${portOf(proxy)}`
-        const env = {
-          NODE_USE_ENV_PROXY: '1',
-          http_proxy: address,
-          HTTPS_PROXY: address,
-          NODE_EXTRA_CA_CERTS: certFile
-        }
-        const login = `Basic ${btoa('ad:min')}`
-        const page = new RegExp(`^/ ${login}$`, 'm')
-        const proxied = runScript(t, { script, env })
-        assert.equal(await inTime(proxied.exit, 'it is judged', 8_000), 0, proxied.output)
-        // Before Node.js 22.21 fetch did not heed the environment.
-        const isLeftOut = isSecure && NODE_MAJOR > 20
-        if (isLeftOut) assert.match(proxied.stdout, /^Warmup failed: .*NO_PROXY$/m)
-        else assert.match(proxied.stdout, page)
-
-        const direct = runScript(t, { script, env: { ...env, NO_PROXY: 'localhost' } })
-        assert.equal(await inTime(direct.exit, 'it is judged', 8_000), 0, direct.output)
-        assert.match(direct.stdout, page)
-        assert.equal(connections, 0)
+      const address = `http://127.0.0.1:${portOf(proxy)}`
+      const env = {
+        NODE_USE_ENV_PROXY: '1',
+        http_proxy: address,
+        HTTPS_PROXY: address,
+        NODE_EXTRA_CA_CERTS: certFile
       }
-    )
+      const page = new RegExp(`^/ Basic ${btoa('ad:min')}$`, 'm')
+      const proxied = runScript(t, { script, env })
+      const direct = runScript(t, { script, env: { ...env, NO_PROXY: 'localhost' } })
+      for (const { exit, child } of [proxied, direct]) {
+        assert.equal(await inTime(exit, `${child.pid} is judged`, 8_000), 0)
+      }
+      // Before Node.js 22.21 fetch did not heed the environment.
+      const isLeftOut = isSecure && NODE_MAJOR > 20
+      assert.match(proxied.stdout, isLeftOut ? /^Warmup failed: .*NO_PROXY$/m : page)
+      assert.match(direct.stdout, page)
+      assert.equal(connections, 0)
+    })
   }
 
   for (const [where, begin] of Object.entries(STARTS)) {
