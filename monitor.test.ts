@@ -7107,7 +7107,7 @@ describeInProcess('Warm-up', PAIRWISE, () => {
 
 // --- The health path -----------------------------------------------------------------------------
 
-const READY = { options: { listen: LOOPBACK, healthPath: '/ready' } }
+const READY = { options: { listen: LOOPBACK, healthPath: '/ready' }, performers: WARM }
 
 /** How many requests the instance has begun to serve. */
 async function askRequests(port: number): Promise<number> {
@@ -7122,7 +7122,7 @@ describeInProcess('The health path', TOGETHER, () => {
       seen.push(`${method} ${url}`)
       response.end('own')
     }
-    const { port, instancePort } = await bootInstance(t, { ...READY, handler, performers: WARM })
+    const { port, instancePort } = await bootInstance(t, { ...READY, handler })
     const before = await askRequests(port)
     for (const path of ['/ready', '/ready?', '/ready?verbose=1&a=/', 'http://a/ready']) {
       const { status, headers, body } = await getPage(instancePort, path)
@@ -7142,7 +7142,7 @@ describeInProcess('The health path', TOGETHER, () => {
 
   test('it is answered over https', needs('openssl'), async (t) => {
     const server = await startListening(t, https.createServer(certify(t, 'localhost'), hello))
-    await bootInstance(t, { ...READY, server, performers: WARM })
+    await bootInstance(t, { ...READY, server })
     const body = await new Promise((resolve, reject) => {
       const to = { port: portOf(server), path: '/ready', rejectUnauthorized: false, agent: false }
       https.get(to, (answer) => void readAll(answer).then(resolve, reject)).on('error', reject)
@@ -7157,7 +7157,7 @@ describeInProcess('The health path', TOGETHER, () => {
         seen++
       }
       const server = await startListening(t, http2.createServer().on(event, count))
-      const { port } = await bootInstance(t, { ...READY, server, performers: WARM })
+      const { port } = await bootInstance(t, { ...READY, server })
       const before = await askRequests(port)
       const session = await connectSession(t, portOf(server))
       const askOnce = async (method: string) => {
@@ -7172,59 +7172,37 @@ describeInProcess('The health path', TOGETHER, () => {
   }
 
   test('who asks there is a stranger, and is told the category alone', async (t) => {
-    const { instancePort } = await bootInstance(t, {
-      ...READY,
-      databases: { main: { isConnected: () => Promise.reject(new Error('secret')) } },
-      until: 'started'
-    })
+    const databases = { main: { isConnected: () => Promise.reject(new Error('secret')) } }
+    const { instancePort } = await bootInstance(t, { ...READY, databases, until: 'started' })
     const { status, body } = await getPage(instancePort, '/ready')
     assert.deepEqual([status, body], [503, "Error: Database 'main' failed.\n"])
   })
 
-  test('a prober there is an address together with its User-Agent', async (t) => {
-    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
-    const agents = [
-      'one/1.0',
-      'other',
-      undefined,
-      `evil${EVIL.replaceAll(/[^ -~]/g, '')}${'x'.repeat(200)}`
-    ]
-    for (const agent of [...agents, ...agents]) {
-      await getPage(
-        instancePort,
-        '/ready',
-        agent === undefined ? {} : { headers: { 'User-Agent': agent } }
-      )
+  test('a prober there is an address together with its User-Agent, and none who comes through a proxy', async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, READY)
+    for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
+      const { body } = await getPage(instancePort, '/ready', { headers: { [name]: '10.1.1.1' } })
+      assert.equal(body, 'OK\n', name)
     }
+    assert.deepEqual((await monitor.status()).probers, [])
+
+    const evil = `evil${EVIL.replaceAll(/[^ -~]/g, '')}${'x'.repeat(200)}`
+    const agents = [{ 'User-Agent': 'one/1.0' }, { 'User-Agent': 'other' }, { 'User-Agent': evil }]
+    for (const headers of [...agents, ...agents]) {
+      await getPage(instancePort, '/ready', { headers })
+    }
+    await getPage(instancePort, '/ready')
     const { probers } = await monitor.status()
     const addresses = probers.map(({ address }) => address)
     assert.equal(addresses.length, 4)
-    for (const address of [
-      '127.0.0.1 (one/1.0)',
-      '127.0.0.1 (other)',
-      '127.0.0.1 (no User-Agent)'
-    ]) {
-      assert.ok(addresses.includes(address), addresses.join())
+    for (const agent of ['one/1.0', 'other', 'no User-Agent']) {
+      assert.ok(addresses.includes(`127.0.0.1 (${agent})`), addresses.join())
     }
-    assert.ok(
-      addresses.every((address) => address.length < 110),
-      addresses.join()
-    )
+    for (const address of addresses) assert.ok(address.length < 110, address)
   })
 
-  for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
-    test(`who comes with ${name} is answered, but is no prober`, async (t) => {
-      const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
-      for (let time = 0; time < 4; time++) {
-        const { body } = await getPage(instancePort, '/ready', { headers: { [name]: '10.1.1.1' } })
-        assert.equal(body, 'OK\n')
-      }
-      assert.deepEqual((await monitor.status()).probers, [])
-    })
-  }
-
   test('drain() waits until a prober there knows, whose keep-alive connection it closes', async (t) => {
-    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+    const { monitor, instancePort } = await bootInstance(t, READY)
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
     const askOnce = () => getPage(instancePort, '/ready', { agent })
@@ -7239,7 +7217,7 @@ describeInProcess('The health path', TOGETHER, () => {
   })
 
   test('the idle connection of a prober there does not delay the end', async (t) => {
-    const { monitor, instancePort } = await bootInstance(t, { ...READY, performers: WARM })
+    const { monitor, instancePort } = await bootInstance(t, READY)
     const peer = await converse(t, instancePort)
     peer.say(headOf('/ready'))
     await until(() => peer.transcript.endsWith('OK\n'), 'it is answered')
@@ -7250,66 +7228,60 @@ describeInProcess('The health path', TOGETHER, () => {
 })
 
 describeInProcess('The health path', ALONE, () => {
-  test('FTW_MONITOR_HEALTH_PATH names it, and the option beats that', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready' })
-    const { instancePort } = await bootInstance(t, { performers: WARM })
+  test('FTW_MONITOR_HEALTH_PATH names it, whatever its query, and the option beats that', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready?deep=1' })
+    const { instancePort, logger } = await bootInstance(t, { performers: WARM })
     assert.equal((await getPage(instancePort, '/ready')).body, 'OK\n')
+    assert.equal((await getPage(instancePort, '/ready?deep=1')).body, 'OK\n')
+    assert.deepEqual(warningsOf(logger), [])
     const options = { listen: LOOPBACK, healthPath: '/live' }
     const other = await bootInstance(t, { performers: WARM, options })
     assert.equal((await getPage(other.instancePort, '/live')).body, 'OK\n')
     assert.equal((await getPage(other.instancePort, '/ready')).body, 'hello')
   })
 
-  test('a query in FTW_MONITOR_HEALTH_PATH makes no difference', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready?deep=1' })
-    const { instancePort, logger } = await bootInstance(t, { performers: WARM })
-    assert.equal((await getPage(instancePort, '/ready')).body, 'OK\n')
-    assert.equal((await getPage(instancePort, '/ready?deep=1')).body, 'OK\n')
-    assert.deepEqual(warningsOf(logger), [])
-  })
-
   test('where the monitor is switched off, the health path is green until the end', async (t) => {
     setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready', FTW_MONITOR: '0' })
-    for (const options of [{}, { healthPath: '/live' }]) {
+    for (const healthPath of ['/ready', '/live']) {
       const monitor = await importMonitor(t)
       const { server, held, letGo } = await serveHeld(t)
       monitor.registerDatabase('main', { isConnected: () => false })
       const logger = recorder()
-      assert.equal(await monitor.start({ server, logger, ...options }), false)
-      const { healthPath = '/ready' } = options as StartOptions
-      const { status, body } = await getPage(portOf(server), healthPath)
-      assert.deepEqual([status, body], [200, 'OK\n'])
+      const option = healthPath === '/ready' ? {} : { healthPath }
+      assert.equal(await monitor.start({ server, logger, ...option }), false)
+      const askHealth = async () => {
+        const { status, body } = await getPage(portOf(server), healthPath)
+        return `${status} ${body}`
+      }
+      assert.equal(await askHealth(), '200 OK\n')
       assert.deepEqual(logger.lines, [])
 
       const answer = getPage(portOf(server), '/held')
       await until(() => held.length > 0, 'a request is in flight')
       const ended = monitor.shutdown()
-      const last = await getPage(portOf(server), healthPath)
-      assert.deepEqual([last.status, last.body], [503, 'Draining\n'])
+      assert.equal(await askHealth(), '503 Draining\n')
       letGo()
       await answer
       await ended
     }
   })
 
-  const USES = 'it must be a path, as /ready;'
-  const MISTYPED: Record<string, string> = {
-    ready: '/ready',
-    '//ready': '/ready',
-    'ready?deep=1': '/ready',
-    '/ready, /live': '/ready',
-    'https://example.org/ready#now': '/ready'
-  }
-  for (const [text, path] of Object.entries(MISTYPED)) {
-    test(`FTW_MONITOR_HEALTH_PATH=${text} is taken for ${path}, with one warning`, async (t) => {
+  for (const text of [
+    'ready',
+    '//ready',
+    'ready?deep=1',
+    '/ready, /live',
+    'https://example.org/ready#now'
+  ]) {
+    test(`FTW_MONITOR_HEALTH_PATH=${text} is taken for /ready, with one warning`, async (t) => {
       setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text, FTW_MONITOR_CHECK: 'wrong' })
       const options = { until: 'started', performers: WARM } as const
       const { instancePort, logger } = await bootInstance(t, options)
-      const { status, body } = await getPage(instancePort, path)
+      const { status, body } = await getPage(instancePort, '/ready')
       assert.deepEqual([status, body], [503, "Error: Check 'wrong' failed.\n"])
       const warnings = warningsOf(logger).filter((line) => line.includes('HEALTH_PATH'))
-      const warning = `warn ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH=${text}: ${USES} uses ${path}`
-      assert.deepEqual(warnings, [warning])
+      const warning = `cannot use FTW_MONITOR_HEALTH_PATH=${text}: it must be a path, as /ready;`
+      assert.deepEqual(warnings, [`warn ftw-monitor ${warning} uses /ready`])
     })
   }
 
@@ -7319,7 +7291,7 @@ describeInProcess('The health path', ALONE, () => {
       const { instancePort, logger } = await bootInstance(t, { performers: WARM })
       assert.equal((await getPage(instancePort, '/')).body, 'hello')
       const [warning = '', ...others] = warningsOf(logger)
-      assert.ok(warning.endsWith(`: ${USES} there is none`), warning)
+      assert.ok(warning.endsWith(': it must be a path, as /ready; there is none'), warning)
       assert.deepEqual(others, [])
     }
   })
@@ -7327,60 +7299,53 @@ describeInProcess('The health path', ALONE, () => {
 
 // --- Probers -------------------------------------------------------------------------------------
 
+/** Asks for the verdict as a prober does, so many times from this address. */
+async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise<void> {
+  await askTimes(times, port, 'health_check\n', { from })
+}
+
 describeInProcess('Probers', TOGETHER, () => {
-  test('a browser is no prober that drain waits for', async (t) => {
-    const { monitor, port } = await bootInstance(t, { until: 'started', performers: WARM })
-    await untilVerdict(monitor)
+  test('a browser is no prober that drain waits for, but a balancer that claims to be like Mozilla is', async (t) => {
+    const { monitor, port, instancePort } = await bootInstance(t, READY)
     const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
     await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
     await askTimes(3, port, `${head}User-Agent: Mozilla/5.0 (X11)\r\n\r\n`) // without TLS
     assert.deepEqual((await monitor.status()).probers, [])
     await inTime(monitor.drain(), 'drained')
-  })
 
-  test('a balancer that claims to be compatible with Mozilla is a prober', async (t) => {
-    const options = { listen: LOOPBACK, healthPath: '/ready' }
-    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM, options })
+    monitor.resume()
     const agent = 'Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; pool-id: 1)'
     const headers = { 'User-Agent': agent }
     await getPage(port, '/health_check', { headers })
     await getPage(instancePort, '/ready', { headers })
-    const { probers } = await monitor.status()
-    assert.equal(probers.length, 2)
+    assert.equal((await monitor.status()).probers.length, 2)
   })
 })
 
 describeInProcess('Probers', ALONE, () => {
   test('of more than 64 addresses the one that asks least often makes room', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
     const everyone = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
-    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
     for (let round = 0; round < 3; round++) {
-      await Promise.all(everyone.map(askFrom))
+      await Promise.all(everyone.map((from) => askAsProber(port, from)))
       timers.pass(1_000)
     }
-    for (let index = 0; index < 20; index++) await askFrom(`127.0.2.${index + 1}`)
-    const { probers } = await monitor.status()
-    const known = probers.filter(({ address }) => address.startsWith('127.0.1.'))
-    assert.equal(probers.length, 64)
+    for (let index = 0; index < 20; index++) await askAsProber(port, `127.0.2.${index + 1}`)
+    const addresses = async () => (await monitor.status()).probers.map(({ address }) => address)
+    const known = (await addresses()).filter((address) => address.startsWith('127.0.1.'))
+    assert.equal((await addresses()).length, 64)
     assert.equal(known.length, 63) // one has made room, and after it each passer-by
-    await askTimes(3, port, 'health_check\n', { from: '127.0.3.1' })
-    const addresses = (await monitor.status()).probers.map(({ address }) => address)
-    assert.ok(addresses.includes('127.0.3.1'), 'the new one is known')
-    assert.ok(!addresses.includes('127.0.2.20'), 'a passer-by made room')
+    await askAsProber(port, '127.0.3.1', 3)
+    assert.ok((await addresses()).includes('127.0.3.1'), 'the new one is known')
+    assert.ok(!(await addresses()).includes('127.0.2.20'), 'a passer-by made room')
   })
 
   test('who calls itself by many names at the health path pushes no other prober out', async (t) => {
     const timers = takeTimers(t)
-    const options = { listen: LOOPBACK, healthPath: '/ready' }
-    const { monitor, port, instancePort } = await bootInstance(t, {
-      performers: WARM,
-      until: 'started',
-      options
-    })
+    const { monitor, port, instancePort } = await bootInstance(t, READY)
     for (let round = 0; round < 3; round++) {
-      await ask(port, 'health_check\n')
+      await askAsProber(port)
       timers.pass(10_000)
     }
     for (let index = 0; index < 100; index++) {
@@ -7391,21 +7356,19 @@ describeInProcess('Probers', ALONE, () => {
     }
     const { probers } = await monitor.status()
     assert.equal(probers.length, 64)
-    assert.ok(probers.some(({ address }) => address === '127.0.0.1'))
+    assert.ok(probers.some(({ address }) => address === '127.0.0.2'))
   })
 
   test('a prober is an address that asked three times in the 60 s before, and still asks', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
-    const askFrom = (from: string) => ask(port, 'health_check\n', { from })
-    await askFrom('127.0.0.2')
+    const { port } = await bootInstance(t, { performers: WARM })
+    await askAsProber(port)
     timers.pass(5_000)
-    await askFrom('127.0.0.2')
+    await askAsProber(port)
     assert.equal(await askWhomItWaitsFor(port), 0)
     timers.pass(5_000)
-    await askFrom('127.0.0.2')
-    for (let time = 0; time < 4; time++) await askFrom('127.0.0.3')
+    await askAsProber(port)
+    await askAsProber(port, '127.0.0.3', 4)
     assert.equal(await askWhomItWaitsFor(port), 2)
     timers.pass(1_250)
     assert.equal(await askWhomItWaitsFor(port), 1, 'who asked at once asks no more')
@@ -7417,23 +7380,22 @@ describeInProcess('Probers', ALONE, () => {
 
   test('how long somebody stayed away does not count as a pause of theirs', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
     for (const pauseMs of [0, 3_600_000, 1_000, 1_000]) {
       timers.pass(pauseMs)
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      await askAsProber(port)
     }
     const intervalOf = async (address: string) =>
       (await monitor.status()).probers.find((prober) => prober.address === address)?.intervalSeconds
     assert.equal(await intervalOf('127.0.0.2'), 1)
-    await ask(port, 'health_check\n', { from: '127.0.0.3' })
+    await askAsProber(port, '127.0.0.3')
     timers.pass(120_000)
-    await askTimes(1, port, 'health_check\n', { from: '127.0.0.2' })
-    await ask(port, 'health_check\n', { from: '127.0.0.3' })
+    await askAsProber(port)
+    await askAsProber(port, '127.0.0.3')
     assert.equal(await intervalOf('127.0.0.3'), 120, 'who always asks so seldom')
     for (let time = 0; time < 2; time++) {
       timers.pass(1_000)
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      await askAsProber(port)
     }
     assert.equal(await askWhomItWaitsFor(port), 1)
     timers.pass(4_500)
@@ -7443,11 +7405,11 @@ describeInProcess('Probers', ALONE, () => {
   test('who asks less often than three times in 65 s is no prober', async (t) => {
     setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '200000' }) // else it cannot tell such a prober
     const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const { port } = await bootInstance(t, { performers: WARM })
     const waitsFor: number[] = []
     for (const pauseMs of [0, 30_000, 30_250, 35_000]) {
       timers.pass(pauseMs)
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
+      await askAsProber(port)
       timers.pass(1_000) // a pause counts as long as it still asks
       waitsFor.push(await askWhomItWaitsFor(port))
     }
@@ -7456,9 +7418,8 @@ describeInProcess('Probers', ALONE, () => {
 
   test('who stops asking while it drains is not waited for any longer', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
-    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    await askAsProber(port, '127.0.0.2', 3)
     const drained = monitor.drain()
     timers.pass(750)
     assert.equal(await isPendingFor(300, drained), true)
@@ -7493,11 +7454,10 @@ describeInProcess('Probers', ALONE, () => {
 
   test('one line says whom a drain or a shutdown waits for, and for how long at most', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
     for (let round = 0; round < 3; round++) {
       timers.pass(500)
-      for (const from of ['127.0.0.2', '127.0.0.3']) await ask(port, 'health_check\n', { from })
+      for (const from of ['127.0.0.2', '127.0.0.3']) await askAsProber(port, from)
     }
     const each = ['127.0.0.2', '127.0.0.3'].map((address) => `${address} (asks every 0.5 s)`)
     const line = `info ftw-monitor drains: waits for ${each.join(', ')}, at most`
@@ -7512,28 +7472,21 @@ describeInProcess('Probers', ALONE, () => {
 
   test('that a prober asks too seldom for the time that a shutdown has is said beforehand, once', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-    monitor.shutdownOnSignal({ timeoutMs: 1_500 })
-    for (let time = 0; time < 10; time++) {
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
-      timers.pass(500)
+    const hear = async (timeoutMs: number, everyMs: number) => {
+      const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+      monitor.shutdownOnSignal({ timeoutMs })
+      for (let time = 0; time < 15; time++) {
+        await askAsProber(port)
+        timers.pass(everyMs)
+      }
+      await monitor.stop()
+      return logger.lines.filter((line) => line.includes('timeoutMs'))
     }
-    const lines = logger.lines.filter((line) => line.includes('timeoutMs'))
+    assert.deepEqual(await hear(5_000, 250), [])
+    const lines = await hear(1_500, 500)
     assert.equal(lines.length, 1)
-    const line = lines.join()
-    assert.match(line, /^info ftw-monitor .*127\.0\.0\.2 asks every 0\.5 s\b/)
-    assert.match(line, /\b1\.2 s\b/) // the time for telling: four fifths
-  })
-
-  test('nothing is said of a prober that asks often enough', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-    monitor.shutdownOnSignal({ timeoutMs: 5_000 })
-    for (let time = 0; time < 15; time++) {
-      await ask(port, 'health_check\n', { from: '127.0.0.2' })
-      timers.pass(250)
-    }
-    assert.doesNotMatch(logger.lines.join('\n'), /timeoutMs/)
+    assert.match(lines.join(), /^info ftw-monitor .*127\.0\.0\.2 asks every 0\.5 s\b/)
+    assert.match(lines.join(), /\b1\.2 s\b/) // the time for telling: four fifths
   })
 })
 
@@ -7544,7 +7497,7 @@ describeProcesses('Probers', SIDE_BY_SIDE, () => {
     const addresses = Array.from({ length: 63 }, (_, index) => `127.0.1.${index + 1}`)
     for (let round = 0; round < 3; round++) {
       await pause(300)
-      await Promise.all(addresses.map((from) => ask(port, 'health_check\n', { from })))
+      await Promise.all(addresses.map((from) => askAsProber(port, from)))
     }
     assert.equal(await askWhomItWaitsFor(port), 63) // and the one that asked at boot
   })
