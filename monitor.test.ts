@@ -7528,12 +7528,31 @@ describeProcesses('Probers', SIDE_BY_SIDE, () => {
 
 // --- Draining ------------------------------------------------------------------------------------
 
+/** An instance with a request in flight, until it is let go. */
+async function bootWithRequest(t: TestContext) {
+  const { server, held, letGo } = await serveHeld(t)
+  const instance = await bootInstance(t, { server, performers: WARM })
+  const request = getPage(instance.instancePort, '/held')
+  await until(() => held.length === 1, 'a request is in flight')
+  const finishRequest = async () => {
+    letGo()
+    await request
+  }
+  return { ...instance, held, finishRequest }
+}
+
+/** The connection of an operator, by which the instance drains. */
+async function drainByLine(t: TestContext, port: number): Promise<Peer> {
+  const talk = await converse(t, port)
+  talk.say('drain\n')
+  await until(() => talk.transcript !== '', 'it drains')
+  return talk
+}
+
 describeInProcess('Draining', TOGETHER, () => {
   test('while drained the verdict is the reason, before everything else', async (t) => {
-    const server = await serve(t)
     const { monitor, port } = await bootInstance(t, {
       databases: { main: { isConnected: () => false } },
-      server,
       until: 'started'
     })
     let askers = 1 // a new one each time: who asks three times is waited for
@@ -7589,7 +7608,7 @@ describeInProcess('Draining', TOGETHER, () => {
     await askTwice('health_check', '127.0.0.2')
     await askTwice('health_check', '127.0.0.2')
     assert.equal(await isPendingFor(200, byChecks), true)
-    await ask(port, 'health_check\n', { from: '127.0.0.2' })
+    await askAsProber(port)
     await inTime(byChecks, 'the fifth answer ends it')
     monitor.resume()
     await askedBefore()
@@ -7605,8 +7624,7 @@ describeInProcess('Draining', TOGETHER, () => {
     [4, 'health_check']
   ] as const) {
     test(`an answer of an agent counts as three: drain({ fall: ${fall} }) waits for one and a ${last}`, async (t) => {
-      const { server } = await serveHeld(t)
-      const { monitor, port } = await bootInstance(t, { server, performers: WARM })
+      const { monitor, port } = await bootInstance(t, { performers: WARM })
       await askTimes(3, port, 'agent_check\n', { from: '127.0.0.2' })
       const drained = monitor.drain({ fall })
       await ask(port, 'agent_check\n', { from: '127.0.0.2' })
@@ -7617,84 +7635,63 @@ describeInProcess('Draining', TOGETHER, () => {
   }
 
   test('the command `drain` tells what it waits for, line by line, until `Drained`', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    for (const from of ['127.0.0.1', '127.0.0.2']) {
-      await askTimes(3, port, 'health_check\n', { from })
-    }
-    const talk = await converse(t, port)
-    talk.say('drain\n')
-    const untilSaid = (line: string) => until(() => talk.transcript.endsWith(`${line}\n`), line)
-    await untilSaid('Draining: 0 of 2 probers know, 1 request in flight')
+    const { port, finishRequest } = await bootWithRequest(t)
+    for (const from of ['127.0.0.1', '127.0.0.2']) await askAsProber(port, from, 3)
+    const talk = await drainByLine(t, port)
+    await talk.hear('Draining: 0 of 2 probers know, 1 request in flight\n')
     await ask(port, 'agent_check\n', { from: '127.0.0.2' })
-    await untilSaid('Draining: 1 of 2 probers know, 1 request in flight')
-    letGo()
-    await answer
-    await untilSaid('Draining: 1 of 2 probers know, 0 requests in flight')
+    await talk.hear('Draining: 1 of 2 probers know, 1 request in flight\n')
+    await finishRequest()
+    await talk.hear('Draining: 1 of 2 probers know, 0 requests in flight\n')
     await ask(port, 'agent_check\n')
     await until(() => talk.isClosed, 'the connection is closed')
-    assert.equal(
-      talk.transcript,
-      [
-        'Draining: 0 of 2 probers know, 1 request in flight',
-        'Draining: 1 of 2 probers know, 1 request in flight',
-        'Draining: 1 of 2 probers know, 0 requests in flight',
-        'Draining: 2 of 2 probers know, 0 requests in flight',
-        'Drained',
-        ''
-      ].join('\n')
-    )
+    await talk.hear('Draining: 2 of 2 probers know, 0 requests in flight\nDrained\n')
   })
 
   test('who hangs up does not end the draining', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
+    const { port, finishRequest } = await bootWithRequest(t)
     for (const leave of ['destroy', 'resetAndDestroy'] as const) {
-      const { socket, say } = await converse(t, port)
-      say('drain\n')
-      await once(socket, 'data')
+      const { socket } = await drainByLine(t, port)
       socket[leave]()
       await once(socket, 'close')
       await until(async () => (await ask(port, 'health_check\n')) === 'Draining\n', 'it is drained')
-      letGo()
-      await answer
+      await finishRequest()
       assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
       assert.match(await ask(port, 'drain\n'), /\nDrained\n$/)
     }
   })
 
   test('drain tells of upgraded connections, and does not wait for them', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
+    const { server, port, instancePort, finishRequest } = await bootWithRequest(t)
     echoUpgrades(server)
-    const { port } = await bootInstance(t, { server, performers: WARM, until: 'started' })
-    const peers = [await upgrade(t, portOf(server)), await upgrade(t, portOf(server))]
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const talk = await converse(t, port)
-    talk.say('drain\n')
+    const peers = [await upgrade(t, instancePort), await upgrade(t, instancePort)]
+    const talk = await drainByLine(t, port)
     await talk.hear('Draining: 0 of 0 probers know, 1 request in flight, 2 upgraded connections\n')
-    letGo()
-    await answer
+    await finishRequest()
     await until(() => talk.isClosed, 'it is drained')
     assert.match(talk.transcript, /, 0 requests in flight, 2 upgraded connections\nDrained\n$/)
     peers[0]?.say('still here')
     await peers[0]?.hear('still here')
   })
 
-  test('drain({ minimumMs }) takes at least so long', async (t) => {
-    const { server } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const ms = await timeOf(monitor.drain({ minimumMs: 700 }))
-    assert.ok(ms > 690 && ms < 10_000, `${ms} ms`)
+  test('drain() takes minimumMs at least, and its time-out where a request is in flight, or requests keep coming', async (t) => {
+    const { monitor, instancePort, finishRequest } = await bootWithRequest(t)
+    const expectTime = async (options: DrainOptions, atLeastMs: number) => {
+      const ms = await timeOf(monitor.drain(options))
+      assert.ok(ms > atLeastMs - 10 && ms < 10_000, `${ms} ms`)
+      assert.equal((await monitor.health()).reason, 'Draining')
+      monitor.resume()
+    }
+    await expectTime({ timeoutMs: 400 }, 400)
+    await finishRequest()
+    await expectTime({ minimumMs: 500 }, 500)
+    const traffic = askUntilOver(t, 10, () => getPage(instancePort, '/'))
+    await until(() => traffic.answers > 3, 'there is traffic')
+    await expectTime({ timeoutMs: 400 }, 400)
   })
 
   test('a wrong minimumMs is refused', async (t) => {
-    const { server } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const { monitor } = await bootInstance(t, { performers: WARM })
     const wrong: [minimumMs: unknown, kind: typeof TypeError][] = [
       [-1, RangeError],
       [NaN, RangeError],
@@ -7709,33 +7706,22 @@ describeInProcess('Draining', TOGETHER, () => {
       await assert.rejects(monitor.drain(options), isKind, String(minimumMs))
     }
   })
-
-  test('drain() resolves at its time-out where requests keep coming', async (t) => {
-    const { server } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const traffic = askUntilOver(t, 10, () => getPage(portOf(server), '/'))
-    await until(() => traffic.answers > 3, 'there is traffic')
-    const ms = await timeOf(monitor.drain({ timeoutMs: 500 }))
-    assert.ok(ms > 490 && ms < 10_000, `${ms} ms`)
-  })
 })
 
 describeInProcess('Draining', ALONE, () => {
   test('after a flood, in which a prober may be missed, drain takes its time', async (t) => {
     takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await askTimes(200, port, 'health_check\n', { from: '127.0.0.2' })
-    const startedAt = Date.now()
-    const drained = monitor.drain({ timeoutMs: 500 })
-    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
-    await drained
-    assert.ok(Date.now() - startedAt >= 490)
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    await askAsProber(port, '127.0.0.2', 200)
+    const drained = timeOf(monitor.drain({ timeoutMs: 500 }))
+    await askAsProber(port, '127.0.0.2', 3)
+    assert.ok((await drained) >= 490)
   })
 
   test('a drain soon after a long one still waits for its probers', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const askThrice = () => askTimes(3, port, 'health_check\n')
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const askThrice = () => askAsProber(port, '127.0.0.2', 3)
     await askThrice()
     const first = monitor.drain()
     await askThrice()
@@ -7743,43 +7729,32 @@ describeInProcess('Draining', ALONE, () => {
     timers.pass(62_000)
     await askThrice()
     monitor.resume()
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    let isDrained = false
-    const second = monitor.drain().then(() => {
-      isDrained = true
-    })
-    await ask(port, 'health_check\n')
-    await pause(300) // three times the quiet that suffices
-    assert.equal(isDrained, false)
+    assert.equal(await ask(port, 'health_check\n', { from: '127.0.0.2' }), 'OK\n')
+    const second = monitor.drain()
+    await askAsProber(port)
+    assert.ok(await isPendingFor(300, second)) // three times the quiet that suffices
     await askThrice()
     await second
   })
 
   test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, until: 'started' })
-    await untilVerdict(monitor)
-    const answers = [getPage(portOf(server), '/held'), getPage(portOf(server), '/held')]
+    const { monitor, instancePort, held, finishRequest } = await bootWithRequest(t)
+    const other = getPage(instancePort, '/held')
     await until(() => held.length === 2, 'two requests are in flight')
     const clock = fakeClock(t)
-    let isDrained = false
-    const drained = monitor.drain().then(() => {
-      isDrained = true
-    })
-    const untilLookedAt = () => pause(100) // it looks several times in that
+    const drained = monitor.drain()
     const expectDrainingAfter = async (ms: number) => {
-      await untilLookedAt()
+      assert.ok(await isPendingFor(100, drained)) // it looks several times in that
       clock.now += ms
-      await untilLookedAt()
-      assert.equal(isDrained, false)
+      assert.ok(await isPendingFor(100, drained))
     }
     await expectDrainingAfter(200)
     held.pop()?.end()
     await expectDrainingAfter(200)
-    letGo()
-    await Promise.all(answers)
+    await finishRequest()
+    await other
     for (let request = 0; request < 3; request++) {
-      await getPage(portOf(server), '/')
+      await getPage(instancePort, '/')
       await expectDrainingAfter(99)
     }
     clock.now += 1
@@ -7806,85 +7781,55 @@ describeInProcess('Draining', ALONE, () => {
     }
   })
 
-  test('drain() resolves after its time-out at the latest', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const startedAt = performance.now()
-    await monitor.drain({ timeoutMs: 400 })
-    const ms = performance.now() - startedAt
-    assert.ok(ms >= 399 && ms < 10_000, `${ms} ms`)
-    assert.equal((await monitor.health()).reason, 'Draining')
-    letGo()
-    await answer
-  })
-
   test('the command `drain` goes on waiting for a quiet moment, and says that requests keep coming', async (t) => {
-    const { server } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server, performers: WARM })
+    const { port, instancePort } = await bootInstance(t, { performers: WARM })
     const clock = fakeClock(t)
-    const peer = await converse(t, port)
-    peer.say('drain\n')
-    await until(() => peer.transcript !== '', 'it drains')
+    const talk = await drainByLine(t, port)
     for (let request = 0; request < 30; request++) {
-      await getPage(portOf(server), '/')
+      await getPage(instancePort, '/')
       clock.now += 90 // in sum longer than a shutdown would wait
       await pause(20)
     }
-    await until(() => peer.transcript.includes('requests keep coming'), 'it says so')
-    assert.equal(peer.isClosed, false)
-    assert.doesNotMatch(peer.transcript, /Drained/)
+    await until(() => talk.transcript.includes('requests keep coming'), 'it says so')
+    assert.equal(talk.isClosed, false)
+    assert.doesNotMatch(talk.transcript, /Drained/)
     const isDrainedLater = () => {
       clock.now += 50
-      return peer.isClosed
+      return talk.isClosed
     }
     await until(isDrainedLater, 'it is drained')
-    assert.match(peer.transcript, /\nDrained\n$/)
+    assert.match(talk.transcript, /\nDrained\n$/)
   })
 
   test('the command `drain` gives up after 25 s, and says what it waited for', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { port } = await bootInstance(t, { server, until: 'started' })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'a request is in flight')
+    takeTimers(t)
+    const { port, finishRequest } = await bootWithRequest(t)
     const clock = fakeClock(t)
-    const talk = await converse(t, port)
-    talk.say('drain\n')
-    await until(() => talk.transcript !== '', 'it drains')
+    const first = await drainByLine(t, port)
     clock.now += 24_900
     await pause(100) // for it to look at the clock more than once
-    assert.match(talk.transcript, /^(Draining: .*\n)+$/)
+    assert.match(first.transcript, /^(Draining: .*\n)+$/)
     clock.now += 100
-    await until(() => talk.isClosed, 'it gives up')
-    const told = /^(Draining: .*\n)+Not drained after 25 s: .*\b1 request in flight\n$/
-    assert.match(talk.transcript, told)
+    await until(() => first.isClosed, 'it gives up')
+    const waited = /\nNot drained after 25 s: 0 of 0 probers know, 1 request in flight\n$/
+    assert.match(first.transcript, waited)
     assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    letGo()
-    await answer
-  })
 
-  test('a drain that waited for a prober alone does not say that requests keep coming', async (t) => {
-    takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
-    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
-    const clock = fakeClock(t)
-    const talk = await converse(t, port)
-    talk.say('drain\n')
-    await until(() => talk.transcript !== '', 'it drains')
+    await finishRequest()
+    await ask(port, 'resume\n')
+    await askAsProber(port, '127.0.0.2', 3)
+    const second = await drainByLine(t, port)
     clock.now += 25_000
-    await until(() => talk.isClosed, 'it gives up')
-    const waited = '0 of 1 probers know, 0 requests in flight'
-    assert.match(talk.transcript, new RegExp(`\nNot drained after 25 s: ${waited}\n$`))
-    assert.doesNotMatch(talk.transcript, /requests keep coming/)
+    await until(() => second.isClosed, 'it gives up')
+    const waitedForProber = /\nNot drained after 25 s: 0 of 1 probers know, 0 requests in flight\n$/
+    assert.match(second.transcript, waitedForProber)
+    assert.doesNotMatch(second.transcript, /requests keep coming/)
   })
 
   test('a drain is over when the server has closed, since nobody can be told then', async (t) => {
     takeTimers(t)
-    const { monitor, port, server } = await bootInstance(t, { performers: WARM, until: 'started' })
-    await untilVerdict(monitor)
-    await askTimes(3, port, 'health_check\n', { from: '127.0.0.2' })
+    const { monitor, port, server } = await bootInstance(t, { performers: WARM })
+    await askAsProber(port, '127.0.0.2', 3)
     const drained = monitor.drain()
     assert.equal(await isPendingFor(200, drained), true)
     server.close()
