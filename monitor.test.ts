@@ -6494,10 +6494,7 @@ describeInProcess('Warm-up', ALONE, () => {
           const inner = Reflect.get(globalThis, key)
           if (!inner) continue
           class ProxyAgent {
-            dispatch(
-              options: { origin: unknown; path: string; headers: unknown },
-              handler: unknown
-            ) {
+            dispatch(options: http.RequestOptions & { origin: unknown }, handler: unknown) {
               const { origin, path, headers } = options
               seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
               return inner.dispatch(options, handler)
@@ -6992,24 +6989,22 @@ describeInProcess('Warm-up', ALONE, () => {
 
 describeInProcess('Warm-up', PAIRWISE, () => {
   for (const scheme of ['http', 'https'] as const) {
-    const isSecure = scheme === 'https'
     const name = `our own requests over ${scheme} go past a proxy that the environment names`
-    test(name, isSecure ? needs('openssl') : {}, async (t) => {
+    test(name, needs('openssl'), async (t) => {
       let connections = 0
       const proxy = net.createServer((socket) => {
         connections++
         socket.on('error', () => {}) // and no answer
       })
       await startListening(t, proxy)
-      const { keyFile = '', certFile = '' } = isSecure ? certify(t, 'localhost') : {}
+      const { keyFile, certFile } = certify(t, 'localhost')
+      const files = JSON.stringify([keyFile, certFile])
       const script = `
         import { readFileSync } from 'node:fs'
         const { default: module } = await import('node:${scheme}')
-        const options = ${isSecure}
-          ? { key: readFileSync('${keyFile}'), cert: readFileSync('${certFile}') }
-          : {}
+        const [key, cert] = ${files}.map((file) => readFileSync(file))
         const seen = []
-        const server = module.createServer(options, ({ url, headers }, response) => {
+        const server = module.createServer({ key, cert }, ({ url, headers }, response) => {
           seen.push(url + ' ' + headers.authorization)
           response.end()
         })
@@ -7034,7 +7029,7 @@ describeInProcess('Warm-up', PAIRWISE, () => {
         assert.equal(await inTime(exit, `${child.pid} is judged`, 8_000), 0)
       }
       // Before Node.js 22.21 fetch did not heed the environment.
-      const isLeftOut = isSecure && NODE_MAJOR > 20
+      const isLeftOut = scheme === 'https' && NODE_MAJOR > 20
       assert.match(proxied.stdout, isLeftOut ? /^Warmup failed: .*NO_PROXY$/m : page)
       assert.match(direct.stdout, page)
       assert.equal(connections, 0)
