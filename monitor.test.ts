@@ -12304,78 +12304,65 @@ async function assertNoWorse(
   return (await Promise.all(ways.map(compare))).join('\n')
 }
 
-/** The ways in which programs close a server; each waits until it is closed. */
-const CLOSINGS: Record<string, string> = {
-  'closes its server with a callback': `
-    await new Promise((resolve) => server.close((error) => {
-      print('error', error?.code)
-      resolve()
-    }))`,
-  'closes its server, and then awaits its close event': `
-    server.close()
-    await once(server, 'close')`,
-  'awaits the close event of what close() returns': "await once(server.close(), 'close')",
-  'listens for the close event before it closes its server': `
-    await new Promise((resolve) => {
-      server.on('close', resolve)
-      server.close()
-    })`,
-  'promisifies close()': 'await promisify(server.close.bind(server))()',
-  'calls a close() that was bound at boot': 'await closeAsAtBoot()',
-  "calls net.Server's own close()": `
-    await new Promise((resolve) => net.Server.prototype.close.call(server, resolve))`,
-  'disposes of its server': 'await server[Symbol.asyncDispose]()',
-  'looks whether its server listens': `
-    if (!server.listening || server.address().port !== port) process.exit(1)
-    await new Promise((resolve) => server.close(resolve))
-    print('listens', server.listening, server.address())`
-}
-
-const AT_BOOT = `
-  const closeAsAtBoot = promisify(server.close.bind(server))
-  let port
-  server.on('listening', () => {
-    port = server.address().port
+/** A program of several servers. `closeAll` closes each in a way of its own, waits until it is
+ *  closed, and tells what the program sees of it. */
+const CLOSES_IN_ALL_WAYS = `
+  const ways = {
+    'with a callback': (each) => new Promise((resolve) => {
+      each.close((error) => resolve(error?.code))
+    }),
+    'and then awaits its event': async (each) => {
+      each.close()
+      await once(each, 'close')
+    },
+    'and awaits the event of what close() returns': (each) => once(each.close(), 'close'),
+    'and has listened for its event before': (each) => new Promise((resolve) => {
+      each.on('close', resolve)
+      each.close()
+    }),
+    'by a promisified close()': (each) => promisify(each.close.bind(each))(),
+    'by a close() that was bound at boot': (each) => each.closeAsAtBoot(),
+    "by net.Server's own close()": (each) => new Promise((resolve) => {
+      net.Server.prototype.close.call(each, resolve)
+    }),
+    'by disposing of it': (each) => each[Symbol.asyncDispose](),
+    'and all its connections': async (each) => {
+      const closed = once(each, 'close')
+      each.close()
+      each.closeAllConnections()
+      await closed
+    }
+  }
+  const servers = Object.keys(ways).map((way, index) => {
+    return index === 0 ? server : http.createServer((request, response) => handle(request, response))
   })
-  server.on('close', () => print('event close'))`
+  for (const each of servers) {
+    each.closeAsAtBoot = promisify(each.close.bind(each))
+    each.on('close', () => print('event close'))
+  }
+  listen = async () => {
+    for (const each of servers) {
+      each.listen(LOOPBACK)
+      await once(each, 'listening')
+      each.portAtBoot = each.address().port
+    }
+  }
+  const closeAll = async () => {
+    for (const [index, [way, close]] of Object.entries(ways).entries()) {
+      const each = servers[index]
+      print(way, each.listening, each.address().port === each.portAtBoot)
+      print('closed', await close(each), each.listening, each.address())
+    }
+  }`
 
 /** Programs with an end of their own; each cleans up, and says so. */
 const ENDS: Record<string, string> = {
-  'raises the signal again when it has closed': `
-    process.once('SIGTERM', (signal) => {
-      server.close(() => {
-        cleanUp()
-        process.kill(process.pid, signal)
-      })
-    })`,
-  'raises the signal again if nobody else listens for it': `
-    const onSignal = async (signal) => {
-      print('listeners', process.listenerCount(signal))
-      if (process.listenerCount(signal) > 1) return
-      await new Promise((resolve) => server.close(resolve))
-      cleanUp()
-      process.off(signal, onSignal)
-      process.kill(process.pid, signal)
-    }
-    process.on('SIGTERM', onSignal)`,
-  'exits at once': `
-    process.on('SIGTERM', () => {
-      cleanUp()
-      process.exit(3)
-    })`,
-  'closes all connections': `
-    process.on('SIGTERM', () => {
-      cleanUp()
-      server.close()
-      server.closeAllConnections()
-      process.exitCode = 5
-    })`,
   'has a listener that raises the signal again, beside one that flushes for a while': `
     let times = 0
     process.on('SIGTERM', async () => {
       times++
       if (times > 1) return
-      await pause(1_500)
+      await pause(600)
       cleanUp()
       print('heard', times)
       process.exit(3)
@@ -12429,17 +12416,6 @@ const ENDS_BY_PACKAGE: [name: string, what: string, program: string][] = [
   ],
   [
     'signal-exit',
-    'loads it when it serves already',
-    `const beginBefore = begin
-    begin = async () => {
-      await beginBefore()
-      await pause(100)
-      const { onExit } = await import('signal-exit')
-      onExit((...args) => void print('exit', JSON.stringify(args)))
-    }`
-  ],
-  [
-    'signal-exit',
     'closes its server beside it',
     `import { onExit } from 'signal-exit'
     onExit((...args) => void print('exit', JSON.stringify(args)))
@@ -12480,43 +12456,11 @@ const CLEANS_UP = `
     })
   }`
 
-const ANSWERS_UPGRADE = (event: string, code: number, ms: number) => `
-  server.on('${event}', async (_, socket) => {
-    print('asked for an upgrade')
-    socket.on('error', () => {})
-    await pause(${ms})
-    socket.write('HTTP/1.1 ${code} ' + (isOpen ? 'open' : 'closed') + '\\r\\n\\r\\n')
-    if (${code} === 401) socket.end()
-    print('answered')
-  })`
-
-const UPGRADINGS = {
-  'an upgrade': ANSWERS_UPGRADE('upgrade', 101, 400),
-  'an upgrade that is refused after long': ANSWERS_UPGRADE('upgrade', 401, 2_500),
-  'a CONNECT': ANSWERS_UPGRADE('connect', 200, 400)
-}
-
-/** A program whose monitor never gets its port. */
-const LOOKS_UP: Life = {
-  program: `
-    const { default: dns } = await import('node:dns')
-    const { lookup } = dns
-    dns.lookup = (name, ...args) => {
-      if (name !== 'monitor.invalid') return lookup(name, ...args)
-      print('looks up')
-      setInterval(() => {}, 1_000) // as the thread that looks it up keeps the process alive
-    }
-    options.cleanUp = cleanUp
-    const beginBefore = begin
-    begin = () => void beginBefore()`,
-  env: { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
-}
-
-async function endLookingUp(life: ReturnType<typeof startLife>) {
-  await life.hasSaid('ready')
-  await life.hasSaid('looks up')
-  life.watched.child.kill('SIGTERM')
-  return await life.awaitEnd()
+/** By method and path, requests for another protocol, and how long the program takes to answer. */
+const UPGRADINGS: Record<string, number> = {
+  'GET /101': 400,
+  'GET /401': 1_500, // longer than upgraded connections have for their goodbye
+  'CONNECT /200': 400
 }
 
 /** What a program calls when connections have come already. */
@@ -12610,6 +12554,12 @@ const LISTENS_ON_IPC = `
     await once(server, 'listening')
   }`
 
+const PASSED_ON: [what: string, kind: string, program: string][] = [
+  ['a TCP socket that was passed on', 'TCP', LISTENS_ON_FD],
+  ['a Unix socket that was passed on', 'Unix', LISTENS_ON_FD],
+  ['a handle that came over IPC', 'TCP', LISTENS_ON_IPC]
+]
+
 const LISTENS_WHEN_TOLD = `
   const listenAtLast = listen
   listen = async () => {
@@ -12666,33 +12616,34 @@ function connectBurst(t: TestContext, where: number | string) {
 }
 
 describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
-  for (const [what, closing] of Object.entries(CLOSINGS)) {
-    test(`a signal listener that ${what} cleans up as without us`, async (t) => {
-      const program = `${AT_BOOT}
-        process.on('SIGTERM', async () => {
-          ${closing}
-          cleanUp()
-          process.exit(4)
-        })`
-      await assertNoWorse(t, program)
-    })
+  test('a signal listener that closes servers in any way cleans up as without us', async (t) => {
+    const program = `${CLOSES_IN_ALL_WAYS}
+      process.on('SIGTERM', async () => {
+        await closeAll()
+        cleanUp()
+        process.exit(4)
+      })`
+    await assertNoWorse(t, program)
+  })
 
-    test(`a cleanUp that ${what} is done in time`, async (t) => {
-      const program = `${AT_BOOT}
-        options.cleanUp = async () => {
-          ${closing}
-          cleanUp()
-          process.exitCode = 4
-        }`
-      const life = startLife(t, 'in code', { program, env: SHORT })
-      const { end, answer, ms } = await endServing(life)
-      assert.equal(answer, 'served')
-      assert.equal(end.exitCode, 4, life.watched.output)
-      assert.ok(end.said.includes('cleaned up'), life.watched.output)
-      assert.equal(end.said.filter((line) => line === 'event close').length, 1)
-      assert.ok(ms < 3_500, `it ends after ${ms} ms`)
-    })
-  }
+  test('a cleanUp that closes servers in any way is done in time', async (t) => {
+    const program = `${CLOSES_IN_ALL_WAYS}
+      options.cleanUp = async () => {
+        await closeAll()
+        cleanUp()
+        process.exitCode = 4
+      }`
+    const life = startLife(t, 'in code', { program, env: SHORT })
+    const { end, answer, ms } = await endServing(life)
+    assert.equal(answer, 'served')
+    assert.equal(end.exitCode, 4, life.watched.output)
+    const ways = end.said.filter((line) => line.endsWith(' true true'))
+    const closings = end.said.filter((line) => line === 'closed  false ')
+    const events = end.said.filter((line) => line === 'event close')
+    assert.deepEqual([ways.length, closings.length, events.length], [9, 9, 9], life.watched.output)
+    assert.ok(end.said.includes('cleaned up'), life.watched.output)
+    assert.ok(ms < 3_500, `it ends after ${ms} ms`)
+  })
 
   for (const [what, program] of Object.entries(ENDS)) {
     test(`a program that ${what} ends as without us`, async (t) => {
@@ -12741,32 +12692,26 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   test('auto: a worker of a cluster that disconnects ends', async (t) => {
-    const file = join(scratchFolder(t), 'cluster.mjs')
-    fs.writeFileSync(
-      file,
-      `import cluster from 'node:cluster'
-      import http from 'node:http'
+    const program = `
+      const { default: cluster } = await import('node:cluster')
       if (cluster.isPrimary) {
+        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
         const worker = cluster.fork()
         worker.on('listening', () => setTimeout(() => worker.process.kill('SIGTERM'), 300))
-        worker.on('exit', (code) => console.log('worker ended with', code))
+        worker.on('exit', (code) => print('worker ended with', code))
+        listen = () => {}
       } else {
-        http.createServer((_, response) => response.end()).listen(0, '127.0.0.1')
         process.on('SIGTERM', () => cluster.worker.disconnect())
       }`
-    )
-    const env = { FTW_MONITOR: 'auto', FTW_MONITOR_LISTEN: '127.0.0.1:0' }
-    const watched = watch(t, process.execPath, [`--import=${MODULE.href}`, file], { env })
+    const { watched } = startLife(t, 'auto', { program })
     await inTime(watched.exit, 'both end')
     assert.match(watched.output, /^worker ended with 0$/m)
   })
 
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-    // In code, such a process ends with 0.
-    test(`auto: a program without a listener dies of ${signal}, as without us`, async (t) => {
-      await assertNoWorse(t, '', { ways: ['auto'], signal })
-    })
-  }
+  // In code, such a process ends with 0.
+  test('auto: a program without a listener dies of SIGINT, as without us', async (t) => {
+    await assertNoWorse(t, '', { ways: ['auto'], signal: 'SIGINT' })
+  })
 
   for (const [name, what, program] of ENDS_BY_PACKAGE) {
     const how = needsPackage(name)
@@ -12776,109 +12721,57 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   }
 
   test('auto: a job that a signal listener finishes is not cut, and the log tells that it takes long', async (t) => {
-    const output = await assertNoWorse(t, finishes(6_500), { ways: ['auto'], env: SHORT })
+    const env = { ...SHORT, NODE_OPTIONS: QUICK_TIMEOUTS }
+    const output = await assertNoWorse(t, finishes(2_200), { ways: ['auto'], env })
     const lines = output.match(/^ftw-monitor .*SIGTERM.*$/gm) ?? []
     assert.equal(lines.length, 2, output) // the other one says that it shuts down
   })
 
   test('in code: a job that a signal listener finishes until exitAfterMs is not cut', async (t) => {
-    await assertNoWorse(t, finishes(6_500), { ways: ['in code'] })
+    const env = { NODE_OPTIONS: QUICK_TIMEOUTS }
+    await assertNoWorse(t, finishes(2_200), { ways: ['in code'], env })
   })
 
   test('in code: a signal listener has some seconds, however short exitAfterMs is', async (t) => {
-    const program = `${finishes(3_500)}
-      options.timeoutMs = 1_500
-      options.exitAfterMs = 1_600`
+    const program = `${finishes(2_200)}
+      options.timeoutMs = 1_000
+      options.exitAfterMs = 1_100`
     await assertNoWorse(t, program, { ways: ['in code'] })
   })
 
   for (const way of SOME_WAYS) {
-    for (const [what, upgrading] of Object.entries(UPGRADINGS)) {
-      test(`${way}: ${what} is a request in flight until its answer is out`, async (t) => {
-        const life = startLife(t, way, { program: `${CLEANS_UP}\n${upgrading}` })
-        const port = await life.isReady()
+    test(`${way}: an upgrade, a refused one and a CONNECT are requests in flight until they are answered`, async (t) => {
+      const program = `${CLEANS_UP}
+        const ways = ${JSON.stringify(UPGRADINGS)}
+        const answer = async ({ method, url }, socket) => {
+          print('asked for', url)
+          socket.on('error', () => {})
+          await pause(ways[method + ' ' + url])
+          socket.write('HTTP/1.1 ' + url.slice(1) + (isOpen ? ' open' : ' closed') + '\\r\\n\\r\\n')
+          if (url === '/401') socket.end()
+          print('answered')
+        }
+        server.on('upgrade', answer)
+        server.on('connect', answer)`
+      const life = startLife(t, way, { program })
+      const port = await life.isReady()
+      const answers: Promise<string>[] = []
+      for (const line of Object.keys(UPGRADINGS)) {
+        const [method = '', path = ''] = line.split(' ')
         const socket = connectTo(port, {})
         t.after(() => socket.destroy())
-        const method = upgrading.includes("'connect'") ? 'CONNECT' : 'GET'
-        const head = headOf('/', 'Connection: Upgrade', 'Upgrade: echo').replace('GET', method)
+        const head = headOf(path, 'Connection: Upgrade', 'Upgrade: echo').replace('GET', method)
         socket.write(head)
-        await life.hasSaid('asked for an upgrade')
-        life.watched.child.kill('SIGTERM')
-        const answer = inTime(readAll(socket), 'the answer').catch(codeOf)
-        const { said, ms } = await life.awaitEnd()
-        assert.match(await answer, /^HTTP\/1\.1 \d+ open\r\n/)
-        assert.deepEqual(said, ['answered', 'cleaned up'])
-        assert.ok(ms < 6_000, `it ends after ${ms} ms`)
-      })
-    }
-
-    test(`${way}: a WebSocket over HTTP/2 is a request in flight until its answer is out`, async (t) => {
-      const program = `${CLEANS_UP}
-        server = http2.createServer({ settings: { enableConnectProtocol: true } })
-        server.on('stream', async (stream) => {
-          print('asked for an upgrade')
-          stream.on('error', () => {})
-          await pause(2_500)
-          stream.respond({ ':status': 200 })
-          stream.end(isOpen ? 'open' : 'closed')
-          print('answered')
-        })`
-      const life = startLife(t, way, { program })
-      const session = await connectSession(t, await life.isReady())
-      assert.ok(session)
-      if (!session.remoteSettings.enableConnectProtocol) await once(session, 'remoteSettings')
-      const webSocket = session.request({
-        ':method': 'CONNECT',
-        ':protocol': 'websocket',
-        ':path': '/'
-      })
-      const answer = inTime(readAll(webSocket), 'the answer').catch(codeOf)
-      await life.hasSaid('asked for an upgrade')
+        answers.push(inTime(readAll(socket), 'the answer').catch(codeOf))
+        await life.hasSaid(`asked for ${path}`)
+      }
       life.watched.child.kill('SIGTERM')
       const { said, ms } = await life.awaitEnd()
-      assert.equal(await answer, 'open')
-      assert.deepEqual(said, ['answered', 'cleaned up'])
+      const firstLines = (await Promise.all(answers)).map((text) => text.split('\r\n')[0])
+      assert.deepEqual(firstLines, ['HTTP/1.1 101 open', 'HTTP/1.1 401 open', 'HTTP/1.1 200 open'])
+      assert.deepEqual(said, ['answered', 'answered', 'answered', 'cleaned up'])
       assert.ok(ms < 6_000, `it ends after ${ms} ms`)
     })
-
-    test(
-      `${way}: handshakes of ws behind a look-up find all open`,
-      needsPackage('ws'),
-      async (t) => {
-        const program = `${CLEANS_UP}
-        const { WebSocketServer } = await import('ws')
-        const webSockets = new WebSocketServer({ noServer: true })
-        server.on('upgrade', async (request, socket, head) => {
-          print('asked for', request.url)
-          await pause(400)
-          webSockets.handleUpgrade(request, socket, head, (webSocket) => {
-            webSocket.send(isOpen ? 'open' : 'closed')
-          })
-        })`
-        const life = startLife(t, way, { program, cwd: PACKAGES ?? '.' })
-        const port = await life.isReady()
-        const key = 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=='
-        const words = [
-          'Connection: Upgrade',
-          'Upgrade: websocket',
-          'Sec-WebSocket-Version: 13',
-          key
-        ]
-        const shakeHands = (path: string) => {
-          const socket = connectTo(port, {})
-          t.after(() => socket.destroy())
-          socket.write(headOf(path, ...words))
-          return readAll(socket).catch(codeOf)
-        }
-        const paths = ['/one', '/two', '/three']
-        const answers = paths.map(shakeHands)
-        for (const path of paths) await life.hasSaid(`asked for ${path}`)
-        life.watched.child.kill('SIGTERM')
-        const texts = await inTime(Promise.all(answers), 'all shake hands')
-        for (const text of texts) assert.match(text, /^HTTP\/1\.1 101 [^]*\r\n\r\n..open/)
-        assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
-      }
-    )
 
     test(`${way}: what an HTTP/2 server pushes is not cut`, async (t) => {
       const program = `${CLEANS_UP}
@@ -12890,7 +12783,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
             for (let part = 0; part < 4; part++) {
               pushed.write('x'.repeat(10_000))
               print('pushes')
-              await pause(600)
+              await pause(450)
             }
             pushed.end('done')
           })
@@ -12911,24 +12804,38 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     })
   }
 
-  test('in code: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up', async (t) => {
-    const { said, ms } = await endLookingUp(startLife(t, 'in code', LOOKS_UP))
-    assert.ok(said.includes('cleaned up'))
-    assert.ok(ms < 5_000, `it ends after ${ms} ms`)
-  })
-
-  test('auto: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up', async (t) => {
-    const { signalCode, ms } = await endLookingUp(startLife(t, 'auto', LOOKS_UP))
-    assert.equal(signalCode, 'SIGTERM')
-    assert.ok(ms < 5_000, `it ends after ${ms} ms`)
-  })
+  for (const way of WITH_US) {
+    test(`${way}: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up`, async (t) => {
+      const life = startLife(t, way, {
+        program: `
+          const { default: dns } = await import('node:dns')
+          const { lookup } = dns
+          dns.lookup = (name, ...args) => {
+            if (name !== 'monitor.invalid') return lookup(name, ...args)
+            print('looks up')
+            setInterval(() => {}, 1_000) // as the thread that looks it up keeps the process alive
+          }
+          options.cleanUp = cleanUp
+          const beginBefore = begin
+          begin = () => void beginBefore()`,
+        env: { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
+      })
+      await life.hasSaid('ready')
+      await life.hasSaid('looks up')
+      life.watched.child.kill('SIGTERM')
+      const { said, signalCode, ms } = await life.awaitEnd()
+      if (way === 'auto') assert.equal(signalCode, 'SIGTERM')
+      else assert.ok(said.includes('cleaned up'))
+      assert.ok(ms < 5_000, `it ends after ${ms} ms`)
+    })
+  }
 
   for (const [what, { way, begins }] of Object.entries(LATE_BEGINS)) {
-    /** Boots it, has a client connect, and then the program call start(). */
-    const beginLate = async <Client>(
+    /** Boots it, has a client ask, and then the program call start(). */
+    const endBegunLate = async (
       t: TestContext,
-      more: string,
-      connect: (life: ReturnType<typeof startLife>, port: number) => Promise<Client>
+      { more, env }: { more: string; env?: Record<string, string> },
+      askOnce: (port: number) => Promise<string>
     ) => {
       const program = `
         ${CLEANS_UP}
@@ -12938,56 +12845,39 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
           print('begun')
         })
         ${more}`
-      const life = startLife(t, way, { program, env: SHORT })
-      const port = await life.isReady()
-      const client = await connect(life, port)
+      const life = startLife(t, way, { program, env: env ?? {} })
+      const answer = askOnce(await life.isReady())
+      await life.hasSaid('asked for /slow1200')
       life.watched.child.kill('SIGUSR2')
       await life.hasSaid('begun')
       life.watched.child.kill('SIGTERM')
-      return { life, client }
-    }
-
-    test(`a keep-alive connection from before ${what} lets cleanUp close the server`, async (t) => {
-      const agent = new http.Agent({ keepAlive: true })
-      t.after(() => agent.destroy())
-      const { life } = await beginLate(
-        t,
-        `options.cleanUp = async () => {
-          await new Promise((resolve) => server.close(resolve))
-          cleanUp()
-        }`,
-        async (_, port) => await getPage(port, '/', { agent })
-      )
+      assert.equal(await answer, 'served')
       const { said, exitCode, ms } = await life.awaitEnd()
       assert.deepEqual([said.at(-1), exitCode], ['cleaned up', 0], life.watched.output)
       assert.ok(ms < 3_500, `it ends after ${ms} ms`)
-    })
+    }
 
-    test(`a request from before ${what} is served before cleanUp`, async (t) => {
-      const { life, client } = await beginLate(t, '', async (before, port) => {
-        const answer = getPage(port, '/slow1200').then(({ body }) => body, codeOf)
-        await before.hasSaid('asked for /slow1200')
-        return { answer }
+    test(`a request from before ${what} is served before cleanUp, and a keep-alive connection lets that close the server`, async (t) => {
+      const agent = new http.Agent({ keepAlive: true })
+      t.after(() => agent.destroy())
+      const more = `
+        options.cleanUp = async () => {
+          isOpen = false
+          await new Promise((resolve) => server.close(resolve))
+          print('cleaned up')
+        }`
+      await endBegunLate(t, { more, env: SHORT }, async (port) => {
+        await getPage(port, '/', { agent })
+        return await getPage(port, '/slow1200').then(({ body }) => body, codeOf)
       })
-      assert.equal(await client.answer, 'served')
-      assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
     })
 
     test(`an HTTP/2 stream from before ${what} is served before cleanUp`, async (t) => {
-      const { life, client } = await beginLate(
-        t,
-        `const handleOne = handle
+      const more = `
+        const handleOne = handle
         handle = (_, response) => handleOne({ url: '/slow1200' }, response)
-        server = http2.createServer((request, response) => handle(request, response))`,
-        async (before, port) => {
-          const session = await connectSession(t, port)
-          const answer = askStream(session)
-          await before.hasSaid('asked for /slow1200')
-          return { answer }
-        }
-      )
-      assert.equal(await client.answer, 'served')
-      assert.equal((await life.awaitEnd()).said.at(-1), 'cleaned up')
+        server = http2.createServer((request, response) => handle(request, response))`
+      await endBegunLate(t, { more }, async (port) => askStream(await connectSession(t, port)))
     })
   }
 
@@ -13041,14 +12931,19 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   for (const way of SOME_WAYS) {
-    for (const kind of ['TCP', 'Unix']) {
-      test(`${way}: a ${kind} socket that was passed on keeps its backlog for whoever listens next`, async (t) => {
+    for (const [what, kind, program] of PASSED_ON) {
+      test(`${way}: ${what} keeps its backlog for whoever listens next`, async (t) => {
         const socket = await shareSocket(t, kind)
-        const first = startLife(t, way, { program: LISTENS_ON_FD, stdio: socket.stdio })
-        const program = LISTENS_ON_FD + LISTENS_WHEN_TOLD
-        const next = startLife(t, 'alone', { program, stdio: socket.stdio })
-        socket.release()
+        const isByIpc = program === LISTENS_ON_IPC
+        const stdio: StdioOptions = isByIpc ? ['pipe', 'pipe', 'pipe', 'ipc'] : socket.stdio
+        const first = startLife(t, way, { program, stdio })
+        const next = startLife(t, 'alone', { program: program + LISTENS_WHEN_TOLD, stdio })
+        if (isByIpc) {
+          for (const { watched } of [first, next]) watched.child.send('socket', socket.handle)
+          await next.hasSaid('has its socket')
+        }
         await first.isReady()
+        socket.release()
         first.watched.child.kill('SIGTERM')
         await first.hasSaid('cleaned up')
         const burst = connectBurst(t, socket.where)
@@ -13057,7 +12952,9 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         assert.deepEqual(await burst.answered, BURST_SERVED)
         assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
       })
+    }
 
+    for (const kind of ['TCP', 'Unix']) {
       test(`${way}: a ${kind} socket on which another process listens keeps its backlog`, async (t) => {
         const socket = await shareSocket(t, kind)
         const one = startLife(t, way, { program: LISTENS_ON_FD, stdio: socket.stdio })
@@ -13075,24 +12972,6 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         assert.equal((await one.awaitEnd()).exitCode, 0, one.watched.output)
       })
     }
-
-    test(`${way}: a handle that came over IPC keeps its backlog for whoever listens next`, async (t) => {
-      const socket = await shareSocket(t, 'TCP')
-      const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', 'ipc']
-      const first = startLife(t, way, { program: LISTENS_ON_IPC, stdio })
-      const program = LISTENS_ON_IPC + LISTENS_WHEN_TOLD
-      const next = startLife(t, 'alone', { program, stdio })
-      for (const { watched } of [first, next]) watched.child.send('socket', socket.handle)
-      await Promise.all([first.isReady(), next.hasSaid('has its socket')])
-      socket.release()
-      first.watched.child.kill('SIGTERM')
-      await first.hasSaid('cleaned up')
-      const burst = connectBurst(t, socket.where)
-      assert.deepEqual(await burst.connected, BURST_CONNECTED)
-      next.watched.child.stdin?.write('listen')
-      assert.deepEqual(await burst.answered, BURST_SERVED)
-      assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
-    })
 
     test(`${way}: a socket that was given to a child has its backlog back at the end`, async (t) => {
       const heir = join(scratchFolder(t), 'heir.mjs')
