@@ -186,6 +186,8 @@ interface Life {
   second: NodeJS.Signals | 'none'
   /** Since the first signal. */
   secondAfterMs: number
+  /** The monitor is switched off: nobody can ask, and the end is the same. */
+  isOff: boolean
 }
 
 const SERVERS: ServerKind[] = [
@@ -291,7 +293,8 @@ function drawLife(name: string, runtime: 'node' | 'bun' | 'deno'): Life {
     signal,
     signalAtMs,
     second: chance.isOneIn(4) ? chance.oneOf(['SIGTERM', 'SIGINT', signal] as const) : 'none',
-    secondAfterMs: chance.oneOf([1, 60, 500, 1_200, 2_000])
+    secondAfterMs: chance.oneOf([1, 60, 500, 1_200, 2_000]),
+    isOff: way === 'code' && chance.isOneIn(5)
   }
 }
 
@@ -361,6 +364,7 @@ function describeLife(life: Life): string {
   if (way === 'code') {
     parts.push(`start ${startAt}`, `cleanUp ${cleanUp}`, `database ${database}`)
     parts.push(`warm-up ${warmUp}`, `handles ${life.handled.join(' ')}`)
+    if (life.isOff) parts.push('switched off')
   }
   if (blockMs > 0) parts.push(`blocked for ${blockMs} ms at ${life.blockAtMs}`)
   parts.push(prober === 'none' ? 'no prober' : `prober ${prober} each ${life.proberPauseMs} ms`)
@@ -650,7 +654,7 @@ class Program {
     const options = { server: instance, healthPath: HEALTH_PATH, ...listen }
     monitor.start(options).catch((error: unknown) => report('failed', String(error)))
     report('started')
-    setInterval(() => void this.#askItself(monitor), 150).unref()
+    if (!this.life.isOff) setInterval(() => void this.#askItself(monitor), 150).unref()
   }
 
   async #askItself(monitor: Monitor): Promise<void> {
@@ -785,7 +789,7 @@ const STREAM_PAUSE_MS = 100
 const UPLOAD_PARTS = 4
 const UPLOAD_PART = 'u'.repeat(10_000)
 const UPLOAD_PAUSE_MS = 120
-const READER_PAUSE_MS = 700
+const READER_PAUSE_MS = 1_500 // longer than a goodbye may take
 const SIZES: Partial<Record<RequestKind, number>> = {
   streamed: 500,
   large: 600_000,
@@ -1246,6 +1250,10 @@ async function askByStream(peer: Http2Session, request: Sent): Promise<void> {
     body += chunk.toString('latin1')
     request.bytes += chunk.length
   })
+  if (request.kind === 'large') {
+    stream.pause() // others go on meanwhile
+    setTimeout(() => stream.resume(), READER_PAUSE_MS)
+  }
   stream.on('error', (error) => {
     failure = error
   })
@@ -1336,7 +1344,7 @@ const WAYS: Record<ProberKind, Way[]> = {
 /** Asks until the instance is over; whatever does not answer has told nothing. */
 async function probe(traffic: Traffic, verdicts: Verdict[]): Promise<void> {
   const { life } = traffic.setup
-  const ways = WAYS[life.prober]
+  const ways = life.isOff ? [] : WAYS[life.prober]
   while (ways.length > 0 && !traffic.isOver) {
     if (life.prober === 'vanishes' && traffic.signalledAtMs < Infinity) return
     const round = await Promise.all(ways.map((way) => askVerdict(traffic, way)))
@@ -1559,21 +1567,10 @@ class Living {
   }
 
   async #spawn(): Promise<ChildProcess> {
-    const { port, monitorPort, isWithUs } = this.#setup
+    const { port, isWithUs } = this.#setup
     const { server, way } = this.#life
     const isAuto = isWithUs && way === 'auto'
-    const env: NodeJS.ProcessEnv = { ...process.env, LIFE: JSON.stringify(this.#setup) }
-    delete env['NODE_OPTIONS']
-    for (const name of Object.keys(env)) {
-      if (name.startsWith('FTW_MONITOR') || name === 'PORT') delete env[name]
-    }
-    if (isAuto) {
-      env['FTW_MONITOR'] = 'auto'
-      env['FTW_MONITOR_TIMEOUT_MS'] = String(TIMEOUT_MS)
-      env['FTW_MONITOR_HEALTH_PATH'] = HEALTH_PATH
-      if (server === 'unix') env['FTW_MONITOR_LISTEN'] = `${HOST}:${monitorPort}`
-      else env['PORT'] = String(port)
-    }
+    const env = this.#environment(isAuto)
     const log = openSync(this.#logFile, 'a')
     const isInherited = server === 'fd' || server === 'shared fd'
     const listener = isInherited ? await listenFor(port) : undefined
@@ -1591,6 +1588,24 @@ class Living {
     listener?.close()
     closeSync(log)
     return child
+  }
+
+  #environment(isAuto: boolean): NodeJS.ProcessEnv {
+    const { port, monitorPort } = this.#setup
+    const { server, isOff } = this.#life
+    const env: NodeJS.ProcessEnv = { ...process.env, LIFE: JSON.stringify(this.#setup) }
+    delete env['NODE_OPTIONS']
+    for (const name of Object.keys(env)) {
+      if (name.startsWith('FTW_MONITOR') || name === 'PORT') delete env[name]
+    }
+    if (isOff) env['FTW_MONITOR'] = '0'
+    if (!isAuto) return env
+    env['FTW_MONITOR'] = 'auto'
+    env['FTW_MONITOR_TIMEOUT_MS'] = String(TIMEOUT_MS)
+    env['FTW_MONITOR_HEALTH_PATH'] = HEALTH_PATH
+    if (server === 'unix') env['FTW_MONITOR_LISTEN'] = `${HOST}:${monitorPort}`
+    else env['PORT'] = String(port)
+    return env
   }
 
   async #endHolder(): Promise<void> {
