@@ -24,7 +24,7 @@ import { createRequire } from 'node:module'
 import * as net from 'node:net'
 import { Readable } from 'node:stream'
 import { networkInterfaces, tmpdir } from 'node:os'
-import { basename, delimiter, join } from 'node:path'
+import { delimiter, join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { describe, test, type TestContext } from 'node:test'
 import { setImmediate as nextTurn, setTimeout as pause } from 'node:timers/promises'
@@ -12955,83 +12955,164 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
 
 // --- The program ---------------------------------------------------------------------------------
 
-interface Point {
-  measurement: string
-  tags: Record<string, string>
-  fields: Record<string, number | string>
-}
+/** Has copies of the program run one after the other, each when nothing keeps the one before alive,
+ *  and tells the exit status and what was printed of each. */
+const RUN_CALLS = `
+  import fs from 'node:fs'
+  import { pathToFileURL } from 'node:url'
 
-/** InfluxDB's line protocol, and nothing that only some of its readers put up with. */
-function parseLineProtocol(line: string): Point {
-  let at = 0
-
-  const fail = (what: string): never => assert.fail(`${what} at ${at} of ${JSON.stringify(line)}`)
-
-  const text = (special: string, ends: string) => {
-    let found = ''
-    while (at < line.length && !ends.includes(line[at]!)) {
-      const isEscape = line[at] === '\\' && at + 1 < line.length && special.includes(line[at + 1]!)
-      if (isEscape) at++
-      else if (special.includes(line[at]!)) fail('a sign that is not escaped')
-      if (/\p{Cc}/u.test(line[at]!)) fail('a control character')
-      found += line[at]
-      at++
+  const { CALLS, ...env } = process.env
+  const { program, folder, calls } = JSON.parse(CALLS)
+  let said
+  for (const stream of ['stdout', 'stderr']) {
+    process[stream].write = (text) => {
+      said[stream] += text
+      return true
     }
-    return found || fail('nothing')
   }
+  process.on('beforeExit', (status) => {
+    if (said) fs.writeSync(1, JSON.stringify({ ...said, status }) + '\\n')
+    process.exitCode = 0
+    const call = calls.shift()
+    if (!call) return
+    said = { line: call.line, stdout: '', stderr: '' }
+    const file = folder + '/' + calls.length + '.m' + program.slice(-2)
+    fs.copyFileSync(program, file)
+    process.argv = [process.execPath, file, ...call.words]
+    process.env = { ...env, ...call.env }
+    setImmediate(() => import(pathToFileURL(file)))
+  })`
 
-  const take = (sign: string) => {
-    if (line[at] !== sign) fail(`no "${sign}"`)
-    at++
-  }
-
-  const put = <Value>(record: Record<string, Value>, key: string, value: Value) => {
-    if (key.startsWith('_') || key === 'time' || Object.hasOwn(record, key)) fail('a wrong key')
-    Object.defineProperty(record, key, { value, enumerable: true })
-  }
-
-  const value = (): number | string => {
-    const number = /[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?=[, ]|$)/y
-    const string = /"((?:[^"\\\p{Cc}]|\\["\\])*)"(?=[, ]|$)/uy
-    number.lastIndex = at
-    string.lastIndex = at
-    const [found = fail('no value'), quoted] = number.exec(line) ?? string.exec(line) ?? []
-    at += found.length
-    return quoted === undefined ? Number(found) : quoted.replace(/\\(["\\])/g, '$1')
-  }
-
-  const point: Point = { measurement: text(', ', ', '), tags: {}, fields: {} }
-  if (/^[_#]/.test(point.measurement)) fail('a wrong measurement')
-  while (line[at] === ',') {
-    take(',')
-    const key = text(',= ', '=')
-    take('=')
-    put(point.tags, key, text(',= ', ', '))
-  }
-  take(' ')
-  for (;;) {
-    const key = text(',= ', '=')
-    take('=')
-    put<number | string>(point.fields, key, value())
-    if (line[at] !== ',') break
-    take(',')
-  }
-  if (at < line.length) fail('more than fields')
-  return point
+interface Outcome {
+  line: string
+  status: number
+  stdout: string
+  stderr: string
 }
 
-function parseDump(stdout: string): Point[] {
-  assert.match(stdout, /^(.+\n)*$/)
-  return stdout.split('\n').slice(0, -1).map(parseLineProtocol)
+/** Runs command lines of the program, as a shell would: `PORT=8080 drain 'until noon'`. One process
+ *  does for all, since most of the work of each is to start Node.js. */
+async function runLines<const Lines extends readonly string[]>(
+  t: TestContext,
+  lines: Lines,
+  options: ProcessOptions & { flags?: string[] } = {}
+): Promise<{ [Index in keyof Lines]: Outcome }> {
+  const calls = lines.map((line) => {
+    const words = Array.from(line.matchAll(/'([^']*)'|(\S+)/g), ([, quoted, bare]) => {
+      return quoted ?? bare ?? ''
+    })
+    const env: Record<string, string> = {}
+    while (/^[A-Z_]+=/.test(words[0] ?? '')) {
+      const [name = '', value = ''] = words.shift()!.split('=')
+      env[name] = value
+    }
+    return { line, words, env }
+  })
+  const { flags = [], ...others } = options
+  const setup = { program: PROGRAM, folder: scratchFolder(t), calls }
+  const env = { HOST: '127.0.0.1', ...options.env, CALLS: JSON.stringify(setup) }
+  const words = [...flags, '--no-warnings', '--input-type=module', '-e', RUN_CALLS]
+  const { status, stdout, stderr } = await runToEnd(t, process.execPath, words, { ...others, env })
+  assert.deepEqual([status, stderr], [0, ''])
+  const outcomes: unknown = JSON.parse(`[${stdout.trimEnd().replaceAll('\n', ',')}]`)
+  return outcomes as { [Index in keyof Lines]: Outcome }
+}
+
+/** Fails unless each line is refused, or fails, with this sentence. */
+async function assertFailures(
+  t: TestContext,
+  rows: Record<string, string>,
+  options: Parameters<typeof runLines>[2] = {}
+): Promise<void> {
+  const expected = Object.entries(rows).map(([line, sentence]) => {
+    return { line, status: 2, stdout: '', stderr: `ftw-monitor: ${sentence}\n` }
+  })
+  assert.deepEqual(await runLines(t, Object.keys(rows), options), expected)
+}
+
+/** Answers a request at the monitor port of a fake instance, as `status` does over HTTP. */
+function replyStatus(body: string | object, type = 'application/health+json') {
+  const text = typeof body === 'string' ? body : JSON.stringify(body)
+  return (socket: net.Socket) => {
+    socket.once('data', () =>
+      socket.end(`HTTP/1.1 200 -\r\nContent-Type: ${type}\r\n\r\n${text}\n`)
+    )
+  }
 }
 
 const BY_ITS_OWN_PORT = '(an instance is named by its own port; its monitor is 80 higher)'
 
-describeProcesses('The program', PAIRWISE, () => {
+describeProcesses('The program', SIDE_BY_SIDE, () => {
+  test('the program prints the reply, and its exit status tells how it went', async (t) => {
+    let isBroken = false
+    const path = join(scratchFolder(t), 'monitor')
+    const port = await freePort()
+    const absent = await freePort()
+    const server = await serve(t, hello, { host: '127.0.0.1', port })
+    const onPath = await importMonitor(t)
+    await onPath.start({ server, logger: recorder(), listen: { path } })
+    onPath.register('where', '', (connection) => connection.write('on a path\n'))
+    const { monitor } = await bootInstance(t, {
+      server,
+      databases: { main: { isConnected: () => !isBroken } },
+      performers: {
+        '/shop': () => {
+          if (isBroken) throw new Error('no such table')
+        }
+      },
+      options: { listen: { host: '127.0.0.1', port: port + 80 } }
+    })
+    const report = 'Errors: none\nError: 0\nall well\n'
+    monitor.register('where', '', (connection) => connection.write('on a port\n'))
+    monitor.register('echo', '', (connection, ...words) => connection.write(`${words.join('|')}\n`))
+    monitor.register('reports', '', (connection) => connection.write(report))
+    monitor.register('fails', '', () => {
+      throw new RangeError('boom')
+    })
+    monitor.register('late', '', (connection) => {
+      connection.write('half of it\n')
+      throw new TypeError('boom')
+    })
+    monitor.register('break', '', (connection) => {
+      isBroken = true
+      connection.write('broken\n')
+    })
+    const disconnected = "Error: Database 'main' disconnected.\n"
+    const rows: [line: string, status: number, reply: string][] = [
+      ['health_check', 0, 'OK\n'],
+      ['', 0, await ask(port + 80, 'help\n')],
+      ['help quit', 0, await ask(port + 80, 'help quit\n')],
+      ['help drian', 2, 'Invalid command \'drian\'\nTry "help".\n'],
+      ['nope', 2, 'Invalid command \'nope\'\nTry "help".\n'],
+      ["echo a 'b c'", 0, 'a|b|c\n'],
+      ['reports', 0, report],
+      ['fails', 1, 'RangeError: boom\n'],
+      ['late', 1, 'half of it\nTypeError: boom\n'],
+      ['dbinfo nope', 1, "Error: no database 'nope' is registered\n"],
+      ['zeostatus', 0, 'True\n'],
+      ['warmup', 0, 'Warmup successful\n'],
+      ['warmup /shop', 0, 'Warmup successful\n'],
+      ['warmup /nowhere', 1, "Error: no site '/nowhere' is registered\n"],
+      [`PORT=${absent} --port ${port} health_check`, 0, 'OK\n'],
+      ['HOST=203.0.113.1 --host 127.0.0.1 health_check', 0, 'OK\n'],
+      [`PORT=${absent} FTW_MONITOR_LISTEN=${port + 80} where`, 0, 'on a port\n'],
+      [`FTW_MONITOR_LISTEN=127.0.0.1:${port + 80} where`, 0, 'on a port\n'],
+      [`FTW_MONITOR_LISTEN=${path} where`, 0, 'on a path\n'],
+      ['break', 0, 'broken\n'],
+      ['health_check', 1, disconnected],
+      ['zeostatus', 1, 'False\n'],
+      ['perf_metrics', 1, `{"error":"Database 'main' disconnected."}\n`],
+      ['warmup /shop', 1, 'Warmup failed: /shop: no such table\n']
+    ]
+    const lines = rows.map(([line]) => line)
+    const results = await runLines(t, lines, { env: { PORT: String(port) } })
+    const expected = rows.map(([line, status, stdout]) => ({ line, status, stdout, stderr: '' }))
+    assert.deepEqual(results, expected)
+  })
+
   test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
-    const server = await serve(t)
     const gate = latch()
-    const { monitor, port } = await bootInstance(t, { server })
+    const { monitor, port } = await bootInstance(t)
     monitor.register('bitwise', '', async (connection) => {
       connection.write('a bit\n')
       await gate.opened
@@ -13053,143 +13134,88 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(joined.output, `${on}OK\n1 0\nGoodbye.\n`)
   })
 
-  test('a symbolic link runs the program, and importing the module never does', async (t) => {
-    const folder = join(scratchFolder(t), 'ftw-monitor')
-    fs.mkdirSync(folder)
-    const { port } = await bootInstance(t)
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const link = join(folder, 'ftw-monitor')
-    fs.symlinkSync(PROGRAM, link)
-    const odd = join(folder, '100% 한 #?.js')
-    fs.symlinkSync(PROGRAM, odd)
-    const load = `import ${JSON.stringify(MODULE.href)}\nconsole.log('imported')\n`
-    const scripts = ['monitor.js', 'monitor.mjs', 'ftw-monitor.mjs'].map((name) =>
-      join(folder, name)
-    )
-    for (const script of scripts) fs.writeFileSync(script, load)
-    fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
-    const [linked, oddlyLinked, ...imported] = await Promise.all(
-      [link, odd, ...scripts].map((file) => runProgram(t, ['health_check'], { env, file }))
-    )
-    assert.deepEqual(linked, { status: 0, stdout: 'OK\n', stderr: '' })
-    assert.deepEqual(oddlyLinked, { status: 0, stdout: 'OK\n', stderr: '' })
-    for (const result of imported) {
-      assert.deepEqual(result, { status: 0, stdout: 'imported\n', stderr: '' })
-    }
-  })
-
-  test('a bundle that this file is a part of never runs the program, whatever its name', async (t) => {
+  test('a link to the file and a copy of it run the program, importing the module or bundling it never does', async (t) => {
     const folder = scratchFolder(t)
-    const source = fs.readFileSync(PROGRAM, 'utf8')
-    const withoutExports = source.replace(
-      /^export (?=async|class|const|function|interface|type)/gm,
-      ''
-    )
-    const bundle = withoutExports.replace(/^#!.*/, '') + "\nconsole.log('bundled')\n"
-    fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
+    const { port } = await bootInstance(t)
+    const write = (name: string, text: string | Buffer) =>
+      fs.writeFileSync(join(folder, name), text)
+    for (const name of ['ftw-monitor', 'bundled']) fs.mkdirSync(join(folder, name))
+    write('package.json', '{ "type": "module" }')
+    const printed: Record<string, string> = {}
+
+    for (const name of ['ftw-monitor/ftw-monitor', '100% 한 #?.js']) {
+      fs.symlinkSync(PROGRAM, join(folder, name))
+      printed[name] = 'OK\n'
+    }
+    for (const name of ['monitor.js', 'monitor.mjs', 'ftw-monitor.mjs']) {
+      write(name, `import ${JSON.stringify(MODULE.href)}\nconsole.log('imported')\n`)
+      printed[name] = 'imported\n'
+    }
+    const exporting = /^#!.*|^export (?=async|class|const|function|interface|type)/gm
+    const bundle = fs.readFileSync(PROGRAM, 'utf8').replace(exporting, '')
     for (const name of [`monitor${EXTENSION}`, `ftw-monitor.m${EXTENSION.slice(1)}`]) {
-      const file = join(folder, name)
-      fs.writeFileSync(file, bundle)
-      const result = await runProgram(t, ['health_check'], { file })
-      assert.deepEqual(result, { status: 0, stdout: 'bundled\n', stderr: '' }, name)
+      write(`bundled/${name}`, `${bundle}\nconsole.log('bundled')\n`)
+      printed[`bundled/${name}`] = 'bundled\n'
     }
+    if (EXTENSION === '.js') {
+      write('ask.mjs', fs.readFileSync(PROGRAM))
+      write('ftw-monitor.cjs', fs.readFileSync(new URL('monitor.cjs', MODULE)))
+      write('monitor.cjs', "require('./ftw-monitor.cjs')\nconsole.log('required')\n")
+      printed['ask.mjs'] = 'OK\n'
+      printed['ftw-monitor.cjs'] = 'OK\n'
+      printed['monitor.cjs'] = 'required\n'
+    }
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}`, NODE_OPTIONS: '' }
+    const run = (name: string) => {
+      return runProgram(t, ['health_check'], { env, file: join(folder, name) })
+    }
+    for (const [name, stdout] of Object.entries(printed)) {
+      assert.deepEqual(await run(name), { status: 0, stdout, stderr: '' }, name)
+    }
+    if (EXTENSION !== '.js') return
+    env.NODE_OPTIONS = `--require=${join(folder, 'ftw-monitor.cjs')}`
+    assert.deepEqual(await run('monitor.cjs'), { status: 0, stdout: 'required\n', stderr: '' })
   })
 
-  test('a copy is the program by any name, from CommonJS too', async (t) => {
-    if (EXTENSION !== '.js') return t.skip('it is compiled')
-    const folder = scratchFolder(t)
-    const { port } = await bootInstance(t)
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const compiled = fileURLToPath(new URL('monitor.cjs', MODULE))
-    const files = { 'ask.mjs': PROGRAM, 'ftw-monitor.cjs': compiled }
-    for (const [name, original] of Object.entries(files)) {
-      const file = join(folder, name)
-      fs.copyFileSync(original, file)
-      const result = await runProgram(t, ['health_check'], { env, file })
-      assert.deepEqual(result, { status: 0, stdout: 'OK\n', stderr: '' }, name)
-    }
-    const script = join(folder, 'monitor.cjs')
-    fs.writeFileSync(script, "require('./ftw-monitor.cjs')\nconsole.log('required')\n")
-    for (const flags of ['', `--require=${join(folder, 'ftw-monitor.cjs')}`]) {
-      const required = await runProgram(t, ['health_check'], {
-        env: { ...env, NODE_OPTIONS: flags },
-        file: script
-      })
-      assert.deepEqual(required, { status: 0, stdout: 'required\n', stderr: '' }, flags)
-    }
-  })
-
-  test('the strict parser of line protocol refuses what is none', () => {
-    const line = 'm,a\\ b=c\\,d\\=e\\f x=1,y="a \\"q\\" \\\\",z=-1.5e+9'
-    const { tags, fields } = parseLineProtocol(line)
-    assert.deepEqual(
-      { tags, fields },
-      { tags: { 'a b': 'c,d=e\\f' }, fields: { x: 1, y: 'a "q" \\', z: -1.5e9 } }
-    )
-    const wrong = [
-      'm',
-      'm ',
-      'm,a=b',
-      'm,a= x=1',
-      'm,a=b  x=1',
-      'm,a=b c x=1',
-      'm,a=b=c x=1',
-      'm,a=b\\ x=1',
-      'm x=',
-      'm x=NaN',
-      'm x=Infinity',
-      'm x=null',
-      'm x="a',
-      'm x="a\\b"',
-      'm x="\n"',
-      'm x=1,',
-      'm x=1 ',
-      'm x=1,x=2',
-      'm x=1,y',
-      'm,a=b,a=c x=1',
-      '#m x=1',
-      'm _x=1'
-    ]
-    for (const text of wrong) {
-      assert.throws(() => parseLineProtocol(text), assert.AssertionError, text)
-    }
-  })
-
-  test('the dump of three instances, one of them dead, is strict line protocol', async (t) => {
-    const ports: number[] = []
-    for (const size of [20, 30]) {
-      const port = await freePort()
-      await bootInstance(t, {
-        performers: WARM,
-        databases: { main: { isConnected: () => true, figures: () => ({ size }) } },
-        options: { listen: { host: '127.0.0.1', port: port + 80 } },
-        until: 'started'
-      })
-      ports.push(port)
-    }
-    const [first, second] = ports
+  test('the dump is strict line protocol, in the order of the names, without what is dead', async (t) => {
+    const one = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
+    const odd =
+      '{"a b,=\\\\":{"c\\nd\\u001b":1},"s":{"q":"x\\"y\\\\z\\n,= é"},"n":{"big":1e300,' +
+      '"small":-1e-7,"huge":1e999,"yes":true,"none":null,"list":[1]}}\n'
+    const other = await fakeInstance(t, (socket) => socket.end(odd))
     const dead = await freePort()
-    const cwd = scratchFolder(t, 'my deployment,a=b-')
-    const { status, stdout, stderr } = await runProgram(
+    const cwd = join(scratchFolder(t), 'my deployment,a=b')
+    fs.mkdirSync(cwd)
+    const named = `'web 2=127.0.0.1:${one}' web,1=${one} ${dead} ${one} 'a b\\=localhost:${one}'`
+    const results = await runLines(
       t,
-      ['dump-perf-metrics', `web,1=${first}`, `${dead}`, `web 2=127.0.0.1:${second}`],
+      [
+        `dump-perf-metrics ${named} 127.0.0.1:${one}`,
+        `dump-perf-metrics --deployment 'prod = 1, north' a=${one}`,
+        `dump-perf-metrics --deployment 'd\\' b=${other}`
+      ],
       { cwd }
     )
-    assert.equal(status, 0)
-    assert.match(stderr, new RegExp(`^[^\\n]*${dead}[^\\n]*\\n$`))
-    const points = parseDump(stdout)
-    const deployment = basename(cwd)
+    const point = `deployments,deployment=my\\ deployment\\,a\\=b,process`
+    const fields = 'a\\ b\\,\\=\\.c\\ d\\ =1,n.big=1e+300,n.small=-1e-7,s.q="x\\"y\\\\z ,= é"'
     assert.deepEqual(
-      points.map(({ measurement, tags }) => [measurement, tags]),
+      results.map(({ status, stdout }) => [status, ...stdout.split('\n')]),
       [
-        ['deployments', { deployment, process: 'web 2' }],
-        ['deployments', { deployment, process: 'web,1' }]
+        [
+          0,
+          `${point}=127.0.0.1:${one} cache.size=1`,
+          `${point}=${one} cache.size=1`,
+          `${point}=a\\ b cache.size=1`,
+          `${point}=web\\ 2 cache.size=1`,
+          `${point}=web\\,1 cache.size=1`,
+          ''
+        ],
+        [0, 'deployments,deployment=prod\\ \\=\\ 1\\,\\ north,process=a cache.size=1', ''],
+        [0, `deployments,deployment=d,process=b ${fields}`, '']
       ]
     )
-    assert.deepEqual(
-      points.map(({ fields }) => fields['cache.size']),
-      [30, 20]
-    )
+    const told = results.map(({ stderr }) => stderr).join('')
+    assert.equal(told, `ftw-monitor: ${dead}: connect ECONNREFUSED 127.0.0.1:${dead + 80}\n`)
   })
 
   test('a line of the dump has every figure of perf_metrics, in order', async (t) => {
@@ -13197,47 +13223,23 @@ describeProcesses('The program', PAIRWISE, () => {
     await bootInstance(t, {
       performers: WARM,
       databases: { main: { isConnected: () => true, figures: () => ({ size: 20 }) } },
-      options: { listen: { host: '127.0.0.1', port: port + 80 } },
-      until: 'started'
+      options: { listen: { host: '127.0.0.1', port: port + 80 } }
     })
-    const { stdout } = await runProgram(t, ['dump-perf-metrics', String(port)])
-    const [{ fields } = assert.fail('no line')] = parseDump(stdout)
-    const keys = Object.keys(fields)
-    assert.deepEqual(keys, [...keys].sort())
-    const told = JSON.parse(await ask(port + 80, 'perf_metrics\n')) as Record<string, object>
-    assert.deepEqual(
-      keys,
-      Object.entries(told)
-        .flatMap(([group, figures]) => Object.keys(figures).map((name) => `${group}.${name}`))
-        .sort()
-    )
-    assert.equal(fields['instance.pid'], process.pid)
-    assert.equal('instance.version' in fields, false) // ftw.monitor's script cannot quote a text
-    assert.equal(fields['memory.uss'], -1)
-  })
-
-  test('an instance is tagged as it was named, and the deployment as told', async (t) => {
-    const port = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
-    const tagged = {
-      [`${port}`]: `${port}`,
-      [`127.0.0.1:${port}`]: `127.0.0.1:${port}`,
-      [`a=${port}`]: 'a',
-      [`a b\\=localhost:${port}`]: 'a b'
-    }
-    const { status, stdout, stderr } = await runProgram(t, [
-      'dump-perf-metrics',
-      '--deployment',
-      'prod = 1, north',
-      ...Object.keys(tagged)
-    ])
-    assert.deepEqual([status, stderr], [0, ''])
-    const points = parseDump(stdout)
-    assert.deepEqual(points.map(({ tags }) => tags['process']).sort(), Object.values(tagged).sort())
-    for (const { measurement, tags, fields } of points) {
-      assert.equal(measurement, 'deployments')
-      assert.equal(tags['deployment'], 'prod = 1, north')
-      assert.deepEqual(fields, { 'cache.size': 1 })
-    }
+    const lines = [
+      `perf_metrics --port ${port}`,
+      `dump-perf-metrics --deployment d a=${port}`
+    ] as const
+    const [asked, dumped] = await runLines(t, lines)
+    assert.deepEqual([asked.status, dumped.status], [0, 0])
+    const groups = Object.entries(JSON.parse(asked.stdout) as Record<string, object>)
+    const names = groups.flatMap(([group, figures]) => {
+      return Object.keys(figures).map((name) => `${group}.${name}`)
+    })
+    const [tags, fields = ''] = dumped.stdout.trimEnd().split(' ')
+    assert.equal(tags, 'deployments,deployment=d,process=a')
+    assert.deepEqual(fields.replace(/=[^,]+/g, '').split(','), names.sort())
+    assert.match(fields, new RegExp(`^cache.max_size=-1,.*,instance.pid=${process.pid},.*$`))
+    assert.match(fields, /,cache\.size=20,.*,memory\.uss=-1$/)
   })
 
   test('a broken instance is a warning and no line, and all broken ones a status', async (t) => {
@@ -13256,71 +13258,45 @@ describeProcesses('The program', PAIRWISE, () => {
       'HTTP/1.1 400 Bad Request\r\n\r\n',
       '{"error":"red \\u001b[31m\\nforged: warning"}\n'
     ]
-    const ports: string[] = []
-    for (const reply of replies) {
-      ports.push(String(await fakeInstance(t, (socket) => socket.end(reply))))
-    }
-    const { status, stdout, stderr } = await runProgram(t, ['dump-perf-metrics', ...ports])
-    assert.deepEqual([status, stdout], [1, ''])
-    const warnings = stderr.split('\n').slice(0, -1)
-    assert.equal(warnings.length, replies.length, stderr)
-    for (const warning of warnings) assert.doesNotMatch(warning, /[\p{Cc}\p{Cf}]/u)
-    for (const port of ports) assert.ok(warnings.some((warning) => warning.includes(`${port}: `)))
-  })
-
-  test('whatever an instance puts into its figures, its line is strict line protocol', async (t) => {
-    const reply =
-      '{"a b,=\\\\":{"c\\nd\\u001b":1},"s":{"q":"x\\"y\\\\z\\n,= é"},"n":{"big":1e300,' +
-      '"small":-1e-7,"huge":1e999,"yes":true,"none":null,"list":[1]}}\n'
-    const port = await fakeInstance(t, (socket) => socket.end(reply))
-    const { status, stdout } = await runProgram(t, [
-      'dump-perf-metrics',
-      '--deployment',
-      'd\\',
-      String(port)
-    ])
-    assert.equal(status, 0)
-    const [{ fields } = assert.fail('no line')] = parseDump(stdout)
-    assert.deepEqual(
-      [fields['s.q'], fields['n.big'], fields['n.small']],
-      ['x"y\\z ,= é', 1e300, -1e-7]
-    )
+    const ports: number[] = []
+    for (const reply of replies) ports.push(await fakeInstance(t, (socket) => socket.end(reply)))
+    const [result] = await runLines(t, [`dump-perf-metrics ${ports.join(' ')}`])
+    assert.deepEqual([result.status, result.stdout], [1, ''])
+    const warnings = result.stderr.split('\n').slice(0, -1)
+    const places = warnings.map((warning) => Number(/^ftw-monitor: (\d+): ./.exec(warning)?.[1]))
+    assert.deepEqual(places.sort(), ports.sort())
+    for (const warning of warnings) assert.doesNotMatch(warning, UNSAFE)
   })
 
   test('control characters in a reply do not reach the terminal', async (t) => {
-    const half = `${EVIL}\nhealthy\tlong \x1b`
-    const rest = ']0;title\x07\u009b5m\x7f\n'
     const port = await fakeInstance(t, (socket) => {
-      socket.setNoDelay().write(half)
-      socket.once('data', () => socket.end(rest))
+      socket.setNoDelay().write(`${EVIL}\nhealthy\tlong \x1b`)
+      socket.once('data', () => socket.end(']0;title\x07\u009b5m\x7f\n'))
     })
-    for (const args of [['help'], ['interactive'], ['health_check'], ['wait', '--timeout', '0']]) {
-      const { stdout, stderr } = await runProgram(t, [...args, '--port', String(port)])
-      assert.ok(stdout.includes('healthy\tlong') || args[0] === 'wait', stdout)
-      assert.doesNotMatch((stdout + stderr).replace(/[\n\t]/g, ''), UNSAFE)
+    const lines = ['help', 'interactive', 'health_check']
+    for (const result of await runLines(t, lines, { env: { PORT: String(port) } })) {
+      assert.match(result.stdout, /healthy\tlong/)
+      assert.doesNotMatch((result.stdout + result.stderr).replace(/[\n\t]/g, ''), UNSAFE)
     }
   })
 
-  test('--help, -h and --version print and exit with 0, whatever the environment says', async (t) => {
+  test('--help, -h and --version print and exit with 0, wherever they stand, whatever the environment says', async (t) => {
     const { version } = JSON.parse(fs.readFileSync(new URL('package.json', ROOT), 'utf8'))
-    const rows: [string[], Record<string, string>, RegExp][] = [
-      [
-        ['--help'],
-        {},
-        /^ftw-monitor COMMAND [^]*--port N[^]*Exit status: 0; 1 where [^]*; 2 where/
-      ],
-      [['-h'], {}, /^ftw-monitor COMMAND /],
-      [['--version'], {}, /^\d+\.\d+\.\d+\n$/],
-      [['--help'], { PORT: '/tmp/instance.sock', FTW_MONITOR_LISTEN: 'nonsense' }, /^ftw-monitor C/]
+    const lines = [
+      '--help',
+      '-h',
+      'PORT=/tmp/instance.sock FTW_MONITOR_LISTEN=nonsense --help',
+      'drain --help',
+      'wait here -h',
+      '--port 1 --help'
     ]
-    const results = await Promise.all(rows.map(([words, env]) => runProgram(t, words, { env })))
-    for (const [index, { status, stdout, stderr }] of results.entries()) {
-      const [words, env, expected] = rows[index]!
-      const what = JSON.stringify([words, env])
-      assert.match(stdout, expected, what)
-      assert.deepEqual([status, stderr], [0, ''], what)
+    const [{ stdout: printed }, ...others] = await runLines(t, ['--version', ...lines])
+    assert.equal(printed, `${version}\n`)
+    const usage = /^ftw-monitor COMMAND \[INSTANCE\] \[ARGS…\]\n[^]*--port N[^]*; 2 where/
+    for (const { line, status, stdout, stderr } of others) {
+      assert.deepEqual([status, stderr], [0, ''], line)
+      assert.match(stdout, usage, line)
     }
-    assert.equal(results[2]?.stdout, `${version}\n`)
   })
 
   test('a call that may mean another instance is refused, and sends nothing', async (t) => {
@@ -13331,125 +13307,72 @@ describeProcesses('The program', PAIRWISE, () => {
     }
     const one = await fakeInstance(t, count)
     const other = await fakeInstance(t, count)
-    const rows: [string[], string][] = [
-      [['drain', '--prot', `${one}`], 'drain knows no --prot; a reason with dashes comes after --'],
-      [
-        ['drain', '--odd reason'],
-        'drain knows no --odd reason; a reason with dashes comes after --'
-      ],
-      [
-        ['drain', `${one}`],
-        `${one} may be a port or a reason: say drain --port ${one}, or drain -- ${one}`
-      ],
-      [
-        ['drain', `${one} until noon`],
-        `${one} may be a port or a reason: say drain --port ${one}, or drain -- ${one} until noon`
-      ],
-      [
-        ['drain', 'until', 'noon', `app1=${one}`],
-        `app1=${one} may be an instance: that comes first, and a reason that looks so after --`
-      ],
-      [
-        ['drain', `app1=${one}`, `noon localhost:${one}`],
-        `localhost:${one} may be an instance: that comes first, and a reason that looks so after --`
-      ],
-      [['drain', 'app1=one'], 'app1=one is no instance; one is named [NAME=][HOST:]PORT'],
-      [['drain', `::1:${one}`], `::1:${one} is no instance; one is named [NAME=][HOST:]PORT`],
-      ...[`127.0.0.1:${one}x`, `localhost:${one}x`].map((word): [string[], string] => [
-        ['drain', word, 'until noon'],
-        `${word} may be an instance or a reason: one is named [NAME=][HOST:]PORT, ` +
-          'and a reason that looks so comes after --'
-      ]),
-      [['drain', ''], 'drain has an empty argument: is a variable not set?'],
-      [['health_check', ''], 'health_check has an empty argument: is a variable not set?'],
-      [['status', ' '], 'status has an empty argument: is a variable not set?'],
-      [[''], 'the command is empty; try ftw-monitor --help'],
-      [['--prot', `${one}`, 'drain'], 'knows no --prot before the command; try ftw-monitor --help'],
-      [['--watch', 'status'], 'knows no --watch before the command; try ftw-monitor --help'],
-      [['health_check', '-p', `${one}`], 'health_check knows no -p; try ftw-monitor --help'],
-      [['status', '--jsno'], 'status knows no --jsno; try ftw-monitor --help'],
-      [['wait', '--deployment', 'shop'], 'wait knows no --deployment; try ftw-monitor --help'],
-      [['demo', '--prot', '0'], 'demo knows no --prot; try ftw-monitor --help'],
-      [['demo', '0'], "cannot use '0': demo takes options alone; try ftw-monitor --help"],
-      [['demo', '--port', 'one'], 'one is no instance port'],
-      [['resume', '--port'], '--port needs a value'],
-      [['resume', '--port='], '--port needs a value'],
-      [['resume', '--host', '--port', `${one}`], '--host needs a value'],
-      [['resume', '--port', `${one}`, `--port=${one}`], '--port is given twice'],
-      [['status', '--watch=1'], '--watch takes no value'],
-      [['status', '--json', '--watch'], 'status takes --json or --watch, not both'],
-      [['resume', '--port', '-1'], '-1 is no instance port'],
-      [['resume', '0'], '0 is no instance port'],
-      [['resume', 'app1=65500'], '65500 is no instance port'],
-      [['resume', '99999'], '99999 is no instance; one is named [NAME=][HOST:]PORT'],
-      [
-        ['resume', '--port', '/run/web'],
-        '/run/web is no port; a socket is named by FTW_MONITOR_LISTEN'
-      ],
-      [
-        ['status', '/run/web'],
-        "cannot use '/run/web': status takes [INSTANCE…]; try ftw-monitor --help"
-      ],
-      [
-        ['status', `${one}`, 'app2'],
-        "cannot use 'app2': status takes [INSTANCE…]; try ftw-monitor --help"
-      ],
-      [
-        ['dump-perf-metrics', `${one}`, 'app2'],
-        "cannot use 'app2': dump-perf-metrics takes [INSTANCE…]; try ftw-monitor --help"
-      ],
-      [['resume', `${one}`, `a=${other}`], `resume takes one instance, not ${one} and a`],
-      [
-        ['status', '--port', `${one}`, `${other}`],
-        `--port ${one} and ${other} are two instances: name one`
-      ],
-      [
-        ['health_check', 'now'],
-        "cannot use 'now': health_check takes [INSTANCE]; try ftw-monitor --help"
-      ],
-      [
-        ['health_check', '--', `app1=${one}`],
-        `cannot use 'app1=${one}': health_check takes [INSTANCE]; try ftw-monitor --help`
-      ],
-      [
-        ['warmup', `/shop app1=${one}`],
-        `cannot use 'app1=${one}': warmup takes [INSTANCE] [SITE]; try ftw-monitor --help`
-      ],
-      [['wait', '12:30'], "cannot use '12:30': wait takes [INSTANCE]; try ftw-monitor --help"],
-      [['wait', '--timeout', '-1'], '--timeout needs a number of seconds'],
-      [['wait', '--pid', ''], '--pid needs a value'],
-      [['wait', '--pid', '0'], "--pid needs the number of a process, not '0'"],
-      [['wait', '--pid', '-1'], "--pid needs the number of a process, not '-1'"],
-      [['wait', '--pid', '1.5'], "--pid needs the number of a process, not '1.5'"],
-      [['wait', '--pid', '4294967296'], "--pid needs the number of a process, not '4294967296'"],
-      [['dump-perf-metrics'], 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT'],
-      [
-        ['dump-perf-metrics', `${one}`, 'web2=two'],
-        'web2=two is no instance; one is named [NAME=][HOST:]PORT'
-      ]
-    ]
-    const env = { PORT: String(other) }
-    for (const [words, sentence] of rows) {
-      const result = await runProgram(t, words, { env })
-      const stderr = `ftw-monitor: ${sentence}\n`
-      assert.deepEqual(result, { status: 2, stdout: '', stderr }, JSON.stringify(words))
+    const named = 'one is named [NAME=][HOST:]PORT'
+    const comesFirst = 'may be an instance: that comes first, and a reason that looks so after --'
+    const orReason = `may be an instance or a reason: ${named}, and a reason that looks so comes`
+    const which = `${one} may be a port or a reason: say drain --port ${one}, or drain --`
+    const rows: Record<string, string> = {
+      [`drain --prot ${one}`]: 'drain knows no --prot; a reason with dashes comes after --',
+      "drain '--odd reason'": 'drain knows no --odd reason; a reason with dashes comes after --',
+      [`drain ${one}`]: `${which} ${one}`,
+      [`drain '${one} until noon'`]: `${which} ${one} until noon`,
+      [`drain until noon app1=${one}`]: `app1=${one} ${comesFirst}`,
+      [`drain app1=${one} 'noon localhost:${one}'`]: `localhost:${one} ${comesFirst}`,
+      'drain app1=one': `app1=one is no instance; ${named}`,
+      [`drain ::1:${one}`]: `::1:${one} is no instance; ${named}`,
+      [`drain 127.0.0.1:${one}x 'until noon'`]: `127.0.0.1:${one}x ${orReason} after --`,
+      [`drain localhost:${one}x 'until noon'`]: `localhost:${one}x ${orReason} after --`,
+      "drain ''": 'drain has an empty argument: is a variable not set?',
+      "health_check ''": 'health_check has an empty argument: is a variable not set?',
+      "status ' '": 'status has an empty argument: is a variable not set?',
+      "''": 'the command is empty; try ftw-monitor --help',
+      [`--prot ${one} drain`]: 'knows no --prot before the command; try ftw-monitor --help',
+      '--watch status': 'knows no --watch before the command; try ftw-monitor --help',
+      [`health_check -p ${one}`]: 'health_check knows no -p; try ftw-monitor --help',
+      'status --jsno': 'status knows no --jsno; try ftw-monitor --help',
+      'wait --deployment shop': 'wait knows no --deployment; try ftw-monitor --help',
+      'demo --prot 0': 'demo knows no --prot; try ftw-monitor --help',
+      'demo 0': "cannot use '0': demo takes options alone; try ftw-monitor --help",
+      'demo --port one': 'one is no instance port',
+      'resume --port': '--port needs a value',
+      'resume --port=': '--port needs a value',
+      [`resume --host --port ${one}`]: '--host needs a value',
+      [`resume --port ${one} --port=${one}`]: '--port is given twice',
+      'status --watch=1': '--watch takes no value',
+      'status --json --watch': 'status takes --json or --watch, not both',
+      'resume --port -1': '-1 is no instance port',
+      'resume 0': '0 is no instance port',
+      'resume app1=65500': '65500 is no instance port',
+      'resume 99999': `99999 is no instance; ${named}`,
+      'resume --port /run/web': '/run/web is no port; a socket is named by FTW_MONITOR_LISTEN',
+      'status /run/web': "cannot use '/run/web': status takes [INSTANCE…]; try ftw-monitor --help",
+      [`status ${one} app2`]: "cannot use 'app2': status takes [INSTANCE…]; try ftw-monitor --help",
+      [`dump-perf-metrics ${one} app2`]:
+        "cannot use 'app2': dump-perf-metrics takes [INSTANCE…]; try ftw-monitor --help",
+      [`resume ${one} a=${other}`]: `resume takes one instance, not ${one} and a`,
+      [`status --port ${one} ${other}`]: `--port ${one} and ${other} are two instances: name one`,
+      'health_check now': "cannot use 'now': health_check takes [INSTANCE]; try ftw-monitor --help",
+      'health_check -- app1=5':
+        "cannot use 'app1=5': health_check takes [INSTANCE]; try ftw-monitor --help",
+      "warmup '/shop app1=5'":
+        "cannot use 'app1=5': warmup takes [INSTANCE] [SITE]; try ftw-monitor --help",
+      'wait 12:30': "cannot use '12:30': wait takes [INSTANCE]; try ftw-monitor --help",
+      'wait --timeout -1': '--timeout needs a number of seconds',
+      "wait --pid ''": '--pid needs a value',
+      'wait --pid 0': "--pid needs the number of a process, not '0'",
+      'wait --pid -1': "--pid needs the number of a process, not '-1'",
+      'wait --pid 1.5': "--pid needs the number of a process, not '1.5'",
+      'wait --pid 4294967296': "--pid needs the number of a process, not '4294967296'",
+      'dump-perf-metrics': 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT',
+      [`dump-perf-metrics ${one} web2=two`]: `web2=two is no instance; ${named}`,
+      'PORT=31o01 health_check': 'PORT=31o01 is no instance port',
+      'PORT=65500 drain noon': 'PORT=65500 is no instance port',
+      'PORT=/run/web wait': 'PORT=/run/web is no port; a socket is named by FTW_MONITOR_LISTEN',
+      'PORT=31o01 demo': 'PORT=31o01 is no instance port',
+      'PORT=31o01 status --port 31o02': '31o02 is no instance port'
     }
+    await assertFailures(t, rows, { env: { PORT: String(other) } })
     assert.equal(connections, 0)
-  })
-
-  test('a port of the environment that cannot be used is named with PORT', async (t) => {
-    const rows: [string[], string, string][] = [
-      [['health_check'], '31o01', 'PORT=31o01 is no instance port'],
-      [['drain', 'noon'], '65500', 'PORT=65500 is no instance port'],
-      [['wait'], '/run/web', 'PORT=/run/web is no port; a socket is named by FTW_MONITOR_LISTEN'],
-      [['demo'], '31o01', 'PORT=31o01 is no instance port'],
-      [['status', '--port', '31o02'], '31o01', '31o02 is no instance port']
-    ]
-    for (const [words, port, sentence] of rows) {
-      const result = await runProgram(t, words, { env: { PORT: port } })
-      const stderr = `ftw-monitor: ${sentence}\n`
-      assert.deepEqual(result, { status: 2, stdout: '', stderr }, words.join(' '))
-    }
   })
 
   test('every command takes the instance that it is told, wherever PORT is', async (t) => {
@@ -13465,34 +13388,37 @@ describeProcesses('The program', PAIRWISE, () => {
       connections++
       socket.end('OK\n')
     })
-    const rows: [string[], string][] = [
-      [['health_check', `app1=${one}`], 'health_check\n'],
-      [['health_check', `127.0.0.1:${one}`], 'health_check\n'],
-      [['health_check', `app 1=localhost:${one}`], 'health_check\n'],
-      [['health_check', `${one}`], 'health_check\n'],
-      [[`health_check app1=${one}`], 'health_check\n'],
-      [['health_check', `--port=${one}`], 'health_check\n'],
-      [['drain', `app1=${one}`], 'drain\n'],
-      [[`drain app1=${one} until noon`], 'drain until noon\n'],
-      [['drain', `127.0.0.1:${one}`, 'from 12:30 -', '13:30'], 'drain from 12:30 - 13:30\n'],
-      [['drain', `app1=${one}`, '--', '--odd', 'a=1', '5'], 'drain --odd a=1 5\n'],
-      [['drain', '--port', `${one}`, 'release', '42'], 'drain release 42\n'],
-      [['drain', '--port', `${one}`, '12:30 to', '13:30'], 'drain 12:30 to 13:30\n'],
-      [['drain', `app1=${one}`, '--', 'ticket:42x'], 'drain ticket:42x\n'],
-      [['drain', '--port', `${one}`, '--', `${other}`], `drain ${other}\n`],
-      [['resume', `${one}`], 'resume\n'],
-      [['warmup', `${one}`, '/shop?a=1'], 'warmup /shop?a=1\n'],
-      [['monitor', `app1=${one}`, '0'], 'monitor 0\n'],
-      [['dbinfo', '-', '60', `app1=${one}`], 'dbinfo - 60\n'],
-      [['dbinfo', '--port', `${one}`, '--', 'a=1'], 'dbinfo a=1\n'],
-      [['help', 'drain', `app1=${one}`], 'help drain\n'],
-      [['dump-perf-metrics', '--port', `${one}`], 'perf_metrics\n'],
-      [['status', '--port', `${one}`, '--host', '[127.0.0.1]'], 'status\n']
-    ]
-    for (const [words, line] of rows) {
-      await runProgram(t, words, { env: { PORT: String(other) } })
-      assert.deepEqual(told.splice(0), [line], JSON.stringify(words))
+    const ownWords = "--all -x 'a=1' 8080 12:30 --help -- --port 5"
+    const rows: Record<string, string> = {
+      [`health_check app1=${one}`]: 'health_check\n',
+      [`health_check 127.0.0.1:${one}`]: 'health_check\n',
+      [`health_check 'app 1=localhost:${one}'`]: 'health_check\n',
+      [`health_check ${one}`]: 'health_check\n',
+      [`'health_check app1=${one}'`]: 'health_check\n',
+      [`health_check --port=${one}`]: 'health_check\n',
+      [`drain app1=${one}`]: 'drain\n',
+      [`'drain app1=${one} until noon'`]: 'drain until noon\n',
+      [`drain 127.0.0.1:${one} 'from 12:30 -' 13:30`]: 'drain from 12:30 - 13:30\n',
+      [`drain app1=${one} -- --odd a=1 5`]: 'drain --odd a=1 5\n',
+      [`drain --port ${one} release 42`]: 'drain release 42\n',
+      [`drain --port ${one} '12:30 to' 13:30`]: 'drain 12:30 to 13:30\n',
+      [`drain app1=${one} -- ticket:42x`]: 'drain ticket:42x\n',
+      [`drain --port ${one} -- ${other}`]: `drain ${other}\n`,
+      [`resume ${one}`]: 'resume\n',
+      [`warmup ${one} /shop?a=1`]: 'warmup /shop?a=1\n',
+      [`monitor app1=${one} 0`]: 'monitor 0\n',
+      [`dbinfo - 60 app1=${one}`]: 'dbinfo - 60\n',
+      [`dbinfo --port ${one} -- a=1`]: 'dbinfo a=1\n',
+      [`help drain app1=${one}`]: 'help drain\n',
+      [`dump-perf-metrics --port ${one}`]: 'perf_metrics\n',
+      [`status --port ${one} --host [127.0.0.1]`]: 'status\n',
+      // A service's own command gets all of its arguments, but --port and --host.
+      [`queue --port ${one} --host=127.0.0.1 ${ownWords}`]:
+        'queue --all -x a=1 8080 12:30 --help -- --port 5\n',
+      [`'queue --port 5' --port ${one}`]: 'queue --port 5\n'
     }
+    await runLines(t, Object.keys(rows), { env: { PORT: String(other) } })
+    assert.deepEqual(told, Object.values(rows))
     assert.equal(connections, 0)
   })
 
@@ -13505,45 +13431,24 @@ describeProcesses('The program', PAIRWISE, () => {
         hosts.push(host)
         socket.end('OK\n')
       })
-      closeLater(t, server)
-      server.listen(port + 80, host)
-      await once(server, 'listening')
+      await startListening(t, server, { host, port: port + 80 })
     }
-    const env = { HOST: '127.0.0.3' }
-    const rows: [string[], string][] = [
-      [['health_check', `127.0.0.1:${port}`, '--host', '127.0.0.2'], '127.0.0.1'],
-      [['health_check', '--host', '127.0.0.2', `a=${port}`], '127.0.0.2'],
-      [['status', '--host', '127.0.0.2', `a=${port}`], '127.0.0.2'],
-      [['health_check', `a=${port}`], '127.0.0.3'],
-      [['dump-perf-metrics', `a=${port}`], '127.0.0.3']
-    ]
-    for (const [words, host] of rows) {
-      await runProgram(t, words, { env })
-      assert.deepEqual(hosts.splice(0), [host], words.join(' '))
+    const rows: Record<string, string> = {
+      [`health_check 127.0.0.1:${port} --host 127.0.0.2`]: '127.0.0.1',
+      [`health_check --host 127.0.0.2 a=${port}`]: '127.0.0.2',
+      [`status --host 127.0.0.2 a=${port}`]: '127.0.0.2',
+      [`health_check a=${port}`]: '127.0.0.3',
+      [`dump-perf-metrics a=${port}`]: '127.0.0.3'
     }
-  })
-
-  test("a service's own command gets all of its arguments, but --port and --host", async (t) => {
-    const told: string[] = []
-    const port = await fakeInstance(t, (socket) => {
-      socket.once('data', (line) => {
-        told.push(String(line))
-        socket.end('done\n')
-      })
-    })
-    const ownWords = ['--all', '-x', 'a=1', '8080', '12:30', '--help', '--', '--port', '5']
-    const words = ['queue', '--port', String(port), '--host=127.0.0.1', ...ownWords]
-    const { status, stdout, stderr } = await runProgram(t, words)
-    assert.deepEqual([status, stdout, stderr], [0, 'done\n', ''])
-    assert.deepEqual(told, ['queue --all -x a=1 8080 12:30 --help -- --port 5\n'])
-    await runProgram(t, ['queue --port 5', '--port', String(port)])
-    assert.deepEqual(told.slice(1), ['queue --port 5\n'])
+    await runLines(t, Object.keys(rows), { env: { HOST: '127.0.0.3' } })
+    assert.deepEqual(hosts, Object.values(rows))
   })
 
   test('the program knows the arguments of each command that help lists', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM })
     const list = await ask(port, 'help\n')
     const names = Array.from(list.matchAll(/^ {2}(\w+) -- /gm), ([, name = '']) => name)
+    assert.ok(names.length > 10, list)
     const usages: Record<string, string> = {
       help: ' [NAME]',
       monitor: ' [AGE] [DATABASE]',
@@ -13553,71 +13458,64 @@ describeProcesses('The program', PAIRWISE, () => {
       zeostatus: ' [DATABASE]',
       warmup: ' [SITE]'
     }
-    assert.ok(names.length > 10, list)
+    const rows: Record<string, string> = {}
     for (const name of names) {
       if (name === 'drain') continue // takes any text
-      const { status, stderr } = await runProgram(t, [name, '/a', '/b', '/c'])
       const instances = name === 'status' ? '[INSTANCE…]' : '[INSTANCE]'
-      const taken = `${name} takes ${instances}${usages[name] ?? ''}; try ftw-monitor --help\n`
-      assert.equal(status, 2, name)
-      assert.ok(stderr.endsWith(taken), stderr)
+      const usage = usages[name] ?? ''
+      const surplus = ['/a', '/b', '/c'][usage.split('[').length - 1]
+      const taken = `${name} takes ${instances}${usage}; try ftw-monitor --help`
+      rows[`${name} /a /b /c`] = `cannot use '${surplus}': ${taken}`
     }
-  })
-
-  test('--help prints the help wherever it stands, and does nothing else', async (t) => {
-    for (const words of [
-      ['drain', '--help'],
-      ['wait', 'here', '-h'],
-      ['--port', '1', '--help']
-    ]) {
-      const { status, stdout, stderr } = await runProgram(t, words)
-      assert.deepEqual([status, stderr], [0, ''], words.join(' '))
-      assert.match(stdout, /^ftw-monitor COMMAND \[INSTANCE\] \[ARGS…\]\n/)
-    }
-    const sent = await runProgram(t, ['drain', '--port', '1', '--', '--help'])
-    assert.equal(sent.status, 2)
-    const refused = 'cannot ask 127.0.0.1:81: connect ECONNREFUSED 127.0.0.1:81'
-    assert.equal(sent.stderr, `ftw-monitor: ${refused} ${BY_ITS_OWN_PORT}\n`)
+    await assertFailures(t, rows)
   })
 
   test('where a connection is refused, the program tells how an instance is named', async (t) => {
     const port = await freePort()
+    const refusedAt = (place: string) => `${place}: connect ECONNREFUSED ${place}`
     const place = `127.0.0.1:${port + 80}`
-    const refused = `${place}: connect ECONNREFUSED ${place}`
-    const listen = { FTW_MONITOR_LISTEN: place }
-    const rows: [string[], Record<string, string>, string][] = [
-      [['drain', `app1=${port}`], {}, `cannot ask app1 at ${refused} ${BY_ITS_OWN_PORT}`],
-      [['status', '--port', `${port}`], listen, `cannot ask ${refused} ${BY_ITS_OWN_PORT}`],
-      [
-        ['health_check'],
-        { PORT: `${port}` },
-        `cannot ask ${refused} (name the instance: --port N)`
-      ],
-      [['resume'], { ...listen, PORT: '9' }, `cannot ask ${refused}`]
-    ]
-    for (const [words, env, sentence] of rows) {
-      const stderr = `ftw-monitor: ${sentence}\n`
-      assert.deepEqual(await runProgram(t, words, { env }), { status: 2, stdout: '', stderr })
-    }
+    const refused = refusedAt(place)
+    const nowhere = refusedAt(`127.99.0.1:${port + 80}`)
+    const path = join(scratchFolder(t), 'monitor')
+    await assertFailures(t, {
+      [`drain app1=${port}`]: `cannot ask app1 at ${refused} ${BY_ITS_OWN_PORT}`,
+      [`FTW_MONITOR_LISTEN=${place} status --port ${port}`]: `cannot ask ${refused} ${BY_ITS_OWN_PORT}`,
+      [`PORT=${port} health_check`]: `cannot ask ${refused} (name the instance: --port N)`,
+      [`PORT=9 FTW_MONITOR_LISTEN=${place} resume`]: `cannot ask ${refused}`,
+      [`FTW_MONITOR_LISTEN=${path} health_check`]: `cannot ask ${path}: connect ENOENT ${path}`,
+      [`HOST=127.99.0.1 PORT=${port} health_check`]: `cannot ask ${nowhere} (name the instance: --port N)`,
+      [`health_check --port ${port} --host 127.99.0.1`]: `cannot ask ${nowhere} ${BY_ITS_OWN_PORT}`,
+      [`drain --port ${port} -- --help`]: `cannot ask ${refused} ${BY_ITS_OWN_PORT}`
+    })
   })
 
-  test('`ftw-monitor wait --pid` ends with 1 as soon as that process is gone', async (t) => {
+  test('`ftw-monitor wait --pid` ends with 1 as soon as that process is gone, or a zombie', async (t) => {
+    if (!fs.existsSync('/proc/self/exe')) return t.skip('there is no procfs')
     const port = await fakeInstance(t, (socket) => socket.end())
-    const service = watch(t, process.execPath, ['-e', 'setInterval(() => {}, 1_000)'])
-    const pid = String(service.child.pid)
+    // The parent never asks how its child ended.
+    const parent = watch(t, 'sh', ['-c', 'sleep 60 & echo $!; exec sleep 60'])
+    await until(() => parent.stdout.endsWith('\n'), 'a child begins')
+    const pid = parent.stdout.trim()
     const waiting = startProgram(t, ['wait', String(port), '--pid', pid], { HOST: '127.0.0.1' })
     await until(() => /s {2}no answer\n$/.test(waiting.stdout), 'it waits')
-    service.child.kill('SIGKILL')
+    process.kill(Number(pid), 'SIGKILL')
     assert.equal(await inTime(waiting.exit, 'it gives up'), 1)
     assert.match(waiting.output, new RegExp(`^\\d+\\.\\d s  no answer\nprocess ${pid} is gone\n$`))
+  })
 
-    const healthy = await bootInstance(t, { performers: WARM })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${healthy.port}` }
-    const gone = await runProgram(t, ['wait', '--pid', pid], { env })
-    assert.deepEqual(gone, { status: 1, stdout: `process ${pid} is gone\n`, stderr: '' })
-    const alive = await runProgram(t, ['wait', '--pid', String(process.pid)], { env })
+  test('`ftw-monitor wait --pid` looks whether there is such a process, be it of somebody else', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const lines = ['wait --pid 999999999', `wait --pid ${process.pid}`] as const
+    const [{ line: _, ...gone }, alive] = await runLines(t, lines, { env })
+    assert.deepEqual(gone, { status: 1, stdout: 'process 999999999 is gone\n', stderr: '' })
     assert.deepEqual([alive.status, alive.stderr], [0, ''])
     assert.match(alive.stdout, /^\d+\.\d s {2}OK\n$/)
+
+    const denied = "process.kill = () => { throw Object.assign(new Error(), { code: 'EPERM' }) }"
+    const flags = [`--import=data:text/javascript,${encodeURIComponent(denied)}`]
+    const [foreign] = await runLines(t, ['wait --pid 999999999'], { env, flags })
+    assert.equal(foreign.status, 0, foreign.stdout)
   })
 
   test('`wait` under FTW_MONITOR=0 waits until the instance accepts connections', async (t) => {
@@ -13631,136 +13529,65 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.equal(await inTime(waiting.exit, 'it accepts connections'), 0)
     assert.match(waiting.output, /\n\d+\.\d s {2}OK\n$/)
 
-    const nowhere = { ...off, FTW_MONITOR_LISTEN: `127.0.0.1:${await freePort()}` }
-    const unknown = await runProgram(t, ['wait'], { env: nowhere })
+    const nowhere = await freePort()
+    const lines = [
+      `FTW_MONITOR_LISTEN=127.0.0.1:${nowhere} wait`,
+      `wait ${nowhere} --timeout 0`,
+      `wait ${port} --pid 999999999`
+    ] as const
+    const [unknown, late, gone] = await runLines(t, lines, { env: off })
     assert.deepEqual([unknown.status, unknown.stderr], [0, ''])
-    const late = await runProgram(t, ['wait', `${await freePort()}`, '--timeout', '0'], {
-      env: off
-    })
     assert.equal(late.status, 1, late.stdout)
-    const gone = await runProgram(t, ['wait', `${port}`, '--pid', '999999999'], { env: off })
     assert.deepEqual([gone.status, gone.stdout], [1, `${first}process 999999999 is gone\n`])
   })
 
-  test("`wait --pid` takes somebody else's process for one, and a zombie for none", async (t) => {
+  test('`ftw-monitor status` prints the status of one instance, and whether it is OK', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM })
     const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const denied = "process.kill = () => { throw Object.assign(new Error(), { code: 'EPERM' }) }"
-    const flag = `--import=data:text/javascript,${encodeURIComponent(denied)}`
-    const others = await runProgram(t, ['wait', '--pid', '999999999'], {
-      env: { ...env, NODE_OPTIONS: flag }
-    })
-    assert.equal(others.status, 0, others.stdout)
-
-    if (!fs.existsSync('/proc/self/exe')) return
-    const parent = watch(t, 'sh', ['-c', 'sleep 0.2 & echo $!; exec sleep 60']) // which never waits for it
-    await until(() => parent.stdout.endsWith('\n'), 'a child begins')
-    const pid = parent.stdout.trim()
-    const isZombie = () => / Z /.test(fs.readFileSync(`/proc/${pid}/stat`, 'utf8'))
-    await until(isZombie, 'nobody asks how it ended')
-    const zombie = await runProgram(t, ['wait', '--pid', pid], { env })
-    assert.deepEqual(zombie, { status: 1, stdout: `process ${pid} is gone\n`, stderr: '' })
-  })
-
-  test('an error reply exits with 1, an unknown command with 2', async (t) => {
-    const port = await freePort()
-    const { monitor } = await bootInstance(t, {
-      performers: WARM,
-      options: { listen: { host: '127.0.0.1', port: port + 80 } }
-    })
-    monitor.register('fails', '', () => {
-      throw new RangeError('boom')
-    })
-    monitor.register('late', '', (connection) => {
-      connection.write('half of it\n')
-      throw new TypeError('boom')
-    })
-    const report = 'Errors: none\nError: 0\nall well\n'
-    monitor.register('reports', '', (connection) => connection.write(report))
-    const rows: [string, number, string][] = [
-      ['fails', 1, 'RangeError: boom\n'],
-      ['late', 1, 'half of it\nTypeError: boom\n'],
-      ['dbinfo nope', 1, "Error: no database 'nope' is registered\n"],
-      ['reports', 0, report],
-      ['help drian', 2, 'Invalid command \'drian\'\nTry "help".\n']
-    ]
-    const run = ([line]: (typeof rows)[number]) =>
-      runProgram(t, [...line.split(' '), '--port', String(port)])
-    const results = await Promise.all(rows.map(run))
-    for (const [index, { status, stdout, stderr }] of results.entries()) {
-      const [line, expected, reply] = rows[index]!
-      assert.deepEqual([status, stdout, stderr], [expected, reply, ''], line)
-    }
-  })
-
-  test('`ftw-monitor status` prints the status of one instance, and whether it is OK', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const green = await runProgram(t, ['status'], { env })
-    assert.equal(green.status, 0, green.stderr)
+    const [green, drained, red] = await runLines(t, ['status', 'drain now', 'status'], { env })
     assert.match(green.stdout, /^OK\ninstance   http:[^]*\ndraining   no\nsince .*Z  healthy\n/)
-    void monitor.drain()
-    const red = await runProgram(t, ['status'], { env })
-    assert.equal(red.status, 1)
-    assert.match(red.stdout, /^Draining\n/)
+    assert.match(drained.stdout, /\nDrained\n$/)
+    assert.match(red.stdout, /^now\n/)
+    assert.deepEqual([green.status, drained.status, red.status], [0, 0, 1])
   })
 
-  test('`ftw-monitor status` exits with 2 where nobody answers, or an option is wrong', async (t) => {
-    const nobody = await runProgram(t, ['status', '--port', String(await freePort())])
-    assert.deepEqual([nobody.status, nobody.stdout], [2, ''])
-    const wrong = await runProgram(t, ['status', '--wacht'], { env: { PORT: '8080' } })
-    assert.deepEqual([wrong.status, wrong.stdout], [2, ''])
-    assert.match(wrong.stderr, /--wacht/)
-  })
-
-  test('`ftw-monitor status` of several instances prints a line for each', async (t) => {
-    const long = `Error: Database 'main' failed: ${'x'.repeat(200)} end`
-    const checks = {
+  const PASS = {
+    status: 'pass',
+    checks: {
       uptime: [{ observedValue: 12.7 }],
       'requests:inFlight': [{ observedValue: 2 }],
       'eventLoop:utilization': [{ observedValue: 0.18 }],
       'memory:resident': [{ observedValue: 58 * 2 ** 20 }]
     }
-    const statusOf = (output?: string) => (socket: net.Socket) => {
-      socket.once('data', (request) => {
-        assert.match(String(request), /^GET \/status HTTP\/1.0\r\n/)
-        const grade = output === undefined ? 'pass' : 'fail'
-        const body = JSON.stringify({ status: grade, output, checks })
-        socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
-      })
-    }
-    const one = await fakeInstance(t, statusOf())
-    const two = await fakeInstance(t, statusOf(long))
+  }
+
+  test('`ftw-monitor status` of several instances prints a line for each', async (t) => {
+    const long = `Error: Database 'main' failed: ${'x'.repeat(200)} end`
+    const well = await fakeInstance(t, replyStatus(PASS))
+    const red = await fakeInstance(t, replyStatus({ ...PASS, status: 'fail', output: long }))
     const none = await freePort()
-    const words = [`web1=${one}`, `web22=${two}`, `web3=${none}`, `127.0.0.1:${one}`]
-    const { status, stdout } = await runProgram(t, ['status', ...words])
-    assert.equal(status, 1)
+    const lines = [
+      `status web1=${well} web22=${red} web3=${none} 127.0.0.1:${well}`,
+      `status web1=${well} ${well}`
+    ] as const
+    const [mixed, healthy] = await runLines(t, lines)
     const figures = 'up 12 s, 2 in flight, loop 18 %, 58 MiB'
-    const width = Math.max(...words.map((word) => word.replace(/=.*/, '').length))
-    const blank = ' '.repeat(figures.length)
-    assert.deepEqual(stdout.split('\n'), [
-      `${'web1'.padEnd(width)}  ${figures}  OK`,
-      `${'web22'.padEnd(width)}  ${figures}  ${long}`,
-      `${'web3'.padEnd(width)}  ${blank}  connect ECONNREFUSED 127.0.0.1:${none + 80}`,
-      `127.0.0.1:${one}  ${figures}  OK`,
+    assert.deepEqual(mixed.stdout.split('\n'), [
+      `web1             ${figures}  OK`,
+      `web22            ${figures}  ${long}`,
+      `web3             ${' '.repeat(figures.length)}  connect ECONNREFUSED 127.0.0.1:${none + 80}`,
+      `127.0.0.1:${well}  ${figures}  OK`,
       ''
     ])
-    const healthy = await runProgram(t, ['status', `web1=${one}`, `${one}`])
-    assert.equal(healthy.status, 0, healthy.stdout)
+    assert.deepEqual([mixed.status, healthy.status], [1, 0])
   })
 
   test('on a terminal, a long reason is cut to its width', needs('script', 'stty'), async (t) => {
     const output = `Error: Database 'main' failed: ${'x'.repeat(200)}`
     const checks = { uptime: [{ observedValue: 12.7 }] }
-    const body = JSON.stringify({ status: 'fail', output, checks })
-    const port = await fakeInstance(t, (socket) => {
-      socket.once('data', () => {
-        socket.end(`HTTP/1.1 503 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
-      })
-    })
-    const call = [process.execPath, ...programWords(['status', `web1=${port}`])]
-      .map(quote)
-      .join(' ')
+    const port = await fakeInstance(t, replyStatus({ status: 'fail', output, checks }))
+    const words = [process.execPath, ...programWords(['status', `web1=${port}`])]
+    const call = words.map(quote).join(' ')
     const columns: Record<string, string> = {
       60: `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(13)}…`,
       20: `web1  up 12 s  Error: Database 'main' failed…`,
@@ -13774,36 +13601,49 @@ describeProcesses('The program', PAIRWISE, () => {
     }
   })
 
-  test('`ftw-monitor status --json` prints one document, whatever a monitor says', async (t) => {
-    const replies = {
-      well: {
-        status: 'pass',
-        checks: {
-          uptime: [{ observedValue: 12.7 }],
-          'requests:inFlight': [{ observedValue: 2 }],
-          'eventLoop:utilization': [{ observedValue: 0.18 }],
-          'memory:resident': [{ observedValue: 4_096 }]
-        }
-      },
-      evil: {
-        status: 'fail',
-        output: `OK ${EVIL}`,
-        checks: { uptime: [{ observedValue: EVIL }], 'requests:inFlight': [null], other: EVIL }
-      },
-      none: { status: 'fail', output: 'red', checks: null }
+  test('`wait` and `status`, with --json too, print nothing raw of what a monitor says', async (t) => {
+    const number = [{ observedValue: EVIL }]
+    const site = { componentId: EVIL, observedValue: 0, stage: 'running' }
+    const warming = { 'warmup:duration': [site], uptime: number, 'memory:resident': [{}] }
+    const evil = { uptime: number, 'requests:inFlight': [null], 'memory:resident': 'INFINITE' }
+    const replies: Record<string, string | object> = {
+      well: PASS,
+      none: { status: 'fail', output: 'red', checks: null },
+      warming: { status: 'fail', output: 'Warmup in progress', checks: warming },
+      evil: JSON.stringify({ status: 'fail', output: `OK ${EVIL}`, checks: evil }).replace(
+        '"INFINITE"',
+        '[{"observedValue":1e999}]'
+      )
     }
     const ports: Record<string, number> = { nobody: await freePort() }
     for (const [name, reply] of Object.entries(replies)) {
-      const huge = JSON.stringify(reply).replace(
-        '"other":',
-        '"memory:resident":[{"observedValue":1e999}],"other":'
-      )
-      ports[name] = await fakeInstance(t, (socket) => {
-        socket.once('data', () => {
-          socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${huge}\n`)
-        })
-      })
+      ports[name] = await fakeInstance(t, replyStatus(reply))
     }
+    const named = Object.entries(ports).map(([name, port]) => `${name}=${port}`)
+    const lines = [
+      `status ${named.join(' ')} --json`,
+      `status --json --port ${ports['well']}`,
+      `status --json --port ${ports['nobody']}`,
+      `status warming=${ports['warming']}`,
+      `status evil=${ports['evil']}`,
+      `wait --timeout 0 warming=${ports['warming']}`,
+      `wait --timeout 0 evil=${ports['evil']}`
+    ] as const
+    const results = await runLines(t, lines)
+    for (const { stdout, stderr } of results) {
+      assert.doesNotMatch(stdout.replaceAll('\n', ''), UNSAFE)
+      assert.equal(stderr, '')
+    }
+    assert.deepEqual(
+      results.map(({ status }) => status),
+      [1, 0, 2, 1, 1, 1, 1]
+    )
+    const [all, one, none, warmingLine, evilLine, ...waits] = results
+    const cleaned = 'a [31mred  2J right to left line nul return'
+    assert.equal(warmingLine.stdout, 'warming  Warmup in progress\n')
+    assert.equal(evilLine.stdout, `evil  O K ${cleaned}\n`)
+    for (const { stdout } of waits) assert.equal(stdout.split('\n').length, 3)
+
     const unknown = {
       uptimeSeconds: -1,
       requestsInFlight: -1,
@@ -13818,65 +13658,29 @@ describeProcesses('The program', PAIRWISE, () => {
       uptimeSeconds: 12.7,
       requestsInFlight: 2,
       eventLoopUtilization: 0.18,
-      residentMemoryBytes: 4_096
+      residentMemoryBytes: 58 * 2 ** 20
     }
     const red = { reachable: true, healthy: false, ...unknown }
-    const refused = `connect ECONNREFUSED 127.0.0.1:${Number(ports['nobody']) + 80}`
-    const nobody = { reachable: false, healthy: false, reason: refused, ...unknown }
-
-    const named = ['well', 'evil', 'none', 'nobody'].map((name) => `${name}=${ports[name]}`)
-    const all = await runProgram(t, ['status', ...named, '--json'])
-    assert.deepEqual([all.status, all.stderr], [1, ''])
-    assert.doesNotMatch(all.stdout.trimEnd(), UNSAFE)
-    const told = JSON.parse(all.stdout) as { reason: string }[]
-    assert.deepEqual(told, [
-      well,
-      { name: 'evil', ...red, reason: told[1]?.reason },
-      { name: 'none', ...red, reason: 'red' },
-      { name: 'nobody', ...nobody }
-    ])
-    assert.match(told[1]?.reason ?? '', /^O K a \[31mred .*return$/)
-
-    const one = await runProgram(t, ['status', '--json', '--port', `${ports['well']}`])
-    const place = `127.0.0.1:${Number(ports['well']) + 80}`
-    assert.deepEqual([one.status, JSON.parse(one.stdout)], [0, [{ ...well, name: place }]])
-    const none = await runProgram(t, ['status', '--json', '--port', `${ports['nobody']}`])
     const nowhere = `127.0.0.1:${Number(ports['nobody']) + 80}`
-    assert.deepEqual([none.status, JSON.parse(none.stdout)], [2, [{ name: nowhere, ...nobody }]])
-  })
-
-  test('`wait` and `status` print nothing raw of what a monitor says', async (t) => {
-    const site = { componentId: EVIL, observedValue: 0, stage: 'running' }
-    const number = [{ observedValue: EVIL }]
-    const checks = {
-      'warmup:duration': [site],
-      uptime: number,
-      'requests:inFlight': number,
-      'eventLoop:utilization': [{ observedValue: null }],
-      'memory:resident': [{}]
-    }
-    for (const output of ['Warmup in progress', EVIL]) {
-      const body = JSON.stringify({ status: 'fail', output, checks })
-      const port = await fakeInstance(t, (socket) => {
-        socket.once('data', () => {
-          socket.end(`HTTP/1.1 200 -\r\nContent-Type: application/health+json\r\n\r\n${body}\n`)
-        })
-      })
-      const waited = await runProgram(t, ['wait', '--timeout', '0', '--port', String(port)])
-      assert.doesNotMatch(waited.stdout.replaceAll('\n', ''), UNSAFE)
-      assert.equal(waited.stdout.split('\n').length, 3)
-      const { stdout } = await runProgram(t, ['status', `web1=${port}`])
-      assert.doesNotMatch(stdout.trimEnd(), UNSAFE)
-      assert.match(stdout, output === EVIL ? /^web1 / : /^web1 {2}Warmup in progress\n$/)
-    }
+    const reason = `connect ECONNREFUSED ${nowhere}`
+    const nobody = { name: 'nobody', reachable: false, healthy: false, reason, ...unknown }
+    assert.deepEqual(JSON.parse(all.stdout), [
+      nobody,
+      well,
+      { name: 'none', ...red, reason: 'red' },
+      { name: 'warming', ...red, reason: 'Warmup in progress' },
+      { name: 'evil', ...red, reason: `O K ${cleaned}` }
+    ])
+    const place = `127.0.0.1:${Number(ports['well']) + 80}`
+    assert.deepEqual(JSON.parse(one.stdout), [{ ...well, name: place }])
+    assert.deepEqual(JSON.parse(none.stdout), [{ ...nobody, name: nowhere }])
   })
 
   test('`ftw-monitor status --watch` goes on through a restart, until Ctrl-C', async (t) => {
     const asked: string[] = []
     const port = await freePort()
-    const watched = startProgram(t, ['status', '--watch', '--port', String(port)], {
-      HOST: '127.0.0.1'
-    })
+    const words = ['status', '--watch', '--port', String(port)]
+    const watched = startProgram(t, words, { HOST: '127.0.0.1' })
     await until(() => /ECONNREFUSED/.test(watched.stdout), 'nobody is there')
     const server = net.createServer((socket) => {
       socket.on('error', () => {})
@@ -13885,95 +13689,113 @@ describeProcesses('The program', PAIRWISE, () => {
         socket.end('OK\ninstance   there\n')
       })
     })
-    closeLater(t, server)
-    server.listen(port + 80, '127.0.0.1')
+    await startListening(t, server, { host: '127.0.0.1', port: port + 80 })
     await until(() => /^OK\ninstance   there$/m.test(watched.stdout), 'it is there')
     watched.child.kill('SIGINT')
     assert.equal(await watched.exit, 0, watched.output)
     assert.deepEqual(new Set(asked), new Set(['status\n']))
   })
 
-  test('`ftw-monitor wait` shows which site is being warmed up, and never counts as a prober', async (t) => {
-    const gate = latch()
-    const { port } = await bootInstance(t, { performers: sitesBehind(gate), until: 'started' })
-    const waiting = startProgram(t, ['wait'], { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` })
-    const line = /^\d+\.\d s {2}Warmup in progress: \/shop, 2 of 3$/m
-    await until(() => line.test(waiting.stdout), 'it tells the second site')
-    gate.open()
-    assert.equal(await waiting.exit, 0, waiting.output)
-    assert.match(waiting.stdout, /^\d+\.\d s {2}OK\n$/m)
-    assert.equal(await askWhomItWaitsFor(port), 0)
-  })
-
-  test('no reply at all, and figures that cannot be had, are no success', async (t) => {
-    const tunnel = net.createServer((socket) => {
-      socket.on('error', () => {})
-      socket.end()
-    })
-    await startListening(t, tunnel)
-    const nowhere = { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(tunnel)}` }
-    for (const words of [['health_check'], ['livez'], ['resume'], ['queue']]) {
-      const { status, stderr } = await runProgram(t, words, { env: nowhere })
-      const sentence = `ftw-monitor: cannot ask 127.0.0.1:${portOf(tunnel)}: no answer\n`
-      assert.deepEqual([status, stderr], [2, sentence], words.join())
+  test('no reply at all, and what is no healthy monitor, is no success', async (t) => {
+    const tunnel = await fakeInstance(t, (socket) => socket.end())
+    const place = `127.0.0.1:${tunnel + 80}`
+    const rows: Record<string, string> = {}
+    for (const line of ['health_check', 'livez', 'resume', 'queue']) {
+      rows[line] = `cannot ask ${place}: no answer`
     }
+    await assertFailures(t, rows, { env: { FTW_MONITOR_LISTEN: place } })
 
-    let isConnected = true
-    const { port } = await bootInstance(t, {
-      performers: WARM,
-      databases: { main: { isConnected: () => isConnected } }
-    })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    for (const expected of [0, 1]) {
-      for (const words of [['zeostatus'], ['perf_metrics']]) {
-        const { status, stdout } = await runProgram(t, words, { env })
-        assert.equal(status, expected, stdout)
-      }
-      isConnected = false
+    const answers: Record<string, [body: string, type?: string]> = {
+      'what answers there gives no status': ['{"error":"not found"}', 'application/json'],
+      'O K in spite of all': ['{"output":"OK in spite of all"}'],
+      'no reason given': ['{"status":"fail"}']
     }
-  })
-
-  test('`ftw-monitor wait` and `status` take nothing but a healthy monitor for one', async (t) => {
-    const answers: Record<string, [code: number, type: string, body: string]> = {
-      'what answers there gives no status': [404, 'application/json', '{"error":"not found"}'],
-      'O K in spite of all': [200, 'application/health+json', '{"output":"OK in spite of all"}'],
-      'no reason given': [503, 'application/health+json', '{"status":"fail"}']
-    }
-    for (const [reason, [code, type, body]] of Object.entries(answers)) {
-      const server = await serve(t, (_, response) => {
-        response.writeHead(code, { 'Content-Type': type }).end(body)
-      })
-      const instancePort = portOf(server) - 80
-      const one = ['--port', String(instancePort), '--host', '127.0.0.1']
-      const waited = await runProgram(t, ['wait', '--timeout', '0', ...one])
-      const shown = await runProgram(t, ['status', `127.0.0.1:${instancePort}`])
+    for (const [reason, answer] of Object.entries(answers)) {
+      const port = await fakeInstance(t, replyStatus(...answer))
+      const lines = [`wait --timeout 0 --port ${port}`, `status 127.0.0.1:${port}`] as const
+      const [waited, shown] = await runLines(t, lines)
       assert.deepEqual([waited.status, shown.status], [1, 1], reason)
-      assert.match(waited.stdout, new RegExp(`s  ${reason}\n`))
-      assert.match(shown.stdout, new RegExp(`  ${reason}`))
-      assert.doesNotMatch(waited.stdout + shown.stdout, /OK/)
+      assert.match(
+        waited.stdout,
+        new RegExp(`^\\d+\\.\\d s  ${reason}\ntimed out after 0 s: ${reason}\n$`)
+      )
+      assert.equal(shown.stdout, `127.0.0.1:${port}  ${reason}\n`)
     }
   })
 
-  test('`ftw-monitor drain` exits with 0 after Drained, and with 1 after Not drained', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, port, instancePort } = await bootInstance(t, { server })
+  test('`ftw-monitor wait` prints each change of the reason and ends with OK, and never counts as a prober', async (t) => {
+    const monitor = await importMonitor(t)
+    let isConnected = false
+    let asked = 0
+    const gate = latch()
+    const database: Database = {
+      isConnected: () => {
+        asked++
+        return isConnected
+      }
+    }
+    const port = await freePort()
+    const waiting = startProgram(t, ['wait', '--port', String(port)], { HOST: '127.0.0.1' })
+    const untilSaid = (text: RegExp) => until(() => text.test(waiting.output), String(text))
+    const untilAskedAgain = (before = asked) => until(() => asked > before + 1, 'it asks again')
+    await untilSaid(/^\d+\.\d s .*ECONNREFUSED.*\n$/)
+    await bootInstance(t, {
+      monitor,
+      databases: { main: database },
+      performers: sitesBehind(gate),
+      options: { listen: { host: '127.0.0.1', port: port + 80 } },
+      until: 'started'
+    })
+    await untilSaid(/s +Error: Database 'main' disconnected\.\n$/)
+    await untilAskedAgain()
+    isConnected = true
+    await untilSaid(/s {2}Warmup in progress: \/shop, 2 of 3\n$/)
+    await untilAskedAgain()
+    gate.open()
+    assert.equal(await waiting.exit, 0)
+    const lines = waiting.output.trimEnd().split('\n')
+    assert.equal(lines.length, 4, waiting.output)
+    assert.match(lines[3] ?? '', /^\d+\.\d s +OK$/)
+    const seconds = lines.map((line) => parseFloat(line))
+    assert.deepEqual(
+      seconds,
+      seconds.toSorted((one, other) => one - other)
+    )
+    assert.equal(await askWhomItWaitsFor(port + 80), 0)
+  })
+
+  test('`ftw-monitor wait --timeout` ends with status 1 where the instance does not get healthy', async (t) => {
+    const { port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => false } },
+      until: 'started'
+    })
     const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const answer = getPage(instancePort, '/held')
+    const startedAt = performance.now()
+    const [red] = await runLines(t, ['wait --timeout 1'], { env })
+    const ms = performance.now() - startedAt
+    assert.equal(red.status, 1)
+    assert.match(
+      red.stdout,
+      /^\d+\.\d s {2}(Error: Database 'main' disconnected\.)\ntimed out after 1 s: \1\n$/
+    )
+    assert.ok(ms > 1_000, `${ms} ms`)
+  })
+
+  test('`ftw-monitor drain` exits with 1 after Not drained', async (t) => {
+    const { server, held } = await serveHeld(t)
+    const { monitor, port, instancePort } = await bootInstance(t, { server })
+    const page = getPage(instancePort, '/held')
     await until(() => held.length === 1, 'a request is in flight')
-    const resumed = startProgram(t, ['drain'], env)
+    const resumed = startProgram(t, ['drain'], { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` })
     await until(() => resumed.output.includes('1 request in flight'), 'it drains')
     monitor.resume()
     assert.equal(await resumed.exit, 1)
     assert.match(resumed.output, /\nNot drained: resumed meanwhile\n$/)
-    letGo()
-    await answer
-    const drained = await runProgram(t, ['drain'], { env })
-    assert.deepEqual([drained.status, drained.stderr], [0, ''])
-    assert.match(drained.stdout, /\nDrained\n$/)
+    held[0]?.end()
+    await page
   })
 
   test('the first line of drain names the instance, and changes are printed once a second', async (t) => {
-    const words = ['a bit', 'more', 'Drained']
     const port = await fakeInstance(t, (socket) => {
       let count = 0
       const timer = setInterval(() => {
@@ -13983,48 +13805,44 @@ describeProcesses('The program', PAIRWISE, () => {
       }, 50)
       socket.on('close', () => clearInterval(timer))
     })
-    const rows: [string[], Record<string, string>, string][] = [
-      [['drain', `app$&1=${port}`], {}, 'app$&1'],
-      [['drain', `127.0.0.1:${port}`], {}, `127.0.0.1:${port}`],
-      [['drain', '--port', `${port}`], {}, `127.0.0.1:${port}`],
-      [['drain', ...words], { PORT: `${port}` }, `127.0.0.1:${port}`],
-      [['drain'], { FTW_MONITOR_LISTEN: `127.0.0.1:${port + 80}` }, `127.0.0.1:${port + 80}`]
-    ]
-    const results = await Promise.all(rows.map(([call, env]) => runProgram(t, call, { env })))
-    for (const [index, { stdout, stderr }] of results.entries()) {
-      const lines = stdout.split('\n')
-      const place = rows[index]?.[2]
-      assert.equal(stderr, '')
-      assert.equal(lines[0], `Draining ${place}: 0 of 1 probers know, 1 requests in flight`)
-      assert.match(lines[1] ?? '', /^Draining: 0 of 1 probers know, (1\d|2\d) requests in flight$/)
-      assert.deepEqual(lines.slice(2), ['Drained', 'with no line feed'])
+    const [{ stdout }] = await runLines(t, [`drain app$&1=${port}`])
+    const [first, second, ...others] = stdout.split('\n')
+    assert.equal(first, 'Draining app$&1: 0 of 1 probers know, 1 requests in flight')
+    assert.match(second ?? '', /^Draining: 0 of 1 probers know, (1\d|2\d) requests in flight$/)
+    assert.deepEqual(others, ['Drained', 'with no line feed'])
+
+    const idle = await fakeInstance(t, (socket) => socket.end('Draining: 0 probers\nDrained\n'))
+    const rows: Record<string, string> = {
+      [`drain 127.0.0.1:${idle}`]: `127.0.0.1:${idle}`,
+      [`drain --port ${idle}`]: `127.0.0.1:${idle}`,
+      [`PORT=${idle} drain 'a bit' more Drained`]: `127.0.0.1:${idle}`,
+      [`FTW_MONITOR_LISTEN=127.0.0.1:${idle + 80} drain`]: `127.0.0.1:${idle + 80}`
+    }
+    for (const { line, ...outcome } of await runLines(t, Object.keys(rows))) {
+      const expected = `Draining ${rows[line]}: 0 probers\nDrained\n`
+      assert.deepEqual(outcome, { status: 0, stdout: expected, stderr: '' }, line)
     }
   })
-
-  /** Waits for half a second in place of 30 s, and tells when a line is sent. */
-  const HASTY = `--import=data:text/javascript,${encodeURIComponent(`
-    import * as fs from 'node:fs'
-    import * as net from 'node:net'
-    const { setTimeout } = globalThis
-    globalThis.setTimeout = (act, ms) =>
-      setTimeout(act, ms === 30_000 && !process.env.PATIENT ? 500 : ms)
-    const { write } = net.Socket.prototype
-    net.Socket.prototype.write = function (text, ...others) {
-      if (!/^[a-z]+\\n$/.test(text)) return write.call(this, text, ...others)
-      return write.call(this, text, (error) => error ?? fs.writeSync(2, 'sent\\n'))
-    }`)}`
 
   test('a drain that nobody waits for any more is not carried out by an instance that hung', async (t) => {
     const { watched, port } = await bootService(t)
     await untilHealthy(port)
     watched.child.kill('SIGSTOP')
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}`, NODE_OPTIONS: HASTY }
-    const late = await runProgram(t, ['drain'], { env })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
     const sequel = 'drain may still be carried out: ask status, then resume'
-    const sentence = `cannot ask 127.0.0.1:${port}: no answer within 30 s; ${sequel}`
-    assert.deepEqual([late.status, late.stderr], [2, `sent\nftw-monitor: ${sentence}\n`])
+    const late = { drain: `cannot ask 127.0.0.1:${port}: no answer within 30 s; ${sequel}` }
+    await assertFailures(t, late, { env, flags: [flagForTimeouts(30_000)] })
+
+    const tellWhenSent = `--import=data:text/javascript,${encodeURIComponent(`
+      import * as fs from 'node:fs'
+      import * as net from 'node:net'
+      const { write } = net.Socket.prototype
+      net.Socket.prototype.write = function (text, ...others) {
+        if (text !== 'drain\\n') return write.call(this, text, ...others)
+        return write.call(this, text, (error) => error ?? fs.writeSync(2, 'sent\\n'))
+      }`)}`
     for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
-      const interrupted = startProgram(t, ['drain'], { ...env, PATIENT: '1' })
+      const interrupted = startProgram(t, ['drain'], { ...env, NODE_OPTIONS: tellWhenSent })
       await until(() => interrupted.stderr === 'sent\n', 'the line is sent')
       interrupted.child.kill(signal)
       await interrupted.exit
@@ -14040,30 +13858,48 @@ describeProcesses('The program', PAIRWISE, () => {
     assert.match(half, /\nDrained\n$/)
   })
 
-  test('what may have been sent to an instance that hangs is told', async (t) => {
+  test('an instance that hangs is given two seconds for a check, and 30 for what may be carried out', async (t) => {
     const port = await fakeInstance(t, () => {})
-    const env = { PORT: String(port), NODE_OPTIONS: HASTY }
     const rows: Record<string, string> = {
-      resume: '; resume may still be carried out: ask status',
-      warmup: '; warmup may still be carried out: ask status',
-      queue: '; queue may still be carried out',
-      metrics: ''
+      resume: '30 s; resume may still be carried out: ask status',
+      warmup: '30 s; warmup may still be carried out: ask status',
+      queue: '30 s; queue may still be carried out',
+      metrics: '30 s'
     }
-    for (const [name, sequel] of Object.entries(rows)) {
-      const { status, stderr } = await runProgram(t, [name], { env })
-      const sentence = `cannot ask 127.0.0.1:${port + 80}: no answer within 30 s${sequel}`
-      assert.deepEqual([status, stderr.replace('sent\n', '')], [2, `ftw-monitor: ${sentence}\n`])
+    const checks = ['health_check', 'readyz', 'agent_check', 'livez', 'warmup_state', 'monitor']
+    for (const name of checks) rows[name] = '2 s'
+    for (const [name, rest] of Object.entries(rows)) {
+      rows[name] = `cannot ask 127.0.0.1:${port + 80}: no answer within ${rest}`
     }
+    const flags = [flagForTimeouts(2_000, 30_000)]
+    await assertFailures(t, rows, { env: { PORT: String(port) }, flags })
   })
 
-  test('health_check and its like wait for two seconds', async (t) => {
-    const port = await fakeInstance(t, () => {})
-    const names = ['health_check', 'readyz', 'agent_check', 'livez', 'warmup_state', 'monitor']
-    const calls = names.map((name) => runProgram(t, [name], { env: { PORT: String(port) } }))
-    for (const { status, stderr } of await Promise.all(calls)) {
-      const sentence = `cannot ask 127.0.0.1:${port + 80}: no answer within 2 s`
-      assert.deepEqual([status, stderr], [2, `ftw-monitor: ${sentence}\n`])
+  test('silent instances are asked at the same time, and given one second each', async (t) => {
+    const events: string[] = []
+    const note = (socket: net.Socket) => {
+      events.push('asked')
+      socket.on('close', () => events.push('given up'))
     }
+    const ports: number[] = []
+    while (ports.length < 5) ports.push(await fakeInstance(t, note))
+    const dripping = await fakeInstance(t, (socket) => {
+      note(socket)
+      const timer = setInterval(() => socket.write(' '), 100)
+      socket.on('close', () => clearInterval(timer))
+    })
+    const well = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
+    const began = Date.now()
+    const line = `dump-perf-metrics --deployment d ${ports.join(' ')} ${dripping} ${well}`
+    const [{ status, stdout, stderr }] = await runLines(t, [line])
+    const took = Date.now() - began
+    assert.ok(took >= 1_000 && took < 10_000, `${took} ms`)
+    assert.deepEqual(events.slice(0, 6), Array(6).fill('asked'))
+    assert.equal(stderr.match(/no answer within 1 s\n/g)?.length, 6, stderr)
+    assert.deepEqual(
+      [status, stdout],
+      [0, `deployments,deployment=d,process=${well} cache.size=1\n`]
+    )
   })
 
   test('the demo ends by a signal, warm or not', SLOW, async (t) => {
@@ -14077,173 +13913,6 @@ describeProcesses('The program', PAIRWISE, () => {
       assert.doesNotMatch(demo.output, /is done, but|failed to/)
     }
     await Promise.all([endDemo('SIGTERM', false), endDemo('SIGINT', true)])
-  })
-})
-
-describeProcesses('The program', SIDE_BY_SIDE, () => {
-  test('the program prints the reply, and its exit status tells how it went', async (t) => {
-    let isConnected = true
-    const path = join(scratchFolder(t), 'monitor')
-    const instancePort = await freePort()
-    const absent = await freePort()
-    const elsewhere = await freePort()
-    const monitor = await importMonitor(t)
-    const onPath = await importMonitor(t)
-    monitor.registerDatabase('main', { isConnected: () => isConnected })
-    const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
-    const started = [
-      monitor.start({ server, logger: recorder() }),
-      onPath.start({ server, logger: recorder(), listen: { path } })
-    ]
-    assert.deepEqual((await Promise.all(started)).map(Boolean), [true, true])
-    monitor.register('echo', '', (connection, ...words) => connection.write(`${words.join('|')}\n`))
-    onPath.register('where', '', (connection) => connection.write('on a path\n'))
-    monitor.register('where', '', (connection) => connection.write('on a port\n'))
-    await untilHealthy(instancePort + 80)
-    const port = String(instancePort)
-    const at = { PORT: port }
-    const none = { PORT: String(absent) }
-    type Row = [string[], Record<string, string>, number, string | RegExp]
-    const rows: Row[] = [
-      [['health_check'], at, 0, 'OK\n'],
-      [['echo', 'a', 'b c'], at, 0, 'a|b|c\n'],
-      [['nope'], at, 2, 'Invalid command \'nope\'\nTry "help".\n'],
-      [[], at, 0, /^Supported commands:\n {2}\S/],
-      [['help', 'quit'], at, 0, /^Help for quit:\n/],
-      [['health_check', '--port', port], {}, 0, 'OK\n'],
-      [['--port', port, 'health_check'], none, 0, 'OK\n'],
-      [['--host', '127.0.0.1', 'health_check'], { ...at, HOST: '203.0.113.1' }, 0, 'OK\n'],
-      [['where'], { ...none, FTW_MONITOR_LISTEN: `${instancePort + 80}` }, 0, 'on a port\n'],
-      [['where'], { FTW_MONITOR_LISTEN: `127.0.0.1:${instancePort + 80}` }, 0, 'on a port\n'],
-      [['where'], { FTW_MONITOR_LISTEN: path }, 0, 'on a path\n'],
-      [['health_check'], { ...none, HOST: '127.99.0.1' }, 2, ''],
-      [['health_check', '--port', String(elsewhere), '--host', '127.99.0.1'], at, 2, ''],
-      [['health_check'], { FTW_MONITOR_LISTEN: `${path}.gone` }, 2, ''],
-      [['health_check'], { PORT: 'abc' }, 2, ''],
-      [['health_check', '--port', 'abc'], at, 2, '']
-    ]
-    const check = async (all: Row[]) => {
-      const results = await Promise.all(all.map(([words, env]) => runProgram(t, words, { env })))
-      for (const [index, { status, stdout, stderr }] of results.entries()) {
-        const [words, env, expected, output] = all[index] as Row
-        const what = JSON.stringify([words, env, stdout, stderr])
-        assert.equal(status, expected, what)
-        if (typeof output === 'string') assert.equal(stdout, output, what)
-        else assert.match(stdout, output, what)
-        const isReached = status !== 2 || stdout !== ''
-        assert.match(stderr, isReached ? /^$/ : /^ftw-monitor: [^\n]+\n$/, what)
-      }
-    }
-    await check(rows.slice(0, 8))
-    await check(rows.slice(8))
-    isConnected = false
-    await check([[['health_check'], at, 1, "Error: Database 'main' disconnected.\n"]])
-  })
-
-  test('`ftw-monitor warmup` exits with 0 where it was successful, else with 1', async (t) => {
-    let isBroken = false
-    const { port } = await bootInstance(t, {
-      performers: {
-        '/shop': () => {
-          if (isBroken) throw new Error('no such table')
-        }
-      }
-    })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const rows: [string[], boolean, number, string][] = [
-      [['warmup'], false, 0, 'Warmup successful\n'],
-      [['warmup', '/shop'], false, 0, 'Warmup successful\n'],
-      [['warmup', '/nowhere'], false, 1, "Error: no site '/nowhere' is registered\n"],
-      [['warmup', '/shop'], true, 1, 'Warmup failed: /shop: no such table\n']
-    ]
-    for (const [words, broken, expected, output] of rows) {
-      isBroken = broken
-      const { status, stdout } = await runProgram(t, words, { env })
-      assert.deepEqual([status, stdout], [expected, output], words.join(' '))
-    }
-  })
-
-  test('`ftw-monitor wait` prints each change of the reason and ends with OK', async (t) => {
-    const monitor = await importMonitor(t)
-    let isConnected = false
-    let asked = 0
-    const gate = latch()
-    monitor.registerDatabase('main', {
-      isConnected: () => {
-        asked++
-        return isConnected
-      }
-    })
-    monitor.registerWarmup('/', () => gate.opened)
-    const port = await freePort()
-    const words = ['wait', '--port', String(port), '--host', '127.0.0.1']
-    const waiting = startProgram(t, words)
-    const untilSaid = (text: RegExp) => until(() => text.test(waiting.output), String(text))
-    const untilAskedAgain = (before = asked) => until(() => asked > before + 1, 'it asks again')
-    await untilSaid(/^\d+\.\d s .*ECONNREFUSED.*\n$/)
-    const options = { listen: { host: '127.0.0.1', port: port + 80 } }
-    await bootInstance(t, { monitor, options, until: 'started' })
-    await untilSaid(/s +Error: Database 'main' disconnected\.\n$/)
-    await untilAskedAgain()
-    isConnected = true
-    await untilSaid(/s +Warmup in progress: \/, 1 of 1\n$/)
-    await untilAskedAgain()
-    gate.open()
-    assert.equal(await waiting.exit, 0)
-    const lines = waiting.output.trimEnd().split('\n')
-    assert.equal(lines.length, 4, waiting.output)
-    assert.match(lines[3] ?? '', /^\d+\.\d s +OK$/)
-    const seconds = lines.map((line) => parseFloat(line))
-    assert.deepEqual(
-      seconds,
-      [...seconds].sort((one, other) => one - other)
-    )
-  })
-
-  test('`ftw-monitor wait --timeout` ends with status 1 where the instance does not get healthy', async (t) => {
-    const port = await freePort()
-    await bootInstance(t, {
-      databases: { main: { isConnected: () => false } },
-      options: { listen: { host: '127.0.0.1', port: port + 80 } },
-      until: 'started'
-    })
-    const startedAt = performance.now()
-    const wait = (instancePort: number) =>
-      runProgram(t, ['wait', '--port', String(instancePort), '--timeout', '1'])
-    const both = Promise.all([wait(port), wait(await freePort())])
-    const [red, none] = await inTime(both, 'they give up')
-    const seconds = (performance.now() - startedAt) / 1_000
-    assert.equal(red.status, 1)
-    assert.match(red.stdout, /^\d+\.\d s +Error: Database 'main' disconnected\.\n/)
-    assert.equal(none.status, 1)
-    assert.ok(seconds > 1, `${seconds} s`)
-  })
-
-  test('silent instances are asked at the same time, and given one second each', async (t) => {
-    const events: string[] = []
-    const note = (socket: net.Socket) => {
-      events.push('asked')
-      socket.on('close', () => events.push('given up'))
-    }
-    const silent: number[] = []
-    while (silent.length < 5) silent.push(await fakeInstance(t, note))
-    const dripping = await fakeInstance(t, (socket) => {
-      note(socket)
-      const timer = setInterval(() => socket.write(' '), 100)
-      socket.on('close', () => clearInterval(timer))
-    })
-    const well = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
-    const began = Date.now()
-    const { status, stdout, stderr } = await runProgram(t, [
-      'dump-perf-metrics',
-      ...[...silent, dripping, well].map(String)
-    ])
-    const took = Date.now() - began
-    assert.ok(took >= 1_000 && took < 10_000, `${took} ms`)
-    assert.deepEqual(events.slice(0, 6), Array(6).fill('asked'))
-    assert.equal(status, 0)
-    assert.equal(stderr.split('\n').length - 1, 6)
-    assert.equal(parseDump(stdout)[0]?.tags['process'], String(well))
   })
 })
 
