@@ -13012,7 +13012,8 @@ async function runLines<const Lines extends readonly string[]>(
   const setup = { program: PROGRAM, folder: scratchFolder(t), calls }
   const env = { HOST: '127.0.0.1', ...options.env, CALLS: JSON.stringify(setup) }
   const words = [...flags, '--no-warnings', '--input-type=module', '-e', RUN_CALLS]
-  const { status, stdout, stderr } = await runToEnd(t, process.execPath, words, { ...others, env })
+  const all = runToEnd(t, process.execPath, words, { ...others, env })
+  const { status, stdout, stderr } = await inTime(all, lines.join('; '), 60_000)
   assert.deepEqual([status, stderr], [0, ''])
   const outcomes: unknown = JSON.parse(`[${stdout.trimEnd().replaceAll('\n', ',')}]`)
   return outcomes as { [Index in keyof Lines]: Outcome }
@@ -13095,6 +13096,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       ['warmup /nowhere', 1, "Error: no site '/nowhere' is registered\n"],
       [`PORT=${absent} --port ${port} health_check`, 0, 'OK\n'],
       ['HOST=203.0.113.1 --host 127.0.0.1 health_check', 0, 'OK\n'],
+      [`FTW_MONITOR_LISTEN=203.0.113.1:${port + 80} --host 127.0.0.1 where`, 0, 'on a port\n'],
       [`PORT=${absent} FTW_MONITOR_LISTEN=${port + 80} where`, 0, 'on a port\n'],
       [`FTW_MONITOR_LISTEN=127.0.0.1:${port + 80} where`, 0, 'on a port\n'],
       [`FTW_MONITOR_LISTEN=${path} where`, 0, 'on a path\n'],
@@ -13588,17 +13590,18 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     const port = await fakeInstance(t, replyStatus({ status: 'fail', output, checks }))
     const words = [process.execPath, ...programWords(['status', `web1=${port}`])]
     const call = words.map(quote).join(' ')
-    const columns: Record<string, string> = {
-      60: `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(13)}…`,
-      20: `web1  up 12 s  Error: Database 'main' failed…`,
-      0: `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(33)}…`
-    }
-    for (const [width, line] of Object.entries(columns)) {
-      const command = `stty cols ${width}; ${call}`
-      const env = { HOST: '127.0.0.1' }
-      const { stdout } = await runToEnd(t, 'script', ['-qec', command, '/dev/null'], { env })
-      assert.equal(stdout.trim(), line, width)
-    }
+    const rows: [columns: number, line: string][] = [
+      [60, `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(13)}…`],
+      [20, `web1  up 12 s  Error: Database 'main' failed…`],
+      [0, `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(33)}…`]
+    ]
+    const command = rows.map(([columns]) => `stty cols ${columns}; ${call}`).join('; ')
+    const env = { HOST: '127.0.0.1' }
+    const { stdout } = await runToEnd(t, 'script', ['-qec', command, '/dev/null'], { env })
+    assert.deepEqual(
+      stdout.trim().split('\r\n'),
+      rows.map(([, line]) => line)
+    )
   })
 
   test('`wait` and `status`, with --json too, print nothing raw of what a monitor says', async (t) => {
