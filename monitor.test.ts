@@ -14204,16 +14204,14 @@ async function startPostgres(t: TestContext) {
   return { start, stop, environment }
 }
 
-/** What the tests use of ws. */
-interface WebSocketClient extends NodeJS.EventEmitter {
-  readyState: number
-  send(text: string): void
-  terminate(): void
-}
-
 /** WebSockets that come back as soon as they are closed, and speak while they are open. */
 function keepConnected(t: TestContext, count: number, url: string) {
   const require = createRequire(`${PACKAGES}/`)
+  interface WebSocketClient extends NodeJS.EventEmitter {
+    readyState: number
+    send(text: string): void
+    terminate(): void
+  }
   const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
   const codes: number[] = []
   const failures: string[] = []
@@ -14340,50 +14338,16 @@ async function buildNextApp(t: TestContext): Promise<string> {
   return folder
 }
 
-/** A program from npm as it is: how it serves a folder at a port, and how it ends by SIGTERM. */
-interface Unmodified {
-  file: string
-  words: (folder: string, port: string) => string[]
-  status: number | null
-  /** What its own listener of the signal prints. */
-  lastWords?: RegExp
-}
-
-const UNMODIFIED: Record<string, Unmodified> = {
-  'http-server': {
-    file: 'bin/http-server',
-    words: (folder, port) => [folder, '-p', port, '-a', '127.0.0.1'],
-    status: 0,
-    lastWords: /http-server stopped/
-  },
-  'json-server': {
-    file: 'lib/cli/bin.js',
-    words: (folder, port) => ['--port', port, '--host', '127.0.0.1', join(folder, 'db.json')],
-    status: null // it dies of the signal
-  },
-  serve: {
-    file: 'build/main.js',
-    words: (folder, port) => ['-L', '-l', `tcp://127.0.0.1:${port}`, folder],
-    status: 0,
-    lastWords: /Gracefully shutting down/
-  },
-  'fastify-cli': {
-    file: 'cli.js',
-    words: (folder, port) => ['start', '-p', port, '-a', '127.0.0.1', join(folder, 'plugin.cjs')],
-    status: 0
-  },
-  'node-red': {
-    file: 'red.js',
-    words: (folder, port) => ['-u', folder, '-p', port],
-    status: 0,
-    lastWords: /Stopped flows/
-  },
-  next: {
-    file: 'dist/bin/next',
-    words: (folder, port) => ['start', folder, '-p', port, '-H', '127.0.0.1'],
-    status: 143
-  }
-}
+/** Programs from npm as they are: how each serves a folder, with which status it ends by SIGTERM,
+ *  `null` where it dies of that, and what its own listener prints. */
+const UNMODIFIED: [command: string, status: number | null, lastWords?: RegExp][] = [
+  ['http-server/bin/http-server FOLDER -p PORT -a 127.0.0.1', 0, /http-server stopped/],
+  ['json-server/lib/cli/bin.js --port PORT --host 127.0.0.1 FOLDER/db.json', null],
+  ['serve/build/main.js -L -l tcp://127.0.0.1:PORT FOLDER', 0, /Gracefully shutting down/],
+  ['fastify-cli/cli.js start -p PORT -a 127.0.0.1 FOLDER/plugin.cjs', 0],
+  ['node-red/red.js -u FOLDER -p PORT', 0, /Stopped flows/],
+  ['next/dist/bin/next start FOLDER -p PORT -H 127.0.0.1', 143]
+]
 
 /** What these programs serve. */
 const SERVED: Record<string, string> = {
@@ -15471,7 +15435,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     }
   )
 
-  for (const [name, { file, words, status, lastWords = /^/ }] of Object.entries(UNMODIFIED)) {
+  for (const [command, status, lastWords = /^/] of UNMODIFIED) {
+    const [name = ''] = command.split('/')
     test(
       `${name} as it is has a monitor, and ends in its own way without a lost request`,
       { ...SLOW, ...needsPackage(name), timeout: 180_000 },
@@ -15479,8 +15444,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         const folder = name === 'next' ? await buildNextApp(t) : scratchFolder(t)
         for (const [path, text] of Object.entries(SERVED))
           fs.writeFileSync(join(folder, path), text)
-        const program = join(PACKAGES ?? '', 'node_modules', name, file)
         const port = await freePort()
+        const adapted = command.replace('FOLDER', folder).replace('PORT', String(port))
+        const [file = '', ...words] = adapted.split(' ')
+        const program = join(PACKAGES ?? '', 'node_modules', file)
         const env = {
           ...NEXT_ENVIRONMENT,
           PORT: String(port),
@@ -15488,10 +15455,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           FTW_MONITOR_TIMEOUT_MS: '4000',
           NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`
         }
-        const all = [program, ...words(folder, String(port))]
-        const watched = watch(t, process.execPath, all, { cwd: folder, env })
-        const limitMs = 60_000
-        await untilHealthy(port + 80, limitMs)
+        const watched = watch(t, process.execPath, [program, ...words], { cwd: folder, env })
+        await untilHealthy(port + 80, 60_000)
         const before = await askRequests(port + 80)
         assert.equal((await getPage(port, '/')).status, 200)
         assert.equal((await askRequests(port + 80)) - before, 1)
@@ -15748,45 +15713,9 @@ async function bootTempting(t: TestContext) {
   return { port, expectUnchanged }
 }
 
-/** Two machines: a network of its own, in which $OTHER is a process beyond a cable. */
-const TWO_NETWORKS = `
-  unshare -n tail --pid=$$ -f /dev/null >/dev/null 2>&1 & export OTHER=$!
-  until [ "$(readlink /proc/$OTHER/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.02; done
-  ip link add here type veth peer name there netns $OTHER
-  ip addr add 192.0.2.1/24 dev here && ip link set here up
-  nsenter -t $OTHER -n sh -c 'ip addr add 192.0.2.2/24 dev there && ip link set there up'`
-const networksTry = [...NETWORK, `${TWO_NETWORKS}\nnsenter -t $OTHER -n true`, 'true']
-const NEEDS_TWO_NETWORKS =
-  spawnSync('unshare', networksTry).status === 0
-    ? {}
-    : { skip: 'this user may not make two networks (unshare -rn, ip, nsenter)' }
-
-/** Sends each text to a port of a host, and prints all replies as JSON. */
-const ASK_EACH = `
-  const net = require('node:net')
-  const [host, port, texts] = process.argv.slice(1)
-  const askOne = (text) => new Promise((resolve) => {
-    const socket = net.connect({ host, port: Number(port) })
-    let reply = ''
-    socket.on('data', (part) => { reply += part })
-    socket.on('error', () => {})
-    socket.on('close', () => resolve([text, reply]))
-    socket.write(text)
-  })
-  const askAll = async (waiting, replies = []) => {
-    while (waiting.length > 0) {
-      replies.push(...await Promise.all(waiting.splice(0, 50).map(askOne)))
-    }
-    process.stdout.write(JSON.stringify(replies))
-  }
-  void askAll(JSON.parse(texts))`
-
-/** An instance all of whose parts throw secrets, and what it replies to another machine and to its
- *  own. */
+/** An instance all of whose parts throw secrets, and what it replies to 192.0.2.2 and to this
+ *  machine. */
 const TELLS_SECRETS = `
-  import { execFile } from 'node:child_process'
-  import { promisify } from 'node:util'
-
   const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
   const fail = () => {
     const error = new RangeError('at ' + url + ' /SECRET/path 10.0.0.7:5432')
@@ -15811,19 +15740,28 @@ const TELLS_SECRETS = `
 
   const server = http.createServer(() => {}).listen(0, '127.0.0.1')
   const logger = { info() {}, warn() {}, error() {} }
-  const { port } = await monitor.start({ server, listen: { host: '0.0.0.0', port: 0 }, logger })
+  const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
   const inFlight = net.connect(server.address().port, '127.0.0.1')
   inFlight.write('GET /SECRET/path?SECRET HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n')
   while ((await monitor.status()).warmup[0].status !== 'failed') await pause(20)
 
-  const run = promisify(execFile)
-  const askEach = async (host, texts, ...enter) => {
-    const client = [process.execPath, '-e', ${JSON.stringify(ASK_EACH)}]
-    const [program, ...words] = [...enter, ...client, host, String(port), JSON.stringify(texts)]
-    const { stdout } = await run(program, words, { maxBuffer: 2 ** 26 })
-    return JSON.parse(stdout)
+  const askOne = (text, localAddress) => new Promise((resolve) => {
+    const socket = net.connect({ host: '127.0.0.1', port, localAddress }).setEncoding('utf8')
+    let reply = ''
+    socket.on('data', (part) => { reply += part })
+    socket.on('error', () => {})
+    socket.on('close', () => resolve([text, reply]))
+    socket.write(text)
+  })
+  const askEach = async (texts, address) => {
+    const askThem = (some) => Promise.all(some.map((text) => askOne(text, address)))
+    const replies = []
+    for (const waiting = [...texts]; waiting.length > 0; ) {
+      replies.push(...await askThem(waiting.splice(0, 50)))
+    }
+    return replies
   }
-  const [[, help]] = await askEach('127.0.0.1', ['help\\n'])
+  const [, help] = await askOne('help\\n', '127.0.0.1')
   const listed = Array.from(help.matchAll(/^  (\\S+) --/gm), ([, name]) => name)
   const ending = listed.filter((name) => name !== 'interactive')
   const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
@@ -15841,8 +15779,8 @@ const TELLS_SECRETS = `
       'interactive\\nmonitor 0 open\\nfails\\nstatus\\nquit\\n'
     ]
     const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
-    replies.strangers.push(...await askEach('192.0.2.1', texts, 'nsenter', '-t', process.env.OTHER, '-n'))
-    replies.locals.push(...await askEach('127.0.0.1', safe))
+    replies.strangers.push(...await askEach(texts, '192.0.2.2'))
+    replies.locals.push(...await askEach(safe, '127.0.0.1'))
   }
   await askAll('', '/main', '/open', '/0', '/0/spare', '/0/open')
   failOfMain = () => {}
@@ -15852,9 +15790,10 @@ const TELLS_SECRETS = `
 describeProcesses('Attacks and limits', PAIRWISE, () => {
   test(
     'no command and no path tells another machine what was thrown',
-    NEEDS_TWO_NETWORKS,
+    NEEDS_NAMESPACES,
     async (t) => {
-      const watched = runScript(t, { network: TWO_NETWORKS, script: TELLS_SECRETS })
+      const network = 'ip addr add 192.0.2.2/32 dev lo'
+      const watched = runScript(t, { network, script: TELLS_SECRETS })
       assert.equal(await watched.exit, 0, watched.output)
       const { strangers, locals } = JSON.parse(watched.stdout) as Record<
         'strangers' | 'locals',
