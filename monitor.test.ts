@@ -14204,14 +14204,12 @@ async function startPostgres(t: TestContext) {
   return { start, stop, environment }
 }
 
-/** WebSockets that come back as soon as they are closed, and speak while they are open. */
+/** WebSockets that come back as soon as they are closed. */
 function keepConnected(t: TestContext, count: number, url: string) {
-  const require = createRequire(`${PACKAGES}/`)
   interface WebSocketClient extends NodeJS.EventEmitter {
-    readyState: number
-    send(text: string): void
     terminate(): void
   }
+  const require = createRequire(`${PACKAGES}/`)
   const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
   const codes: number[] = []
   const failures: string[] = []
@@ -14220,18 +14218,13 @@ function keepConnected(t: TestContext, count: number, url: string) {
   const connect = (): void => {
     const client = new WebSocket(url)
     clients.add(client)
-    const speak = (): void => {
-      if (client.readyState === 1) client.send('hello')
-    }
     client.on('open', () => {
       told.opened++
-      speak()
     })
-    client.on('message', () => setTimeout(speak, 20))
-    client.on('error', (error: Error) => told.failures.push(error.message))
+    client.on('error', (error: Error) => failures.push(error.message))
     client.on('close', (code: number) => {
       if (!clients.delete(client)) return
-      told.codes.push(code)
+      codes.push(code)
       connect()
     })
   }
@@ -14267,7 +14260,6 @@ const SERVICE = `
   })
   server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
   const webSockets = new WebSocketServer({ server })
-  webSockets.on('connection', (client) => client.on('message', (text) => client.send(String(text))))
   monitor.start(server)
   monitor.shutdownOnSignal({
     cleanUp: async () => {
@@ -15126,23 +15118,18 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         print('by the program', error?.code ?? 0, stdout.trim())
         process.exit()
       })`
-      const worlds = ['net.ipv6.conf.all.disable_ipv6=1', 'net.ipv6.conf.all.disable_ipv6=0']
-      const run = (setting: string) =>
-        runScript(t, { script, env: { HOST: '::' }, network: `sysctl -qw ${setting}` })
-      const instances = worlds.map(run)
-      for (const [index, { output, exit }] of instances.entries()) {
-        await exit
-        assert.deepEqual(
-          instances[index]!.output.trimEnd().split('\n'),
-          [
-            'by itself true http://localhost:21000',
-            'by performers true',
-            'by the view Warmup successful',
-            'by PORT and HOST true',
-            'by the program 0 OK'
-          ],
-          `${worlds[index]}${output}`
-        )
+      for (const isDisabled of [1, 0]) {
+        const network = `sysctl -qw net.ipv6.conf.all.disable_ipv6=${isDisabled}`
+        const instance = runScript(t, { script, env: { HOST: '::' }, network })
+        await instance.exit
+        assert.deepEqual(instance.output.split('\n'), [
+          'by itself true http://localhost:21000',
+          'by performers true',
+          'by the view Warmup successful',
+          'by PORT and HOST true',
+          'by the program 0 OK',
+          ''
+        ])
       }
     }
   )
@@ -15494,12 +15481,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.ok(tookMs > 2_500, `its warm-up took ${tookMs} ms`)
     for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
       assert.equal(await shell(command), reply)
-    }
-    for (const line of [
-      'printf health_check | nc -N localhost 8160',
-      "printf 'health_check\\r\\n' | nc -N 127.0.0.1 8160"
-    ]) {
-      assert.equal(await shell(line), 'OK\n', line)
     }
   })
 
