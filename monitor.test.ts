@@ -15986,6 +15986,22 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     }
   })
 
+  test('who resets the connection before the answer is no prober', async (t) => {
+    const gate = latch()
+    const isConnected = () => gate.opened.then(() => true)
+    const { monitor, port } = await bootInstance(t, {
+      performers: WARM,
+      databases: { main: { isConnected } },
+      until: 'started'
+    })
+    const peers = await Promise.all([1, 2, 3].map(() => converse(t, port)))
+    for (const { socket } of peers) socket.write('health_check\n', () => socket.resetAndDestroy())
+    await untilSeen(port)
+    gate.open()
+    await untilVerdict(monitor)
+    assert.deepEqual((await monitor.status()).probers, [])
+  })
+
   test(
     'a prober that takes 100 ms gets every answer in a connect flood from 127.0.0.2',
     SLOW,
