@@ -14071,7 +14071,7 @@ ${instances.map(lineOf).join('')}`
 }
 
 /** Asks for the front page by each of these clients, and keeps who served, and what failed. */
-function keepLoading(port: number, clients: PageOptions[], everyMs: number) {
+function keepLoading(t: TestContext, port: number, clients: PageOptions[], everyMs: number) {
   const served = new Map<string, number>()
   const failed: string[] = []
   const askOnce = async (client: PageOptions) => {
@@ -14082,8 +14082,9 @@ function keepLoading(port: number, clients: PageOptions[], everyMs: number) {
   }
   const askers = clients.map((client) => keepAsking(everyMs, () => askOnce(client)))
   const stop = async () => {
-    for (const asker of askers) await asker.stop()
+    await Promise.all(askers.map((asker) => asker.stop()))
   }
+  t.after(stop)
   return { served, failed, stop }
 }
 
@@ -14123,7 +14124,7 @@ async function restartInTurn(t: TestContext, names: string[], setup: RestartSetu
     const headers = { Cookie: `INSTANCE=${name}` }
     return [{ headers }, { headers, agent, method: 'POST', body: 'a=1' }]
   })
-  const load = keepLoading(haproxy.frontPort, [{}, { agent }, ...withCookies], everyMs)
+  const load = keepLoading(t, haproxy.frontPort, [{}, { agent }, ...withCookies], everyMs)
   const finish = await beside?.(haproxy.frontPort)
   await until(() => load.served.size === names.length, 'all of them serve')
 
@@ -15541,7 +15542,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const headers = { Cookie: 'INSTANCE=one' }
       const agent = new http.Agent({ keepAlive: true })
       t.after(() => agent.destroy())
-      const load = keepLoading(haproxy.frontPort, [{}, { headers }, { headers, agent }], 5)
+      const load = keepLoading(t, haproxy.frontPort, [{}, { headers }, { headers, agent }], 5)
       const untilServed = async (count: number) => {
         const served = () => load.served.get('served') ?? 0
         const before = served()
