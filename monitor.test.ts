@@ -14558,28 +14558,28 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     )
     const script = rollingRestart(ports)
     assert.match(script, /wait --port \$port --pid \$! \|\| exit 1/)
-    const restart = async (seconds: number) => {
+    const restart = async (tenths: number) => {
       const options = { cwd: folder, env: { HOST: '127.0.0.1' } }
-      const shortened = script.replace('seq 35', `seq ${seconds}`)
+      const shortened = script.replace('seq 35', `seq ${tenths}`).replace('sleep 1;', 'sleep 0.1;')
       const { status, stdout } = await runToEnd(t, 'sh', ['-c', shortened], options)
       return { status, stdout, pids: ports.map(pidOf) }
     }
 
-    const begun = await inTime(restart(1), 'what hangs is replaced')
+    const begun = await inTime(restart(5), 'what hangs is replaced')
     assert.equal(begun.status, 0, begun.stdout)
     assert.match(begun.stdout, new RegExp(`^${first} hung: killed$`, 'm'))
     await inTime(hung.exit, 'the old process is gone')
     const log = fs.readFileSync(join(folder, `${first}.log`), 'utf8')
     assert.match(log, /^what the last process said\n[^]*is healthy after/)
 
-    const well = await inTime(restart(35), 'all are restarted')
+    const well = await inTime(restart(350), 'all are restarted', 40_000)
     assert.equal(well.status, 0, well.stdout)
     assert.doesNotMatch(well.stdout, /hung/)
     for (const pid of well.pids) assert.ok(!begun.pids.includes(pid), well.pids.join())
     for (const port of ports) assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
 
     fs.writeFileSync(file, 'process.exit(7)\n')
-    const broken = await inTime(restart(35), 'it gives up')
+    const broken = await inTime(restart(350), 'it gives up', 40_000)
     assert.equal(broken.status, 1, broken.stdout)
     assert.match(broken.stdout, new RegExp(`^process ${pidOf(first)} is gone$`, 'm'))
     assert.equal(pidOf(second), well.pids[1])
