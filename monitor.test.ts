@@ -64,14 +64,14 @@ const PARTS = ['databases', 'warm-up', 'processes']
 /** The part to run; without it all are. */
 const TEST_PART = process.env['TEST_PART'] ?? ''
 /** The part of the suites that follow, unless they start processes. */
-let part = 'databases'
+let currentPart = 'databases'
 
 function isPartWanted(wanted: string): boolean {
   return TEST_PART === '' || TEST_PART === wanted
 }
 
 function describeInProcess(name: string, how: SuiteOptions, suite: () => void): void {
-  if (isPartWanted(part)) void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
+  if (isPartWanted(currentPart)) void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
 }
 
 /** The suites that start processes, each as a function which declares it to Node's runner. */
@@ -5905,7 +5905,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
 
 // --- Warm-up -------------------------------------------------------------------------------------
 
-part = 'warm-up'
+currentPart = 'warm-up'
 
 /** Performers of these sites: they keep who is called, wait for the gate, and fail as they are told. */
 function recordSites(...sites: string[]) {
