@@ -1419,301 +1419,130 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 
 // --- Start and stop ------------------------------------------------------------------------------
 
-/** Each call of the API with an option that there is not, and what it is told. */
-const SURPLUS_OPTIONS: [call: (monitor: Monitor) => unknown, message: RegExp][] = [
-  [
-    (monitor) => monitor.start({ lisen: 8080 } as object),
-    /: there is no option lisen: start\(\) takes an http\.Server .*, or an object with any of server, .*, logger, healthPath, keepAliveMs$/
-  ],
-  [
-    (monitor) => monitor.untilHealthy({ timeoutMs: 5 } as object),
-    /no option timeoutMs: untilHealthy takes an object with any of signal$/
-  ],
-  [
-    (monitor) => monitor.drain({ timeout: 5 } as object),
-    /no option timeout: drain takes an object with any of reason, fall, timeoutMs, minimumMs$/
-  ],
-  [
-    (monitor) => monitor.shutdown({ cleanup: 5 } as object),
-    /no option cleanup: a shutdown takes an object with any of reason, .*, exitAfterMs, signals$/
-  ],
-  [
-    (monitor) => monitor.shutdownOnSignal({ fal: 5 } as object),
-    /no option fal: a shutdown takes an object with any of .*, signals$/
-  ],
-  [
-    (monitor) => monitor.registerCheck('a', hang, { opt: 1 } as object),
-    /no option opt: a check takes an object with any of optional$/
-  ],
-  [
-    (monitor) => monitor.register('a', '', hang, { web: 1 } as object),
-    /no option web: a command takes an object with any of http, local$/
-  ]
-]
-
-/** What is mistyped behind FTW_MONITOR_, and what was meant, '' if nobody can tell. */
-const UNKNOWN_VARIABLES: Record<string, string> = {
-  TIMEOUT: 'TIMEOUT_MS',
-  TIMEOUT_SECONDS: 'TIMEOUT_MS',
-  AUTO_WARMUP: 'AUTOWARMUP',
-  HEALTHPATH: 'HEALTH_PATH',
-  CHECKS: 'CHECK',
-  MIN_MS: 'MINIMUM_MS',
-  LISTNE: 'LISTEN',
-  PORT: '',
-  X: ''
-}
+const TAKEN_BY_START =
+  'start() takes an http.Server (app.listen() of Express, fastify.server), or an object with any of server, port, url, listen, local, logger, healthPath, keepAliveMs'
 
 describeInProcess('Start and stop', TOGETHER, () => {
-  for (const [call, message] of SURPLUS_OPTIONS) {
-    test(`an unknown option is named in the error: ${message.source}`, async (t) => {
-      const monitor = await importMonitor(t)
-      await assert.rejects(async () => await call(monitor), { name: 'TypeError', message })
-    })
-  }
+  test('an unknown option is named in the error, with those that there are', async (t) => {
+    const monitor = await importMonitor(t)
+    const surplus: object = { surplus: 5 }
+    const ofShutdown =
+      'a shutdown takes an object with any of reason, fall, timeoutMs, minimumMs, onSignal, cleanUp, exitAfterMs, signals'
+    const calls: [call: () => unknown, takes: string][] = [
+      [() => monitor.start(surplus), TAKEN_BY_START],
+      [() => monitor.untilHealthy(surplus), 'untilHealthy takes an object with any of signal'],
+      [
+        () => monitor.drain(surplus),
+        'drain takes an object with any of reason, fall, timeoutMs, minimumMs'
+      ],
+      [() => monitor.shutdown(surplus), ofShutdown],
+      [() => monitor.shutdownOnSignal(surplus), ofShutdown],
+      [
+        () => monitor.registerCheck('a', hang, surplus),
+        'a check takes an object with any of optional'
+      ],
+      [
+        () => monitor.register('a', '', hang, surplus),
+        'a command takes an object with any of http, local'
+      ]
+    ]
+    for (const [call, takes] of calls) {
+      const message = `ftw-monitor: there is no option surplus: ${takes}`
+      await assert.rejects(async () => await call(), { name: 'TypeError', message })
+    }
+  })
 
-  test("a copied file says which version it is, and that is the package's", async (t) => {
-    const { VERSION } = await importMonitor(t)
+  test("a copied file, and the build for CommonJS, say which version they are: the package's", async (t) => {
+    const monitor = await importMonitor(t)
     const { version } = JSON.parse(fs.readFileSync(new URL('package.json', ROOT), 'utf8')) as {
       version: string
     }
-    assert.equal(VERSION, version)
+    assert.equal(monitor.VERSION, version)
     const source = fs.readFileSync(new URL('monitor.ts', ROOT), 'utf8')
     const head = source.split('\n').slice(0, 6).join('\n')
     assert.ok(head.includes(`Version ${version}. Copyright (c) `) && head.includes('License'), head)
+
+    if (EXTENSION === '.ts') return // there is no build of the source as it stands
+    const required = createRequire(import.meta.url)('./monitor.cjs') as Monitor
+    assert.equal(required.VERSION, version)
+    assert.deepEqual(Object.keys(required).toSorted(), Object.keys(monitor).toSorted())
   })
 
   test(
-    'the build for CommonJS has the same version and the same names',
-    EXTENSION === '.js' ? {} : { skip: 'there is none of the source as it stands' },
+    'an http2 server over TLS is taken, and its requests are seen',
+    needs('openssl'),
     async (t) => {
-      const monitor = await importMonitor(t)
-      const required = createRequire(import.meta.url)('./monitor.cjs') as Monitor
-      assert.equal(required.VERSION, monitor.VERSION)
-      assert.deepEqual(Object.keys(required).toSorted(), Object.keys(monitor).toSorted())
+      const server = http2.createSecureServer(certify(t, 'localhost'), (_, response) =>
+        response.end()
+      )
+      await startListening(t, server)
+      await bootInstance(t, { server, performers: WARM })
+      const url = `https://127.0.0.1:${portOf(server)}`
+      const session = http2.connect(url, { rejectUnauthorized: false })
+      t.after(() => session.destroy())
+      const stream = session.request({ ':path': '/@@warmup' })
+      assert.equal(await readAll(stream), 'Warmup successful\n')
     }
   )
 
-  test('start(server) logs to the console where it listens', async (t) => {
-    const port = await freePort()
-    const instance = runScript(t, {
-      script: `
-        const server = http.createServer()
-        const started = monitor.start(server)
-        server.listen(${port}, '127.0.0.1')
-        print(JSON.stringify(await started))`
-    })
-    await until(() => instance.output.includes('}'), 'the address is printed')
-    assert.ok(instance.output.startsWith(`ftw-monitor listening on 127.0.0.1:${port + 80}\n`))
-    assert.ok(
-      instance.output.includes(
-        JSON.stringify({ address: '127.0.0.1', family: 'IPv4', port: port + 80 })
-      )
-    )
-  })
-
-  test('https and http2 servers are taken as http servers are', needs('openssl'), async (t) => {
-    const { key, cert } = certify(t, 'localhost')
-    const listener = (_: unknown, response: { end(text: string): void }) => {
-      response.end('hello')
-    }
-    const servers: Record<string, WebServer> = {
-      https: https.createServer({ key, cert }, listener),
-      http2: http2.createServer(listener),
-      https2: http2.createSecureServer({ key, cert }, listener)
-    }
-    const warmHttp2 = async (url: string) => {
-      const session = http2.connect(url, { rejectUnauthorized: false })
-      const stream = session.request({ ':path': '/@@warmup' })
-      const body = await readAll(stream)
-      session.close()
-      return body
-    }
-    const warmHttps = async (port: number) => {
-      const to = { host: '127.0.0.1', port, path: '/@@warmup', rejectUnauthorized: false }
-      const request = https.get({ ...to, agent: false })
-      const [response] = await once(request, 'response')
-      return await readAll(response)
-    }
-    const warm = async (kind: string, port: number) => {
-      if (kind === 'https') return await warmHttps(port)
-      const scheme = kind === 'http2' ? 'http' : 'https'
-      return await warmHttp2(`${scheme}://127.0.0.1:${port}`)
-    }
-    for (const [kind, server] of Object.entries(servers)) {
-      const monitor = await importMonitor(t)
-      let calls = 0
-      monitor.registerWarmup('/', () => {
-        calls++
-      })
-      closeLater(t, server)
-      const started = monitor.start({
-        server,
-        logger: recorder(),
-        listen: LOOPBACK
-      })
-      await once(server.listen(0, '127.0.0.1'), 'listening')
-      const address = await started
-      assert.ok(typeof address === 'object', kind)
-      await untilHealthy(address.port)
-      assert.equal(calls, 1, kind)
-      assert.equal(await warm(kind, portOf(server)), 'Warmup successful\n', kind)
-      assert.equal(calls, 2, kind)
-    }
-  })
-
-  test('a net.Server, which serves no requests, is no instance, as the types say', async (t) => {
-    const { start } = await importMonitor(t)
-    const server = net.createServer()
-    // @ts-expect-error: a net.Server is none of those that are taken
-    await assert.rejects(start(server), TypeError)
-    // @ts-expect-error: the same
-    await assert.rejects(start({ server }), TypeError)
-    // @ts-expect-error: the same
-    await assert.rejects(start([http.createServer(), server]), TypeError)
-
-    const http2Server = http2.createServer()
-    const taken = [
-      http.createServer(),
-      https.createServer(),
-      http2Server,
-      http2.createSecureServer()
-    ]
-    const logger = recorder()
-    void start({ server: taken, logger })
-    void start({ server: http2Server, logger })
-    assert.deepEqual(errorsOf(logger), [])
-  })
-
   test('what the caller passed wrongly rejects, and start works again', async (t) => {
     const monitor = await importMonitor(t)
-    const start = monitor.start as (...all: unknown[]) => Promise<unknown>
+    // @ts-expect-error: a net.Server serves no requests
+    await assert.rejects(monitor.start(net.createServer()), TypeError)
+    // @ts-expect-error: the same
+    await assert.rejects(monitor.start({ server: net.createServer() }), TypeError)
+    // @ts-expect-error: the same
+    await assert.rejects(monitor.start([http.createServer(), net.createServer()]), TypeError)
+
+    const start = monitor.start as (options: unknown) => Promise<unknown>
     const logger = recorder()
-    const wrong: [unknown, typeof TypeError | typeof RangeError | undefined][] = [
-      [42, TypeError],
-      ['8080', TypeError],
-      [null, TypeError],
-      [() => {}, TypeError],
-      [net.createServer(), TypeError],
-      [{ server: {}, logger }, TypeError],
-      [{ server: 8080, logger }, undefined],
-      [{ port: '8080', logger }, TypeError],
-      [{ port: 65_500, logger }, RangeError],
-      [{ port: 65_536, logger }, RangeError],
-      [{ port: -1, logger }, RangeError],
-      [{ port: 1.5, logger }, RangeError],
-      [{ port: NaN, logger }, RangeError],
-      [{ port: 8080, url: 'not a url', logger }, TypeError],
-      [{ port: 8080, url: 42, logger }, undefined],
-      [{ port: 8080, url: 'ftp://localhost', logger }, TypeError],
-      [{ port: 8080, listen: 'localhost', logger }, TypeError],
-      [{ port: 8080, listen: { port: '1' }, logger }, undefined],
-      [{ port: 8080, listen: { port: 70_000 }, logger }, undefined],
-      [{ port: 8080, listen: { host: 1 }, logger }, undefined],
-      [{ port: 8080, listen: { path: 1 }, logger }, undefined],
-      [{ port: 8080, listen: () => {}, logger }, TypeError],
-      [{ healthPath: 'ready', logger }, TypeError],
-      [{ healthPath: '//ready', logger }, TypeError],
-      [{ healthPath: '/ready?a', logger }, TypeError],
-      [{ healthPath: 7, logger }, TypeError],
-      [{ port: 8080, logger: 'console' }, TypeError],
-      [{ port: 8080, logger: {} }, TypeError]
-    ]
-    for (const [argument, Kind] of wrong) {
-      await assert.rejects(start(argument), (error) => {
-        if (Kind) return error instanceof Kind
-        return error instanceof TypeError || error instanceof RangeError
-      })
+    for (const options of [42, '8080', null, () => {}]) {
+      const message = `ftw-monitor: ${TAKEN_BY_START}`
+      await assert.rejects(start(options), { name: 'TypeError', message })
     }
-    await assert.rejects(start(null), /start\(\) takes an http\.Server/)
+
+    const wrong: [name: string, takes: string, values: unknown[]][] = [
+      ['server', 'server must be an http, https or http2 server, or a list of them', [{}, 8080]],
+      ['port', 'port must be a number from 1 to 65535', ['8080', 65_536, -1, 1.5, NaN]],
+      ['port', 'the monitor belongs at port + 80, which is no port: say port or listen', [65_500]],
+      [
+        'url',
+        'url must be an http or https URL, without query',
+        ['not a url', 42, 'ftp://localhost']
+      ],
+      [
+        'listen',
+        'listen must be { host, port } or { path }',
+        ['localhost', { port: '1' }, { port: 70_000 }, { host: 1 }, { path: 1 }, () => {}]
+      ],
+      ['healthPath', 'healthPath must be a path, as /ready', ['ready', '//ready', '/ready?a', 7]],
+      ['logger', 'logger must have info, warn and error', ['console', {}]]
+    ]
+    for (const [option, takes, values] of wrong) {
+      for (const value of values) {
+        const isRange = option === 'port' && typeof value === 'number'
+        const expected = {
+          name: isRange ? 'RangeError' : 'TypeError',
+          message: `ftw-monitor: ${takes}`
+        }
+        await assert.rejects(start({ port: 8080, logger, [option]: value }), expected)
+      }
+    }
     assert.deepEqual(logger.lines, [])
     await bootInstance(t, { monitor })
   })
 
-  test('for an instance on a Unix socket start() is false after one warning, unless told where to listen', async (t) => {
-    const monitor = await importMonitor(t)
-    const server = await serve(t, hello, { path: join(scratchFolder(t), 'instance') })
-    const logger = recorder()
-    assert.equal(await monitor.start({ server, logger }), false)
-    assert.deepEqual(warningsOf(logger), [
-      'warn ftw-monitor finds no port at the instance port + 80: set FTW_MONITOR_LISTEN; nothing listens until a restart'
-    ])
-    assert.equal(Object.hasOwn(server, 'emit'), true) // shutdown() waits for its requests
-
-    const address = await monitor.start({ server, logger: recorder(), listen: LOOPBACK })
-    assert.ok(typeof address === 'object')
-    await untilHealthy(address.port)
-  })
-
   test('a second start warns once and gives the address of the first', async (t) => {
-    const server = await serve(t)
-    const logger = recorder()
-    const { monitor, port } = await bootInstance(t, { server, logger, until: 'started' })
+    const { monitor, server, port, logger } = await bootInstance(t, { performers: WARM })
     const again = await monitor.start({ server, logger: recorder() })
     assert.deepEqual(again, { address: '127.0.0.1', family: 'IPv4', port })
     assert.equal(warningsOf(logger).length, 1)
-    await untilHealthy(port)
   })
 
-  test('stop() leaves nothing behind on the server, and start works again', async (t) => {
+  test('stop() closes all connections and leaves nothing but what was registered, and start works again', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
     const before = { listeners: listenersOf(server), emit: server.emit }
-    for (let round = 1; round <= 3; round++) {
-      const { port } = await bootInstance(t, { monitor, server })
-      assert.notEqual(server.emit, before.emit)
-      await inTime(monitor.stop(), 'it is stopped')
-      assert.ok(await isRefused(port))
-      assert.deepEqual(listenersOf(server), before.listeners)
-      assert.equal(server.emit, before.emit)
-      assert.equal(Object.hasOwn(server, 'emit'), false)
-      assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
-    }
-  })
-
-  test('stop() leaves no listener on connections that are kept alive, from before start() or after', async (t) => {
-    const monitor = await importMonitor(t)
-    const server = await serve(t)
-    server.keepAliveTimeout = 60_000
-    const sockets: net.Socket[] = []
-    server.on('connection', (socket) => sockets.push(socket))
-    const connect = async () => {
-      const peer = await converse(t, portOf(server))
-      peer.say(headOf('/'))
-      await until(() => peer.transcript.endsWith('hello'), 'it is served')
-      const { localPort } = peer.socket
-      const socket = sockets.find(({ remotePort }) => remotePort === localPort)!
-      await until(() => socket.listenerCount('finish') === 0, 'the response lets go of it')
-      return socket
-    }
-    const early = await connect()
-    const before = listenersOf(early)
-    for (let round = 1; round <= 3; round++) {
-      await bootInstance(t, { monitor, server, until: 'started' })
-      const late = await connect()
-      await monitor.stop()
-      assert.deepEqual(listenersOf(early), before)
-      assert.deepEqual(listenersOf(late), before)
-    }
-  })
-
-  test('stop() closes all connections, whatever state they are in', async (t) => {
-    const { monitor, port } = await bootInstance(t)
-    const talkAbout = async (begin: string) => {
-      const talk = await converse(t, port)
-      talk.say(begin)
-      return talk
-    }
-    const talks = await Promise.all(['', 'interactive\n', 'inter'].map(talkAbout))
-    await talks[1]?.hear('Interactive mode on.  Use "quit" To exit.\n')
-    await inTime(monitor.stop(), 'it is stopped')
-    await until(() => talks.every(({ isClosed }) => isClosed), 'all connections are closed')
-    assert.ok(await isRefused(port))
-  })
-
-  test('what was registered stays after stop(), and works after the next start', async (t) => {
-    const monitor = await importMonitor(t)
-    const server = await serve(t)
     let warmups = 0
     monitor.registerWarmup('/', () => {
       warmups++
@@ -1721,20 +1550,59 @@ describeInProcess('Start and stop', TOGETHER, () => {
     let isConnected = true
     monitor.registerDatabase('main', { isConnected: () => isConnected })
     monitor.register('mine', '', (connection) => connection.write('still here\n'))
+
     for (let round = 1; round <= 3; round++) {
       const { port } = await bootInstance(t, { monitor, server })
+      assert.notEqual(server.emit, before.emit)
       assert.equal(warmups, round)
       assert.equal(await ask(port, 'mine\n'), 'still here\n')
-      await monitor.stop()
+      const peers: Peer[] = []
+      for (const begin of ['', 'inter', 'interactive\n']) {
+        const peer = await converse(t, port)
+        peer.say(begin)
+        peers.push(peer)
+      }
+      await peers[2]?.hear('Interactive mode on.  Use "quit" To exit.\n')
+
+      await inTime(monitor.stop(), 'it is stopped')
+      await until(() => peers.every(({ isClosed }) => isClosed), 'all connections are closed')
+      assert.ok(await isRefused(port))
+      assert.deepEqual(listenersOf(server), before.listeners)
+      assert.equal(server.emit, before.emit)
+      assert.equal(Object.hasOwn(server, 'emit'), false)
+      assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
       assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Instance is booting' })
     }
     isConnected = false
     assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
   })
 
-  test('stop() aborts a warm-up, ends a start that waits, and may be called twice', async (t) => {
+  test('stop() leaves no listener on connections that are kept alive, from before start() or after', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
+    server.keepAliveTimeout = 60_000
+    const connect = async () => {
+      const accepted = once(server, 'connection')
+      const peer = await converse(t, portOf(server))
+      peer.say(headOf('/'))
+      await until(() => peer.transcript.endsWith('hello'), 'it is served')
+      const [socket] = (await accepted) as [net.Socket]
+      await until(() => socket.listenerCount('finish') === 0, 'the response lets go of it')
+      return socket
+    }
+    const early = await connect()
+    const before = listenersOf(early)
+    for (let round = 1; round <= 3; round++) {
+      await bootInstance(t, { monitor, server, performers: WARM })
+      const late = await connect()
+      await monitor.stop()
+      assert.deepEqual(listenersOf(early), before)
+      assert.deepEqual(listenersOf(late), before)
+    }
+  })
+
+  test('stop() aborts a warm-up, ends a start that waits, and may be called twice', async (t) => {
+    const monitor = await importMonitor(t)
     const begun = latch()
     let seen: AbortSignal | undefined
     monitor.registerWarmup('/', ({ signal }) => {
@@ -1743,7 +1611,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
       return new Promise((_, reject) => signal.addEventListener('abort', reject))
     })
     await monitor.stop()
-    await bootInstance(t, { monitor, server, until: 'started' })
+    await bootInstance(t, { monitor, until: 'started' })
     await begun.opened
     await Promise.all([monitor.stop(), monitor.stop()])
     assert.equal(seen?.aborted, true)
@@ -1756,8 +1624,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
 
   test('start() as soon as stop() aborts a warm-up begins anew', async (t) => {
     const monitor = await importMonitor(t)
-    const server = await serve(t)
-    const options = { server, listen: LOOPBACK, logger: recorder() }
+    const options = { server: await serve(t), listen: LOOPBACK, logger: recorder() }
     const begun = latch()
     let again: ReturnType<Monitor['start']> | undefined
     monitor.registerWarmup('/', ({ signal }) => {
@@ -1771,9 +1638,8 @@ describeInProcess('Start and stop', TOGETHER, () => {
     await monitor.start(options)
     await begun.opened
     await monitor.stop()
-    const address = await again
-    assert.ok(typeof address === 'object')
-    await untilHealthy(address.port)
+    assert.ok(typeof (await again) === 'object')
+    await untilVerdict(monitor)
   })
 
   test('stop() leaves alone what somebody hooked into the server later', async (t) => {
@@ -1788,31 +1654,16 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     await monitor.stop()
     assert.equal(server.emit, theirs)
-    assert.equal((await getPage(portOf(server), '/')).body, 'hello')
     assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
-    assert.equal(events.filter((event) => event === 'request').length, 3)
+    assert.equal(events.filter((event) => event === 'request').length, 2)
     await bootInstance(t, { monitor, server })
     assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
     await monitor.stop()
     assert.equal(server.emit, theirs)
   })
 
-  test('when the given server closes, the monitor closes', async (t) => {
-    const server = await serve(t)
-    const { monitor, port } = await bootInstance(t, { server })
-    server.close()
-    server.closeAllConnections()
-    await once(server, 'close')
-    await until(() => isRefused(port), 'the monitor port refuses')
-    assert.equal((await monitor.health()).healthy, false)
-    assert.equal(Object.hasOwn(server, 'emit'), true) // it may listen again
-    await monitor.stop()
-    assert.equal(Object.hasOwn(server, 'emit'), false)
-  })
-
   test('a server that has to try its port again gets its monitor when it listens', async (t) => {
     const monitor = await importMonitor(t)
-    monitor.registerWarmup('/', () => {})
     const holder = await serve(t)
     const port = portOf(holder)
     const server = http.createServer(hello)
@@ -1824,9 +1675,8 @@ describeInProcess('Start and stop', TOGETHER, () => {
     server.close() // emits `close`, though nothing had been listening
     await close(holder)
     server.listen(port, '127.0.0.1')
-    const address = await started
-    assert.ok(typeof address === 'object')
-    await untilHealthy(address.port)
+    assert.ok(typeof (await started) === 'object')
+    await untilVerdict(monitor)
   })
 
   test('a logger that throws or rejects is no reason to fail', async (t) => {
@@ -1838,101 +1688,67 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const rejects = async () => throws()
     for (const say of [throws, rejects]) {
       calls = 0
-      const logger = { info: say, warn: say, error: say }
       const { monitor, port } = await bootInstance(t, {
-        performers: {
-          '/': () => {
-            throw new Error('cold')
-          }
-        },
-        logger,
+        performers: { '/': thrower },
+        logger: { info: say, warn: say, error: say },
         until: 'started'
       })
-      monitor.register('fails', '', () => {
-        throw new Error('boom')
-      })
-      const failed = async () => (await ask(port, 'health_check\n')) === 'Warmup failed: cold\n'
-      await until(failed, 'the warm-up has failed')
-      assert.equal(await ask(port, 'fails\n'), 'Error: boom\n')
+      monitor.register('fails', '', thrower)
+      await untilVerdict(monitor, 'Warmup failed: trap')
+      assert.equal(await ask(port, 'fails\n'), 'Error: trap\n')
       await untilSeen(port)
       assert.ok(calls >= 4, `${calls} lines`)
       await monitor.stop()
     }
   })
 
-  test('a server that listens again gets its monitor back, at its new port + 80', async (t) => {
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    const server = http.createServer(hello)
-    closeLater(t, server)
-    const listen = (port: number) => server.listen(port, '127.0.0.1')
-    const first = await freePort()
-    const second = await freePort()
-    const isListening = (port: number) => `info ftw-monitor listening on 127.0.0.1:${port + 80}`
-    const closings = () => logger.lines.filter((line) => line === 'info ftw-monitor closed').length
-    const untilBackAt = async (port: number, notAt?: number) => {
-      await until(() => logger.lines.includes(isListening(port)), `it listens beside ${port}`)
-      await untilHealthy(port + 80)
-      if (notAt !== undefined) assert.ok(await isRefused(notAt + 80), `still beside ${notAt}`)
-      logger.lines.length = 0
-    }
-    listen(first)
-    await monitor.start({ server, logger })
-    await untilBackAt(first)
-
-    await close(server)
-    await until(() => isRefused(first + 80), 'the monitor port refuses')
-    const red = 'info ftw-monitor is red: Instance is shutting down'
-    assert.deepEqual(logger.lines, ['info ftw-monitor closed', red])
-    listen(second)
-    await untilBackAt(second, first)
-
-    await close(server)
-    listen(second) // where it was
-    await until(() => closings() === 1, 'the monitor has closed')
-    await untilBackAt(second)
-
-    assert.deepEqual(warningsOf(logger), [])
-
-    await monitor.stop()
-    await close(server)
-    listen(first)
-    await once(server, 'listening')
-    assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
-  })
-
-  test('a server that closes and listens again in one tick has its monitor beside it', async (t) => {
-    const first = await freePort()
-    for (const host of ['127.0.0.1', undefined]) {
-      // to look a host up takes a turn, else none
+  const AGAIN: Record<string, { host?: string; isAtOnce: boolean }> = {
+    'a server that listens again': { host: '127.0.0.1', isAtOnce: false },
+    'a server that closes and listens again in one tick': { host: '127.0.0.1', isAtOnce: true },
+    'the same without a host, whose look-up takes no turn': { isAtOnce: true }
+  }
+  for (const [what, { host, isAtOnce }] of Object.entries(AGAIN)) {
+    test(`${what} gets its monitor back, at its new port + 80`, async (t) => {
       const monitor = await importMonitor(t)
       const logger = recorder()
       const server = http.createServer(hello)
       closeLater(t, server)
-      const listen = (port: number) => server.listen({ port, host })
+      const first = await freePort()
+      const second = await freePort()
       const countClosings = () =>
         logger.lines.filter((line) => line === 'info ftw-monitor closed').length
-      listen(first)
+      const closeAndListen = async (port: number) => {
+        logger.lines.length = 0
+        server.close()
+        if (!isAtOnce) {
+          await once(server, 'close')
+          await until(() => countClosings() === 1, 'the monitor has closed')
+          const red = 'info ftw-monitor is red: Instance is shutting down'
+          assert.deepEqual(logger.lines, ['info ftw-monitor closed', red])
+        }
+        await once(server.listen({ port, host }), 'listening')
+        await untilHealthy(port + 80)
+      }
+
+      server.listen({ port: first, host })
       await monitor.start({ server, logger })
       await untilHealthy(first + 80)
 
-      const second = await freePort()
-      server.close()
-      listen(second)
-      await untilHealthy(second + 80)
-      assert.ok(await isRefused(first + 80))
+      await closeAndListen(second)
       assert.equal(countClosings(), 1)
+      assert.ok(await isRefused(first + 80))
 
-      server.close()
-      listen(second)
-      await once(server, 'listening')
-      await untilHealthy(second + 80)
-      assert.ok(countClosings() <= 2)
+      await closeAndListen(second)
+      assert.ok(countClosings() <= 1)
       assert.deepEqual(warningsOf(logger), [])
+
       await monitor.stop()
       await close(server)
-    }
-  })
+      assert.equal(Object.hasOwn(server, 'emit'), false)
+      await once(server.listen({ port: first, host }), 'listening')
+      assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
+    })
+  }
 
   test('a server that listens elsewhere before its last request is gone gets its monitor there', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
@@ -1957,11 +1773,19 @@ describeInProcess('Start and stop', TOGETHER, () => {
 })
 
 describeInProcess('Start and stop', ALONE, () => {
-  test('FTW_MONITOR switches the monitor off', async (t) => {
+  test('FTW_MONITOR switches the monitor off: it asks nobody, and is healthy until the end', async (t) => {
     const port = await freePort()
     const monitor = await importMonitor(t)
+    let questions = 0
+    const answerNo = () => {
+      questions++
+      return false
+    }
+    monitor.registerDatabase('main', { isConnected: answerNo })
+    monitor.registerCheck('disk', answerNo)
     for (const value of ['0', 'false', 'no', 'off', 'OFF', 'False']) {
-      setEnvironment(t, { PORT: String(port), FTW_MONITOR: value, HOST: '127.0.0.1' })
+      const unknown = { FTW_MONITOR_TIMEOUT: '5' } // which is no matter where there is no monitor
+      setEnvironment(t, { ...unknown, PORT: `${port}`, FTW_MONITOR: value, HOST: '127.0.0.1' })
       const server = await serve(t, hello, { host: '127.0.0.1', port: await freePort() })
       const logger = recorder()
       assert.equal(await monitor.start({ server, logger }), false)
@@ -1970,23 +1794,8 @@ describeInProcess('Start and stop', ALONE, () => {
       assert.equal(Object.hasOwn(server, 'emit'), false)
       assert.ok((await isRefused(port + 80)) && (await isRefused(portOf(server) + 80)))
       assert.deepEqual(logger.lines, [])
+      assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
     }
-  })
-
-  test('where the monitor is switched off, health() asks nobody, and is healthy until the end', async (t) => {
-    setEnvironment(t, { FTW_MONITOR: '0' })
-    const monitor = await importMonitor(t)
-    const server = http.createServer(hello)
-    assert.equal(await monitor.start({ server, logger: recorder() }), false)
-    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
-    let questions = 0
-    const answerNo = () => {
-      questions++
-      return false
-    }
-    monitor.registerDatabase('main', { isConnected: answerNo })
-    monitor.registerCheck('disk', answerNo)
-    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
     assert.equal(questions, 0)
     const { healthy, databases } = await monitor.status()
     assert.deepEqual([healthy, databases[0]?.trouble], [true, 'disconnected'])
@@ -1994,21 +1803,22 @@ describeInProcess('Start and stop', ALONE, () => {
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
   })
 
-  for (const [name, hint] of Object.entries(UNKNOWN_VARIABLES)) {
-    test(`the variable FTW_MONITOR_${name} costs one warning that names it`, async (t) => {
-      setEnvironment(t, { [`FTW_MONITOR_${name}`]: '5' })
-      const { monitor, logger } = await bootInstance(t, { performers: WARM })
-      const meant = hint && ` (perhaps FTW_MONITOR_${hint})`
-      const warning = `warn ftw-monitor does not know FTW_MONITOR_${name}${meant}`
-      assert.deepEqual(warningsOf(logger), [warning])
-      await monitor.stop()
-    })
-  }
-
   test('all unknown variables are in one warning; known ones and those of Kubernetes in none', async (t) => {
+    const unknown = [
+      'FTW_MONITOR_TIMEOUT (perhaps FTW_MONITOR_TIMEOUT_MS)',
+      'FTW_MONITOR_TIMEOUT_SECONDS (perhaps FTW_MONITOR_TIMEOUT_MS)',
+      'FTW_MONITOR_AUTO_WARMUP (perhaps FTW_MONITOR_AUTOWARMUP)',
+      'FTW_MONITOR_WARM_UP (perhaps FTW_MONITOR_WARMUP)',
+      'FTW_MONITOR_HEALTHPATH (perhaps FTW_MONITOR_HEALTH_PATH)',
+      'FTW_MONITOR_CHECKS (perhaps FTW_MONITOR_CHECK)',
+      'FTW_MONITOR_MIN_MS (perhaps FTW_MONITOR_MINIMUM_MS)',
+      'FTW_MONITOR_LISTNE (perhaps FTW_MONITOR_LISTEN)',
+      'FTW_MONITOR_COLOUR',
+      'FTW_MONITOR_X'
+    ]
+    const variables = unknown.map((words) => [words.split(' ')[0], '5'])
     setEnvironment(t, {
-      FTW_MONITOR_WARM_UP: '/shop',
-      FTW_MONITOR_COLOUR: 'red',
+      ...Object.fromEntries(variables),
       FTW_MONITOR_EMPTY: '',
       FTW_MONITOR: '1',
       FTW_MONITOR_LISTEN: '127.0.0.1:0',
@@ -2019,26 +1829,19 @@ describeInProcess('Start and stop', ALONE, () => {
       FTW_MONITOR_PORT_8160_TCP_ADDR: '10.0.0.1'
     })
     const { logger } = await bootInstance(t, { performers: WARM })
-    const unknown = 'FTW_MONITOR_WARM_UP (perhaps FTW_MONITOR_WARMUP), FTW_MONITOR_COLOUR'
-    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor does not know ${unknown}`])
-  })
-
-  test('an unknown variable is no matter where there is no monitor', async (t) => {
-    setEnvironment(t, { FTW_MONITOR: '0', FTW_MONITOR_TIMEOUT: '5' })
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    await monitor.start({ server: await serve(t), logger })
-    assert.deepEqual(logger.lines, [])
+    assert.deepEqual(warningsOf(logger), [`warn ftw-monitor does not know ${unknown.join(', ')}`])
   })
 
   test('a monitor that is switched off is told of once, but not to those who run tests', async (t) => {
-    for (const runner of ['NODE_TEST_CONTEXT', 'JEST_WORKER_ID', 'VITEST', undefined]) {
-      const context = process.env['NODE_TEST_CONTEXT']
-      t.after(() => {
-        if (context !== undefined) process.env['NODE_TEST_CONTEXT'] = context
-      })
-      delete process.env['NODE_TEST_CONTEXT']
-      setEnvironment(t, { FTW_MONITOR: 'off', ...(runner === undefined ? {} : { [runner]: '1' }) })
+    const runners = ['NODE_TEST_CONTEXT', 'JEST_WORKER_ID', 'VITEST']
+    const context = process.env['NODE_TEST_CONTEXT'] ?? ''
+    t.after(() => {
+      process.env['NODE_TEST_CONTEXT'] = context
+    })
+    setEnvironment(t, { FTW_MONITOR: 'off' })
+    for (const runner of [...runners, undefined]) {
+      for (const name of runners) delete process.env[name]
+      if (runner !== undefined) process.env[runner] = '1'
       const monitor = await importMonitor(t)
       const logger = recorder()
       const server = await serve(t)
@@ -2046,25 +1849,16 @@ describeInProcess('Start and stop', ALONE, () => {
       assert.equal(await monitor.start({ server, logger }), false)
       const told = ['info ftw-monitor is switched off by FTW_MONITOR=off']
       assert.deepEqual(logger.lines, runner === undefined ? told : [])
-      delete process.env[runner ?? '']
     }
   })
 
-  test('FTW_MONITOR=1 leaves the monitor on', async (t) => {
-    const port = await freePort()
-    const monitor = await importMonitor(t)
-    setEnvironment(t, { PORT: String(port), FTW_MONITOR: '1', HOST: '127.0.0.1' })
-    assert.ok(await monitor.start({ logger: recorder() }))
-  })
-
-  test('a process with nothing but the monitor in it exits by itself', async (t) => {
+  test('a process with nothing but the monitor in it logs where it listens, and exits by itself', async (t) => {
     const port = await freePort()
     const taken = await freePort()
     const other = await freePort()
     await occupy(t, taken)
-    const start = `import(${JSON.stringify(MODULE.href)}).then(m => m.start())`
     const bare = (env: Record<string, string>) =>
-      watch(t, process.execPath, ['-e', start], { env: { HOST: '127.0.0.1', ...env } })
+      runScript(t, { script: 'void monitor.start()', env: { HOST: '127.0.0.1', ...env } })
     const children = [
       bare({ PORT: String(port) }),
       bare({ PORT: String(port), FTW_MONITOR_LISTEN: String(taken) }),
@@ -2072,8 +1866,9 @@ describeInProcess('Start and stop', ALONE, () => {
       runScript(t, {
         script: `
           const server = http.createServer((_, response) => response.end())
+          const started = monitor.start(server)
           server.listen(${other}, '127.0.0.1', async () => {
-            await monitor.start({ server, listen: { port: 0 } })
+            print(JSON.stringify(await started))
             while (!(await monitor.health()).healthy) await nextTurn()
             server.close()
           })`
@@ -2081,8 +1876,12 @@ describeInProcess('Start and stop', ALONE, () => {
       runScript(t, { script: 'void monitor.start(http.createServer())' })
     ]
     const statuses = await inTime(Promise.all(children.map(({ exit }) => exit)), 'all have exited')
-    assert.deepEqual(statuses, [0, 0, 0, 0, 0], children.map(({ output }) => output).join())
-    assert.match(children[0]?.output ?? '', /listening on/)
+    const outputs = children.map(({ output }) => output)
+    assert.deepEqual(statuses, [0, 0, 0, 0, 0], outputs.join())
+    assert.match(outputs[0]!, /listening on/)
+    const address = `{"address":"127.0.0.1","family":"IPv4","port":${other + 80}}`
+    const lines = `ftw-monitor listening on 127.0.0.1:${other + 80}\n${address}\n`
+    assert.ok(outputs[3]!.startsWith(lines), outputs.join())
   })
 
   test('a server that does not listen within 10 s is warned of once', async (t) => {
@@ -2090,13 +1889,12 @@ describeInProcess('Start and stop', ALONE, () => {
     const monitor = await importMonitor(t)
     const logger = recorder()
     const server = http.createServer(hello)
-    closeLater(t, server)
     const started = monitor.start({ server, logger, listen: LOOPBACK })
     timers.pass(9_000)
     assert.deepEqual(logger.lines, [])
     timers.pass(60_000)
     assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
-    server.listen(0, '127.0.0.1')
+    await startListening(t, server)
     assert.ok(await started)
   })
 
