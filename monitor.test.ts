@@ -1917,35 +1917,14 @@ describeInProcess('Addresses', TOGETHER, () => {
         const port = await freePort()
         const server = http.createServer(hello)
         closeLater(t, server)
-        const started = isEarly ? monitor.start({ server, logger: recorder() }) : undefined
+        const start = () => monitor.start({ server, logger: recorder() })
+        const early = isEarly ? start() : undefined
         await once(server.listen(port, host), 'listening')
-        assert.deepEqual(await (started ?? monitor.start({ server, logger: recorder() })), {
-          address: host,
-          family: 'IPv4',
-          port: port + 80
-        })
+        const address = { address: host, family: 'IPv4', port: port + 80 }
+        assert.deepEqual(await (early ?? start()), address)
         await untilVerdict(monitor)
       }
     }
-  })
-
-  test('a server on a Unix socket needs a port, or listen', async (t) => {
-    const path = join(scratchFolder(t), 'instance')
-    const port = await freePort()
-    const visits: (string | undefined)[] = []
-    const handler: http.RequestListener = ({ url }, response) => {
-      visits.push(url)
-      response.end('hello')
-    }
-    const server = await serve(t, handler, { path })
-    for (const options of [{ port }, { listen: { host: '127.0.0.1', port: port + 80 } }]) {
-      const monitor = await importMonitor(t)
-      const address = await monitor.start({ server, logger: recorder(), ...options })
-      assert.ok(typeof address === 'object' && address.port === port + 80)
-      await untilVerdict(monitor)
-      await monitor.stop()
-    }
-    assert.deepEqual(visits, ['/', '/'])
   })
 })
 
@@ -1967,25 +1946,18 @@ describeInProcess('Addresses', ALONE, () => {
     }
   })
 
-  test('with PORT alone the monitor listens at PORT + 80, on HOST', async (t) => {
+  test('with PORT alone the monitor listens at PORT + 80, on HOST, or else on all interfaces', async (t) => {
     const port = await freePort()
-    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
     const monitor = await importMonitor(t)
     const logger = recorder()
-    assert.deepEqual(await monitor.start({ logger }), {
-      address: '127.0.0.1',
-      family: 'IPv4',
-      port: port + 80
-    })
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
+    const onHost = { address: '127.0.0.1', family: 'IPv4', port: port + 80 }
+    assert.deepEqual(await monitor.start({ logger }), onHost)
     assert.deepEqual(logger.lines, [`info ftw-monitor listening on 127.0.0.1:${port + 80}`])
-    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is booting\n')
-  })
+    await monitor.stop()
 
-  test('with PORT alone and no HOST the monitor listens on all interfaces', async (t) => {
-    const port = await freePort()
     setEnvironment(t, { PORT: String(port) })
-    const monitor = await importMonitor(t)
-    const address = await monitor.start({ logger: recorder() })
+    const address = await monitor.start({ logger })
     assert.ok(typeof address === 'object')
     assert.match(address.address, /^(::|0\.0\.0\.0)$/)
     for (const host of ['127.0.0.1', '127.0.0.2']) {
@@ -1999,7 +1971,6 @@ describeInProcess('Addresses', ALONE, () => {
     const path = join(scratchFolder(t), 'monitor')
     const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
     const at = (address: string, family = 'IPv4') => ({ address, family, port })
-    const beside = { address: '127.0.0.2', family: 'IPv4', port: instancePort + 80 }
     const rows: [string | object, unknown, string][] = [
       [String(port), at('127.0.0.1'), `127.0.0.1:${port}`],
       [` ${port} `, at('127.0.0.1'), `127.0.0.1:${port}`],
@@ -2009,7 +1980,11 @@ describeInProcess('Addresses', ALONE, () => {
       [`[::]:${port}`, at('::', 'IPv6'), `[::]:${port}`],
       [path, path, path],
       [{ port }, at('127.0.0.1'), `127.0.0.1:${port}`],
-      [{ host: '127.0.0.2' }, beside, `127.0.0.2:${instancePort + 80}`],
+      [
+        { host: '127.0.0.2' },
+        { ...at('127.0.0.2'), port: instancePort + 80 },
+        `127.0.0.2:${instancePort + 80}`
+      ],
       [{ host: '127.0.0.2', port }, at('127.0.0.2'), `127.0.0.2:${port}`],
       [{ path }, path, path]
     ]
@@ -2025,46 +2000,45 @@ describeInProcess('Addresses', ALONE, () => {
     }
   })
 
-  test('a named host is looked up, and a monitor on a path answers', async (t) => {
-    const port = await freePort()
-    const path = join(scratchFolder(t), 'monitor')
-    setEnvironment(t, { FTW_MONITOR_LISTEN: `localhost:${port}` })
+  test('the host in FTW_MONITOR_LISTEN is looked up; two copies may serve one server', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_LISTEN: 'localhost:0' })
+    const server = await serve(t)
     const monitor = await importMonitor(t)
     const other = await importMonitor(t)
-    const server = await serve(t)
     const address = await monitor.start({ server, logger: recorder() })
     assert.ok(typeof address === 'object' && /^(127\.0\.0\.1|::1)$/.test(address.address))
-    assert.equal(await other.start({ server, logger: recorder(), listen: { path } }), path)
+    assert.ok(await other.start({ server, logger: recorder() }))
+    await untilVerdict(monitor)
     await untilVerdict(other)
-    assert.equal(await ask(path, 'health_check\n'), 'OK\n')
   })
 
   test('what the environment does not allow is false after one warning, and start works again', async (t) => {
     const port = await freePort()
     const taken = await freePort()
     await occupy(t, taken)
-    const rows: [string, Record<string, string>][] = [
-      ['PORT=abc', { PORT: 'abc' }],
-      ['PORT=0', { PORT: '0' }],
-      ['PORT=80.5', { PORT: '80.5' }],
-      ['PORT=-1', { PORT: '-1' }],
-      ['PORT=70000', { PORT: '70000' }],
-      ['PORT + 80 past 65535', { PORT: '65500' }],
-      ['a foreign HOST', { PORT: String(port), HOST: '203.0.113.1' }],
-      ['no listen address', { PORT: String(port), FTW_MONITOR_LISTEN: 'nonsense' }],
-      ['a listen port too high', { PORT: String(port), FTW_MONITOR_LISTEN: '70000' }],
-      ['a path nowhere', { PORT: String(port), FTW_MONITOR_LISTEN: '/no/such/folder/monitor' }],
-      ['in use', { PORT: String(port), FTW_MONITOR_LISTEN: `127.0.0.1:${taken}` }]
+    const settings: Record<string, string>[] = [
+      { PORT: 'abc' },
+      { PORT: '0' },
+      { PORT: '80.5' },
+      { PORT: '-1' },
+      { PORT: '70000' },
+      { PORT: '65500' },
+      { PORT: String(port), HOST: '203.0.113.1' },
+      { PORT: String(port), FTW_MONITOR_LISTEN: 'nonsense' },
+      { PORT: String(port), FTW_MONITOR_LISTEN: '70000' },
+      { PORT: String(port), FTW_MONITOR_LISTEN: '/no/such/folder/monitor' },
+      { PORT: String(port), FTW_MONITOR_LISTEN: `127.0.0.1:${taken}` }
     ]
-    for (const [what, variables] of rows) {
+    for (const variables of settings) {
+      const what = JSON.stringify(variables)
       setEnvironment(t, variables)
       const monitor = await importMonitor(t)
       const logger = recorder()
       assert.equal(await monitor.start({ logger }), false, what)
       assert.equal(logger.lines.length, 1, what)
-      assert.match(logger.lines[0] ?? '', /^warn ftw-monitor .*(set|must|unset|try|tries)/, what)
-      const isTriedAgain = what === 'in use' || what === 'a foreign HOST'
-      if (isTriedAgain) await monitor.stop() // else nothing is left to be stopped
+      const [warning = ''] = logger.lines
+      assert.match(warning, /^warn ftw-monitor .*(set|must|unset|try|tries)/, what)
+      if (warning.includes('tries every second')) await monitor.stop() // else nothing is to be stopped
       setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
       const address = await monitor.start({ logger: recorder() })
       assert.ok(address && typeof address === 'object' && address.port === port + 80, what)
@@ -2072,76 +2046,92 @@ describeInProcess('Addresses', ALONE, () => {
     }
   })
 
-  test('PORT may be the path of a Unix socket, with FTW_MONITOR_LISTEN or without a monitor', async (t) => {
+  test('an instance on a Unix socket has a monitor where a place is told for it, else none after one warning', async (t) => {
     const path = join(scratchFolder(t), 'instance.sock')
     const onPath = join(scratchFolder(t), 'monitor.sock')
-    const monitorPort = await freePort()
-    const server = await serve(t, hello, { path })
-    const here = { address: '127.0.0.1', family: 'IPv4', port: monitorPort }
+    const port = await freePort()
+    const monitorPort = port + 80
     const local = `127.0.0.1:${monitorPort}`
-    type Row = [what: string, options: StartOptions, environment: Record<string, string>, unknown]
-    const rows: Row[] = [
-      ['the server', { server }, {}, false],
-      ['nothing', {}, {}, false],
-      ['the server, FTW_MONITOR_LISTEN', { server }, { FTW_MONITOR_LISTEN: local }, here],
-      ['FTW_MONITOR_LISTEN', {}, { FTW_MONITOR_LISTEN: local }, here],
-      ['a path in FTW_MONITOR_LISTEN', { server }, { FTW_MONITOR_LISTEN: onPath }, onPath],
-      [
-        'the server, listen',
-        { server, listen: { host: '127.0.0.1', port: monitorPort } },
-        {},
-        here
-      ],
-      ['listen', { listen: { path: onPath } }, {}, onPath]
+    const listen = { host: '127.0.0.1', port: monitorPort }
+    const visits: (string | undefined)[] = []
+    const visit: http.RequestListener = ({ url }, response) => {
+      visits.push(url)
+      response.end('hello')
+    }
+    const server = await serve(t, visit, { path })
+    const rows: [options: StartOptions, environment: Record<string, string>, place: unknown][] = [
+      [{ server }, {}, false],
+      [{ server }, { PORT: path }, false],
+      [{}, { PORT: path }, false],
+      [{ server, port }, {}, monitorPort],
+      [{ server, listen }, {}, monitorPort],
+      [{ server, listen }, { PORT: path }, monitorPort],
+      [{ listen: { path: onPath } }, { PORT: path }, onPath],
+      [{ server }, { PORT: path, FTW_MONITOR_LISTEN: local }, monitorPort],
+      [{}, { PORT: path, FTW_MONITOR_LISTEN: local }, monitorPort],
+      [{ server }, { PORT: path, FTW_MONITOR_LISTEN: onPath }, onPath]
     ]
-    for (const [what, options, environment, address] of rows) {
-      setEnvironment(t, { PORT: path, ...environment })
+    const advice =
+      'warn ftw-monitor finds no port at the instance port + 80: set FTW_MONITOR_LISTEN; nothing listens until a restart'
+    for (const [options, environment, place] of rows) {
+      const what = [...Object.keys(options), ...Object.keys(environment)].join()
+      setEnvironment(t, environment)
       const monitor = await importMonitor(t)
       const logger = recorder()
-      assert.deepEqual(await monitor.start({ ...options, logger }), address, what)
-      if (address === false) {
-        const advice = 'finds no port at the instance port + 80: set FTW_MONITOR_LISTEN'
-        const [warning = '', ...others] = warningsOf(logger)
-        assert.match(warning, new RegExp(`${advice.replace('+', '.')}; .* until a restart$`), what)
-        assert.deepEqual(others, [], what)
-      } else {
-        await untilVerdict(monitor)
-        assert.equal(await ask(address === here ? monitorPort : onPath, 'health_check\n'), 'OK\n')
-        assert.deepEqual(warningsOf(logger), [], what)
+      const address = await monitor.start({ ...options, logger })
+      assert.equal(typeof address === 'object' ? address.port : address, place, what)
+      assert.deepEqual(warningsOf(logger), place === false ? [advice] : [], what)
+      if (place === false) {
+        // shutdown() waits for its requests
+        if (options.server) assert.equal(Object.hasOwn(server, 'emit'), true)
+        assert.ok(await monitor.start({ ...options, listen, logger }))
       }
+      await untilVerdict(monitor)
+      const where = place === onPath ? onPath : monitorPort
+      assert.equal(await ask(where, 'health_check\n'), 'OK\n', what)
       await monitor.stop()
     }
+    assert.deepEqual(
+      visits,
+      Array.from(rows, () => '/')
+    )
   })
 
   test('a service at PORT=/a/path that does not await start() lives on, without a monitor', async (t) => {
     const path = join(scratchFolder(t), 'instance.sock')
-    const service = runScript(t, {
-      env: { PORT: path },
-      script: `
-        const server = http.createServer((_, response) => response.end('hello'))
-        monitor.start(server)
-        server.listen(process.env.PORT)`
-    })
-    await until(() => fs.existsSync(path), 'it listens')
-    await until(() => service.output.includes('set FTW_MONITOR_LISTEN'), 'it warns')
+    setEnvironment(t, { PORT: path })
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const server = http.createServer(hello)
+    const started = monitor.start({ server, logger })
+    await startListening(t, server, { path })
     assert.equal((await getPage(0, '/', { socketPath: path })).body, 'hello')
-    assert.equal(service.child.exitCode, null)
-    assert.equal(service.output.match(/set FTW_MONITOR_LISTEN/g)?.length, 1, service.output)
+    assert.equal(await started, false)
+    assert.equal(warningsOf(logger).length, 1)
   })
 
-  test('without a port of its own the monitor answers health() and the health path, and starts again', async (t) => {
+  test('without a port of its own the monitor answers health() and the health path, red where it has given up', async (t) => {
     const server = await serve(t)
     const setup = { server, healthPath: '/ready', logger: recorder() }
     const monitor = await importMonitor(t)
+    const askReady = async () => {
+      const { status, body } = await getPage(portOf(server), '/ready')
+      return `${status} ${body}`
+    }
     setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
     assert.equal(await monitor.start(setup), false)
     await untilVerdict(monitor)
-    const { status, body } = await getPage(portOf(server), '/ready')
-    assert.deepEqual([status, body], [200, 'OK\n'])
+    assert.equal(await askReady(), '200 OK\n')
+
+    setEnvironment(t, { FTW_MONITOR_URL: 'localhost:8080', FTW_MONITOR_HEALTH_PATH: '/ready' })
+    assert.equal(await monitor.start({ server, logger: recorder() }), false)
+    assert.equal(await askReady(), '503 Error: the monitor gave up\n')
+    await monitor.stop()
+    assert.equal(await askReady(), '200 hello')
+
     setEnvironment(t, {})
-    const address = await monitor.start({ ...setup, listen: LOOPBACK })
-    assert.ok(typeof address === 'object')
-    await untilHealthy(address.port)
+    assert.ok(await monitor.start({ ...setup, listen: LOOPBACK }))
+    await untilVerdict(monitor)
   })
 
   test('an instance of whose address no URL can be made costs one warning that names FTW_MONITOR_URL, and no process', async (t) => {
@@ -2188,17 +2178,6 @@ describeInProcess('Addresses', ALONE, () => {
     )
   })
 
-  test("where it has given up for a wrong setting the health path is red, and not the application's", async (t) => {
-    const server = await serve(t)
-    const monitor = await importMonitor(t)
-    setEnvironment(t, { FTW_MONITOR_URL: 'localhost:8080', FTW_MONITOR_HEALTH_PATH: '/ready' })
-    assert.equal(await monitor.start({ server, logger: recorder() }), false)
-    const { status, body } = await getPage(portOf(server), '/ready')
-    assert.deepEqual([status, body], [503, 'Error: the monitor gave up\n'])
-    await monitor.stop()
-    assert.equal((await getPage(portOf(server), '/ready')).body, 'hello')
-  })
-
   test('a minimumMs that does not fit into the time for telling is cut, with a warning', async (t) => {
     const { monitor, logger } = await bootInstance(t, { performers: WARM })
     monitor.shutdownOnSignal({ minimumMs: 20_000 })
@@ -2211,23 +2190,18 @@ describeInProcess('Addresses', ALONE, () => {
   })
 
   test('no value in the environment makes what code says wrong, or fails the process', async (t) => {
-    const timeout = 'FTW_MONITOR_TIMEOUT_MS'
-    setEnvironment(t, { [timeout]: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
+    setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
     const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
     monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
-    const used = 'uses 25000 ms, since exitAfterMs is 28000'
-    const warnings = warningsOf(logger).join('\n')
-    assert.match(warnings, new RegExp(`cannot use FTW_MONITOR_TIMEOUT_MS=60000: ${used}`))
-    const page = 'a page is a path like /shop or /search?q=a'
-    assert.match(
-      warnings,
-      new RegExp(`cannot use /a b of FTW_MONITOR_CHECK: ${page.replace('?', '.')}`)
-    )
-    setEnvironment(t, { [timeout]: '2147482000' })
+    setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '2147482000' })
     monitor.shutdownOnSignal()
+    const page = 'a page is a path like /shop or /search?q=a'
     const range = 'it must be a number of milliseconds from 0 to 604800000'
-    const last = `warn ftw-monitor cannot use ${timeout}=2147482000: ${range}; uses 25000`
-    assert.deepEqual(warningsOf(logger).slice(-1), [last])
+    assert.deepEqual(warningsOf(logger), [
+      `warn ftw-monitor cannot use /a b of FTW_MONITOR_CHECK: ${page}`,
+      'warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=60000: uses 25000 ms, since exitAfterMs is 28000',
+      `warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=2147482000: ${range}; uses 25000`
+    ])
     const { reason } = await monitor.health()
     assert.equal(reason, `Error: Check '/a b' failed: cannot be used: ${page}`)
   })
