@@ -160,7 +160,6 @@ const NEEDS_FIRST_PROCESS =
     : { skip: 'this user may not make processes of its own (unshare -Urpf)' }
 
 const NODE_MAJOR = Number(process.versions.node.split('.')[0])
-const NEEDS_PERMISSIONS = NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' }
 
 // Helpers: waiting
 
@@ -2212,32 +2211,32 @@ describeInProcess('Addresses', ALONE, () => {
 describeInProcess('Listening', TOGETHER, () => {
   test('workers of a cluster do not answer for each other', async (t) => {
     const port = await freePort()
-    const file = join(scratchFolder(t), 'cluster.mjs')
-    const script = `
-      import cluster from 'node:cluster'
-      import http from 'node:http'
-      import * as monitor from ${JSON.stringify(MODULE.href)}
-      const say = (text) => cluster.isPrimary ? console.log(text) : process.send(text)
-      if (cluster.isPrimary) for (let i = 0; i < 2; i++) cluster.fork().on('message', say)
-      else {
-        const server = http.createServer((_, response) => response.end())
-        const logger = { info() {}, warn: (text) => say('warned ' + text), error() {} }
-        server.listen(${port}, '127.0.0.1', async () => {
-          const address = await monitor.start({ server, logger })
-          say(address ? 'has port ' + address.port : 'has no port')
-        })
+    const { watched } = startService(
+      t,
+      `
+      const { default: cluster } = await import('node:cluster')
+      if (cluster.isPrimary) {
+        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
+        cluster.fork()
+        cluster.fork()
+      } else {
+        await listening(server, { host: '127.0.0.1', port: ${port} })
+        const { port } = await monitor.start(server)
+        print('has port', port)
       }`
-    fs.writeFileSync(file, script)
-    const primary = watch(t, process.execPath, ['--no-warnings', file])
-    await until(() => primary.output.match(/^has /gm)?.length === 2, 'both workers have started')
-    assert.equal(primary.output.match(/^has no port$/gm)?.length, 1, primary.output)
-    assert.equal(primary.output.match(new RegExp(`^has port ${port + 80}$`, 'gm'))?.length, 1)
-    assert.equal(primary.output.match(/^warned .*cluster/gm)?.length, 1, primary.output)
+    )
+    await until(
+      () => watched.output.match(/^has port/gm)?.length === 2,
+      'both workers have started'
+    )
+    assert.equal(watched.output.match(/^has port $/gm)?.length, 1, watched.output)
+    assert.equal(watched.output.match(new RegExp(`^has port ${port + 80}$`, 'gm'))?.length, 1)
+    assert.equal(watched.output.match(/^ftw-monitor .*cluster/gm)?.length, 1, watched.output)
   })
 
   test(
     'where listen() is not permitted, start gives false after one warning',
-    NEEDS_PERMISSIONS,
+    NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' },
     async (t) => {
       const instance = runScript(t, {
         script: `
@@ -2251,38 +2250,26 @@ describeInProcess('Listening', TOGETHER, () => {
     }
   )
 
-  type ListenWords = (port: number) => unknown[]
-  const WANTS_OUR_PORT: Record<string, ListenWords> = {
-    'a port': (port) => [port],
-    'a port in a text, with a name': (port) => [String(port), 'localhost'],
-    'options with our address': (port) => [{ port, host: '127.0.0.1' }],
-    'options with any address': (port) => [{ port: String(port), host: '0.0.0.0' }]
-  }
-  for (const [how, words] of Object.entries(WANTS_OUR_PORT)) {
-    test(`the program's own listen comes before ours, told by ${how}`, async (t) => {
+  test("the program's own listen comes before ours, however its place is told", async (t) => {
+    const ways: ((port: number) => unknown[])[] = [
+      (port) => [port],
+      (port) => [String(port), 'localhost'],
+      (port) => [{ port, host: '127.0.0.1' }],
+      (port) => [{ port: String(port), host: '0.0.0.0' }]
+    ]
+    for (const wordsFor of ways) {
       const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
       const second = http.createServer(hello)
       closeLater(t, second)
-      Reflect.apply(second.listen, second, words(port))
+      Reflect.apply(second.listen, second, wordsFor(port))
       await once(second, 'listening')
       assert.equal((await getPage(port, '/')).body, 'hello')
       assert.equal((await monitor.health()).healthy, true)
       const [warning = '', ...others] = warningsOf(logger)
       assert.match(warning, new RegExp(`gives 127.0.0.1:${port} to .*: set FTW_MONITOR_LISTEN`))
       assert.deepEqual(others, [])
-    })
-  }
+    }
 
-  test('another copy of this file is not given our port', async (t) => {
-    const { port, server, logger } = await bootInstance(t, { performers: WARM })
-    const other = await importMonitor(t)
-    const listen = { port, host: '127.0.0.1' }
-    assert.equal(await other.start({ server, listen, logger: recorder() }), false)
-    assert.deepEqual(warningsOf(logger), [])
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  })
-
-  test('a Unix socket that the program wants is given to it, too', async (t) => {
     const path = join(scratchFolder(t), 'monitor')
     const monitor = await importMonitor(t)
     const logger = recorder()
@@ -2290,18 +2277,19 @@ describeInProcess('Listening', TOGETHER, () => {
     assert.equal(await monitor.start({ server, logger, listen: { path } }), path)
     const second = http.createServer(hello)
     closeLater(t, second)
-    second.listen(path)
-    await once(second, 'listening')
+    await once(second.listen(path), 'listening')
     assert.equal(warningsOf(logger).length, 1)
   })
 
-  test('a program that listens at another place, or at a descriptor, leaves our port alone', async (t) => {
-    const { port, logger } = await bootInstance(t, { performers: WARM })
+  test('another copy of this file, and a program that listens elsewhere, leave our port alone', async (t) => {
+    const { port, server, logger } = await bootInstance(t, { performers: WARM })
+    const other = await importMonitor(t)
+    const listen = { port, host: '127.0.0.1' }
+    assert.equal(await other.start({ server, listen, logger: recorder() }), false)
     for (const words of [[{ port, host: '127.0.0.2' }], [0], [{ fd: 2 }], [], [() => {}]]) {
-      const other = net.createServer()
-      closeLater(t, other)
-      other.on('error', () => {})
-      Reflect.apply(other.listen, other, words)
+      const second = net.createServer().on('error', () => {})
+      closeLater(t, second)
+      Reflect.apply(second.listen, second, words)
     }
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     assert.deepEqual(warningsOf(logger), [])
@@ -2313,21 +2301,15 @@ describeInProcess('Listening', ALONE, () => {
     for (const code of ['EAI_AGAIN', 'ENOTFOUND']) {
       const timers = takeTimers(t)
       setEnvironment(t, { FTW_MONITOR_LISTEN: 'not.known.yet.invalid:0' })
-      const listenForReal = net.Server.prototype.listen
+      const server = await serve(t)
       let failures = 2
-      t.mock.method(net.Server.prototype, 'listen', function (this: net.Server, where: object) {
-        if (failures === 0) return listenForReal.call(this, { ...where, host: '127.0.0.1' })
+      const lookup = dns.lookup as (...words: unknown[]) => void
+      t.mock.method(dns, 'lookup', (_: string, ...words: unknown[]) => {
+        if (failures === 0) return lookup('127.0.0.1', ...words)
         failures--
-        const error = Object.assign(new Error(`getaddrinfo ${code} not.known.yet.invalid`), {
-          code
-        })
-        process.nextTick(() => this.emit('error', error))
-        return this
+        const answer = words.at(-1) as (error: Error) => void
+        process.nextTick(answer, Object.assign(new Error(`getaddrinfo ${code}`), { code }))
       })
-      const server = http.createServer(hello)
-      closeLater(t, server)
-      listenForReal.call(server, LOOPBACK)
-      await once(server, 'listening')
       const logger = recorder()
       const monitor = await importMonitor(t)
       assert.equal(await monitor.start({ server, logger }), false)
@@ -2371,9 +2353,10 @@ describeInProcess('Listening', ALONE, () => {
   test('a path at which nobody listens is told as such, and taken when it is removed', async (t) => {
     const timers = takeTimers(t)
     const path = join(scratchFolder(t), 'monitor')
-    const listens = `require('net').createServer().listen('${path}', () => process.kill(process.pid, 'SIGKILL'))`
-    await watch(t, process.execPath, ['-e', listens]).exit
-    assert.ok(fs.existsSync(path))
+    const removed = join(scratchFolder(t), 'removed')
+    const gone = await serve(t, hello, { path: removed })
+    fs.linkSync(removed, path)
+    await close(gone)
 
     const server = await serve(t)
     const monitor = await importMonitor(t)
@@ -2392,7 +2375,7 @@ describeInProcess('Listening', ALONE, () => {
   })
 
   test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
-    quicken(t, 5)
+    const timers = takeTimers(t)
     const port = await freePort()
     const stoppedPort = await freePort()
     const server = await serve(t)
@@ -2408,12 +2391,14 @@ describeInProcess('Listening', ALONE, () => {
     assert.equal(await stopped.start(other), false)
     assert.equal(await monitor.start({ server, logger: recorder() }), false)
     assert.equal(warningsOf(logger).length, 2)
-    await pause(300) // at least one try that fails
+    timers.pass(1_000)
+    await nextTurn() // by then it has been tried in vain
     await stopped.stop()
     for (const occupant of occupants) await close(occupant)
-    await untilHealthy(port)
+    timers.pass(1_000)
+    const line = `info ftw-monitor listening on 127.0.0.1:${port}`
+    await until(() => logger.lines.includes(line), 'it listens')
     assert.equal(warningsOf(logger).length, 2)
-    assert.ok(logger.lines.includes(`info ftw-monitor listening on 127.0.0.1:${port}`))
     assert.ok(await isRefused(stoppedPort))
   })
 
@@ -2447,6 +2432,16 @@ describeInProcess('Listening', ALONE, () => {
     assert.deepEqual(logger.lines, linesBefore)
   })
 
+  test('a server that listens later is not judged', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.shutdownOnSignal() // which takes an interest in all servers
+    const other = await serve(t)
+    await until(() => Object.hasOwn(other, 'emit'), 'it is seen')
+    await close(other)
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    await monitor.stop()
+  })
+
   test('what cannot listen does not connect, either', async (t) => {
     const monitor = await importMonitor(t)
     t.mock.method(net.Server.prototype, 'listen', () => {
@@ -2472,12 +2467,7 @@ describeProcesses('Listening', SIDE_BY_SIDE, () => {
       process.env.FTW_MONITOR_LISTEN = 'late.invalid:8160'
       begin = () => monitor.start(server)`
     const service = await bootService(t, { script })
-    const page = getPage(service.instancePort, '/slow2500')
-    await service.hasSaid('asked for /slow2500')
-    service.kill('SIGTERM')
-    await service.hasSaid('shuts down')
-    await page
-    const { output, status } = await service.awaitEnd()
+    const { output, status } = await service.endWhileServing(service.instancePort, '/slow2500')
     const [, afterSignal = ''] = output.split('shuts down')
     assert.ok(!afterSignal.includes('looked up'), output)
     assert.equal(status, 0)
