@@ -2519,13 +2519,13 @@ describeProcesses('Listening', SIDE_BY_SIDE, () => {
 
 // --- Servers that listen -------------------------------------------------------------------------
 
-/** start() without the server comes first, then `listen`; `status` is a command. */
+/** start() without the server comes first, then `listen`. */
 const FOUND = `
   const started = monitor.start({ listen: LOOPBACK })
   begin = () => started
   monitor.register('numbers', '', async (peer) => {
-    const { requestsInFlight, url, healthy } = await monitor.status()
-    peer.write(JSON.stringify({ requestsInFlight, port: Number(new URL(url).port), healthy }))
+    const { requestsInFlight, url } = await monitor.status()
+    peer.write(requestsInFlight + ' at ' + new URL(url).port)
   })`
 
 /** A second server that start() was not given, and which listens later. */
@@ -2536,113 +2536,16 @@ const LATE = `
     const address = await beginBefore()
     print('other', await listening(other), '')
     return address
-  }
-  monitor.register('in-flight', '', async (peer) => {
-    peer.write(String((await monitor.status()).requestsInFlight))
-  })
-  monitor.register('close-other', '', () => void other.close())`
-
-/** Programs that find out by themselves whether these facts are true. */
-const ACCOUNTS: Record<string, { script: string; facts: string[] }> = {
-  'the primary of a cluster, which serves nobody, is not taken for an instance': {
-    script: `
-      const { default: cluster } = await import('node:cluster')
-      if (cluster.isPrimary) {
-        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        let address
-        void monitor.start({ listen: LOOPBACK }).then((value) => { address = value })
-        const worker = cluster.fork()
-        worker.on('listening', async () => {
-          await pause(500)
-          print('waits', address === undefined)
-          worker.kill('SIGKILL')
-          process.exit()
-        })
-      } else {
-        await listening(server)
-      }`,
-    facts: ['waits']
-  },
-  'stop() takes the wrap off listen()': {
-    script: `
-      const before = net.Server.prototype.listen
-      const started = monitor.start({ listen: LOOPBACK })
-      print('wrapped', net.Server.prototype.listen !== before)
-      await listen()
-      await started
-      await monitor.stop()
-      print('unwrapped', net.Server.prototype.listen === before)
-      process.exit()`,
-    facts: ['wrapped', 'unwrapped']
-  },
-  'with its server, start() sees what listens later, and stop() ends that': {
-    script: `
-      const before = net.Server.prototype.listen
-      await listen()
-      await begin()
-      await monitor.stop()
-      print('unwrapped', net.Server.prototype.listen === before)
-      process.exit()`,
-    facts: ['unwrapped']
-  },
-  'listen() is wrapped once, however many copies there are, and by nobody after stop()': {
-    script: `
-      const before = net.Server.prototype.listen
-      const copy = await import(${JSON.stringify(MODULE.href)} + '?copy')
-      const started = monitor.start({ listen: LOOPBACK })
-      const wrap = net.Server.prototype.listen
-      void copy.start({ listen: LOOPBACK })
-      print('once', wrap !== before && net.Server.prototype.listen === wrap)
-      await listen()
-      await started
-      await copy.stop()
-      print('off', net.Server.prototype.listen === before)
-      process.exit()`,
-    facts: ['once', 'off']
-  },
-  'a server that has closed is forgotten': {
-    script: `
-      const started = monitor.start({ listen: LOOPBACK })
-      await listen()
-      await started
-      const open = async () => {
-        const passing = http.createServer(() => {})
-        await listening(passing)
-        await new Promise((resolve) => passing.close(resolve))
-        return new WeakRef(passing)
-      }
-      const references = []
-      for (let count = 0; count < 20; count++) references.push(await open())
-      let left = references.length
-      for (let round = 0; round < 50 && left > 1; round++) {
-        await pause(20)
-        globalThis.gc()
-        left = references.filter((reference) => reference.deref()).length
-      }
-      print('found', (await monitor.status()).requestsInFlight >= 0)
-      print('forgotten', left <= 1)
-      process.exit()`,
-    facts: ['found', 'forgotten']
-  }
-}
+  }`
 
 describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
-  async function numbersOf(port: number) {
-    return JSON.parse(await ask(port, 'numbers\n')) as {
-      requestsInFlight: number
-      port: number
-      healthy: boolean
-    }
-  }
-
-  async function bootWithLate(t: TestContext, script = '') {
-    const service = await bootService(t, { script: LATE + script })
+  async function bootWithLate(t: TestContext, script = LATE) {
+    const service = await bootService(t, { script })
     const [, otherPort] = /^other (\d+) $/m.exec(service.watched.output) ?? []
     return { ...service, otherPort: Number(otherPort) }
   }
 
   const FINDS: Record<string, (port: number) => ServiceSetup> = {
-    'a server that listens later, without PORT, and counts its requests': () => ({ script: FOUND }),
     'a server that listens already': () => ({
       script: `
         await listening(server)
@@ -2658,126 +2561,109 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
           await listening(other)
           await listening(server, { host: '127.0.0.1', port: ${port} })
         }`
+    }),
+    'without PORT the first that speaks HTTP, and keeps the process alive': () => ({
+      script: `
+        const answer = (_, response) => response.end('another')
+        const exporter = http.createServer(answer)
+        const wordless = net.createServer()
+        options.cleanUp = () => {
+          wordless.close()
+          cleanUp()
+        }
+        ${FOUND}
+        listen = async () => {
+          await listening(wordless)
+          await listening(http.createServer(answer).unref())
+          await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))
+          await listening(server)
+          await listening(http.createServer(answer))
+        }`
+    }),
+    'the next one where the first has closed': () => ({
+      script: `
+        const first = http.createServer((_, response) => response.end('first'))
+        ${FOUND}
+        listen = async () => {
+          await listening(first)
+          await monitor.untilHealthy()
+          await new Promise((resolve) => first.close(resolve))
+          await listening(server)
+          await monitor.untilHealthy()
+          begin = () => monitor.start() // tells the address of now
+        }`
     })
   }
 
   for (const [what, setup] of Object.entries(FINDS)) {
-    test(`start() finds ${what}`, async (t) => {
+    test(`start() finds ${what}; its requests are counted, and finished`, async (t) => {
       const service = await bootService(t, setup(await freePort()))
-      const page = getPage(service.instancePort, '/slow400')
-      await service.hasSaid('asked for /slow400')
-      const { requestsInFlight, port } = await numbersOf(service.port)
-      assert.deepEqual([requestsInFlight, port], [1, service.instancePort])
+      const page = getPage(service.instancePort, '/slow1500')
+      await service.hasSaid('asked for /slow1500')
+      assert.equal(await ask(service.port, 'numbers\n'), `1 at ${service.instancePort}`)
+      const { status, output } = await service.end()
       assert.equal((await page).body, 'served')
-    })
-  }
-
-  for (const how of ['by PORT', 'without PORT']) {
-    test(`a request of 4 s to a server that was found ${how} is finished`, SLOW, async (t) => {
-      const port = await freePort()
-      const where = `{ host: '127.0.0.1', port: ${port} }`
-      const service = await bootService(t, {
-        env: how === 'without PORT' ? {} : { PORT: String(port), HOST: '127.0.0.1' },
-        script: `${FOUND}; listen = () => listening(server, ${where})`
-      })
-      const { status, output } = await service.endWhileServing(port, '/slow4000')
-      assertOrder(output, 'asked for /slow4000', 'cleaned up')
+      assertOrder(output, 'asked for /slow1500', 'cleaned up')
       assert.deepEqual([status, linesOfShutdown(output)], [0, []])
     })
   }
 
-  test('while drained, a server that was found sends its clients elsewhere', async (t) => {
-    const service = await bootService(t, {
-      script: `${FOUND}; ${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
-    })
+  test('while drained, a server that was found sends its clients elsewhere; one beside it is neither counted nor told', async (t) => {
+    const told = `${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
+    const service = await bootWithLate(t, `${FOUND}; ${LATE}; ${told}`)
     await probe(t, service.port)
+    const page = getPage(service.otherPort, '/slow300')
+    await service.hasSaid('asked for /slow300')
+    assert.equal(await ask(service.port, 'numbers\n'), `0 at ${service.instancePort}`)
+    await page
     service.kill('SIGTERM')
     await service.hasSaid('signalled')
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
-    const { headers } = await getPage(service.instancePort, '/', { agent })
-    assert.equal(headers.connection, 'close')
-    await service.awaitEnd()
-  })
-
-  const NOT_THE_INSTANCE: Record<string, string> = {
-    'one that speaks no HTTP': 'await listening(net.createServer())',
-    'one that does not keep the process alive':
-      'await listening(http.createServer(() => {}).unref())',
-    'one that is unreferenced when it listens': `
-      const exporter = http.createServer(() => {})
-      await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))`
-  }
-
-  for (const [what, source] of Object.entries(NOT_THE_INSTANCE)) {
-    test(`without PORT it takes the first server, but not ${what}`, async (t) => {
-      const service = await bootService(t, {
-        script: `${FOUND}
-          const later = http.createServer((_, response) => response.end('later'))
-          listen = async () => {
-            ${source}
-            await listening(server)
-            await listening(later)
-          }`
-      })
-      const { port } = await numbersOf(service.port)
-      assert.equal(port, service.instancePort)
-    })
-  }
-
-  test('where the server that was found has closed, it takes the next one', async (t) => {
-    const service = await bootService(t, {
-      script: `${FOUND}
-        const first = http.createServer((_, response) => response.end('first'))
-        const untilHealthy = () => Promise.race([monitor.untilHealthy(), pause(5_000)])
-        listen = async () => {
-          await listening(first)
-          await untilHealthy()
-          await new Promise((resolve) => first.close(resolve))
-          await listening(server)
-          await untilHealthy()
-          const { healthy, url } = await monitor.status()
-          print('then', healthy, new URL(url).port)
-        }`
-    })
-    await service.hasSaid(`then true ${service.instancePort}`)
+    const connectionOf = async (port: number) => {
+      const { headers } = await getPage(port, '/', { agent })
+      return headers.connection
+    }
+    assert.equal(await connectionOf(service.instancePort), 'close')
+    assert.equal(await connectionOf(service.otherPort), 'keep-alive')
   })
 
   test('an HTTP/2 server with a stream listener is found', async (t) => {
     const service = await bootService(t, {
       script: `
-        server = http2.createServer().on('stream', (stream) => {
-          setTimeout(() => {
-            stream.respond({ ':status': 200 })
-            stream.end('served')
-          }, 1_600)
+        server = http2.createServer().on('stream', async (stream) => {
+          print('a stream')
+          await pause(1_500)
+          stream.respond({ ':status': 200 })
+          stream.end('served')
         })
         ${FOUND}`
     })
     const session = await connectSession(t, service.instancePort)
     assert.ok(session)
     const outcome = askStream(session)
-    await pause(100)
+    await service.hasSaid('a stream')
     const { status, output } = await service.end()
     assert.equal(await inTime(outcome, 'the stream is over'), 'served')
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
   })
 
-  test('in a worker of a cluster start() finds the server', async (t) => {
+  test('in a worker of a cluster start() finds the server; the primary, which serves nobody, is no instance', async (t) => {
     const service = startService(
       t,
       `
       const { default: cluster } = await import('node:cluster')
+      monitor.shutdownOnSignal(options)
+      const started = monitor.start({ listen: LOOPBACK })
       if (cluster.isPrimary) {
         cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        const worker = cluster.fork()
-        worker.on('exit', (code, signal) => {
-          print('worker ended', code, signal)
+        let address
+        void started.then((value) => { address = value })
+        cluster.fork().on('exit', (code, signal) => {
+          print('worker ended', code, signal, address)
           process.exit()
         })
       } else {
-        monitor.shutdownOnSignal(options)
-        const started = monitor.start({ listen: LOOPBACK })
         await listen()
         await started
         print('worker', process.pid, server.address().port, '')
@@ -2791,17 +2677,52 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     process.kill(Number(pid), 'SIGTERM')
     assert.equal((await page).body, 'served')
     const { output } = await service.awaitEnd()
-    assertOrder(output, 'cleaned up', 'worker ended 0')
+    assertOrder(output, 'cleaned up', 'worker ended 0  \n')
   })
 
-  for (const [name, { script, facts }] of Object.entries(ACCOUNTS)) {
-    test(name, async (t) => {
-      const service = startService(t, script, { flags: ['--expose-gc'] })
-      const { output } = await service.awaitEnd()
-      const told = facts.map((fact) => `${fact} true`)
-      assert.deepEqual(output.match(/^\w+ (true|false)$/gm), told, output)
-    })
-  }
+  test('listen() is wrapped once, however many copies there are, and by nobody after stop(); a server that has closed is forgotten', async (t) => {
+    const service = startService(
+      t,
+      `
+      const before = net.Server.prototype.listen
+      const copy = await import(${JSON.stringify(MODULE.href)} + '?copy')
+      const started = monitor.start({ listen: LOOPBACK })
+      const wrap = net.Server.prototype.listen
+      void copy.start({ listen: LOOPBACK })
+      print('wrapped once', wrap !== before && net.Server.prototype.listen === wrap)
+      await listen()
+      await started
+
+      const open = async () => {
+        const passing = http.createServer(() => {})
+        await listening(passing)
+        await new Promise((resolve) => passing.close(resolve))
+        return new WeakRef(passing)
+      }
+      const references = []
+      for (let count = 0; count < 20; count++) references.push(await open())
+      let left = references.length
+      for (let round = 0; round < 50 && left > 1; round++) {
+        await pause(20)
+        globalThis.gc()
+        left = references.filter((reference) => reference.deref()).length
+      }
+      print('forgotten', left <= 1)
+
+      await copy.stop()
+      print('unwrapped', net.Server.prototype.listen === before)
+      await begin() // with its server
+      print('wrapped again', net.Server.prototype.listen !== before)
+      await monitor.stop()
+      print('unwrapped again', net.Server.prototype.listen === before)
+      process.exit()`,
+      { flags: ['--expose-gc'] }
+    )
+    const { output } = await service.awaitEnd()
+    const facts = ['wrapped once', 'forgotten', 'unwrapped', 'wrapped again', 'unwrapped again']
+    const told = facts.map((fact) => `${fact} true`)
+    assert.deepEqual(output.match(/^.* (true|false)$/gm), told, output)
+  })
 
   test('where the instance accepts at PORT, but its server is not found, cleanUp waits until timeoutMs, and the log says why', async (t) => {
     const elsewhere = await serve(t, (_, response) => response.end('served'))
@@ -2830,7 +2751,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   })
 
   test('a server beside the instance has time of its own for its requests, whatever the instance serves', async (t) => {
-    const service = await bootWithLate(t, '; options.timeoutMs = 3_000')
+    const service = await bootWithLate(t, `${LATE}; options.timeoutMs = 3_000`)
     const endless = assert.rejects(getPage(service.instancePort, '/hang'))
     await service.hasSaid('asked for /hang')
     const { load, done } = loadUntilRefused(t, service.otherPort, '/slow400', 50)
@@ -2858,7 +2779,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   test('what is in flight may still ask a server that listens later', async (t) => {
     const service = await bootWithLate(
       t,
-      `
+      `${LATE}
       const handleBefore = handle
       handle = async (request, response) => {
         if (request.url !== '/ask') return await handleBefore(request, response)
@@ -2872,33 +2793,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     )
     const { status, output } = await service.endWhileServing(service.instancePort, '/ask')
     assert.equal(status, 0, output)
-  })
-
-  test('a server that listens later is neither counted nor told', async (t) => {
-    const service = await bootWithLate(
-      t,
-      `; ${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
-    )
-    await probe(t, service.port)
-    const page = getPage(service.otherPort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    assert.equal(await ask(service.port, 'in-flight\n'), '0')
-    await page
-    service.kill('SIGTERM')
-    await service.hasSaid('signalled')
-    const agent = new http.Agent({ keepAlive: true })
-    t.after(() => agent.destroy())
-    const { headers } = await getPage(service.otherPort, '/', { agent })
-    assert.equal(headers.connection, 'keep-alive')
-  })
-
-  test('a server that listens later is not judged', async (t) => {
-    const service = await bootWithLate(t)
-    const isGreen = async () => (await ask(service.port, 'health_check\n')) === 'OK\n'
-    await until(isGreen, 'the instance is in service')
-    await ask(service.port, 'close-other\n')
-    await until(() => isRefused(service.otherPort), 'the other is closed')
-    assert.ok(await isGreen())
   })
 })
 
