@@ -191,7 +191,6 @@ async function isPendingFor(ms: number, promise: Promise<unknown>): Promise<bool
   return (await Promise.race([promise, pause(ms, 'pending')])) === 'pending'
 }
 
-/** How long it takes until a promise has settled. */
 async function timeOf(promise: Promise<unknown>): Promise<number> {
   const startedAt = performance.now()
   await promise
@@ -207,7 +206,6 @@ function latch() {
   return { opened, open }
 }
 
-/** A promise that never settles. */
 function hang(): Promise<never> {
   return new Promise(() => {})
 }
@@ -241,24 +239,8 @@ function askUntilOver(t: TestContext, everyMs: number, askOnce: () => Promise<un
 
 // Helpers: what belongs to the whole process, so that a test which uses them runs alone
 
-const VARIABLES = [
-  'PORT',
-  'HOST',
-  'FTW_MONITOR',
-  'FTW_MONITOR_LISTEN',
-  'FTW_MONITOR_URL',
-  'FTW_MONITOR_AUTOWARMUP',
-  'FTW_MONITOR_WARMUP',
-  'FTW_MONITOR_CHECK',
-  'FTW_MONITOR_HEALTH_PATH',
-  'FTW_MONITOR_LOCAL',
-  'FTW_MONITOR_KEEP_ALIVE_MS',
-  'FTW_MONITOR_TIMEOUT_MS',
-  'FTW_MONITOR_MINIMUM_MS',
-  'HOSTNAME',
-  'npm_package_name',
-  'npm_package_version'
-]
+/** What the module reads of the environment, and what it warns of. */
+const VARIABLES = /^(PORT|HOST|HOSTNAME|FTW_MONITOR(_.+)?|npm_package_(name|version))$/
 
 /**
  * What colours, translates, widens or re-routes what programs print. Node's runner itself sets
@@ -266,12 +248,13 @@ const VARIABLES = [
  */
 const OF_THE_TERMINAL =
   /^(FORCE_COLOR|NO_COLOR|NODE_DISABLE_COLORS|COLORTERM|CLICOLOR(_FORCE)?|COLUMNS|LINES)$/
-const OF_THE_LOCALE = /^(LANG|LANGUAGE|LC_[A-Z]+)$/
-const OF_PROGRAMS = /^(NODE_OPTIONS|NODE_DEBUG|NODE_NO_WARNINGS|PG[A-Z]+|[a-z]+_proxy)$/i
+const OF_PROGRAMS =
+  /^(LANG|LANGUAGE|LC_[A-Z]+|NODE_OPTIONS|NODE_DEBUG|NODE_NO_WARNINGS|PG[A-Z]+|[a-z]+_proxy)$/i
 
 // The environment of whoever runs the tests must not change what they find.
-for (const name of [...VARIABLES, 'FTW_MONITOR_TEST_PACKAGES']) delete process.env[name]
-for (const pattern of [OF_THE_TERMINAL, OF_THE_LOCALE, OF_PROGRAMS]) {
+for (const pattern of [VARIABLES, OF_THE_TERMINAL, OF_PROGRAMS]) unsetVariables(pattern)
+
+function unsetVariables(pattern: RegExp): void {
   for (const name of Object.keys(process.env)) {
     if (pattern.test(name)) delete process.env[name]
   }
@@ -279,12 +262,11 @@ for (const pattern of [OF_THE_TERMINAL, OF_THE_LOCALE, OF_PROGRAMS]) {
 
 /** Sets variables for a test; the others that the module reads are unset. */
 function setEnvironment(t: TestContext, variables: Record<string, string>): void {
-  const unset = () => {
-    for (const name of [...VARIABLES, ...Object.keys(variables)]) delete process.env[name]
+  unsetVariables(VARIABLES)
+  for (const [name, value] of Object.entries(variables)) {
+    process.env[name] = value
+    t.after(() => delete process.env[name])
   }
-  unset()
-  for (const [name, value] of Object.entries(variables)) process.env[name] = value
-  t.after(unset)
 }
 
 /** Has the monitor's intervals run faster, and so all that it does later. */
@@ -324,7 +306,8 @@ function takeTimers(
   for (const kind of kinds) {
     const setForReal = globalThis[kind] as (act: () => void, ms?: number) => NodeJS.Timeout
     const keep = (act: () => void, ms = 0) => {
-      if (!isCalledByModule()) return setForReal(act, ms)
+      const isOurs = new Error('where').stack!.includes(`${MODULE.href}?copy=`)
+      if (!isOurs) return setForReal(act, ms)
       const handle = setForReal(() => {}, NEVER_MS)
       const isRepeated = kind === 'setInterval'
       timers.set(handle, { act, periodMs: Math.max(1, ms), isRepeated, dueAtMs: clock.now + ms })
@@ -370,12 +353,6 @@ function takeTimers(
 // what the first one has left for the others.
 Object.defineProperty(globalThis, Symbol.for('ftw-monitor.exports.1'), { get: () => undefined })
 
-/** Whether it is a copy of the module that has called the function which asks. */
-function isCalledByModule(): boolean {
-  return (new Error('where').stack ?? '').includes(`${MODULE.href}?copy=`)
-}
-
-/** Has the event loop stand still. */
 function standStill(ms: number): void {
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
 }
@@ -385,7 +362,6 @@ function computeAlways(t: TestContext): void {
   t.mock.method(process, 'cpuUsage', () => ({ user: performance.now() * 1_000, system: 0 }))
 }
 
-/** How many listeners an emitter has of each kind. */
 function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
   const counts = emitter.eventNames().map((name) => [String(name), emitter.listenerCount(name)])
   return Object.fromEntries(counts)
@@ -455,7 +431,6 @@ function closeLater(t: TestContext, server: net.Server): void {
   })
 }
 
-/** Closes a server, and waits until it is closed. */
 async function close(server: net.Server): Promise<void> {
   await new Promise((resolve) => server.close(resolve))
 }
@@ -492,7 +467,6 @@ async function isFree(port: number): Promise<boolean> {
   return true
 }
 
-/** Occupies a port until it is closed. */
 async function occupy(t: TestContext, port: number): Promise<net.Server> {
   return await startListening(t, net.createServer(), { host: '127.0.0.1', port })
 }
@@ -593,13 +567,7 @@ async function bootInstance(t: TestContext, setup: InstanceSetup = {}) {
 
 /** Waits for OK on the monitor's port. */
 async function untilHealthy(port: number, limitMs?: number): Promise<void> {
-  const isHealthy = async () => {
-    try {
-      return (await ask(port, 'health_check\n')) === 'OK\n'
-    } catch {
-      return false
-    }
-  }
+  const isHealthy = async () => (await ask(port, 'health_check\n').catch(codeOf)) === 'OK\n'
   await until(isHealthy, 'health_check is OK', limitMs)
 }
 
@@ -615,18 +583,12 @@ async function untilVerdict(monitor: Monitor, expected: string | RegExp = 'OK'):
 /** What answers at the monitor port of some instance; gives the port of the instance. */
 async function fakeInstance(t: TestContext, answer: (socket: net.Socket) => void): Promise<number> {
   const port = await freePort()
-  const sockets = new Set<net.Socket>()
   const server = net.createServer((socket) => {
-    sockets.add(socket)
+    t.after(() => socket.destroy())
     socket.on('error', () => {})
     answer(socket)
   })
-  t.after(() => {
-    server.close()
-    for (const socket of sockets) socket.destroy()
-  })
-  server.listen(port + 80, '127.0.0.1')
-  await once(server, 'listening')
+  await startListening(t, server, { host: '127.0.0.1', port: port + 80 })
   return port
 }
 
@@ -653,34 +615,32 @@ function connectTo(where: number | string, options: LineOptions & { allowHalfOpe
 }
 
 /** Sends text, and gives all that comes back until the other side closes (or `limitMs` is over). */
-function ask(
+async function ask(
   where: number | string,
   text: string | Buffer,
   options: AskOptions = {}
 ): Promise<string> {
   const { end = false, limitMs = 20_000 } = options
-  return new Promise<string>((resolve, reject) => {
-    const socket = connectTo(where, options).setEncoding('utf8')
-    let transcript = ''
-    const giveUp = () => {
-      transcript += '[still open]'
-      socket.destroy()
-    }
-    const timer = setTimeout(giveUp, limitMs)
-    socket.on('data', (part: string) => {
-      transcript += part
-    })
-    socket.on('error', reject)
-    socket.on('close', () => {
-      clearTimeout(timer)
-      resolve(transcript)
-    })
-    if (end) socket.end(text)
-    else socket.write(text)
+  const socket = connectTo(where, options).setEncoding('utf8')
+  let transcript = ''
+  socket.on('data', (part: string) => {
+    transcript += part
   })
+  const giveUp = () => {
+    transcript += '[still open]'
+    socket.destroy()
+  }
+  const timer = setTimeout(giveUp, limitMs)
+  if (end) socket.end(text)
+  else socket.write(text)
+  try {
+    await once(socket, 'close')
+    return transcript
+  } finally {
+    clearTimeout(timer)
+  }
 }
 
-/** Asks so many times, one after the other. */
 async function askTimes(
   count: number,
   port: number,
@@ -736,14 +696,9 @@ async function untilSeen(port: number): Promise<void> {
 
 async function isRefused(port: number, host = '127.0.0.1'): Promise<boolean> {
   const socket = connectTo(port, { host })
-  try {
-    await once(socket, 'connect')
-    return false
-  } catch (error) {
-    return codeOf(error) === 'ECONNREFUSED'
-  } finally {
-    socket.destroy()
-  }
+  const outcome: unknown = await once(socket, 'connect').catch(codeOf)
+  socket.destroy()
+  return outcome === 'ECONNREFUSED'
 }
 
 /** The code of an error, or its message where it has none. */
@@ -764,28 +719,17 @@ interface PageOptions extends LineOptions {
   limitMs?: number
 }
 
-/** One HTTP request, and its answer. */
-function getPage(port: number, path: string, options: PageOptions = {}) {
+async function getPage(port: number, path: string, options: PageOptions = {}) {
   const { host = '127.0.0.1', from, body = '', limitMs = 20_000, ...others } = options
-  type Page = { status: number; headers: http.IncomingHttpHeaders; body: string }
-  return new Promise<Page>((resolve, reject) => {
-    const to: http.RequestOptions = { host, port, path, agent: false, timeout: limitMs, ...others }
-    if (from !== undefined) to.localAddress = from
-    const request = http.request(to, (response) => {
-      let text = ''
-      response.setEncoding('utf8')
-      response.on('data', (part: string) => {
-        text += part
-      })
-      response.on('error', reject)
-      response.on('end', () => {
-        resolve({ status: response.statusCode ?? 0, headers: response.headers, body: text })
-      })
-    })
-    request.on('timeout', () => request.destroy(new Error(`${path} is not answered in time`)))
-    request.on('error', reject)
-    request.end(body)
-  })
+  const to: http.RequestOptions = { host, port, path, agent: false, timeout: limitMs, ...others }
+  if (from !== undefined) to.localAddress = from
+  const request = http.request(to)
+  request.on('error', () => {}) // which the answer tells
+  request.on('timeout', () => request.destroy(new Error(`${path} is not answered in time`)))
+  request.end(body)
+  const [response] = (await once(request, 'response')) as [http.IncomingMessage]
+  const { statusCode: status = 0, headers } = response
+  return { status, headers, body: await readAll(response) }
 }
 
 /** The head of a GET request, its last empty line included. */
@@ -859,14 +803,12 @@ function watch(t: TestContext, program: string, words: string[], options: Proces
   const child: ChildProcess = spawn(program, words, { ...options, env })
   const exit = once(child, 'close').then(([status]) => status as number | null)
   const watched = { child, stdout: '', stderr: '', output: '', exit }
-  child.stdout?.setEncoding('utf8').on('data', (text: string) => {
-    watched.stdout += text
-    watched.output += text
-  })
-  child.stderr?.setEncoding('utf8').on('data', (text: string) => {
-    watched.stderr += text
-    watched.output += text
-  })
+  for (const name of ['stdout', 'stderr'] as const) {
+    child[name]?.setEncoding('utf8').on('data', (text: string) => {
+      watched[name] += text
+      watched.output += text
+    })
+  }
   child.stdin?.on('error', () => {})
   t.after(async () => {
     child.kill('SIGKILL')
@@ -875,7 +817,6 @@ function watch(t: TestContext, program: string, words: string[], options: Proces
   return watched
 }
 
-/** Runs a program to its end with this input. */
 async function runToEnd(
   t: TestContext,
   program: string,
@@ -895,7 +836,6 @@ function programWords(words: string[], file = PROGRAM): string[] {
   return ['--no-warnings', file, ...words]
 }
 
-/** Runs ftw-monitor's program, and keeps what it says. */
 function startProgram(t: TestContext, words: string[], env: Record<string, string> = {}) {
   return watch(t, process.execPath, programWords(words), { env })
 }
@@ -1147,10 +1087,7 @@ async function endUnderLoad(
 ) {
   const { port, path } = load
   const answers: string[] = []
-  const askAgent = async () => {
-    answers.push(await ask(port + 80, 'agent_check\n'))
-  }
-  askUntilOver(t, 100, askAgent)
+  askUntilOver(t, 100, async () => answers.push(await ask(port + 80, 'agent_check\n')))
   const agent = new http.Agent({ keepAlive: true })
   t.after(() => agent.destroy())
   const failed: string[] = []
