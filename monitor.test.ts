@@ -5886,9 +5886,10 @@ describeInProcess('Warm-up', TOGETHER, () => {
     ]
     const judge = async ([what, handler, reply, warning]: (typeof rows)[number]) => {
       const { port, logger } = await bootInstance(t, { handler, until: 'started' })
-      const check = () => ask(port, 'health_check\n')
+      let seen = ''
+      const check = async () => (seen = await ask(port, 'health_check\n'))
       await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
-      assert.match(await check(), reply, what)
+      assert.match(seen, reply, what)
       assert.match(warningsOf(logger).join('\n'), warning, what)
     }
     await Promise.all(rows.map(judge))
