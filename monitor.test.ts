@@ -2754,26 +2754,24 @@ function takeUpgradesBare(server: net.Server): net.Socket[] {
 }
 
 describeInProcess('The application', TOGETHER, () => {
-  test('a server whose emit cannot be wrapped costs one warning, and the monitor goes on', async (t) => {
-    const server = await serve(t)
-    Object.defineProperty(server, 'emit', { value: server.emit.bind(server), configurable: false })
-    const setup = { server, performers: WARM } // it goes on as without the server
-    const { logger, instancePort, port } = await inTime(bootInstance(t, setup), 'it starts', 3_000)
-    const warnings = warningsOf(logger).filter((line) => line.includes('emit'))
-    assert.equal(warnings.length, 1)
-    assert.match(warnings[0] ?? '', /cannot see the requests of a server whose emit is not/)
-    assert.equal((await getPage(instancePort, '/')).status, 200)
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  })
-
-  test('a server whose emit cannot be wrapped may listen after start()', async (t) => {
+  test('a server whose emit cannot be wrapped costs one warning, and may listen after start()', async (t) => {
     const monitor = await importMonitor(t)
     const server = http.createServer(hello)
     Object.defineProperty(server, 'emit', { value: server.emit.bind(server), configurable: false })
-    const started = monitor.start({ server, listen: LOOPBACK, logger: recorder() })
+    const logger = recorder()
+    const options = { server, listen: LOOPBACK, logger }
+    const started = monitor.start(options)
     assert.equal((await monitor.health()).reason, 'Instance is booting')
     await startListening(t, server)
     assert.ok(await inTime(started, 'it starts', 3_000))
+    await untilVerdict(monitor)
+    const warnings = warningsOf(logger).filter((line) => line.includes('emit'))
+    assert.equal(warnings.length, 1)
+    assert.match(warnings[0] ?? '', /cannot see the requests of a server whose emit is not/)
+    assert.equal((await getPage(portOf(server), '/')).status, 200)
+
+    await monitor.stop()
+    assert.ok(await inTime(monitor.start(options), 'it starts where it listens', 3_000))
     await untilVerdict(monitor)
   })
 
@@ -2840,26 +2838,6 @@ describeInProcess('The application', TOGETHER, () => {
     assert.deepEqual(seen, ['first /page', 'early /page', 'late /page'])
   })
 
-  test('an upgraded socket works on, and is no request in flight', async (t) => {
-    const server = await serve(t)
-    server.on('upgrade', (_, socket: net.Socket) => {
-      socket.write(
-        'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n'
-      )
-      socket.on('error', () => {}).pipe(socket)
-    })
-    const { port } = await bootInstance(t, { performers: WARM, server })
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
-    await until(() => peer.transcript.endsWith('\r\n\r\n'), 'the socket is upgraded')
-    assert.equal((await askMonitor(port, '0')).count, 0)
-    peer.say('both ways')
-    await until(() => peer.transcript.endsWith('both ways'), 'it echoes')
-    peer.socket.resetAndDestroy()
-    await untilHealthy(port)
-    assert.equal((await askMonitor(port, '0')).count, 0)
-  })
-
   test('requests and answers of 500 and more are counted from the start on', async (t) => {
     const held: http.ServerResponse[] = []
     const server = await serve(t, ({ url = '' }, response) => {
@@ -2893,7 +2871,7 @@ describeInProcess('The application', TOGETHER, () => {
     assert.deepEqual(Object.getOwnPropertyDescriptor(server, 'emit'), before)
   })
 
-  test('upgraded connections are counted until they are closed, however that is', async (t) => {
+  test('upgraded connections work on, and are counted until they are closed, however that is', async (t) => {
     const server = await serve(t)
     echoUpgrades(server)
     server.on('connect', (_, socket: net.Socket) => {
@@ -2913,6 +2891,8 @@ describeInProcess('The application', TOGETHER, () => {
     assert.equal(await askUpgraded(port), 4)
     assert.equal((await askMonitor(port, '0')).count, 0)
     const [ended, reset, destroyed] = peers
+    ended?.say('both ways')
+    await ended?.hear('both ways')
     ended?.socket.end()
     await untilCount(3)
     reset?.socket.resetAndDestroy()
@@ -2960,34 +2940,28 @@ describeInProcess('The application', TOGETHER, () => {
     assert.equal(await askUpgraded(port), 0)
   })
 
-  for (const form of ['start([server, other])', 'start({ server: [server, other] })']) {
-    test(`${form} counts the requests of both, and drains both`, async (t) => {
-      const where = { host: '127.0.0.1', port: await freePort() }
-      const [first, second] = await Promise.all([serveHeld(t, where), serveHeld(t)])
-      const servers = [first.server, second.server]
-      const monitor = await importMonitor(t)
-      monitor.registerWarmup('/', () => {})
-      if (form.includes('{')) {
-        await monitor.start({ server: servers, listen: LOOPBACK, logger: recorder() })
-      } else {
-        await monitor.start(servers) // beside the port of the first
-      }
-      await untilVerdict(monitor, 'OK')
-      const pages = servers.map((server) => getPage(portOf(server), '/held'))
-      await until(() => first.held.length + second.held.length === 2, 'both are in flight')
-      const { requestsInFlight, url } = await monitor.status()
-      assert.deepEqual([requestsInFlight, Number(new URL(url).port)], [2, portOf(first.server)])
+  test('start([server, other]) counts the requests of both, and drains both', async (t) => {
+    const where = { host: '127.0.0.1', port: await freePort() }
+    const [first, second] = await Promise.all([serveHeld(t, where), serveHeld(t)])
+    const servers = [first.server, second.server]
+    const monitor = await importMonitor(t)
+    monitor.registerWarmup('/', () => {})
+    await monitor.start(servers) // beside the port of the first
+    await untilVerdict(monitor, 'OK')
+    const pages = servers.map((server) => getPage(portOf(server), '/held'))
+    await until(() => first.held.length + second.held.length === 2, 'both are in flight')
+    const { requestsInFlight, url } = await monitor.status()
+    assert.deepEqual([requestsInFlight, Number(new URL(url).port)], [2, portOf(first.server)])
 
-      const drained = monitor.drain()
-      first.letGo()
-      assert.equal(await isPendingFor(300, drained), true)
-      assert.equal((await getPage(portOf(second.server), '/')).headers.connection, 'close')
-      second.letGo()
-      await inTime(drained, 'both are drained')
-      const bodies = (await Promise.all(pages)).map(({ body }) => body)
-      assert.deepEqual(bodies, ['late', 'late'])
-    })
-  }
+    const drained = monitor.drain()
+    first.letGo()
+    assert.equal(await isPendingFor(300, drained), true)
+    assert.equal((await getPage(portOf(second.server), '/')).headers.connection, 'close')
+    second.letGo()
+    await inTime(drained, 'both are drained')
+    const bodies = (await Promise.all(pages)).map(({ body }) => body)
+    assert.deepEqual(bodies, ['late', 'late'])
+  })
 
   test('keepAliveMs keeps connections for longer than the server would, until stop()', async (t) => {
     const server = await serve(t)
@@ -3001,13 +2975,10 @@ describeInProcess('The application', TOGETHER, () => {
 
     await monitor.start({ ...options, keepAliveMs: 75_000 })
     assert.deepEqual(limits(), [75_000, 76_000])
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/'))
-    await until(() => peer.transcript.includes('hello'), 'a first answer')
-    await pause(1_300) // more than the server would wait, with the second that Node.js 24 adds
-    peer.say(headOf('/', 'Connection: close'))
-    await until(() => peer.isClosed, 'a second answer')
-    assert.equal(peer.transcript.split('hello').length - 1, 2)
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const { headers } = await getPage(portOf(server), '/', { agent })
+    assert.equal(headers['keep-alive'], 'timeout=75')
     await monitor.stop()
     assert.deepEqual(limits(), [50, 60_000])
 
