@@ -3104,10 +3104,27 @@ describeInProcess('The application', ALONE, () => {
 
 // --- Sending clients elsewhere -------------------------------------------------------------------
 
+/** A form in which applications answer. */
 interface Form {
   /** What is sent; a GET by default. */
   asked?: string
-  answer: (request: http.IncomingMessage, response: http.ServerResponse) => unknown
+  /** What is set header by header. */
+  set?: Record<string, string | string[]>
+  /** What writeHead is told, if it is called. */
+  head?: unknown[]
+  /** What is done instead of that. */
+  answer?: (response: http.ServerResponse, request: http.IncomingMessage) => unknown
+}
+
+/** Sets headers, calls writeHead, and tells what that throws instead of throwing it. */
+function answerWith(response: http.ServerResponse, { set = {}, head }: Form): void {
+  for (const [name, value] of Object.entries(set)) response.setHeader(name, value)
+  try {
+    if (head) Reflect.apply(response.writeHead, response, head)
+    response.end('ok')
+  } catch (error) {
+    response.end(`threw ${codeOf(error)}`)
+  }
 }
 
 /** As rawHeaders has them: names and values in turn. */
@@ -3120,262 +3137,59 @@ const UPSTREAM = [
   ['Content-Length', '2']
 ].flat()
 
-/** Tells what writeHead throws instead of throwing it. */
-function tryHead(response: http.ServerResponse, ...words: unknown[]): void {
-  try {
-    Reflect.apply(response.writeHead, response, words)
-    response.end('ok')
-  } catch (error) {
-    response.end(`threw ${(error as NodeJS.ErrnoException).code}`)
-  }
-}
+const TWICE = ['X-A', '1', 'X-A', '2']
 
-/** Has a response do something before its head is written, as on-headers does. */
-function beforeHead(response: http.ServerResponse, act: () => void): void {
-  const innerWriteHead = response.writeHead.bind(response) as (
-    ...words: unknown[]
-  ) => typeof response
-  response.writeHead = (...words: unknown[]) => {
-    act()
-    return innerWriteHead(...words)
-  }
-}
-
-/** The forms in which applications answer. */
 const FORMS: Record<string, Form> = {
-  'implicit headers': { answer: (_, response) => response.end('ok') },
-  'two writes': {
-    answer: (_, response) => {
-      response.write('first')
-      response.end('second')
-    }
-  },
-  setHeader: {
-    answer: (_, response) => response.setHeader('X-A', '1').setHeader('x-b', ['2', '3']).end('ok')
-  },
-  'statusCode and statusMessage': {
-    answer: (_, response) => {
-      response.statusCode = 404
-      response.statusMessage = 'Nowhere'
-      response.end('ok')
-    }
-  },
-  'writeHead of a status': { answer: (_, response) => response.writeHead(201).end('ok') },
-  'writeHead of a status and a reason': {
-    answer: (_, response) => response.writeHead(201, 'Made it').end('ok')
-  },
-  'writeHead of a reason and an object': {
-    answer: (_, response) =>
-      response.writeHead(201, 'Made it', { 'X-A': '1', 'x-b': '2' }).end('ok')
-  },
-  'writeHead of an object': {
-    answer: (_, response) => response.writeHead(200, { 'Set-Cookie': ['a=1', 'b=2'] }).end('ok')
-  },
-  'writeHead of no headers': { answer: (_, response) => tryHead(response, 200, undefined) },
-  'writeHead of a frozen object': {
-    answer: (_, response) => {
-      const headers = Object.freeze({ 'X-A': '1', Connection: 'keep-alive' })
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'writeHead of names and values in turn': {
-    answer: (_, response) => {
-      response.writeHead(200, ['Set-Cookie', 'a=1', 'X-A', '1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of a reason and an array': {
-    answer: (_, response) => {
-      response.writeHead(200, 'Fine', ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2']).end('ok')
-    }
-  },
-  'writeHead of an array after setHeader': {
-    answer: (_, response) => {
-      response.setHeader('X-Early', '1').setHeader('X-A', 'early')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of an array too short': { answer: (_, response) => tryHead(response, 200, ['X-A']) },
-  'a header whose value is "connection"': {
-    answer: (_, response) => {
-      response.writeHead(200, ['X-A', 'connection', 'X-B', 'keep-alive']).end('ok')
-    }
-  },
-  'rawHeaders of an upstream': {
-    answer: (_, response) => response.writeHead(200, [...UPSTREAM]).end('ok')
-  },
-  'rawHeaders of an upstream after setHeader': {
-    answer: (_, response) => {
-      response
-        .setHeader('X-Early', '1')
-        .writeHead(200, [...UPSTREAM])
-        .end('ok')
-    }
-  },
-  'Object.entries of headers': {
-    answer: (_, response) => {
-      tryHead(response, 200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' }))
-    }
-  },
-  'Object.entries after setHeader': {
-    answer: (_, response) => {
-      tryHead(response.setHeader('X-Early', '1'), 200, Object.entries({ 'X-A': '1' }))
-    }
-  },
-  'a header that is not allowed': { answer: (_, response) => tryHead(response, 200, { a: 'b\n' }) },
-  'writeHead twice': {
-    answer: (_, response) => tryHead(response.writeHead(200, { Connection: 'keep-alive' }), 201)
-  },
-  'setHeaders of a Map': {
-    answer: (_, response) => {
-      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
-      response.end('ok')
-    }
-  },
-  'setHeaders of Headers': {
-    answer: (_, response) => response.setHeaders(new Headers({ 'X-A': '1' })).end('ok')
-  },
-  appendHeader: {
-    answer: (_, response) => response.appendHeader('X-A', '1').appendHeader('X-A', '2').end('ok')
-  },
-  'appendHeader of Connection': {
-    answer: (_, response) => {
-      response
-        .appendHeader('Connection', 'keep-alive')
-        .appendHeader('Connection', 'X-Hop')
-        .end('ok')
-    }
-  },
-  trailers: {
-    answer: (_, response) => {
-      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
-      response.addTrailers({ 'X-Sum': '7' })
-      response.end()
-    }
-  },
-  'interim answers': {
-    answer: (_, response) => {
-      response.writeContinue()
-      response.writeProcessing()
-      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'Expect: 100-continue': {
-    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
-    answer: (request, response) => request.pipe(response)
-  },
-  HEAD: {
-    asked: headOf('/').replace('GET', 'HEAD'),
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 5 }).end('hello')
-  },
-  '204': { answer: (_, response) => response.writeHead(204).end() },
-  '304': { answer: (_, response) => response.writeHead(304, { ETag: '"a"' }).end() },
-  '304 that keeps alive': {
-    answer: (_, response) => response.writeHead(304, { connection: 'Keep-Alive' }).end()
-  },
-  '426': {
-    answer: (_, response) => {
-      const headers = { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }
-      response.writeHead(426, headers).end('upgrade')
-    }
-  },
-  'a stream of known length': {
-    answer: (_, response) => {
-      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
-    }
-  },
-  'a stream in chunks': { answer: (_, response) => Readable.from(['one', 'two']).pipe(response) },
-  'no chunks and no length': {
-    answer: (_, response) => {
-      response.removeHeader('Transfer-Encoding')
-      response.write('until the')
-      response.end(' end')
-    }
-  },
-  flushHeaders: {
-    answer: async (_, response) => {
-      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
-      await pause(10)
-      response.end('ok')
-    }
-  },
-  'setHeader of keep-alive': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('cONNECTION', 'Keep-Alive')
-      response.setHeader('X-B', '2').end('ok')
-    }
-  },
-  'setHeader of keep-alive and other names': {
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive, X-Hop').end('ok')
-  },
-  'setHeader of keep-alive in an array': {
-    answer: (_, response) => response.setHeader('Connection', ['keep-alive']).end('ok')
-  },
-  'setHeader of keep-alive, then writeHead of an array': {
-    answer: (_, response) => {
-      response.setHeader('Connection', 'keep-alive')
-      response.writeHead(200, ['X-A', '1', 'X-A', '2']).end('ok')
-    }
-  },
-  'writeHead of keep-alive in an object': {
-    answer: (_, response) => {
-      response.writeHead(200, { 'X-A': '1', connecTION: 'KEEP-ALIVE', 'X-B': '2' }).end('ok')
-    }
-  },
+  'implicit headers': {},
+  setHeader: { set: { 'X-A': '1', 'x-b': ['2', '3'] } },
+  'setHeader of keep-alive': { set: { 'X-A': '1', cONNECTION: 'Keep-Alive', 'X-B': '2' } },
+  'setHeader of keep-alive and other names': { set: { Connection: 'keep-alive, X-Hop' } },
+  'setHeader of keep-alive in an array': { set: { Connection: ['keep-alive'] } },
+  'writeHead of a status': { head: [201] },
+  'writeHead of a status and a reason': { head: [201, 'Made it'] },
+  'writeHead of a reason and an object': { head: [201, 'Made it', { 'X-A': '1', 'x-b': '2' }] },
+  'writeHead of an object': { head: [200, { 'Set-Cookie': ['a=1', 'b=2'] }] },
+  'writeHead of no headers': { head: [200, undefined] },
+  'writeHead of a frozen object': { head: [200, Object.freeze({ Connection: 'keep-alive' })] },
+  'writeHead of names and values in turn': { head: [200, TWICE] },
+  'writeHead of a reason and an array': { head: [200, 'Fine', TWICE] },
+  'writeHead of an array after setHeader': { set: { 'X-A': 'early' }, head: [200, TWICE] },
+  'writeHead of an array too short': { head: [200, ['X-A']] },
+  'writeHead of a value that is "connection"': { head: [200, ['X-A', 'connection', 'X-B', '1']] },
+  'writeHead of keep-alive in an object': { head: [200, { 'X-A': '1', connecTION: 'KEEP-ALIVE' }] },
   'writeHead of keep-alive in two cases': {
-    answer: (_, response) => {
-      response.writeHead(200, { connection: 'keep-alive', Connection: 'keep-alive' }).end('ok')
-    }
+    head: [200, { connection: 'keep-alive', Connection: 'keep-alive' }]
   },
   'writeHead of keep-alive in an array': {
-    answer: (_, response) => {
-      tryHead(response, 200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2'])
-    }
+    head: [200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2']]
   },
-  'Connection: close': {
-    answer: (_, response) => response.writeHead(200, { Connection: 'Close' }).end('ok')
+  'writeHead of an array after setHeader of keep-alive': {
+    set: { Connection: 'keep-alive' },
+    head: [200, TWICE]
   },
-  'removeHeader of Connection': {
-    answer: (_, response) => {
-      response.removeHeader('Connection')
-      response.end('ok')
-    }
+  'writeHead of rawHeaders': { head: [200, UPSTREAM] },
+  'writeHead of rawHeaders after setHeader': { set: { 'X-Early': '1' }, head: [200, UPSTREAM] },
+  'writeHead of Object.entries': {
+    head: [200, Object.entries({ 'X-A': '1', connection: 'keep-alive', 'X-B': '2' })]
   },
-  'all headers removed': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.setHeader('X-B', '2').end('ok')
-    }
+  'writeHead of Object.entries after setHeader': {
+    set: { 'X-Early': '1' },
+    head: [200, Object.entries({ 'X-A': '1' })]
   },
-  'all headers copied': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
-      const headers = response.getHeaders()
-      for (const name of response.getHeaderNames()) response.removeHeader(name)
-      response.writeHead(200, headers).end('ok')
-    }
-  },
-  'all headers shown': {
-    answer: (_, response) => {
-      response.setHeader('X-A', '1')
-      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
-    }
-  },
-  'a head that is written late': {
-    answer: (_, response) => {
-      beforeHead(response, () => response.setHeader('Connection', 'keep-alive'))
-      response.writeHead(200, { 'X-A': '1' }).end('ok')
+  'writeHead of what is not allowed': { head: [200, { a: 'b\n' }] },
+  'writeHead twice': {
+    answer: (response) => {
+      answerWith(response.writeHead(200, { Connection: 'keep-alive' }), { head: [201] })
     }
   },
   'writeHead of the prototype': {
-    answer: (_, response) => {
+    answer: (response) => {
       Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
       response.end('ok')
     }
   },
   'writeHead of a prototype that is put under it': {
-    answer: (_, response) => {
+    answer: (response) => {
       const prototype = Object.create(Object.getPrototypeOf(response), {
         writeHead: {
           value: function (this: http.ServerResponse, ...words: unknown[]) {
@@ -3388,31 +3202,136 @@ const FORMS: Record<string, Form> = {
       response.writeHead(201).end('ok')
     }
   },
-  'a stream of its own': {
-    answer: (_, response) => {
-      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
+  'writeHead that something comes before, as on-headers does': {
+    answer: (response) => {
+      const innerWriteHead = response.writeHead.bind(response)
+      response.writeHead = (status: number) => {
+        return innerWriteHead.call(response.setHeader('Connection', 'keep-alive'), status)
+      }
+      response.writeHead(200).end('ok')
+    }
+  },
+  'Connection: close': { head: [200, { Connection: 'Close' }] },
+  'setHeaders of a Map': {
+    answer: (response) => {
+      response.setHeaders(new Map(Object.entries({ 'X-A': '1', Connection: 'keep-alive' })))
       response.end('ok')
     }
   },
-  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n', answer: (_, response) => response.end('ok') },
-  'HTTP/1.0 that keeps alive': {
-    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
-    answer: (_, response) => response.writeHead(200, { 'Content-Length': 2 }).end('ok')
+  'appendHeader of Connection': {
+    answer: (response) => {
+      response.appendHeader('Connection', 'keep-alive').appendHeader('Connection', 'X-Hop')
+      response.end('ok')
+    }
   },
-  'a client that closes': {
-    asked: headOf('/', 'Connection: close'),
-    answer: (_, response) => response.setHeader('Connection', 'keep-alive').end('ok')
+  'removeHeader of Connection': {
+    answer: (response) => {
+      response.removeHeader('Connection')
+      response.end('ok')
+    }
   },
-  'a body that nobody reads': {
-    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
-    answer: (_, response) => response.end('ok')
+  'all headers removed, as Koa does before it answers an error': {
+    answer: (response) => {
+      response.setHeader('X-A', '1')
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.setHeader('X-B', '2').end('ok')
+    }
+  },
+  'all headers copied': {
+    answer: (response) => {
+      response.setHeader('X-A', '1').setHeader('Connection', 'keep-alive')
+      const headers = response.getHeaders()
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+      response.writeHead(200, headers).end('ok')
+    }
+  },
+  'all headers shown': {
+    answer: (response) => {
+      response.setHeader('X-A', '1')
+      response.end(JSON.stringify([response.getHeaders(), response.headersSent]))
+    }
+  },
+  'statusCode and statusMessage': {
+    answer: (response) => {
+      response.statusCode = 404
+      response.statusMessage = 'Nowhere'
+      response.end('ok')
+    }
+  },
+  flushHeaders: {
+    answer: async (response) => {
+      response.setHeader('connection', 'keep-alive').setHeader('X-A', '1').flushHeaders()
+      await pause(10)
+      response.end('ok')
+    }
+  },
+  trailers: {
+    answer: (response) => {
+      response.writeHead(200, { Trailer: 'X-Sum' }).write('body')
+      response.addTrailers({ 'X-Sum': '7' })
+      response.end()
+    }
+  },
+  'interim answers': {
+    answer: (response) => {
+      response.writeContinue()
+      response.writeProcessing()
+      response.writeEarlyHints({ link: '</a.css>; rel=preload; as=style' })
+      response.writeHead(200, TWICE).end('ok')
+    }
+  },
+  'two writes': {
+    answer: (response) => {
+      response.write('first')
+      response.end('second')
+    }
+  },
+  'a stream of known length': {
+    answer: (response) => {
+      Readable.from(['one', 'two']).pipe(response.writeHead(200, { 'Content-Length': 6 }))
+    }
+  },
+  'a stream in chunks': { answer: (response) => Readable.from(['one', 'two']).pipe(response) },
+  'no chunks and no length': {
+    answer: (response) => {
+      response.removeHeader('Transfer-Encoding')
+      response.write('until the')
+      response.end(' end')
+    }
   },
   'half an answer': {
-    answer: async (_, response) => {
+    answer: async (response) => {
       response.write('half')
       await pause(10)
       response.destroy()
     }
+  },
+  'a stream of its own': {
+    answer: (response) => {
+      Reflect.set(response, 'stream', { is: 'no HTTP/2' })
+      response.end('ok')
+    }
+  },
+  '204': { head: [204] },
+  '304': { head: [304, { ETag: '"a"' }] },
+  '304 that keeps alive': { head: [304, { connection: 'Keep-Alive' }] },
+  '426': { head: [426, { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }] },
+  HEAD: { asked: headOf('/').replace('GET', 'HEAD'), head: [200, { 'Content-Length': 2 }] },
+  'HTTP/1.0': { asked: 'GET / HTTP/1.0\r\n\r\n' },
+  'HTTP/1.0 that keeps alive': {
+    asked: 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
+    head: [200, { 'Content-Length': 2 }]
+  },
+  'a client that closes': {
+    asked: headOf('/', 'Connection: close'),
+    set: { Connection: 'keep-alive' }
+  },
+  'a body that nobody reads': {
+    asked: `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`
+  },
+  'Expect: 100-continue': {
+    asked: `${headOf('/', 'Expect: 100-continue', 'Content-Length: 2').replace('GET', 'POST')}hi`,
+    answer: (response, request) => request.pipe(response)
   }
 }
 
@@ -3422,7 +3341,9 @@ async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.res
   const answer = async (request: http.IncomingMessage, response: http.ServerResponse) => {
     responses.push(response)
     await mayAnswer
-    await FORMS[String(request.headers['x-form'])]?.answer(request, response)
+    const form = FORMS[String(request.headers['x-form'])]!
+    if (form.answer) await form.answer(response, request)
+    else answerWith(response, form)
   }
   const server = await serve(t, (request, response) => void answer(request, response))
   server.keepAliveTimeout = 500 // for those whom nobody tells to close
@@ -3504,35 +3425,7 @@ async function upload(t: TestContext, port: number, beforeBody: () => Promise<un
   return { errorCode, isAllSent: sent === UPLOAD_BYTES, answer: comparable }
 }
 
-const refuse: http.RequestListener = (_, response) => {
-  response.statusCode = 401
-  response.end('not you')
-}
-
 describeInProcess('Sending clients elsewhere', TOGETHER, () => {
-  test('while drained, `Connection: close` outdoes what the application says', async (t) => {
-    const upstream = { connection: 'keep-alive', 'keep-alive': 'timeout=5', 'x-kept': 'yes' }
-    const server = await serve(t, (request, response) => {
-      if (request.url === '/gateway') {
-        response.writeHead(200, upstream).end()
-      } else if (request.url === '/list') {
-        response.writeHead(200, 'Fine', ['Connection', 'keep-alive', 'X-Kept', 'yes']).end()
-      } else if (request.url === '/bare') {
-        // as Koa does before it answers an error
-        for (const name of response.getHeaderNames()) response.removeHeader(name)
-        response.setHeader('X-Kept', 'yes').end()
-      } else {
-        response.setHeader('Connection', 'keep-alive').setHeader('X-Kept', 'yes').end()
-      }
-    })
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    await monitor.drain()
-    for (const path of ['/gateway', '/list', '/bare', '/header']) {
-      const { status, headers } = await getPage(portOf(server), path)
-      assert.deepEqual([status, headers.connection, headers['x-kept']], [200, 'close', 'yes'], path)
-    }
-  })
-
   test('while drained, requests are served, and keep-alive clients are sent elsewhere', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor } = await bootInstance(t, { server })
@@ -3576,10 +3469,12 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     await done
 
     assert.equal(Object.keys(plainAnswers).length, count)
+    const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
+    const closed = 'HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok'
+    assert.equal(withoutDate(drainedAnswers['implicit headers']), closed)
     for (const [name, plainAnswer] of Object.entries(plainAnswers)) {
       assert.match(plainAnswer, /^HTTP\/1\.1 \d/, name)
       const keptAlive = plainAnswer.replace(/\[still open\]$/, '')
-      const withoutDate = (answer = '') => answer.replace(/^(Date|Keep-Alive): .*\r\n/gim, '')
       const expected = withoutDate(keptAlive).replace(/^(Connection: )keep-alive/gim, '$1close')
       if (UPLOADS.includes(name)) {
         const drainedAnswer = withoutDate(drainedAnswers[name]).replace(/\[still open\]$/, '')
@@ -3613,27 +3508,19 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
   test('of requests that one packet brings, all are answered where the application answers at once', async (t) => {
     const server = await serve(t, (_, response) => response.end('served'))
     const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const peer = await converse(t, portOf(server))
     const three = headOf('/1') + headOf('/2') + headOf('/3')
-    const isAnswered = (times: number) => {
+    const untilAnswered = (peer: Peer, times: number) => {
       return until(() => peer.transcript.split('served').length > times, `${times} are answered`)
     }
-    peer.say(three)
-    await isAnswered(3)
+    const used = await converse(t, portOf(server))
+    used.say(three)
+    await untilAnswered(used, 3)
     await monitor.drain({ timeoutMs: 0 })
-    peer.say(three)
-    await isAnswered(6)
-  })
-
-  test('of requests that one packet brings first of all, all are answered where the application answers at once', async (t) => {
-    const server = await serve(t, (_, response) => response.end('served'))
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    await monitor.drain({ timeoutMs: 0 })
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/1') + headOf('/2') + headOf('/3'))
-    const answers = () => peer.transcript.match(/^served/gm)?.length ?? 0
-    await until(() => peer.isClosed || answers() === 3, 'it is over')
-    assert.equal(answers(), 3, peer.transcript)
+    used.say(three)
+    await untilAnswered(used, 6)
+    const fresh = await converse(t, portOf(server))
+    fresh.say(three)
+    await untilAnswered(fresh, 3)
   })
 
   test('a response that throws does not make drain() reject, and is sent', async (t) => {
@@ -3693,16 +3580,6 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     assert.deepEqual(await inTime(outcomes, 'both are answered'), ['served', 'served'])
   })
 
-  test('while drained, an upload that is answered before its body has come gets the same answer', async (t) => {
-    const [plain, drained] = await Promise.all([serve(t, refuse), serve(t, refuse)])
-    const { monitor } = await bootInstance(t, { server: drained, performers: WARM })
-    await monitor.drain()
-    const expected = await upload(t, portOf(plain), () => pause(100))
-    assert.match(expected.answer, /^HTTP\/1\.1 401 /)
-    assert.equal(expected.errorCode, '')
-    assert.deepEqual(await upload(t, portOf(drained), () => pause(100)), expected)
-  })
-
   test('while drained, an application that closes the connection of an upload itself does so, too', async (t) => {
     const server = await serve(t, (_, response) => {
       response.shouldKeepAlive = false
@@ -3723,50 +3600,61 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     assert.equal(await answer(), expected)
   })
 
-  test('an upload in flight when a drain begins, and answered before its body has come, gets the same answer', async (t) => {
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => held.push(response))
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const outcome = upload(t, portOf(server), async () => {
-      await until(() => held.length === 1, 'the upload is in flight')
-      void monitor.drain({ timeoutMs: 0 })
-      held[0]!.statusCode = 401
-      held[0]!.end('not you')
-      await pause(100)
-    })
-    const { errorCode, answer } = await outcome
-    assert.equal(errorCode, '')
-    assert.match(answer, /^HTTP\/1\.1 401 [^]*not you$/)
+  test('an upload that is answered before its body has come gets the same answer while drained or closed', async (t) => {
+    const untilClosed = async (monitor: Monitor, port: number) => {
+      void monitor.shutdown()
+      await until(() => isRefused(port), 'the server is closed')
+    }
+    const drain = (monitor: Monitor) => monitor.drain({ timeoutMs: 0 })
+    const rows = [
+      { before: drain, meanwhile: () => {} },
+      { before: () => {}, meanwhile: drain },
+      { before: () => {}, meanwhile: untilClosed }
+    ]
+    for (const { before, meanwhile } of rows) {
+      const held: http.ServerResponse[] = []
+      const server = await serve(t, (_, response) => held.push(response))
+      const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+      await before(monitor)
+      const answerEarly = async () => {
+        await until(() => held.length === 1, 'the upload is in flight')
+        await meanwhile(monitor, instancePort)
+        held[0]!.statusCode = 401
+        held[0]!.end('not you')
+        await pause(100)
+      }
+      assert.deepEqual(await upload(t, instancePort, answerEarly), {
+        errorCode: '',
+        isAllSent: true,
+        answer: 'HTTP/1.1 401 Unauthorized\r\nContent-Length: 7\r\n\r\nnot you'
+      })
+    }
   })
 
-  test('a request that is pipelined behind one from before a drain and its resume is answered', async (t) => {
+  test('a request behind one from before a drain and its resume is answered, or told to go elsewhere', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/held'))
-    await until(() => held.length === 1, 'the first is in flight')
-    await monitor.drain({ timeoutMs: 0 })
-    monitor.resume()
-    peer.say(headOf('/held'))
+    const askBeforeDrain = async () => {
+      const peer = await converse(t, portOf(server))
+      peer.say(headOf('/held'))
+      await until(() => held.length === 1, 'a request is in flight')
+      await monitor.drain({ timeoutMs: 0 })
+      monitor.resume()
+      return peer
+    }
+    const early = await askBeforeDrain()
+    early.say(headOf('/held'))
     await until(() => held.length === 2, 'the second is in flight')
     letGo()
-    await until(() => peer.isClosed || peer.transcript.match(/late/g)?.length === 2, 'it is over')
-    assert.equal(peer.transcript.match(/late/g)?.length, 2)
-  })
+    const bothAnswers = /late[^]*late$/
+    await until(() => early.isClosed || bothAnswers.test(early.transcript), 'it is over')
+    assert.match(early.transcript, bothAnswers)
 
-  test('a request that comes when the one from before a drain and its resume is answered, is answered', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/held'))
-    await until(() => held.length === 1, 'the first is in flight')
-    await monitor.drain({ timeoutMs: 0 })
-    monitor.resume()
+    const late = await askBeforeDrain()
     letGo()
-    peer.say(headOf('/'))
-    await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
-    const isToldToClose = /^Connection: close\r$/m.test(peer.transcript)
-    assert.ok(isToldToClose || peer.transcript.endsWith('served'), peer.transcript)
+    late.say(headOf('/'))
+    await until(() => late.isClosed || late.transcript.endsWith('served'), 'it is over')
+    assert.match(late.transcript, /^Connection: close\r$|served$/m)
   })
 })
 
@@ -3786,30 +3674,6 @@ describeInProcess('Sending clients elsewhere', ALONE, () => {
     Reflect.deleteProperty(response as object, 'destroyed')
     response?.end()
     await asked
-  })
-})
-
-describeProcesses('Sending clients elsewhere', SIDE_BY_SIDE, () => {
-  test('an upload that is answered early when the server has closed may send its body', async (t) => {
-    const service = await bootService(t, {
-      env: { FTW_MONITOR: '0' },
-      script: `
-        handle = async (_, response) => {
-          print('asked')
-          await pause(600)
-          response.statusCode = 401
-          response.end('not you')
-        }`
-    })
-    const { errorCode, answer } = await upload(t, service.instancePort, async () => {
-      await service.hasSaid('asked')
-      service.kill('SIGTERM')
-      await until(() => isRefused(service.instancePort), 'the server is closed')
-      await pause(700)
-    })
-    assert.equal(errorCode, '')
-    assert.match(answer, /^HTTP\/1\.1 401 [^]*not you$/)
-    assert.equal((await service.awaitEnd()).status, 0)
   })
 })
 
