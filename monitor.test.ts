@@ -2782,33 +2782,25 @@ describeInProcess('The application', TOGETHER, () => {
         request.on('data', (part: Buffer) => events.push(String(part)))
         request.on('end', () => {
           const { method, url, headers, trailers, complete } = request
-          response.setHeader('X-Events', response.eventNames().length > 0 ? 'some' : 'none')
-          response.removeHeader('X-Events')
           response.end(JSON.stringify({ method, url, headers, trailers, complete, events }))
         })
       })
       server.on('upgrade', (_, socket) => {
         socket.end('HTTP/1.1 101 Changed\r\n\r\nchanged')
       })
-      const listeners = () => server.eventNames().map((name) => [name, server.listenerCount(name)])
-      const before = listeners()
+      const before = listenersOf(server)
       if (start) await bootInstance(t, { performers: WARM, server })
-      assert.deepEqual(listeners(), before)
+      assert.deepEqual(listenersOf(server), before)
       const replies = []
-      for (const [line, rest, body] of [
-        ['GET /a?b=c', '', ''],
-        ['HEAD /a', '', ''],
-        ['OPTIONS *', '', ''],
-        ['NONSENSE', '', ''],
+      for (const [line, rest = '', body = ''] of [
+        ...[['GET /a?b=c'], ['HEAD /a'], ['OPTIONS *'], ['NONSENSE'], ['CONNECT a:1']],
+        ...[['GET /@@warmups'], ['GET /%40%40warmup']],
         ['POST /a', 'Content-Length: 5\r\n', 'hello'],
         ['POST /a', 'Expect: 100-continue\r\nContent-Length: 5\r\n', 'hello'],
         ['POST /a', 'Transfer-Encoding: chunked\r\nTrailer: x\r\n', '2\r\nhi\r\n0\r\nx: y\r\n\r\n'],
-        ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n', ''],
-        ['CONNECT a:1', '', ''],
-        ['GET /@@warmups', '', ''],
-        ['GET /%40%40warmup', '', '']
+        ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n']
       ]) {
-        const closeHeader = rest!.includes('Upgrade') ? '' : 'Connection: close\r\n'
+        const closeHeader = rest.includes('Upgrade') ? '' : 'Connection: close\r\n'
         const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${closeHeader}\r\n${body}`
         replies.push(await ask(portOf(server), raw).catch((error: Error) => error.message))
       }
@@ -3744,7 +3736,7 @@ describeInProcess('The verdict', TOGETHER, () => {
 
   test('untilHealthy() rejects wrong options with a sentence', async (t) => {
     const monitor = await importMonitor(t)
-    for (const wrong of [null, 7, { timeoutMs: 5 }, { signal: 5 }, { signal: {} }]) {
+    for (const wrong of [null, 7, { signal: 5 }, { signal: {} }]) {
       await assert.rejects(monitor.untilHealthy(wrong as object), {
         name: 'TypeError',
         message: /^ftw-monitor: .*(untilHealthy takes|signal must be) an /
@@ -3918,17 +3910,14 @@ describeInProcess('The verdict', ALONE, () => {
         await until(() => process.output.includes('listens'), 'it listens')
         return process
       }
-      const isAccepted = async () => {
+      const isWaiting = () => {
         const socket = connectTo(port, {}).on('error', () => {})
         t.after(() => socket.destroy())
-        const wait = new AbortController()
-        const outcome = pause(1_000, 'waits', { signal: wait.signal }).catch(() => 'accepted')
-        socket.on('connect', () => wait.abort())
-        return (await outcome) === 'accepted'
+        return isPendingFor(1_000, once(socket, 'connect'))
       }
       const fillBacklog = async ({ child }: { child: ChildProcess }) => {
         child.kill('SIGSTOP')
-        await until(async () => !(await isAccepted()), 'its backlog is full')
+        await until(isWaiting, 'its backlog is full')
       }
       const first = await listen()
       const monitor = await importMonitor(t)
@@ -4378,14 +4367,14 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const seen = logger.lines.length
     await monitor.shutdown()
     const phases = logger.lines.slice(seen).filter((line) => line.includes('shut'))
-    const expected = [
-      /^info ftw-monitor shuts down$/,
-      ...['settling', 'closing', 'cleaning', 'done'].map(
-        (phase) => new RegExp(`^info ftw-monitor shutdown: ${phase} after \\d+\\.\\d s$`)
-      )
-    ]
-    assert.equal(phases.length, expected.length, phases.join('\n'))
-    for (const [index, phase] of phases.entries()) assert.match(phase, expected[index]!)
+    const untimed = phases.map((line) => line.replace(/\d+\.\d s$/, 'N s'))
+    assert.deepEqual(untimed, [
+      'info ftw-monitor shuts down',
+      'info ftw-monitor shutdown: settling after N s',
+      'info ftw-monitor shutdown: closing after N s',
+      'info ftw-monitor shutdown: cleaning after N s',
+      'info ftw-monitor shutdown: done after N s'
+    ])
   })
 
   test('a fault of our own is logged once a minute, and the application serves', async (t) => {
@@ -4507,7 +4496,6 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
       [['two words', () => true], /a check has a name without white space/],
       [['disk'], /a check is a function/],
       [['disk', { check: () => true }], /a check is a function/],
-      [['disk', () => true, { optionally: true }], /a check takes an object with any of optional/],
       [['disk', () => true, null], /a check takes an object with any of optional/],
       [['disk', () => true, { optional: 1 }], /optional is true or false/]
     ]
@@ -4626,18 +4614,6 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal(await ask(red.port, 'health_check\n'), `Error: Check 'health' failed: ${why}\n`)
   })
 
-  test('a page is not asked for while the instance boots', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
-    const monitor = await importMonitor(t)
-    const server = http.createServer(hello)
-    const logger = recorder()
-    void monitor.start({ server, listen: LOOPBACK, logger })
-    assert.equal((await monitor.health()).reason, 'Instance is booting')
-    assert.deepEqual(logger.lines, [])
-    await startListening(t, server)
-    await untilVerdict(monitor)
-  })
-
   test('a page that is late while it is warmed up is no fault, nor just after that; one that fails is', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/' })
     const warm = latch()
@@ -4683,18 +4659,25 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilVerdict(monitor, /^Error: Check '\/health' failed: .*; it speaks no HTTP\/1$/)
   })
 
-  test('a page that was not asked for does not pass, where the instance accepts just then', async (t) => {
+  test('a page is not asked for while the instance boots, nor does it pass because of that', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health', FTW_MONITOR_AUTOWARMUP: 'off' })
     const monitor = await importMonitor(t)
-    const server = http.createServer((_, response) => response.writeHead(500).end())
+    let code = 500
+    const server = http.createServer((_, response) => response.writeHead(code).end())
+    const logger = recorder()
+    void monitor.start({ server, listen: LOOPBACK, logger })
+    assert.equal((await monitor.health()).reason, 'Instance is booting')
+    assert.deepEqual(logger.lines, [])
+
     const connected = latch()
     monitor.registerDatabase('main', { isConnected: () => connected.opened.then(() => true) })
-    void monitor.start({ server, listen: LOOPBACK, logger: recorder() })
     const verdict = monitor.health() // before the page can be asked for
     await startListening(t, server)
     await nextTurn()
     connected.open()
     assert.equal((await verdict).healthy, false)
+    code = 200
+    await untilVerdict(monitor)
   })
 
   test('windows of 1, 10, 300 and 3600 s are exact to the second', async (t) => {
@@ -4869,28 +4852,6 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal(questions.length, 4)
     questions[2]?.(false)
     assert.equal(await another, "Error: Database 'main' disconnected.")
-  })
-
-  test('a database that takes several round trips is not late where the application has blocked', async (t) => {
-    const echo = await startListening(
-      t,
-      net.createServer((socket) => void socket.pipe(socket))
-    )
-    const socket = net.connect(portOf(echo), '127.0.0.1')
-    t.after(() => socket.destroy())
-    await once(socket, 'connect')
-    const { monitor } = await bootInstance(t, { performers: WARM })
-    const isConnected = async () => {
-      for (let trip = 0; trip < 5; trip++) {
-        socket.write('SELECT 1')
-        await once(socket, 'data')
-      }
-      return true
-    }
-    monitor.registerDatabase('main', { isConnected })
-    const verdict = monitor.health()
-    standStill(1_000)
-    assert.equal((await verdict).reason, 'OK')
   })
 })
 
