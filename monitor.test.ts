@@ -2792,12 +2792,20 @@ describeInProcess('The application', TOGETHER, () => {
       if (start) await bootInstance(t, { performers: WARM, server })
       assert.deepEqual(listenersOf(server), before)
       const replies = []
+      const heads = [
+        'GET /a?b=c',
+        'HEAD /a',
+        'OPTIONS *',
+        'NONSENSE',
+        'CONNECT a:1',
+        'GET /@@warmups'
+      ]
       for (const [line, rest = '', body = ''] of [
-        ...[['GET /a?b=c'], ['HEAD /a'], ['OPTIONS *'], ['NONSENSE'], ['CONNECT a:1']],
-        ...[['GET /@@warmups'], ['GET /%40%40warmup']],
+        ...heads.map((head) => [head]),
         ['POST /a', 'Content-Length: 5\r\n', 'hello'],
         ['POST /a', 'Expect: 100-continue\r\nContent-Length: 5\r\n', 'hello'],
         ['POST /a', 'Transfer-Encoding: chunked\r\nTrailer: x\r\n', '2\r\nhi\r\n0\r\nx: y\r\n\r\n'],
+        ['GET /%40%40warmup'],
         ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n']
       ]) {
         const closeHeader = rest.includes('Upgrade') ? '' : 'Connection: close\r\n'
@@ -3047,7 +3055,9 @@ describeInProcess('The application', ALONE, () => {
     const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
     const mock = { method: 'GET', headers: {}, httpVersion: '1.1' }
     const mocks = [
-      ...[undefined, {}, { url: 7 }],
+      undefined,
+      {},
+      { url: 7 },
       { ...mock, url: '/x' },
       { ...mock, url: '/@@warmup', socket: {} },
       { ...mock, url: '/ready', socket: new EventEmitter() }
@@ -4483,15 +4493,17 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
 
   test('figures and connections of wrong types are -1 or one line, and the host lives', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const wrongValues = [null, 7, 'text', [], {}, undefined, true, Symbol('x'), thrower]
     const wrongConnections = [
-      ...[null, 7, 'text', [], {}],
+      ...wrongValues,
       { openedAt: 'yesterday', info: 'x' },
       { openedAt: NaN, info: null },
       { openedAt: new Date(NaN), info: { toString: thrower } },
       { openedAt: {}, info: Symbol('x') }
     ]
     const wrong: unknown[] = [
-      ...[undefined, null, 7, 'text', true, Symbol('x'), [], thrower, Object.create(null)],
+      ...wrongValues,
+      Object.create(null),
       { then: 1 },
       { size: '12', nonGhost: NaN, accesses: Infinity, objects: {}, bytes: Symbol('x') },
       { maxSize: null, recordsAdded: [7], bytesAdded: thrower, conflicts: new Date(7) },
