@@ -5220,8 +5220,11 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const judge = async ([what, handler, reply, warning]: (typeof rows)[number]) => {
       const { port, logger } = await bootInstance(t, { handler, until: 'started' })
       let seen = ''
-      const check = async () => (seen = await ask(port, 'health_check\n'))
-      await until(async () => !/booting|progress/.test(await check()), `${what} is over`)
+      const isOver = async () => {
+        seen = await ask(port, 'health_check\n')
+        return !/booting|progress/.test(seen)
+      }
+      await until(isOver, `${what} is over`)
       assert.match(seen, reply, what)
       assert.match(warningsOf(logger).join('\n'), warning, what)
     }
