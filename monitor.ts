@@ -2369,7 +2369,7 @@ class SharedCall {
   async #callBeside(before: Promise<unknown> | undefined, askedAtMs: number): Promise<unknown> {
     try {
       const call = new Promise((resolve) => resolve(this.#call())) // which may throw
-      const answer = await (before ? Promise.race([call, successOf(before)]) : call)
+      const answer = await (before ? Promise.race([call, before.catch(() => call)]) : call)
       this.answeredMs = performance.now() - askedAtMs
       return answer
     } finally {
@@ -2379,13 +2379,6 @@ class SharedCall {
       }
     }
   }
-}
-
-/** Resolves as the promise does; never settles if that rejects. */
-function successOf<T>(promise: Promise<T>): Promise<T> {
-  return new Promise((resolve) => {
-    promise.then(resolve, doNothing)
-  })
 }
 
 /** Rejects with TIMED_OUT what does not settle in time. It waits for the limit in two halves:
