@@ -1437,9 +1437,8 @@ class Traffic {
         else client.upgradedStreams.add(key as Http2Stream)
         continue
       }
-      const isDead = attempt(() => isDestroyed(client.peer) || isDestroyed(key))
-      // Do not wait for what cannot be looked at.
-      if (isDead ?? true) this.#requestEnded(key, 0)
+      const isAlive = attempt(() => !isDestroyed(client.peer) && !isDestroyed(key))
+      if (!isAlive) this.#requestEnded(key, 0) // nor wait for what cannot be looked at
     }
   }
 
@@ -3300,10 +3299,10 @@ class Shutdown {
   readonly #signal: NodeJS.Signals | undefined
   /** Nobody who presses Ctrl-C at a terminal wants to wait for a balancer. */
   readonly #isAtTerminal: boolean
-  readonly #monitor: Monitor
-  readonly #traffic: Traffic
+  readonly #monitor = monitor
+  readonly #traffic = monitor.traffic
   /** All that is closed, including what is not judged. */
-  readonly #allTraffic: Traffic[]
+  readonly #allTraffic = monitor.allTraffic
   readonly #startedAtMs = performance.now()
   /** What is still to be done, in words. */
   readonly #undone = new Set<string>()
@@ -3316,9 +3315,6 @@ class Shutdown {
     this.#options = options
     this.#signal = signal
     this.#isAtTerminal = signal === 'SIGINT' && process.stdin.isTTY
-    this.#monitor = monitor
-    this.#traffic = monitor.traffic
-    this.#allTraffic = monitor.allTraffic
   }
 
   get isRunning(): boolean {
