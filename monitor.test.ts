@@ -7198,6 +7198,35 @@ describeInProcess('Shutdown', ALONE, () => {
       await inTime(ended, 'the shutdown is over')
     }
   })
+
+  for (const kind of ['HTTP', 'HTTPS', 'HTTP/2']) {
+    const how = kind === 'HTTPS' ? needs('openssl') : {}
+    test(
+      `over ${kind} the application hears before cleanUp that a request was cut`,
+      how,
+      async (t) => {
+        const events: string[] = []
+        const hold = (_: unknown, response: EventEmitter) => {
+          response.on('close', () => events.push('cut'))
+          events.push('begun')
+        }
+        let created: WebServer = http.createServer(hold)
+        if (kind === 'HTTPS') created = https.createServer(certify(t, 'localhost'), hold)
+        if (kind === 'HTTP/2') created = http2.createServer(hold)
+        const server = await startListening(t, created)
+        const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+        if (kind === 'HTTP') getPage(instancePort, '/').catch(() => {})
+        if (kind === 'HTTPS') {
+          const to = { host: '127.0.0.1', port: instancePort, rejectUnauthorized: false }
+          https.get(to).on('error', () => {})
+        }
+        if (kind === 'HTTP/2') void askStream(await connectSession(t, instancePort))
+        await until(() => events.length === 1, 'a request is in flight')
+        await monitor.shutdown({ timeoutMs: 100, cleanUp: () => void events.push('cleaned up') })
+        assert.deepEqual(events, ['begun', 'cut', 'cleaned up'])
+      }
+    )
+  }
 })
 
 describeProcesses('Shutdown', SIDE_BY_SIDE, () => {

@@ -1703,6 +1703,11 @@ class Traffic {
     return count
   }
 
+  /** Whether the application is still to hear that a connection was cut. */
+  get isCutting(): boolean {
+    return [...this.#clients.values()].some(({ peer }) => isDestroyed(peer))
+  }
+
   /** Ends all connections that were not upgraded. */
   endConnections(): void {
     for (const client of this.#clients.values()) {
@@ -3447,9 +3452,9 @@ class Shutdown {
     const seconds = this.#options.timeoutMs / 1_000
     const requests = plural(count, 'request that is', 'requests that are')
     log('warn', `cuts ${requests} still in flight after ${seconds} s${names}`)
-    // The application is to hear of it before cleanUp.
-    const isCut = (): boolean => this.#allTraffic.every((each) => each.requestsInFlight === 0)
-    await pollUntil(isCut, GOODBYE_MS)
+    // Before cleanUp, since the application may then give back what it took of a pool.
+    const isHeardOf = (): boolean => this.#allTraffic.every(({ isCutting }) => !isCutting)
+    await pollUntil(isHeardOf, GOODBYE_MS)
   }
 
   async #cleanUp(
@@ -4749,8 +4754,6 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 }
 
 // --- The module ----------------------------------------------------------------------------------
-
-// What is current. Commands and databases, performers and collectors stand in their sections.
 
 // What we replace of somebody else's, and when we put it back. Where somebody has wrapped it since,
 // ours stays below that, and does nothing any more. Each layer says at its head what it replaces.
