@@ -7496,6 +7496,37 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     assert.equal((await service.awaitEnd()).status, 0)
     assert.deepEqual(linesOfShutdown(service.watched.output), [])
   })
+
+  test('auto: a shutdown() that a signal listener calls cuts what is late, and ends WebSockets', async (t) => {
+    const { watched, port } = await bootUnmodified(
+      t,
+      `
+      const http = require('node:http')
+      const server = http.createServer(({ url }, response) => {
+        if (url !== '/hang') return response.end()
+        response.on('close', () => print('is over'))
+        print('asked for /hang')
+      })
+      server.on('upgrade', (request, socket) => {
+        socket.on('error', () => {})
+        socket.write('HTTP/1.1 101 Switching Protocols\\r\\n\\r\\n')
+      })
+      server.listen(process.env.PORT, '127.0.0.1')
+      process.on('SIGTERM', () => {
+        const monitor = globalThis[Symbol.for('ftw-monitor.exports.1')]
+        void monitor.shutdown({ timeoutMs: 300, cleanUp: () => print('cleaned up') })
+      })`,
+      { FTW_MONITOR_TIMEOUT_MS: '300' }
+    )
+    const answer = getPage(port, '/hang').catch(codeOf)
+    const peer = await upgradeTo(port)
+    await until(() => watched.output.includes('asked for /hang'), 'a request is in flight')
+    watched.child.kill('SIGTERM')
+    assert.equal(await inTime(watched.exit, `the end of ${watched.output}`), 0)
+    assertOrder(watched.output, 'cuts 1 request', 'is over', 'cleaned up')
+    assert.equal(await answer, 'ECONNRESET')
+    assert.ok(peer.endedAt > 0, 'the WebSocket is ended')
+  })
 })
 
 // --- Signals -------------------------------------------------------------------------------------

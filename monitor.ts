@@ -344,6 +344,7 @@ export const start: (instance?: WebServer | WebServer[] | StartOptions) => Promi
     currentShutdown = undefined
 
     monitor.unhookServers()
+    monitor.forgetConnections()
     if (!monitor.isOff) void monitor.end()
     monitor = new Monitor(options)
     monitor.hookServers()
@@ -359,6 +360,7 @@ export const stop: () => Promise<void> = shared('stop', async () => {
   if (!currentShutdown?.isRunning) {
     signals.release()
     stopping.unhookServers()
+    stopping.forgetConnections()
     monitor = new Monitor({ servers: [], logger: stopping.logger })
   }
   await stopping.end()
@@ -557,6 +559,10 @@ class Monitor {
     this.#isHooked = false
     this.companions.tell((each) => each.onUnhook?.())
     for (const traffic of this.allTraffic) traffic.unhook()
+  }
+
+  forgetConnections(): void {
+    for (const traffic of this.allTraffic) traffic.forgetConnections()
   }
 
   /** Our own server listens. */
@@ -1415,9 +1421,12 @@ class Traffic {
     this.#unhooks.delete(server)
   }
 
-  /** Takes all hooks off, and forgets all connections. */
+  /** Takes all hooks off. Connections stay known: a shutdown that follows may have to end them. */
   unhook(): void {
     for (const server of this.servers) this.remove(server)
+  }
+
+  forgetConnections(): void {
     for (const client of this.#clients.values()) this.#forgetClient(client)
   }
 
