@@ -5370,6 +5370,20 @@ describeInProcess('Warm-up', TOGETHER, () => {
     await pause(100)
     assert.equal((await monitor.health()).healthy, false)
   })
+
+  test('a site that is registered during a shutdown is not warmed', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const warmed: string[] = []
+    const ended = monitor.shutdown()
+    monitor.registerWarmup('/late', ({ site }) => void warmed.push(site))
+    await until(() => isRefused(instancePort), 'the server is closed')
+    letGo()
+    await Promise.all([answer, ended])
+    assert.deepEqual(warmed, [])
+  })
 })
 
 /** What FTW_MONITOR_WARMUP says, the pages that are loaded, and the sites. */

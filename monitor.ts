@@ -2596,7 +2596,7 @@ class WarmupRunner {
 
   /** A site that is registered while the instance is green only takes it out if it fails. */
   onRegistered(name: string, wasGreen: boolean): void {
-    if (this.#life !== 'begun' || this.#site(name).state !== 'waiting') return
+    if (currentShutdown || this.#life !== 'begun' || this.#site(name).state !== 'waiting') return
     void this.warmUp([name], !wasGreen)
   }
 
