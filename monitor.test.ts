@@ -6548,6 +6548,19 @@ describeInProcess('Draining', TOGETHER, () => {
       await assert.rejects(monitor.drain(options), expected)
     }
   })
+
+
+  test('drain() while the server is closed holds when it listens again', async (t) => {
+    const { monitor, server, port, instancePort } = await bootInstance(t, { performers: WARM })
+    await close(server)
+    await until(() => isRefused(port), 'the monitor is closed')
+    await monitor.drain({ reason: 'Stays out' })
+    await startListening(t, server, { host: '127.0.0.1', port: instancePort })
+    await until(() => monitor.status().then(({ state }) => state === 'draining'), 'it drains')
+    assert.deepEqual(await monitor.health(), { healthy: false, reason: 'Stays out' })
+    monitor.resume()
+    await untilVerdict(monitor)
+  })
 })
 
 describeInProcess('Draining', ALONE, () => {

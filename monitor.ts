@@ -3117,7 +3117,7 @@ async function untilDrained(
   options: Required<DrainOptions>,
   report: (progress: string) => void = doNothing
 ): Promise<string> {
-  if (!monitor.isRunning) return ''
+  if (monitor.isOff) return ''
   const draining = monitor.beginDraining(options, options.timeoutMs)
   const { traffic } = monitor
   const quiet = new Quiet(traffic.requests)
