@@ -366,11 +366,11 @@ export const stop: () => Promise<void> = shared('stop', async () => {
   await stopping.end()
 })
 
-//   new ── waiting ── booting ── accepting ── closed ── waiting
-//   any of them ── stopped; waiting ── failed
+//   new or stopped ── waiting ── booting ── accepting ── closed ── waiting
+//   any of them ── stopped; any that runs ── failed
 
 type MonitorState =
-  | 'new' // nobody has called start()
+  | 'new' // no monitor was begun yet
   | 'stopped' // switched off, or over
   | 'failed' // it has given up for a wrong setting
   | 'waiting' // for the server to listen
@@ -569,11 +569,6 @@ class Monitor {
   onListening(address: net.AddressInfo | string): void {
     log('info', `listening on ${describeAddress(address)}`)
     this.started.resolve(address)
-  }
-
-  /** Our own server cannot listen now, and tries again. */
-  onListenDelayed(): void {
-    this.started.resolve(false)
   }
 
   /** The instance's server listens. */
@@ -1006,8 +1001,8 @@ class Listener {
   }
 
   #onListening(server: net.Server): void {
-    if (this.#isClosed)
-      server.close() // stopped while a name was looked up
+    // It may have been closed while a name was looked up.
+    if (this.#isClosed) server.close()
     else this.#monitor.onListening(server.address() ?? '')
   }
 
@@ -1021,7 +1016,7 @@ class Listener {
       return
     }
     if (!isRetry) void this.#tellOfRetries(text, advice)
-    this.#monitor.onListenDelayed()
+    this.#monitor.started.resolve(false)
     this.clock.schedule(LISTEN_RETRY_MS, () => {
       // A look-up of a name cannot be called off, and the process would have to wait for it.
       if (!currentShutdown?.isRunning) this.open(true)
@@ -1201,7 +1196,8 @@ class Client {
   readonly #quiet = new Quiet()
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
-  /** What had been read when the last request was over: if it is more now, half a head has come. */
+  /** What had been read when the last request was over: if it is more now, half a head has come.
+   *  One that came in the same packet as that request is not seen. */
   #bytesReadAtLastEnd = 0
   #bytesSeen = 0
   #bytesSeenAtMs = performance.now()
@@ -2748,9 +2744,8 @@ function describeFailures(sites: Site[]): string {
 // --- Who asks ------------------------------------------------------------------------------------
 
 // Whether somebody on this machine asks, and whether that is a person. Behind a proxy on it all
-// visitors look local, and any web page can make a browser on it send a request. So two rules stand
-// here: one for the service's own port, to which visitors come, and a kinder one for the monitor's
-// port, to which nobody forwards them.
+// visitors look local, and any web page can make a browser on it send a request. But nobody
+// forwards visitors to the monitor's port, so its rule is kinder than one for the service's own.
 
 /** At the monitor's port a person may use a browser. */
 function isLocalOperator({ headers }: http.IncomingMessage, session: Session): boolean {
