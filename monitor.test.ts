@@ -6550,6 +6550,18 @@ describeInProcess('Draining', TOGETHER, () => {
   })
 
 
+  test('a drain during a shutdown changes nothing about it', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port, instancePort } = await bootInstance(t, { server, performers: WARM })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    const ended = monitor.shutdown({ reason: 'Restarts' })
+    const drained = monitor.drain({ reason: 'Drained by hand', minimumMs: 60_000 })
+    assert.equal(await ask(port, 'health_check\n'), 'Restarts\n')
+    letGo()
+    await Promise.all([answer, inTime(ended, 'the shutdown is over'), drained])
+  })
+
   test('drain() while the server is closed holds when it listens again', async (t) => {
     const { monitor, server, port, instancePort } = await bootInstance(t, { performers: WARM })
     await close(server)

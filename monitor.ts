@@ -2993,8 +2993,8 @@ const MAPPED_ADDRESS = /^::ffff:(?=[\d.]+$)/ // ::ffff:127.0.0.1
 
 /** Takes the instance out: every verdict is the reason, and requests are served with `Connection:
  *  close`. Resolves when each prober was told `fall` times and no request is in flight; without
- *  that at `timeoutMs`, at `resume()` and `stop()`, and at once where no monitor runs. Rejects with
- *  a `TypeError` or `RangeError` for wrong options. */
+ *  that at `timeoutMs`, at `resume()` and `stop()`, and at once where there is no monitor. Changes
+ *  nothing about a shutdown. Rejects with a `TypeError` or `RangeError` for wrong options. */
 export const drain: (options?: DrainOptions) => Promise<void> = shared(
   'drain',
   async (options = {}) => {
@@ -3113,7 +3113,8 @@ async function untilDrained(
   report: (progress: string) => void = doNothing
 ): Promise<string> {
   if (monitor.isOff) return ''
-  const draining = monitor.beginDraining(options, options.timeoutMs)
+  const ofShutdown = currentShutdown && monitor.draining // which takes its own course
+  const draining = ofShutdown ?? monitor.beginDraining(options, options.timeoutMs)
   const { traffic } = monitor
   const quiet = new Quiet(traffic.requests)
   let progress = ''
