@@ -2977,6 +2977,35 @@ describeInProcess('The application', TOGETHER, () => {
     assert.equal((await page).body, 'expected')
     await inTime(ended, 'the shutdown is over')
   })
+
+  test('a layer that fails costs neither the program a request nor the core a count', async (t) => {
+    const file = join(scratchFolder(t), `failing${EXTENSION}`)
+    const layer = `
+      const fail = () => {
+        throw new Error('a fault of the layer')
+      }
+      accompany(() => ({
+        onEvent: fail,
+        onRequestEnd: fail,
+        inquire: fail,
+        prepareWarmup: fail,
+        get isInquiryDue() {
+          return fail()
+        }
+      }))`
+    fs.writeFileSync(file, `${fs.readFileSync(PROGRAM, 'utf8')}\n${layer}`)
+    const failing = (await import(file)) as Monitor
+    t.after(() => failing.stop())
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, instancePort, logger } = await bootInstance(t, { monitor: failing, server })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1, 'a request is in flight')
+    assert.equal((await monitor.status()).requestsInFlight, 1)
+    letGo()
+    assert.equal((await answer).body, 'late')
+    assert.deepEqual(errorsOf(logger).length, 1)
+    assert.match(errorsOf(logger).join(), /has an internal error: a fault of the layer/)
+  })
 })
 
 describeInProcess('The application', ALONE, () => {

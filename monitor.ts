@@ -471,7 +471,7 @@ class Monitor {
     this.state = state
     this.options = options
     this.logger = options.logger ?? console
-    for (const make of companionMakers) this.companions.add(make(this))
+    for (const make of companionMakers) attemptOwn(() => this.companions.add(make(this)))
   }
 
   get isOff(): boolean {
@@ -489,7 +489,6 @@ class Monitor {
     return this.isRunning && !hasNoPort ? 'refuse' : 'begin'
   }
 
-  /** Where it listens. */
   get address(): Address {
     return this.listener?.address ?? false
   }
@@ -507,7 +506,6 @@ class Monitor {
     return server ? !server.listening : this.instance?.isRefusing === true
   }
 
-  /** Begins this life. */
   begin(): Promise<Address> {
     this.companions.tell((each) => each.onBegin?.())
     this.#wait()
@@ -930,7 +928,6 @@ class Listener {
   readonly #monitor: Monitor
   /** A fixed number of places, since in a Set closed sockets lived longer. */
   readonly #sessions = Array<Session | undefined>(CONNECTIONS_MAX).fill(undefined)
-  /** How many connections have come. */
   #connectionsSoFar = 0
   #server: net.Server | undefined
   /** Resolves when the server listens or cannot: Node.js looks up an address, too, before it
@@ -1331,7 +1328,6 @@ class Traffic {
   readonly #clients = new Map<object, Client>()
   /** By response; by stream where it is HTTP/2, by socket where it is an upgrade. */
   readonly #inFlight = new Map<object, RequestInFlight>()
-  /** How many connections have come. */
   #connectionsSoFar = 0
   /** The last socket that was announced as one of HTTP/2. */
   #newestCarrier: net.Socket | undefined
@@ -1437,13 +1433,14 @@ class Traffic {
   forgetEndedRequests(): void {
     for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
       if (isUpgradeAnswered?.()) {
-        this.#requestEnded(key, 0)
+        attemptOwn(() => this.#requestEnded(key, 0))
         if (key === client.peer) client.state = 'upgraded'
         else client.upgradedStreams.add(key as Http2Stream)
         continue
       }
       const isAlive = attempt(() => !isDestroyed(client.peer) && !isDestroyed(key))
-      if (!isAlive) this.#requestEnded(key, 0) // nor wait for what cannot be looked at
+      // Nor wait for what cannot be looked at.
+      if (!isAlive) attemptOwn(() => this.#requestEnded(key, 0))
     }
   }
 
@@ -1452,9 +1449,13 @@ class Traffic {
   /** Sees each event of a server before the application does; returns whether that is not to hear
    *  of it. */
   onEvent(server: net.Server, event: string, args: unknown[]): boolean {
-    for (const companion of this.#companions.ofEvents) {
-      const outcome = companion.onEvent?.(this, server, event, args)
-      if (outcome) return outcome === 'taken'
+    try {
+      for (const companion of this.#companions.ofEvents) {
+        const outcome = companion.onEvent?.(this, server, event, args)
+        if (outcome) return outcome === 'taken'
+      }
+    } catch (error) {
+      logFault(error) // what failed is in a layer: it is counted all the same
     }
     this.#count(server, event, args)
     return false
@@ -2138,7 +2139,7 @@ function isInquiryDue(): boolean {
   if (monitor.draining || isWithoutMonitor()) return false
   if (monitor.server && monitor.isInstanceClosing) return false // it is known
   if (databases.size > 0 || registeredChecks.size > 0) return true
-  return monitor.companions.all.some((companion) => companion.isInquiryDue)
+  return attemptOwn(() => monitor.companions.all.some((each) => each.isInquiryDue)) === true
 }
 
 /** The verdict as a check sees it. */
@@ -2176,10 +2177,9 @@ async function inquireIfDue(): Promise<void> {
 /** Asks even if the verdict does not depend on the answers, as during a drain. */
 async function inquire(): Promise<void> {
   const inquiries = allDependencies().map((each) => each.ask())
-  for (const companion of monitor.companions.all) {
-    if (!companion.isInquiryDue || !companion.inquire) continue
-    inquiries.push(companion.inquire().catch(doNothing))
-  }
+  monitor.companions.tell((each) => {
+    if (each.isInquiryDue && each.inquire) inquiries.push(each.inquire().catch(logFault))
+  })
   await Promise.all(inquiries)
   // What was registered meanwhile is asked, too; but only once, since that may go on without end.
   const added = allDependencies().filter(({ isAsked }) => !isAsked)
@@ -2578,7 +2578,7 @@ class WarmupRunner {
   async #beginWhenPrepared(): Promise<void> {
     const { signal } = this.#preparation
     for (const companion of this.#monitor.companions.all) {
-      await companion.prepareWarmup?.(signal).catch(doNothing)
+      await attemptOwn(() => companion.prepareWarmup?.(signal))?.catch(logFault)
     }
     this.beginNow()
   }
@@ -4598,13 +4598,16 @@ function attemptOwn<T>(act: () => T): T | undefined {
   try {
     return act()
   } catch (error) {
-    const nowMs = performance.now()
-    if (nowMs - faultLoggedAtMs >= FAULT_LOG_MS) {
-      faultLoggedAtMs = nowMs
-      log('error', `has an internal error: ${errorText(error)}`, ...framesOf(error))
-    }
+    logFault(error)
     return undefined
   }
+}
+
+function logFault(error: unknown): void {
+  const nowMs = performance.now()
+  if (nowMs - faultLoggedAtMs < FAULT_LOG_MS) return
+  faultLoggedAtMs = nowMs
+  log('error', `has an internal error: ${errorText(error)}`, ...framesOf(error))
 }
 
 let faultLoggedAtMs = -Infinity
@@ -4770,7 +4773,8 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or
 //                              else at the end of the shutdown
 
-// How a layer adds to the core. What fails there is logged, and harms neither core nor host.
+// How a layer adds to the core. What a companion fails in is logged, and harms neither core nor host;
+// what is put in place of a function of the core must not fail.
 //
 //   a companion of each monitor           `companionMakers`: hears of its life and traffic
 //   servers that `start` was not given    `Monitor.allTraffic`, `answerStart`, `open`, `accept`
