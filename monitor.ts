@@ -1132,32 +1132,19 @@ interface Http2Stream extends NodeJS.EventEmitter {
 
 /** For how long nothing has happened, by the clock and in samples: several of those prove that a
  *  busy event loop has read meanwhile what came. */
-class Quiet {
+class QuietPeriod {
   #sinceMs = performance.now()
   #samples = 0
-  #eventsBefore: number
-  #eventAtMs = -Infinity
-
-  constructor(eventsBefore = 0) {
-    this.#eventsBefore = eventsBefore
-  }
 
   begin(): void {
     this.#sinceMs = performance.now()
     this.#samples = 0
   }
 
-  /** Call it every POLL_MS: `isBusy` if something happens now, `events` counts what has. */
-  sample(isBusy: boolean, events = 0): void {
-    const isEvent = events !== this.#eventsBefore
-    this.#eventsBefore = events
-    if (isEvent) this.#eventAtMs = performance.now()
-    if (isEvent || isBusy) this.begin()
+  /** Call it every POLL_MS, with whether something happens, or has happened since. */
+  sample(isBusy: boolean): void {
+    if (isBusy) this.begin()
     else this.#samples++
-  }
-
-  get hasEventLately(): boolean {
-    return performance.now() - this.#eventAtMs < QUIET_MS
   }
 
   hasLasted(ms: number): boolean {
@@ -1190,7 +1177,7 @@ class Client {
   #newestResponse: object | undefined
   /** Whether an HTTP/2 session was told to go elsewhere. */
   #isSentElsewhere = false
-  readonly #quiet = new Quiet()
+  readonly #quiet = new QuietPeriod()
   /** A request that was answered before its body had come. */
   #upload: http.IncomingMessage | undefined
   /** What had been read when the last request was over: if it is more now, half a head has come.
@@ -1688,7 +1675,7 @@ class Traffic {
       client.sampleQuiet()
       const isToEnd = client.isQuiet && !client.isUpgraded
       if (isToEnd && !client.sendSessionElsewhere()) client.sayGoodbye()
-      if (!client.isQuiet) areAllQuiet = false
+      if (!client.isQuiet) areAllQuiet = false // perhaps since it was just told to end
     }
     return areRequestsOver && areAllQuiet
   }
@@ -3116,14 +3103,20 @@ async function untilDrained(
   const ofShutdown = currentShutdown && monitor.draining // which takes its own course
   const draining = ofShutdown ?? monitor.beginDraining(options, options.timeoutMs)
   const { traffic } = monitor
-  const quiet = new Quiet(traffic.requests)
+  const quiet = new QuietPeriod()
+  let requestsBefore = traffic.requests
+  let requestAtMs = -Infinity
   let progress = ''
   const isOver = (): boolean => {
     if (monitor.draining !== draining) return true
     const { isTold } = draining
     if (isTold) traffic.sendSessionsElsewhere()
-    quiet.sample(traffic.requestsInFlight > 0 || !isTold, traffic.requests)
-    progress = describeProgress(draining, quiet.hasEventLately)
+    const { requests, requestsInFlight } = traffic
+    const haveRequestsCome = requests !== requestsBefore
+    requestsBefore = requests
+    if (haveRequestsCome) requestAtMs = performance.now()
+    quiet.sample(haveRequestsCome || requestsInFlight > 0 || !isTold)
+    progress = describeProgress(draining, performance.now() - requestAtMs < QUIET_MS)
     report(`Draining: ${progress}`)
     return quiet.hasLasted(QUIET_MS)
   }
@@ -3408,9 +3401,12 @@ class Shutdown {
     this.#enter('settling')
     this.#traffic.sendSessionsElsewhere()
     if (!this.#traffic.server) return
-    const quiet = new Quiet(this.#traffic.requests)
+    const quiet = new QuietPeriod()
+    let requestsBefore = this.#traffic.requests
     const isQuiet = (): boolean => {
-      quiet.sample(false, this.#traffic.requests)
+      const { requests } = this.#traffic
+      quiet.sample(requests !== requestsBefore)
+      requestsBefore = requests
       return quiet.hasLasted(QUIET_MS)
     }
     const limitMs = tellingLimitMs(timeoutMs) - this.#elapsedMs()
