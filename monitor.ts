@@ -1555,7 +1555,7 @@ class Traffic {
       attemptOwn(() => this.#requestEnded(stream, Number(stream.sentHeaders?.[':status'] ?? 0)))
     })
     this.#requestBegins(stream, `${String(method)} ${String(path)}`, client)
-    if (method === 'CONNECT') this.#isUpgrading(stream, () => stream.headersSent)
+    if (method === 'CONNECT') this.#awaitUpgrade(stream, () => stream.headersSent)
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
   }
 
@@ -1576,10 +1576,10 @@ class Traffic {
     const { method, url } = request
     const { bytesWritten } = socket
     this.#requestBegins(socket, `${method} ${url}`, this.#clientOf(socket))
-    this.#isUpgrading(socket, () => socket.bytesWritten > bytesWritten)
+    this.#awaitUpgrade(socket, () => socket.bytesWritten > bytesWritten)
   }
 
-  #isUpgrading(key: object, isUpgradeAnswered: () => boolean): void {
+  #awaitUpgrade(key: object, isUpgradeAnswered: () => boolean): void {
     const request = this.#inFlight.get(key)
     if (request) request.isUpgradeAnswered = isUpgradeAnswered
   }
