@@ -1258,8 +1258,8 @@ class Client {
     return this.state === 'upgraded' || this.upgradedStreams.size > 0
   }
 
-  /** Says goodbye in the way of its protocol; what is being sent is still sent. */
-  sayGoodbye(): void {
+  /** Ends it in the way of its protocol; what is being sent is still sent. */
+  endGracefully(): void {
     const { peer } = this
     attempt(() => ('goaway' in peer ? peer.close() : peer.destroySoon()))
   }
@@ -1674,7 +1674,7 @@ class Traffic {
       if (isDestroyed(client.peer)) continue
       client.sampleQuiet()
       const isToEnd = client.isQuiet && !client.isUpgraded
-      if (isToEnd && !client.sendSessionElsewhere()) client.sayGoodbye()
+      if (isToEnd && !client.sendSessionElsewhere()) client.endGracefully()
       if (!client.isQuiet) areAllQuiet = false // perhaps since it was just told to end
     }
     return areRequestsOver && areAllQuiet
