@@ -4172,12 +4172,12 @@ class LineSession extends Session implements Asker {
   receive(chunk: Buffer): void {
     if (this.state === 'closing') return
     this.unread = this.unread.length > 0 ? Buffer.concat([this.unread, chunk]) : chunk
-    if (!this.isAtLeisure && this.unread.length > LINE_MAX) this.socket.pause()
+    if (!this.isReady && this.unread.length > LINE_MAX) this.socket.pause()
     this.serve()
   }
 
   /** Whether the next line need not wait. */
-  get isAtLeisure(): boolean {
+  get isReady(): boolean {
     return this.state === 'awaitingRequest' || this.state === 'idle'
   }
 
@@ -4185,7 +4185,7 @@ class LineSession extends Session implements Asker {
   serve(): void {
     if (this.isFresh) this.isFresh = !skipPreamble(this)
     if (this.isFresh) return
-    for (let lines = 0; this.isAtLeisure; lines++) {
+    for (let lines = 0; this.isReady; lines++) {
       if (lines === LINES_PER_TURN) this.yieldTurn()
       else if (this.socket.writableNeedDrain) this.waitForReader()
       else if (!this.serveLine()) return
@@ -4259,7 +4259,7 @@ class LineSession extends Session implements Asker {
 
   async followLater(answer: Promise<Mode | void>): Promise<void> {
     this.follow(await answer)
-    if (this.isAtLeisure) this.yieldTurn()
+    if (this.isReady) this.yieldTurn()
   }
 
   follow(mode: Mode | void): void {
