@@ -1635,8 +1635,8 @@ class Traffic {
     this.#isSendingSessionsElsewhere = false
   }
 
-  /** Refuses new connections, where the runtime can; what has come is served. */
-  async refuseConnections(limitMs: number): Promise<void> {
+  /** Refuses new connections, where the runtime can. From then on those that are quiet close. */
+  async beginClosing(limitMs: number): Promise<void> {
     this.#state = 'refusing'
     for (const server of this.servers) acceptNoMore(server)
     if (this.servers.length > 0) await this.#untilNoneConnects(Math.min(limitMs, SETTLE_MS))
@@ -3440,7 +3440,7 @@ class Shutdown {
   async #closeTraffic(traffic: Traffic): Promise<boolean> {
     const { timeoutMs } = this.#options
     traffic.sendClientsElsewhere()
-    await traffic.refuseConnections(timeoutMs - this.#elapsedMs())
+    await traffic.beginClosing(timeoutMs - this.#elapsedMs())
     const areClosed = (): boolean => traffic.closeQuietConnections()
     return pollUntil(areClosed, timeoutMs - this.#elapsedMs())
   }
@@ -5109,7 +5109,7 @@ class UnseenTraffic extends Traffic {
   }
 
   /** Of its requests nothing can be known, so they have all the time. */
-  override async refuseConnections(limitMs: number): Promise<void> {
+  override async beginClosing(limitMs: number): Promise<void> {
     if (!this.#isThere) return
     const seconds = Math.round(limitMs / 1_000)
     log('warn', `waits ${seconds} s for requests that it cannot see: pass the server to start()`)
