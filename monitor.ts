@@ -1179,12 +1179,13 @@ class Client {
   #isSentElsewhere = false
   readonly #quiet = new QuietPeriod()
   /** A request that was answered before its body had come. */
-  #upload: http.IncomingMessage | undefined
+  #lateBody: http.IncomingMessage | undefined
   /** What had been read when the last request was over: if it is more now, half a head has come.
    *  One that came in the same packet as that request is not seen. */
   #bytesReadAtLastEnd = 0
-  #bytesSeen = 0
-  #bytesSeenAtMs = performance.now()
+  /** What had been read when we looked last, and when we saw more of it. */
+  #bytesReadBefore = 0
+  #lastByteAtMs = performance.now()
 
   constructor(peer: net.Socket | Http2Session, state: ClientState) {
     this.peer = peer
@@ -1200,7 +1201,7 @@ class Client {
 
   requestEnded(request?: http.IncomingMessage): void {
     this.requestsInFlight--
-    this.#upload = request && isUploading(request) ? request : undefined
+    this.#lateBody = request && isUploading(request) ? request : undefined
     this.#quiet.begin()
     this.#bytesReadAtLastEnd = this.#bytesRead
   }
@@ -1280,17 +1281,17 @@ class Client {
    *  byte lately. */
   #isReceiving(): boolean {
     const bytesRead = this.#bytesRead
-    if (bytesRead !== this.#bytesSeen) {
-      this.#bytesSeen = bytesRead
-      this.#bytesSeenAtMs = performance.now()
+    if (bytesRead !== this.#bytesReadBefore) {
+      this.#bytesReadBefore = bytesRead
+      this.#lastByteAtMs = performance.now()
     }
-    if (this.#upload && !isUploading(this.#upload)) {
-      this.#upload = undefined
+    if (this.#lateBody && !isUploading(this.#lateBody)) {
+      this.#lateBody = undefined
       this.#bytesReadAtLastEnd = bytesRead
     }
-    const isPartial = bytesRead > this.#bytesReadAtLastEnd || this.#upload !== undefined
+    const isPartial = bytesRead > this.#bytesReadAtLastEnd || this.#lateBody !== undefined
     const isReceiving = isPartial || this.state === 'handshaking'
-    return isReceiving && performance.now() - this.#bytesSeenAtMs < RECEIVING_MS
+    return isReceiving && performance.now() - this.#lastByteAtMs < RECEIVING_MS
   }
 
   get #bytesRead(): number {
