@@ -2831,7 +2831,7 @@ class Prober {
     return this.address.replace(/ .*/, '')
   }
 
-  ask(nowTickMs: number, answersPerAsk: number): void {
+  noteAsk(nowTickMs: number, answersPerAsk: number): void {
     this.asks++
     this.answersPerAsk = answersPerAsk
     this.drainedAnswers += answersPerAsk
@@ -2920,7 +2920,7 @@ class Probers {
     if (address === undefined) return
 
     const prober = this.#byAddress.get(address) ?? this.#add(address)
-    prober.ask(this.#monitor.clock.nowTickMs, answersPerAsk)
+    prober.noteAsk(this.#monitor.clock.nowTickMs, answersPerAsk)
     if (prober.asks !== PROBER_ASKS) return
     this.#monitor.companions.tell((each) => each.onProber?.(prober))
   }
