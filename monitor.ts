@@ -2919,7 +2919,7 @@ class Probers {
     const address = this.#addressOf(asker)
     if (address === undefined) return
 
-    const prober = this.#byAddress.get(address) ?? this.#add(address)
+    const prober = this.#byAddress.get(address) ?? this.#newProber(address)
     prober.noteAsk(this.#monitor.clock.nowTickMs, answersPerAsk)
     if (prober.asks !== PROBER_ASKS) return
     this.#monitor.companions.tell((each) => each.onProber?.(prober))
@@ -2940,7 +2940,7 @@ class Probers {
     return this.#byAddress.values()
   }
 
-  #add(address: string): Prober {
+  #newProber(address: string): Prober {
     const prober = new Prober(address)
     if (this.#monitor.draining) return prober // else one that we wait for might have to make room
     if (this.#byAddress.size >= PROBERS_MAX) this.#forgetRarest()
