@@ -1625,8 +1625,8 @@ class Traffic {
     }
   }
 
-  /** The same for HTTP/2, where each session is told once, when all probers know: a balancer that
-   *  still sends requests here would open new sessions again and again. */
+  /** The same for HTTP/2, where each session is told once, with its next stream, when all probers
+   *  know: a balancer that still sends requests here would open new sessions again and again. */
   sendSessionsElsewhere(): void {
     this.#isSendingSessionsElsewhere = true
   }
@@ -1709,7 +1709,7 @@ class Traffic {
     }
   }
 
-  /** Fastify's and Nest's close() wait for upgraded connections, and would wait for ever. */
+  /** At its end destroys all that is left: Fastify's and Nest's close() would wait for ever. */
   async endUpgraded(): Promise<void> {
     await pollUntil(() => this.upgradedConnections === 0, GOODBYE_MS)
     for (const { state, peer, upgradedStreams } of this.#clients.values()) {
