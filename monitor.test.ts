@@ -2984,7 +2984,7 @@ describeInProcess('The application', TOGETHER, () => {
       const fail = () => {
         throw new Error('a fault of the layer')
       }
-      accompany(() => ({
+      extend(() => ({
         onEvent: fail,
         onRequestEnd: fail,
         inquire: fail,

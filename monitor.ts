@@ -385,7 +385,7 @@ const OFF = new Set<MonitorState>(['new', 'stopped', 'failed'])
 const RUNNING = new Set<MonitorState>(['waiting', 'booting', 'accepting'])
 
 /** What a layer adds to a monitor: it is made with the monitor, and told of its life. */
-interface Companion {
+interface Extension {
   /** The monitor is hooked into the servers that `start` was given, or signals are listened for, or
    *  one has come: now others may matter, too. */
   findServers?(): void
@@ -423,33 +423,33 @@ interface Companion {
 }
 
 /** At each event of a server, only those are called that listen for events. */
-class Companions {
-  readonly all: Companion[] = []
-  readonly ofEvents: Companion[] = []
-  readonly ofRequests: Companion[] = []
+class Extensions {
+  readonly all: Extension[] = []
+  readonly ofEvents: Extension[] = []
+  readonly ofRequests: Extension[] = []
 
-  add(companion: Companion): void {
-    this.all.push(companion)
-    if (companion.onEvent) this.ofEvents.push(companion)
-    if (companion.onRequestEnd) this.ofRequests.push(companion)
+  add(extension: Extension): void {
+    this.all.push(extension)
+    if (extension.onEvent) this.ofEvents.push(extension)
+    if (extension.onRequestEnd) this.ofRequests.push(extension)
   }
 
   /** What fails in a layer is our fault, and must not be the host's end. */
-  tell(act: (companion: Companion) => void): void {
-    for (const companion of this.all) attemptOwn(() => act(companion))
+  tell(act: (extension: Extension) => void): void {
+    for (const extension of this.all) attemptOwn(() => act(extension))
   }
 }
 
 /** What makes them. Layers add to it. */
-const companionMakers: ((owner: Monitor) => Companion)[] = []
+const extensionMakers: ((owner: Monitor) => Extension)[] = []
 
 class Monitor {
   state: MonitorState
   readonly logger: Logger
   readonly options: CheckedStartOptions
-  readonly companions = new Companions()
-  readonly traffic = new Traffic(this, this.companions)
-  /** What a shutdown closes and waits for. Companions add what is never judged, counted or told
+  readonly extensions = new Extensions()
+  readonly traffic = new Traffic(this, this.extensions)
+  /** What a shutdown closes and waits for. Extensions add what is never judged, counted or told
    *  of. */
   readonly allTraffic: Traffic[] = [this.traffic]
   readonly clock = new Clock()
@@ -471,7 +471,7 @@ class Monitor {
     this.state = state
     this.options = options
     this.logger = options.logger ?? console
-    for (const make of companionMakers) attemptOwn(() => this.companions.add(make(this)))
+    for (const make of extensionMakers) attemptOwn(() => this.extensions.add(make(this)))
   }
 
   get isOff(): boolean {
@@ -507,7 +507,7 @@ class Monitor {
   }
 
   begin(): Promise<Address> {
-    this.companions.tell((each) => each.onBegin?.())
+    this.extensions.tell((each) => each.onBegin?.())
     this.#wait()
     return this.started.promise
   }
@@ -547,15 +547,15 @@ class Monitor {
     this.findServers()
   }
 
-  /** Has companions find others, unless it was not started. */
+  /** Has extensions find others, unless it was not started. */
   findServers(): void {
     if (!this.#isHooked) return
-    this.companions.tell((each) => each.findServers?.())
+    this.extensions.tell((each) => each.findServers?.())
   }
 
   unhookServers(): void {
     this.#isHooked = false
-    this.companions.tell((each) => each.onUnhook?.())
+    this.extensions.tell((each) => each.onUnhook?.())
     for (const traffic of this.allTraffic) traffic.unhook()
   }
 
@@ -576,7 +576,7 @@ class Monitor {
     if (this.instance?.hasMoved(boundAddress(this.options, server))) {
       void this.#close('closed')
     }
-    this.companions.tell((each) => each.onListening?.())
+    this.extensions.tell((each) => each.onListening?.())
     if (this.state === 'closed') this.#wait()
     else this.#advance()
   }
@@ -612,7 +612,7 @@ class Monitor {
   #wait(): void {
     this.state = 'waiting'
     tellIfRed(this)
-    this.companions.tell((each) => each.onTick?.(true))
+    this.extensions.tell((each) => each.onTick?.(true))
     this.clock.start(() => this.#tick())
     this.clock.schedule(LISTEN_WARNING_MS, () => {
       if (this.state === 'waiting') log('warn', 'waits for the server to listen')
@@ -658,7 +658,7 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.companions.tell((each) => each.onTick?.(false))
+    this.extensions.tell((each) => each.onTick?.(false))
     this.#advance()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) {
@@ -677,7 +677,7 @@ class Monitor {
     if (listener?.isListening) log('info', 'closed')
     this.state = state
     tellIfRed(this)
-    this.companions.tell((each) => each.onClose?.())
+    this.extensions.tell((each) => each.onClose?.())
     this.clock.stop()
     this.warmup.end()
     this.warmup = new WarmupRunner(this)
@@ -1307,7 +1307,7 @@ class Traffic {
   requests = 0
   errors = 0
   readonly #observer: ServerObserver
-  readonly #companions: Companions
+  readonly #extensions: Extensions
   /** All that serve requests, each with the function that takes the hook off; the first one is the
    *  instance. */
   readonly #unhooks = new Map<net.Server, () => void>()
@@ -1327,9 +1327,9 @@ class Traffic {
   /** One listener for all responses: a closure for each would cost more than all the rest here. */
   readonly #onResponseClose: (this: http.ServerResponse) => void
 
-  constructor(observer: ServerObserver, companions: Companions) {
+  constructor(observer: ServerObserver, extensions: Extensions) {
     this.#observer = observer
-    this.#companions = companions
+    this.#extensions = extensions
     const requestEnded = (response: http.ServerResponse): void => {
       attemptOwn(() => this.#requestEnded(response, response.statusCode, response.req))
     }
@@ -1370,7 +1370,7 @@ class Traffic {
       return
     }
     this.#unhooks.set(server, unhook)
-    this.#companions.tell((each) => each.onServer?.(this, server))
+    this.#extensions.tell((each) => each.onServer?.(this, server))
     if (this.#state !== 'open') this.#stopServer(server)
   }
 
@@ -1438,8 +1438,8 @@ class Traffic {
    *  of it. */
   onEvent(server: net.Server, event: string, args: unknown[]): boolean {
     try {
-      for (const companion of this.#companions.ofEvents) {
-        const outcome = companion.onEvent?.(this, server, event, args)
+      for (const extension of this.#extensions.ofEvents) {
+        const outcome = extension.onEvent?.(this, server, event, args)
         if (outcome) return outcome === 'taken'
       }
     } catch (error) {
@@ -1606,8 +1606,8 @@ class Traffic {
     this.#inFlight.delete(key)
     request.client.requestEnded(upload)
     if (statusCode >= 500) this.errors++
-    for (const companion of this.#companions.ofRequests) {
-      companion.onRequestEnd?.(this, request, statusCode)
+    for (const extension of this.#extensions.ofRequests) {
+      extension.onRequestEnd?.(this, request, statusCode)
     }
   }
 
@@ -2127,19 +2127,19 @@ function isInquiryDue(): boolean {
   if (monitor.draining || isWithoutMonitor()) return false
   if (monitor.server && monitor.isInstanceClosing) return false // it is known
   if (databases.size > 0 || registeredChecks.size > 0) return true
-  return attemptOwn(() => monitor.companions.all.some((each) => each.isInquiryDue)) === true
+  return attemptOwn(() => monitor.extensions.all.some((each) => each.isInquiryDue)) === true
 }
 
 /** The verdict as a check sees it. */
 function judgeAndTell(): Verdict {
   const verdict = judge()
-  if (!monitor.isOff) tellCompanions(monitor, verdict)
+  if (!monitor.isOff) tellExtensions(monitor, verdict)
   return verdict
 }
 
-function tellCompanions(owner: Monitor, verdict: Verdict): void {
+function tellExtensions(owner: Monitor, verdict: Verdict): void {
   owner.toldVerdict = verdict
-  owner.companions.tell((each) => each.onVerdict?.(verdict))
+  owner.extensions.tell((each) => each.onVerdict?.(verdict))
 }
 
 /** Tells when it happens what is known without asking anybody: a boot, a warm-up, a drain, the end.
@@ -2147,7 +2147,7 @@ function tellCompanions(owner: Monitor, verdict: Verdict): void {
 function tellIfRed(owner: Monitor): void {
   if (owner !== monitor || owner.isOff) return
   const verdict = judge()
-  if (!verdict.healthy) tellCompanions(owner, verdict)
+  if (!verdict.healthy) tellExtensions(owner, verdict)
 }
 
 async function inquireAndJudge(): Promise<Verdict> {
@@ -2165,7 +2165,7 @@ async function inquireIfDue(): Promise<void> {
 /** Asks even if the verdict does not depend on the answers, as during a drain. */
 async function inquire(): Promise<void> {
   const inquiries = allDependencies().map((each) => each.ask())
-  monitor.companions.tell((each) => {
+  monitor.extensions.tell((each) => {
     if (each.isInquiryDue && each.inquire) inquiries.push(each.inquire().catch(logFault))
   })
   await Promise.all(inquiries)
@@ -2565,8 +2565,8 @@ class WarmupRunner {
 
   async #beginWhenPrepared(): Promise<void> {
     const { signal } = this.#preparation
-    for (const companion of this.#monitor.companions.all) {
-      await attemptOwn(() => companion.prepareWarmup?.(signal))?.catch(logFault)
+    for (const extension of this.#monitor.extensions.all) {
+      await attemptOwn(() => extension.prepareWarmup?.(signal))?.catch(logFault)
     }
     this.beginNow()
   }
@@ -2922,7 +2922,7 @@ class Probers {
     const prober = this.#byAddress.get(address) ?? this.#newProber(address)
     prober.noteAsk(this.#monitor.clock.nowTickMs, answersPerAsk)
     if (prober.asks !== PROBER_ASKS) return
-    this.#monitor.companions.tell((each) => each.onProber?.(prober))
+    this.#monitor.extensions.tell((each) => each.onProber?.(prober))
   }
 
   /** Returns whoever asks often enough to be a balancer, and has not stopped; from now on their
@@ -4770,10 +4770,10 @@ async function logSafely(logger: Logger, level: keyof Logger, text: string): Pro
 //   `_handle` of a server      when it stops listening; gone when the program closes the server, or
 //                              else at the end of the shutdown
 
-// How a layer adds to the core. What a companion fails in is logged, and harms neither core nor host;
-// what is put in place of a function of the core must not fail.
+// How a layer adds to the core. What an extension fails in is logged, and harms neither core nor
+// host; what is put in place of a function of the core must not fail.
 //
-//   a companion of each monitor           `companionMakers`: hears of its life and traffic
+//   an extension of each monitor          `extensionMakers`: hears of its life and traffic
 //   servers that `start` was not given    `Monitor.allTraffic`, `answerStart`, `open`, `accept`
 //   connections, requests of its own      `Traffic.addClient`, `moveClient`, `remove`, `adopt`,
 //                                         `keepBusy`, `openRequests`, `isSending`
@@ -4814,10 +4814,10 @@ let monitor = new Monitor({ servers: [] }, 'new')
 //   `close`, `emit` and        on Bun alone, in place of `_handle`
 //   `listening` of a server
 
-/** Gives a companion to the current monitor, and to each one from now on. */
-function accompany(make: (owner: Monitor) => Companion): void {
-  companionMakers.push(make)
-  monitor.companions.add(make(monitor))
+/** Gives an extension to the current monitor, and to each one from now on. */
+function extend(make: (owner: Monitor) => Extension): void {
+  extensionMakers.push(make)
+  monitor.extensions.add(make(monitor))
 }
 
 // --- Servers that listen -------------------------------------------------------------------------
@@ -4910,7 +4910,7 @@ function keepsProcessAlive(server: net.Server): boolean {
 // process alive. At a signal a shutdown closes all that listen.
 
 /** Looks for servers on behalf of a monitor. */
-class ServerSearch implements Companion {
+class ServerSearch implements Extension {
   readonly #owner: Monitor
   /** Servers that are not the instance: at a signal they are closed, and waited for. */
   readonly #bystanders: Traffic
@@ -4925,7 +4925,7 @@ class ServerSearch implements Companion {
       onServerListening: doNothing,
       onServerClose: (server) => this.#bystanders.remove(server) // it may be collected as garbage
     }
-    this.#bystanders = new Traffic(observer, owner.companions)
+    this.#bystanders = new Traffic(observer, owner.extensions)
     owner.allTraffic.push(this.#bystanders)
   }
 
@@ -5024,7 +5024,7 @@ function toPort(text: string): number | undefined {
 }
 
 serversNeeded = 0
-accompany((owner) => new ServerSearch(owner))
+extend((owner) => new ServerSearch(owner))
 
 // --- Instances behind a port ---------------------------------------------------------------------
 
@@ -5035,7 +5035,7 @@ const ACCEPT_WARNING_MS = 20_000 // ftw.monitor's grace
 const CONNECT_MS = 900 // to connect to the instance; Kubernetes waits for one second
 const CONNECT_AGAIN_MS = 1_000 // so that many probers cost one connection a second
 
-class PortWatch implements Companion {
+class PortWatch implements Extension {
   readonly #owner: Monitor
   #connectedAtMs = -Infinity
   #pendingConnect: Promise<void> | undefined
@@ -5104,7 +5104,7 @@ class UnseenTraffic extends Traffic {
   readonly #watch: PortWatch
 
   constructor(owner: Monitor, watch: PortWatch) {
-    super(owner, new Companions())
+    super(owner, new Extensions())
     this.#owner = owner
     this.#watch = watch
   }
@@ -5161,7 +5161,7 @@ function isConnectionRefused(error: ConnectionError & { errors?: ConnectionError
 const REFUSED = new Set(['ECONNREFUSED', 'ENOENT']) // ENOENT: of a Unix socket
 const NO_IPV6 = new Set(['EADDRNOTAVAIL', 'EAFNOSUPPORT', 'ENETUNREACH'])
 
-accompany((owner) => new PortWatch(owner))
+extend((owner) => new PortWatch(owner))
 
 // --- Connections that came earlier ---------------------------------------------------------------
 
@@ -5202,7 +5202,7 @@ class EarlierClient extends Client {
   }
 }
 
-accompany(() => ({
+extend(() => ({
   onServer(traffic, server) {
     for (const socket of connectionsOf(server)) addEarlier(traffic, server, socket)
   },
@@ -5368,7 +5368,7 @@ function warnOfUnknownSwitch(): void {
   log('warn', `cannot use ${name}=${word}: it is 0, false, no or off`)
 }
 
-accompany(() => ({
+extend(() => ({
   onBegin() {
     warnOfUnknownVariables()
     warnOfUnknownSwitch()
@@ -5392,7 +5392,7 @@ function tellIfSwitchedOff(): void {
 }
 
 // Of all that happens in start(), this is what comes before it gives up.
-accompany(() => ({ findServers: tellIfSwitchedOff }))
+extend(() => ({ findServers: tellIfSwitchedOff }))
 
 // --- Programs that nobody edits ------------------------------------------------------------------
 
@@ -5496,7 +5496,7 @@ function letThrough(signal: Signal): void {
 }
 
 /** What a monitor does besides, in a program that was to be left as it is. */
-class AutoCompanion implements Companion {
+class AutoExtension implements Extension {
   readonly #owner: Monitor
 
   constructor(owner: Monitor) {
@@ -5527,7 +5527,7 @@ class AutoCompanion implements Companion {
 }
 
 if (isAuto) {
-  accompany((owner) => new AutoCompanion(owner))
+  extend((owner) => new AutoExtension(owner))
   monitor = new AutoMonitor({ servers: [] }, 'new')
   monitor.hookServers()
 }
@@ -5664,7 +5664,7 @@ function withoutFragment(page: string): string {
   return page.replace(/#.*/s, '')
 }
 
-accompany((owner) => ({
+extend((owner) => ({
   onBegin() {
     registerPages()
     registerPageChecks(healthPathOf(owner))
@@ -5928,7 +5928,7 @@ async function warmUpReporting(
 
 /** A request of our own to the view, with which a warm-up begins: so performers run as the work of
  *  a request does. */
-class ViewRequest implements Companion {
+class ViewRequest implements Extension {
   readonly #owner: Monitor
   /** Which it bears. */
   #token: string | undefined
@@ -6017,8 +6017,8 @@ function answerAtView(event: string, args: unknown[]): 'taken' | 'uncounted' | u
 
 const REQUEST_EVENTS = new Set(['request', 'checkContinue', 'checkExpectation'])
 
-accompany((owner) => new ViewRequest(owner))
-accompany(() => ({
+extend((owner) => new ViewRequest(owner))
+extend(() => ({
   onEvent: (_traffic, _server, event, args) => answerAtView(event, args)
 }))
 
@@ -6146,7 +6146,7 @@ function answerAtHealthPath(traffic: Traffic, event: string, args: unknown[]): b
   return true
 }
 
-accompany(() => ({
+extend(() => ({
   onEvent: (traffic, _server, event, args) => {
     return answerAtHealthPath(traffic, event, args) ? 'taken' : undefined
   }
@@ -6192,7 +6192,7 @@ function loadOf(owner: Monitor): Load {
   return load
 }
 
-accompany((owner) => ({
+extend((owner) => ({
   onTick(isFirst) {
     if (isFirst) loadByMonitor.delete(owner)
     else loadOf(owner).measure()
@@ -6234,7 +6234,7 @@ function tellIfTooSlow(prober: Prober): void {
   log('info', `${prober.shownAddress} ${prober.pace}: ${needed}, but ${limit}; ${advice}`)
 }
 
-accompany(() => ({ onProber: tellIfTooSlow }))
+extend(() => ({ onProber: tellIfTooSlow }))
 
 // --- Waiting for health --------------------------------------------------------------------------
 
@@ -6374,7 +6374,7 @@ function keepConnections(server: http.Server, keepAliveMs: number | undefined): 
 }
 
 /** Tells the servers of a monitor, but no bystanders. */
-class IdleLimit implements Companion {
+class IdleLimit implements Extension {
   readonly #owner: Monitor
   readonly #restores: (() => void)[] = []
 
@@ -6393,7 +6393,7 @@ class IdleLimit implements Companion {
   }
 }
 
-accompany((owner) => new IdleLimit(owner))
+extend((owner) => new IdleLimit(owner))
 
 // --- Layer: figures and metrics; all from here on may be deleted, and nothing above refers to it -
 
@@ -6824,7 +6824,7 @@ class LoadHistory {
 /** The history of each load, which the monitor makes anew whenever its clock begins. */
 const loadHistories = new WeakMap<Load, LoadHistory>()
 
-accompany((owner) => ({
+extend((owner) => ({
   onTick() {
     const load = loadOf(owner)
     const history = loadHistories.get(load)
@@ -6882,7 +6882,7 @@ function answersOf(traffic: Traffic): Answers {
   return answers
 }
 
-accompany(() => ({
+extend(() => ({
   onRequestEnd(traffic, request, statusCode) {
     answersOf(traffic).add(request, statusCode > 0)
   }
@@ -7028,7 +7028,7 @@ function nameRequests(requests: { line: string }[]): string {
 }
 
 /** Says once what a shutdown has been waiting for for a while. */
-class CloseWatch implements Companion {
+class CloseWatch implements Extension {
   readonly #owner: Monitor
   #closingSinceMs: number | undefined
   #isTold = false
@@ -7049,7 +7049,7 @@ class CloseWatch implements Companion {
   }
 }
 
-accompany((owner) => new CloseWatch(owner))
+extend((owner) => new CloseWatch(owner))
 
 describeRequests = (requests) => (requests.length > 0 ? `: ${nameRequests(requests)}` : '')
 
@@ -7353,7 +7353,7 @@ const CHANGE_LINE_MS = 1_000 // between lines in the log that tell of a change
 /** The history of each monitor. */
 const histories = new WeakMap<Monitor, VerdictHistory>()
 
-class VerdictHistory implements Companion {
+class VerdictHistory implements Extension {
   /** The last ones, the oldest first, each with the time since which it held. */
   readonly changes: { verdict: Verdict; time: string }[] = []
   readonly #owner: Monitor
@@ -7419,7 +7419,7 @@ class VerdictHistory implements Companion {
   }
 }
 
-accompany((owner) => new VerdictHistory(owner))
+extend((owner) => new VerdictHistory(owner))
 
 // --- Status --------------------------------------------------------------------------------------
 
