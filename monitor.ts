@@ -823,8 +823,8 @@ function locateInstance(
   const host = hostReaching(address)
   const origin = `${server && isSecure(server) ? 'https' : 'http'}://${hostInUrl(host)}`
   const ownUrl = port ? `${origin}:${port}` : origin
-  const toldUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
-  const plainUrl = toldUrl === undefined ? ownUrl : withoutCredentials(toldUrl)
+  const givenUrl = url ?? readEnvAs('FTW_MONITOR_URL', toUrl, URL_SENTENCE)
+  const plainUrl = givenUrl === undefined ? ownUrl : withoutCredentials(givenUrl)
   return { host, port, path, url: withoutSlashes(plainUrl) }
 }
 
@@ -839,12 +839,12 @@ function withoutCredentials(text: string): string {
 
 /** Where the monitor is to listen. */
 function monitorEndpoint({ listen }: CheckedStartOptions, bound: Bound): net.ListenOptions {
-  const told = listen ?? endpointInEnvironment()
+  const given = listen ?? endpointInEnvironment()
   // exclusive: the workers of a cluster would share the port, and answer for each other
-  if (told.path !== undefined) return { exclusive: true, path: told.path }
+  if (given.path !== undefined) return { exclusive: true, path: given.path }
 
-  const host = told.host ?? bound.address
-  const port = told.port ?? (bound.port ?? NaN) + PORT_OFFSET
+  const host = given.host ?? bound.address
+  const port = given.port ?? (bound.port ?? NaN) + PORT_OFFSET
   if (!isPort(port)) failWith('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
   return host ? { exclusive: true, port, host } : { exclusive: true, port }
 }
@@ -3336,12 +3336,12 @@ class Shutdown {
 
     log('info', `shuts down${this.#signal ? ` after ${this.#signal}` : ''}`)
     const event = { signal: this.#signal }
-    const told = this.#do('onSignal', () => given.onSignal?.(event))
+    const signalHandled = this.#do('onSignal', () => given.onSignal?.(event))
     this.#monitor.warmup.abort('the instance is shutting down') // one may ask this very instance
     await this.#do('draining', () => this.#drain())
     this.#enter('closing')
     await this.#do('the requests in flight', () => this.#close())
-    if (this.ending.isFinal) await this.#cleanUp(event, told)
+    if (this.ending.isFinal) await this.#cleanUp(event, signalHandled)
 
     const keepAlive = setTimeout(doNothing, GOODBYE_MS) // for whoever awaits the shutdown
     await this.#do('the monitor', () => this.#endMonitor())
@@ -3461,7 +3461,7 @@ class Shutdown {
 
   async #cleanUp(
     event: { signal: NodeJS.Signals | undefined },
-    told: Promise<void>
+    signalHandled: Promise<void>
   ): Promise<void> {
     const { given, exitAfterMs } = this.#options
     this.#enter('cleaning')
@@ -3471,7 +3471,7 @@ class Shutdown {
     })
     const callbacksMs = Math.min(CALLBACKS_MS, (exitAfterMs - this.#elapsedMs()) / 2)
     const releaseTimer = setTimeout(() => this.#releaseJoined(), callbacksMs).unref()
-    await Promise.all([told, cleaned])
+    await Promise.all([signalHandled, cleaned])
     clearTimeout(releaseTimer)
   }
 
@@ -3552,8 +3552,8 @@ const EXIT: Ending = {
     process.exit(130)
   },
   finish(first, ended, leftMs) {
-    const isAnybodyTold = signals.tellOthers(first)
-    endProcess(ended, isAnybodyTold ? Math.max(leftMs, OTHERS_MS) : 0)
+    const hasOthers = signals.tellOthers(first)
+    endProcess(ended, hasOthers ? Math.max(leftMs, OTHERS_MS) : 0)
   }
 }
 
@@ -5488,8 +5488,8 @@ const DELAY: Ending = {
 
 /** Lets the signal do what it would have done without us. */
 function letThrough(signal: Signal): void {
-  const isAnybodyTold = signals.tellOthers(signal)
-  if (isAnybodyTold) return
+  const hasOthers = signals.tellOthers(signal)
+  if (hasOthers) return
   // The kernel spares the first process of a container, which would serve nobody for ever.
   if (process.pid === 1) process.exit(128 + (signal.number ?? 0))
   process.kill(process.pid, signal.name)
