@@ -2326,8 +2326,6 @@ function firstBroken(): Dependency | undefined {
 
 // --- Shared calls --------------------------------------------------------------------------------
 
-const TIMED_OUT = new Error('no answer in time')
-
 /** Calls a function of the application's. Whoever asks while a call is pending shares its answer,
  *  so that many probers cost one query. A call that hangs for 30 s is made anew, and then the first
  *  of the two that answers decides. */
@@ -2376,24 +2374,6 @@ class SharedCall {
       }
     }
   }
-}
-
-/** Rejects with TIMED_OUT what does not settle in time. It waits for the limit in two halves:
- *  while the application blocks the event loop no answer can be read, but that spoils only
- *  one of them. */
-function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
-  const halfMs = Math.max(0, limitMs) / 2
-  return new Promise((resolve, reject) => {
-    // setImmediate: after the application has blocked, read first what came in time.
-    const timeOut = (): unknown => setImmediate(reject, TIMED_OUT)
-    const waitAgain = (): void => {
-      timer = setTimeout(timeOut, halfMs).unref()
-    }
-    let timer = setTimeout(waitAgain, halfMs).unref()
-    const endWait = (): void => clearTimeout(timer)
-    promise.then(resolve, reject)
-    promise.then(endWait, endWait)
-  })
 }
 
 // --- Warm-up -------------------------------------------------------------------------------------
@@ -3142,39 +3122,6 @@ function describeProgress(draining: Draining, doRequestsCome = false): string {
   return upgradedConnections > 0
     ? `${progress}, ${plural(upgradedConnections, 'upgraded connection', 'upgraded connections')}`
     : progress
-}
-
-/** Resolves to true as soon as something holds, to false if it does not in time. */
-async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean> {
-  const startedAtMs = performance.now()
-  while (!holds()) {
-    if (performance.now() - startedAtMs >= limitMs) return false
-    await unreffedPause(POLL_MS)
-  }
-  return true
-}
-
-/** Whether the event loop has just been round with next to nothing to do: then it has read what
- *  came before, and nothing can have come since but in that short time. */
-async function isTurnShort(): Promise<boolean> {
-  const beganAtMs = performance.now()
-  await new Promise((resolve) => setImmediate(resolve))
-  return performance.now() - beganAtMs < SHORT_TURN_MS
-}
-
-/** A promise that is resolved from outside. Node.js 20 has no `Promise.withResolvers`. */
-function deferred<T>(): { promise: Promise<T>; resolve: (value: T) => void } {
-  let resolve: (value: T) => void = doNothing
-  const promise = new Promise<T>((resolvePromise) => {
-    resolve = resolvePromise
-  })
-  return { promise, resolve }
-}
-
-function unreffedPause(ms: number): Promise<void> {
-  return new Promise((resolve) => {
-    setTimeout(resolve, ms).unref()
-  })
 }
 
 // --- Shutdown ------------------------------------------------------------------------------------
@@ -4619,6 +4566,61 @@ function parseTarget(target: string): { path: string; query: string } {
 }
 
 const ORIGIN = /^https?:\/\/[^/?]*/i // http://host:8160 of an absolute target (RFC 9112, 3.2.2)
+
+// Promises and time
+
+const TIMED_OUT = new Error('no answer in time')
+
+/** Rejects with TIMED_OUT what does not settle in time. It waits for the limit in two halves:
+ *  while the application blocks the event loop no answer can be read, but that spoils only
+ *  one of them. */
+function withinLimit<T>(promise: Promise<T>, limitMs: number): Promise<T> {
+  const halfMs = Math.max(0, limitMs) / 2
+  return new Promise((resolve, reject) => {
+    // setImmediate: after the application has blocked, read first what came in time.
+    const timeOut = (): unknown => setImmediate(reject, TIMED_OUT)
+    const waitAgain = (): void => {
+      timer = setTimeout(timeOut, halfMs).unref()
+    }
+    let timer = setTimeout(waitAgain, halfMs).unref()
+    const endWait = (): void => clearTimeout(timer)
+    promise.then(resolve, reject)
+    promise.then(endWait, endWait)
+  })
+}
+
+/** Resolves to true as soon as something holds, to false if it does not in time. */
+async function pollUntil(holds: () => boolean, limitMs: number): Promise<boolean> {
+  const startedAtMs = performance.now()
+  while (!holds()) {
+    if (performance.now() - startedAtMs >= limitMs) return false
+    await unreffedPause(POLL_MS)
+  }
+  return true
+}
+
+/** Whether the event loop has just been round with next to nothing to do: then it has read what
+ *  came before, and nothing can have come since but in that short time. */
+async function isTurnShort(): Promise<boolean> {
+  const beganAtMs = performance.now()
+  await new Promise((resolve) => setImmediate(resolve))
+  return performance.now() - beganAtMs < SHORT_TURN_MS
+}
+
+/** A promise that is resolved from outside. Node.js 20 has no `Promise.withResolvers`. */
+function deferred<T>(): { promise: Promise<T>; resolve: (value: T) => void } {
+  let resolve: (value: T) => void = doNothing
+  const promise = new Promise<T>((resolvePromise) => {
+    resolve = resolvePromise
+  })
+  return { promise, resolve }
+}
+
+function unreffedPause(ms: number): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, ms).unref()
+  })
+}
 
 // The environment
 
