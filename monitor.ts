@@ -482,8 +482,8 @@ class Monitor {
     return RUNNING.has(this.state)
   }
 
-  /** What a call of start() does while this is the current monitor: it begins a new one if this one
-   *  does not run, or found no port to listen on. */
+  /** What start() does while this is the current monitor: begins another one if this one does not
+   *  run, or found no port; else refuses. A layer may let it go on with this one. */
   answerStart: (options: CheckedStartOptions) => 'begin' | 'goOn' | 'refuse' = () => {
     const hasNoPort = this.instance !== undefined && this.listener === undefined
     return this.isRunning && !hasNoPort ? 'refuse' : 'begin'
@@ -2742,7 +2742,7 @@ function isForwarded(headers: http.IncomingHttpHeaders): boolean {
   return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
 }
 
-const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/ // a page's origin, too
 
 /** Which site made a browser send this, in the words of `Sec-Fetch-Site`; undefined if it is no
  *  browser. Old browsers never send that header, and others only over TLS, but all of them claim to
