@@ -6578,7 +6578,6 @@ describeInProcess('Draining', TOGETHER, () => {
     }
   })
 
-
   test('a drain during a shutdown changes nothing about it', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor, port, instancePort } = await bootInstance(t, { server, performers: WARM })
