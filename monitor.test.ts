@@ -7725,6 +7725,11 @@ describeInProcess('Signals', ALONE, () => {
     }
     monitor.shutdownOnSignal({ signals: ['SIGUSR2', 'SIGUSR2'], cleanUp })
     assert.deepEqual(counts(), [0, 0, 1])
+    const mistyped: object = { cleanup: cleanUp }
+    await assert.rejects(monitor.shutdown(mistyped), {
+      name: 'TypeError',
+      message: /no option cleanup/
+    })
     await monitor.shutdown()
     assert.equal(cleanUps, 1)
     assert.deepEqual(counts(), [0, 0, 1])
