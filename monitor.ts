@@ -2742,7 +2742,7 @@ function isForwarded(headers: http.IncomingHttpHeaders): boolean {
   return Object.keys(headers).some((name) => FORWARDING_HEADER.test(name))
 }
 
-const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/ // a page's origin, too
+const FORWARDING_HEADER = /^(forwarded|x-forwarded-.*|x-real-ip|via|origin)$/ // origin: of a page
 
 /** Which site made a browser send this, in the words of `Sec-Fetch-Site`; undefined if it is no
  *  browser. Old browsers never send that header, and others only over TLS, but all of them claim to
