@@ -7152,6 +7152,17 @@ describeInProcess('Shutdown', ALONE, () => {
     }
   })
 
+  test('half a head that never becomes whole is cut like a request, as the log says', async (t) => {
+    const { monitor, logger, instancePort } = await bootInstance(t, { performers: WARM })
+    const peer = await converse(t, instancePort)
+    peer.say('GET / HT')
+    await getPage(instancePort, '/') // by then it has come
+    await monitor.shutdown({ timeoutMs: 400 })
+    await until(() => peer.isClosed, 'it is cut')
+    const cut = 'warn ftw-monitor cuts 1 request that is still in flight after 0.4 s'
+    assert.deepEqual(warningsOf(logger), [cut])
+  })
+
   test('upgraded connections that are closed delay no shutdown, though the application took our listeners off', async (t) => {
     const server = await serve(t)
     const upgraded = takeUpgradesBare(server)
