@@ -12402,6 +12402,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       "health_check ''": 'health_check has an empty argument: is a variable not set?',
       "status ' '": 'status has an empty argument: is a variable not set?',
       "''": 'the command is empty; try ftw-monitor --help',
+      "echo 'two\nlines'": 'a command is one line',
       [`--prot ${one} drain`]: 'knows no --prot before the command; try ftw-monitor --help',
       '--watch status': 'knows no --watch before the command; try ftw-monitor --help',
       [`health_check -p ${one}`]: 'health_check knows no -p; try ftw-monitor --help',
@@ -12667,7 +12668,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     const rows: [columns: number, line: string][] = [
       [60, `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(13)}…`],
       [20, `web1  up 12 s  Error: Database 'main' failed…`],
-      [0, `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(33)}…`]
+      [0, `web1  up 12 s  Error: Database 'main' failed: ${'x'.repeat(33)}…`],
+      [15 + output.length, `web1  up 12 s  ${output}`]
     ]
     const command = rows.map(([columns]) => `stty cols ${columns}; ${call}`).join('; ')
     const env = { HOST: '127.0.0.1' }
