@@ -7485,7 +7485,9 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     'where a prober was told, traffic without a pause delays the end until the time for telling is over': true
   })) {
     test(`${what}, and every request finishes`, isProbed ? SLOW : {}, async (t) => {
-      const handler = '(_, response) => setTimeout(() => response.end("served"), 300)'
+      // At random, else a busy machine would have the clients come all at once, with pauses between.
+      const handler =
+        '(_, response) => setTimeout(() => response.end("served"), 400 * Math.random())'
       const limit = isProbed ? 'options.timeoutMs = 5_000' : ''
       const service = await bootService(t, { script: `handle = ${handler}; ${limit}` })
       if (isProbed) await probe(t, service.port)

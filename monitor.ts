@@ -422,16 +422,20 @@ interface Extension {
   prepareWarmup?(signal: AbortSignal): Promise<void>
 }
 
-/** At each event of a server, only those are called that listen for events. */
+/** At each event of a server and at each check, only those are called that have to do with it. */
 class Extensions {
   readonly all: Extension[] = []
   readonly ofEvents: Extension[] = []
   readonly ofRequests: Extension[] = []
+  readonly ofInquiries: Extension[] = []
+  readonly ofVerdicts: Extension[] = []
 
   add(extension: Extension): void {
     this.all.push(extension)
     if (extension.onEvent) this.ofEvents.push(extension)
     if (extension.onRequestEnd) this.ofRequests.push(extension)
+    if (extension.inquire) this.ofInquiries.push(extension)
+    if (extension.onVerdict) this.ofVerdicts.push(extension)
   }
 
   /** What fails in a layer is our fault, and must not be the host's end. */
@@ -1319,7 +1323,7 @@ class Traffic {
   #connectionsSoFar = 0
   /** The last socket that was announced as one of HTTP/2. */
   #newestCarrier: net.Socket | undefined
-  #isSendingElsewhere = false
+  isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
   /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `over`: what
    *  stands in for a server keeps no process alive. */
@@ -1542,7 +1546,7 @@ class Traffic {
     response.on('close', this.#onResponseClose)
     const client = this.#clientOf(stream?.session ?? socket)
     this.#requestBegins(response, `${method} ${url}`, client)
-    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
+    if (this.isSendingElsewhere) sendElsewhere(response, client, this)
   }
 
   /** A request of HTTP/2, for which `request` may not be emitted. */
@@ -1566,7 +1570,7 @@ class Traffic {
     const answer: NodeJS.EventEmitter = response
     client.requestBegins(response)
     answer.once('close', () => client.requestEnded('req' in response ? response.req : undefined))
-    if (this.#isSendingElsewhere) sendElsewhere(response, client, this)
+    if (this.isSendingElsewhere) sendElsewhere(response, client, this)
     if (this.#isSendingSessionsElsewhere) client.sendSessionElsewhere()
   }
 
@@ -1613,13 +1617,9 @@ class Traffic {
 
   // The end of the application
 
-  get isSendingElsewhere(): boolean {
-    return this.#isSendingElsewhere
-  }
-
   /** From now on each client of HTTP/1 is to go elsewhere with its next request. */
   sendClientsElsewhere(): void {
-    this.#isSendingElsewhere = true
+    this.isSendingElsewhere = true
     for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
       if (!isUpgradeAnswered) sendElsewhere(key, client, this)
     }
@@ -1632,7 +1632,7 @@ class Traffic {
   }
 
   stopSendingElsewhere(): void {
-    this.#isSendingElsewhere = false
+    this.isSendingElsewhere = false
     this.#isSendingSessionsElsewhere = false
   }
 
@@ -2127,7 +2127,8 @@ function isInquiryDue(): boolean {
   if (monitor.draining || isWithoutMonitor()) return false
   if (monitor.server && monitor.isInstanceClosing) return false // it is known
   if (databases.size > 0 || registeredChecks.size > 0) return true
-  return attemptOwn(() => monitor.extensions.all.some((each) => each.isInquiryDue)) === true
+  const { ofInquiries } = monitor.extensions
+  return attemptOwn(() => ofInquiries.some((each) => each.isInquiryDue)) === true
 }
 
 /** The verdict as a check sees it. */
@@ -2139,7 +2140,7 @@ function judgeAndTell(): Verdict {
 
 function tellExtensions(owner: Monitor, verdict: Verdict): void {
   owner.toldVerdict = verdict
-  owner.extensions.tell((each) => each.onVerdict?.(verdict))
+  for (const each of owner.extensions.ofVerdicts) attemptOwn(() => each.onVerdict?.(verdict))
 }
 
 /** Tells when it happens what is known without asking anybody: a boot, a warm-up, a drain, the end.
