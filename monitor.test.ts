@@ -951,6 +951,15 @@ interface ServiceSetup extends Omit<ProcessSetup, 'descriptors' | 'network'> {
   script?: string
 }
 
+/** What the programs of services and of the law have in common; it comes behind the imports. */
+const OPEN_UNTIL_CLEANED = `
+  const LOOPBACK = { host: '127.0.0.1', port: 0 }
+  let isOpen = true
+  const cleanUp = () => {
+    isOpen = false
+    print('cleaned up')
+  }`
+
 /** What every service has: it says `closed` where a request comes after `cleanUp`. */
 const SERVICE_PARTS = `
   import https from 'node:https'
@@ -958,14 +967,9 @@ const SERVICE_PARTS = `
   import fs from 'node:fs'
   import { promisify } from 'node:util'
 
-  const LOOPBACK = { host: '127.0.0.1', port: 0 }
+  ${OPEN_UNTIL_CLEANED}
   const listening = (server, where = LOOPBACK) =>
     new Promise((resolve) => server.listen(where, () => resolve(server.address().port)))
-  let isOpen = true
-  const cleanUp = () => {
-    isOpen = false
-    print('cleaned up')
-  }
   let handle = async ({ url }, response) => {
     print('asked for', url)
     if (url === '/hang') return
@@ -11179,12 +11183,7 @@ const LIFE_PARTS = `
   import { promisify } from 'node:util'
   ${PRINT}
 
-  const LOOPBACK = { host: '127.0.0.1', port: 0 }
-  let isOpen = true
-  const cleanUp = () => {
-    isOpen = false
-    print('cleaned up')
-  }
+  ${OPEN_UNTIL_CLEANED}
   let handle = async ({ url }, response) => {
     print('asked for', url)
     const [, kind, ms] = /^\\/(slow|block)(\\d+)$/.exec(url) ?? []
