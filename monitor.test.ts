@@ -8,7 +8,7 @@
 // its suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
 // module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event, poll
 // (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW. What
-// starts processes has a busy machine around it: up to six tests at a time, and the other part.
+// starts processes has a busy machine around it: up to six tests at a time, and the other parts.
 //
 // `node --test --test-name-pattern='The verdict' monitor.test.ts` runs one subject.
 
