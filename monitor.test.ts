@@ -1359,34 +1359,21 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 
 // --- Start and stop ------------------------------------------------------------------------------
 
-const TAKEN_BY_START =
-  'start() takes an http.Server (app.listen() of Express, fastify.server), or an object with any of server, port, url, listen, local, logger, healthPath, keepAliveMs'
-
 describeInProcess('Start and stop', TOGETHER, () => {
   test('an unknown option is named in the error, with those that there are', async (t) => {
     const monitor = await importMonitor(t)
     const surplus: object = { surplus: 5 }
-    const ofShutdown =
-      'a shutdown takes an object with any of reason, fall, timeoutMs, minimumMs, onSignal, cleanUp, exitAfterMs, signals'
-    const calls: [call: () => unknown, takes: string][] = [
-      [() => monitor.start(surplus), TAKEN_BY_START],
-      [() => monitor.untilHealthy(surplus), 'untilHealthy takes an object with any of signal'],
-      [
-        () => monitor.drain(surplus),
-        'drain takes an object with any of reason, fall, timeoutMs, minimumMs'
-      ],
-      [() => monitor.shutdown(surplus), ofShutdown],
-      [() => monitor.shutdownOnSignal(surplus), ofShutdown],
-      [
-        () => monitor.registerCheck('a', hang, surplus),
-        'a check takes an object with any of optional'
-      ],
-      [
-        () => monitor.register('a', '', hang, surplus),
-        'a command takes an object with any of http, local'
-      ]
+    const ofDrain = 'reason, fall, timeoutMs, minimumMs'
+    const ofShutdown = `${ofDrain}, onSignal, cleanUp, exitAfterMs, signals`
+    const calls: [who: string, options: string, call: () => unknown][] = [
+      ['untilHealthy', 'signal', () => monitor.untilHealthy(surplus)],
+      ['drain', ofDrain, () => monitor.drain(surplus)],
+      ['a shutdown', ofShutdown, () => monitor.shutdown(surplus)],
+      ['a check', 'optional', () => monitor.registerCheck('a', hang, surplus)],
+      ['a command', 'http, local', () => monitor.register('a', '', hang, surplus)]
     ]
-    for (const [call, takes] of calls) {
+    for (const [who, options, call] of calls) {
+      const takes = `${who} takes an object with any of ${options}`
       const message = `ftw-monitor: there is no option surplus: ${takes}`
       await assert.rejects(async () => await call(), { name: 'TypeError', message })
     }
@@ -1408,94 +1395,65 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.deepEqual(Object.keys(required).toSorted(), Object.keys(monitor).toSorted())
   })
 
-  test(
-    'an http2 server over TLS is taken, and its requests are seen',
-    needs('openssl'),
-    async (t) => {
-      const server = http2.createSecureServer(certify(t, 'localhost'), (_, response) =>
-        response.end()
-      )
-      await startListening(t, server)
-      await bootInstance(t, { server, performers: WARM })
-      const url = `https://127.0.0.1:${portOf(server)}`
-      const session = http2.connect(url, { rejectUnauthorized: false })
-      t.after(() => session.destroy())
-      const stream = session.request({ ':path': '/@@warmup' })
-      assert.equal(await readAll(stream), 'Warmup successful\n')
-    }
-  )
-
   test('what the caller passed wrongly rejects, and start works again', async (t) => {
     const monitor = await importMonitor(t)
-    // @ts-expect-error: a net.Server serves no requests
-    await assert.rejects(monitor.start(net.createServer()), TypeError)
-    // @ts-expect-error: the same
-    await assert.rejects(monitor.start({ server: net.createServer() }), TypeError)
-    // @ts-expect-error: the same
-    await assert.rejects(monitor.start([http.createServer(), net.createServer()]), TypeError)
+    const takes =
+      'start() takes an http.Server (app.listen() of Express, fastify.server), or an object with any of server, port, url, listen, local, logger, healthPath, keepAliveMs'
+    const servesNothing = net.createServer()
+    // @ts-expect-error: as the types tell
+    await assert.rejects(monitor.start(servesNothing), TypeError)
 
     const start = monitor.start as (options: unknown) => Promise<unknown>
     const logger = recorder()
     for (const options of [42, '8080', null, () => {}]) {
-      const message = `ftw-monitor: ${TAKEN_BY_START}`
+      const message = `ftw-monitor: ${takes}`
       await assert.rejects(start(options), { name: 'TypeError', message })
     }
 
-    const wrong: [name: string, takes: string, values: unknown[]][] = [
-      ['server', 'server must be an http, https or http2 server, or a list of them', [{}, 8080]],
+    const servers = [{}, 8080, servesNothing, [http.createServer(), servesNothing]]
+    const endpoints = ['localhost', { port: '1' }, { port: 70_000 }, { host: 1 }, { path: 1 }]
+    const wrong: [option: string, sentence: string, values: unknown[]][] = [
+      ['surplus', `there is no option surplus: ${takes}`, [5]],
+      ['server', 'server must be an http, https or http2 server, or a list of them', servers],
       ['port', 'port must be a number from 1 to 65535', ['8080', 65_536, -1, 1.5, NaN]],
       ['port', 'the monitor belongs at port + 80, which is no port: say port or listen', [65_500]],
-      [
-        'url',
-        'url must be an http or https URL, without query',
-        ['not a url', 42, 'ftp://localhost']
-      ],
-      [
-        'listen',
-        'listen must be { host, port } or { path }',
-        ['localhost', { port: '1' }, { port: 70_000 }, { host: 1 }, { path: 1 }, () => {}]
-      ],
+      ['url', 'url must be an http or https URL, without query', ['not a url', 42, 'ftp://a']],
+      ['listen', 'listen must be { host, port } or { path }', [...endpoints, () => {}]],
       ['healthPath', 'healthPath must be a path, as /ready', ['ready', '//ready', '/ready?a', 7]],
       ['logger', 'logger must have info, warn and error', ['console', {}]]
     ]
-    for (const [option, takes, values] of wrong) {
+    for (const [option, sentence, values] of wrong) {
       for (const value of values) {
         const isRange = option === 'port' && typeof value === 'number'
-        const expected = {
-          name: isRange ? 'RangeError' : 'TypeError',
-          message: `ftw-monitor: ${takes}`
-        }
-        await assert.rejects(start({ port: 8080, logger, [option]: value }), expected)
+        const name = isRange ? 'RangeError' : 'TypeError'
+        const message = `ftw-monitor: ${sentence}`
+        await assert.rejects(start({ port: 8080, logger, [option]: value }), { name, message })
       }
     }
     assert.deepEqual(logger.lines, [])
     await bootInstance(t, { monitor })
   })
 
-  test('a second start warns once and gives the address of the first', async (t) => {
-    const { monitor, server, port, logger } = await bootInstance(t, { performers: WARM })
-    const again = await monitor.start({ server, logger: recorder() })
-    assert.deepEqual(again, { address: '127.0.0.1', family: 'IPv4', port })
-    assert.equal(warningsOf(logger).length, 1)
-  })
-
   test('stop() closes all connections and leaves nothing but what was registered, and start works again', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
     const before = { listeners: listenersOf(server), emit: server.emit }
-    let warmups = 0
-    monitor.registerWarmup('/', () => {
-      warmups++
-    })
+    const warmUp = t.mock.fn(() => {})
+    monitor.registerWarmup('/', warmUp)
     let isConnected = true
     monitor.registerDatabase('main', { isConnected: () => isConnected })
     monitor.register('mine', '', (connection) => connection.write('still here\n'))
 
     for (let round = 1; round <= 3; round++) {
-      const { port } = await bootInstance(t, { monitor, server })
+      const { port, logger } = await bootInstance(t, { monitor, server })
       assert.notEqual(server.emit, before.emit)
-      assert.equal(warmups, round)
+      assert.equal(warmUp.mock.callCount(), round)
       assert.equal(await ask(port, 'mine\n'), 'still here\n')
+
+      const again = await monitor.start({ server, logger: recorder() })
+      assert.deepEqual(again, { address: '127.0.0.1', family: 'IPv4', port })
+      assert.equal(warningsOf(logger).length, 1)
+
       const peers: Peer[] = []
       for (const begin of ['', 'inter', 'interactive\n']) {
         const peer = await converse(t, port)
@@ -1503,10 +1461,10 @@ describeInProcess('Start and stop', TOGETHER, () => {
         peers.push(peer)
       }
       await peers[2]?.hear('Interactive mode on.  Use "quit" To exit.\n')
-
       await inTime(monitor.stop(), 'it is stopped')
       await until(() => peers.every(({ isClosed }) => isClosed), 'all connections are closed')
       assert.ok(await isRefused(port))
+
       assert.deepEqual(listenersOf(server), before.listeners)
       assert.equal(server.emit, before.emit)
       assert.equal(Object.hasOwn(server, 'emit'), false)
@@ -1518,7 +1476,6 @@ describeInProcess('Start and stop', TOGETHER, () => {
   })
 
   test('stop() leaves no listener on connections that are kept alive, from before start() or after', async (t) => {
-    const monitor = await importMonitor(t)
     const server = await serve(t)
     server.keepAliveTimeout = 60_000
     const connect = async () => {
@@ -1532,38 +1489,16 @@ describeInProcess('Start and stop', TOGETHER, () => {
     }
     const early = await connect()
     const before = listenersOf(early)
-    for (let round = 1; round <= 3; round++) {
-      await bootInstance(t, { monitor, server, performers: WARM })
-      const late = await connect()
-      await monitor.stop()
-      assert.deepEqual(listenersOf(early), before)
-      assert.deepEqual(listenersOf(late), before)
-    }
+    const { monitor } = await bootInstance(t, { server, performers: WARM })
+    const late = await connect()
+    await monitor.stop()
+    assert.deepEqual(listenersOf(early), before)
+    assert.deepEqual(listenersOf(late), before)
   })
 
-  test('stop() aborts a warm-up, ends a start that waits, and may be called twice', async (t) => {
+  test('stop() aborts a warm-up, at which start() may begin anew, ends a start that waits, and may be called twice', async (t) => {
     const monitor = await importMonitor(t)
-    const begun = latch()
-    let seen: AbortSignal | undefined
-    monitor.registerWarmup('/', ({ signal }) => {
-      seen = signal
-      begun.open()
-      return new Promise((_, reject) => signal.addEventListener('abort', reject))
-    })
-    await monitor.stop()
-    await bootInstance(t, { monitor, until: 'started' })
-    await begun.opened
-    await Promise.all([monitor.stop(), monitor.stop()])
-    assert.equal(seen?.aborted, true)
-    const later = http.createServer()
-    const started = monitor.start({ server: later, logger: recorder() })
-    await monitor.stop()
-    assert.equal(await inTime(started, 'start gives up'), false)
-    assert.equal(Object.hasOwn(later, 'emit'), false)
-  })
-
-  test('start() as soon as stop() aborts a warm-up begins anew', async (t) => {
-    const monitor = await importMonitor(t)
+    await monitor.stop() // though nothing has begun
     const options = { server: await serve(t), listen: LOOPBACK, logger: recorder() }
     const begun = latch()
     let again: ReturnType<Monitor['start']> | undefined
@@ -1580,10 +1515,18 @@ describeInProcess('Start and stop', TOGETHER, () => {
     await monitor.stop()
     assert.ok(typeof (await again) === 'object')
     await untilVerdict(monitor)
+    await Promise.all([monitor.stop(), monitor.stop()])
+
+    const later = http.createServer()
+    const started = monitor.start({ server: later, logger: recorder() })
+    await monitor.stop()
+    assert.equal(await inTime(started, 'start gives up'), false)
+    assert.equal(Object.hasOwn(later, 'emit'), false)
   })
 
   test('stop() leaves alone what somebody hooked into the server later', async (t) => {
-    const { monitor, server } = await bootInstance(t, { performers: WARM })
+    const { monitor, server, instancePort } = await bootInstance(t, { performers: WARM })
+    const askWarmup = async () => (await getPage(instancePort, '/@@warmup')).body
     const ours = server.emit
     const events: unknown[] = []
     const theirs = function (this: http.Server, ...all: unknown[]) {
@@ -1591,43 +1534,19 @@ describeInProcess('Start and stop', TOGETHER, () => {
       return Reflect.apply(ours, this, all) as boolean
     }
     server.emit = theirs
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
+    assert.equal(await askWarmup(), 'Warmup successful\n')
     await monitor.stop()
-    assert.equal(server.emit, theirs)
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'hello')
+    assert.equal(await askWarmup(), 'hello')
     assert.equal(events.filter((event) => event === 'request').length, 2)
     await bootInstance(t, { monitor, server })
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
+    assert.equal(await askWarmup(), 'Warmup successful\n')
     await monitor.stop()
     assert.equal(server.emit, theirs)
-  })
-
-  test('a server that has to try its port again gets its monitor when it listens', async (t) => {
-    const monitor = await importMonitor(t)
-    const holder = await serve(t)
-    const port = portOf(holder)
-    const server = http.createServer(hello)
-    closeLater(t, server)
-    const started = monitor.start({ server, listen: LOOPBACK, logger: recorder() })
-    const retried = once(server, 'error')
-    server.on('error', () => {}).listen(port, '127.0.0.1')
-    await retried
-    server.close() // emits `close`, though nothing had been listening
-    await close(holder)
-    server.listen(port, '127.0.0.1')
-    assert.ok(typeof (await started) === 'object')
-    await untilVerdict(monitor)
   })
 
   test('a logger that throws or rejects is no reason to fail', async (t) => {
-    let calls = 0
-    const throws = () => {
-      calls++
-      throw new Error('no log')
-    }
-    const rejects = async () => throws()
-    for (const say of [throws, rejects]) {
-      calls = 0
+    for (const fail of [thrower, async () => thrower()]) {
+      const say = t.mock.fn(fail)
       const { monitor, port } = await bootInstance(t, {
         performers: { '/': thrower },
         logger: { info: say, warn: say, error: say },
@@ -1637,68 +1556,61 @@ describeInProcess('Start and stop', TOGETHER, () => {
       await untilVerdict(monitor, 'Warmup failed: trap')
       assert.equal(await ask(port, 'fails\n'), 'Error: trap\n')
       await untilSeen(port)
-      assert.ok(calls >= 4, `${calls} lines`)
+      assert.ok(say.mock.callCount() >= 4, `${say.mock.callCount()} lines`)
       await monitor.stop()
     }
   })
 
-  const AGAIN: Record<string, { host?: string; isAtOnce: boolean }> = {
-    'a server that listens again': { host: '127.0.0.1', isAtOnce: false },
-    'a server that closes and listens again in one tick': { host: '127.0.0.1', isAtOnce: true },
-    'the same without a host, whose look-up takes no turn': { isAtOnce: true }
-  }
-  for (const [what, { host, isAtOnce }] of Object.entries(AGAIN)) {
-    test(`${what} gets its monitor back, at its new port + 80`, async (t) => {
-      const monitor = await importMonitor(t)
-      const logger = recorder()
-      const server = http.createServer(hello)
-      closeLater(t, server)
-      const first = await freePort()
-      const second = await freePort()
-      const countClosings = () =>
-        logger.lines.filter((line) => line === 'info ftw-monitor closed').length
-      const closeAndListen = async (port: number) => {
-        logger.lines.length = 0
-        server.close()
-        if (!isAtOnce) {
-          await once(server, 'close')
-          await until(() => countClosings() === 1, 'the monitor has closed')
-          const red = 'info ftw-monitor is red: Instance is shutting down'
-          assert.deepEqual(logger.lines, ['info ftw-monitor closed', red])
-        }
-        await once(server.listen({ port, host }), 'listening')
-        await untilHealthy(port + 80)
+  test('a server that listens again gets its monitor back at its new port + 80, however soon that is', async (t) => {
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const server = http.createServer(hello)
+    closeLater(t, server)
+    const first = await freePort()
+    const second = await freePort()
+    await once(server.listen(first, '127.0.0.1'), 'listening')
+    await monitor.start({ server, logger })
+    await untilHealthy(first + 80)
+
+    const local = '127.0.0.1'
+    const moves: [port: number, other: number, host: string | undefined, isAtOnce: boolean][] = [
+      [second, first, local, false],
+      [second, first, local, false],
+      [first, second, local, true],
+      [first, second, local, true],
+      [second, first, undefined, true], // the look-up of no host takes no turn
+      [second, first, undefined, true]
+    ]
+    for (const [port, other, host, isAtOnce] of moves) {
+      const closed = 'info ftw-monitor closed'
+      logger.lines.length = 0
+      server.close()
+      if (!isAtOnce) {
+        await until(() => logger.lines.includes(closed), 'the monitor has closed')
+        const red = 'info ftw-monitor is red: Instance is shutting down'
+        assert.deepEqual(logger.lines, [closed, red])
       }
-
-      server.listen({ port: first, host })
-      await monitor.start({ server, logger })
-      await untilHealthy(first + 80)
-
-      await closeAndListen(second)
-      assert.equal(countClosings(), 1)
-      assert.ok(await isRefused(first + 80))
-
-      await closeAndListen(second)
-      assert.ok(countClosings() <= 1)
+      await once(server.listen({ port, host }), 'listening')
+      await untilHealthy(port + 80)
+      assert.ok(await isRefused(other + 80))
+      assert.ok(logger.lines.filter((line) => line === closed).length <= 1)
       assert.deepEqual(warningsOf(logger), [])
+    }
 
-      await monitor.stop()
-      await close(server)
-      assert.equal(Object.hasOwn(server, 'emit'), false)
-      await once(server.listen({ port: first, host }), 'listening')
-      assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
-    })
-  }
+    await monitor.stop()
+    await close(server)
+    assert.equal(Object.hasOwn(server, 'emit'), false)
+    await once(server.listen(first, local), 'listening')
+    assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
+  })
 
   test('a server that listens elsewhere before its last request is gone gets its monitor there', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM, server })
     const answer = getPage(portOf(server), '/held')
     await until(() => held.length > 0, 'the request is in flight')
-    let isClosed = false
-    server.once('close', () => {
-      isClosed = true
-    })
+    const onClose = t.mock.fn()
+    server.once('close', onClose)
     server.close()
     assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
     const another = await freePort()
@@ -1706,7 +1618,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
     await untilVerdict(monitor)
     letGo()
     assert.equal((await answer).body, 'late')
-    assert.equal(isClosed, false)
+    assert.equal(onClose.mock.callCount(), 0)
     assert.match((await monitor.status()).url, new RegExp(`:${another}$`))
     await untilVerdict(monitor)
   })
@@ -1716,11 +1628,7 @@ describeInProcess('Start and stop', ALONE, () => {
   test('FTW_MONITOR switches the monitor off: it asks nobody, and is healthy until the end', async (t) => {
     const port = await freePort()
     const monitor = await importMonitor(t)
-    let questions = 0
-    const answerNo = () => {
-      questions++
-      return false
-    }
+    const answerNo = t.mock.fn(() => false)
     monitor.registerDatabase('main', { isConnected: answerNo })
     monitor.registerCheck('disk', answerNo)
     for (const value of ['0', 'false', 'no', 'off', 'OFF', 'False']) {
@@ -1736,7 +1644,7 @@ describeInProcess('Start and stop', ALONE, () => {
       assert.deepEqual(logger.lines, [])
       assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' })
     }
-    assert.equal(questions, 0)
+    assert.equal(answerNo.mock.callCount(), 0)
     const { healthy, databases } = await monitor.status()
     assert.deepEqual([healthy, databases[0]?.trouble], [true, 'disconnected'])
     await monitor.shutdown()
@@ -1746,15 +1654,11 @@ describeInProcess('Start and stop', ALONE, () => {
   test('all unknown variables are in one warning; known ones and those of Kubernetes in none', async (t) => {
     const unknown = [
       'FTW_MONITOR_TIMEOUT (perhaps FTW_MONITOR_TIMEOUT_MS)',
-      'FTW_MONITOR_TIMEOUT_SECONDS (perhaps FTW_MONITOR_TIMEOUT_MS)',
       'FTW_MONITOR_AUTO_WARMUP (perhaps FTW_MONITOR_AUTOWARMUP)',
       'FTW_MONITOR_WARM_UP (perhaps FTW_MONITOR_WARMUP)',
-      'FTW_MONITOR_HEALTHPATH (perhaps FTW_MONITOR_HEALTH_PATH)',
       'FTW_MONITOR_CHECKS (perhaps FTW_MONITOR_CHECK)',
-      'FTW_MONITOR_MIN_MS (perhaps FTW_MONITOR_MINIMUM_MS)',
       'FTW_MONITOR_LISTNE (perhaps FTW_MONITOR_LISTEN)',
-      'FTW_MONITOR_COLOUR',
-      'FTW_MONITOR_X'
+      'FTW_MONITOR_COLOUR'
     ]
     const variables = unknown.map((words) => [words.split(' ')[0], '5'])
     setEnvironment(t, {
@@ -1762,7 +1666,6 @@ describeInProcess('Start and stop', ALONE, () => {
       FTW_MONITOR_EMPTY: '',
       FTW_MONITOR: '1',
       FTW_MONITOR_LISTEN: '127.0.0.1:0',
-      FTW_MONITOR_TIMEOUT_MS: '5000',
       FTW_MONITOR_SERVICE_HOST: '10.0.0.1',
       FTW_MONITOR_SERVICE_PORT_HTTP: '8160',
       FTW_MONITOR_PORT: 'tcp://10.0.0.1:8160',
@@ -1779,12 +1682,12 @@ describeInProcess('Start and stop', ALONE, () => {
       process.env['NODE_TEST_CONTEXT'] = context
     })
     setEnvironment(t, { FTW_MONITOR: 'off' })
+    const server = await serve(t)
     for (const runner of [...runners, undefined]) {
       for (const name of runners) delete process.env[name]
       if (runner !== undefined) process.env[runner] = '1'
       const monitor = await importMonitor(t)
       const logger = recorder()
-      const server = await serve(t)
       assert.equal(await monitor.start({ server, logger }), false)
       assert.equal(await monitor.start({ server, logger }), false)
       const told = ['info ftw-monitor is switched off by FTW_MONITOR=off']
@@ -1795,47 +1698,49 @@ describeInProcess('Start and stop', ALONE, () => {
   test('a process with nothing but the monitor in it logs where it listens, and exits by itself', async (t) => {
     const port = await freePort()
     const taken = await freePort()
-    const other = await freePort()
     await occupy(t, taken)
-    const bare = (env: Record<string, string>) =>
-      runScript(t, { script: 'void monitor.start()', env: { HOST: '127.0.0.1', ...env } })
+    const run = (script: string, env: Record<string, string> = {}) =>
+      runScript(t, { script, env: { HOST: '127.0.0.1', ...env } })
     const children = [
-      bare({ PORT: String(port) }),
-      bare({ PORT: String(port), FTW_MONITOR_LISTEN: String(taken) }),
-      bare({}),
-      runScript(t, {
-        script: `
-          const server = http.createServer((_, response) => response.end())
-          const started = monitor.start(server)
-          server.listen(${other}, '127.0.0.1', async () => {
-            print(JSON.stringify(await started))
-            while (!(await monitor.health()).healthy) await nextTurn()
-            server.close()
-          })`
-      }),
-      runScript(t, { script: 'void monitor.start(http.createServer())' })
+      run('void monitor.start()', { PORT: String(port) }),
+      run('void monitor.start()', { PORT: String(port), FTW_MONITOR_LISTEN: String(taken) }),
+      run('void monitor.start()'),
+      run('void monitor.start(http.createServer())'),
+      run(`
+        const server = http.createServer((_, response) => response.end())
+        const started = monitor.start({ server, listen: { port: 0 } })
+        server.listen(0, '127.0.0.1')
+        await started
+        await monitor.untilHealthy()
+        server.close()`)
     ]
     const statuses = await inTime(Promise.all(children.map(({ exit }) => exit)), 'all have exited')
     const outputs = children.map(({ output }) => output)
     assert.deepEqual(statuses, [0, 0, 0, 0, 0], outputs.join())
-    assert.match(outputs[0]!, /listening on/)
-    const address = `{"address":"127.0.0.1","family":"IPv4","port":${other + 80}}`
-    const lines = `ftw-monitor listening on 127.0.0.1:${other + 80}\n${address}\n`
-    assert.ok(outputs[3]!.startsWith(lines), outputs.join())
+    for (const at of [0, 4]) assert.match(outputs[at]!, /listening on 127\.0\.0\.1:\d+\n/)
   })
 
-  test('a server that does not listen within 10 s is warned of once', async (t) => {
+  test('a server that does not listen within 10 s is warned of once, and gets its monitor when its port is free at last', async (t) => {
     const timers = takeTimers(t)
     const monitor = await importMonitor(t)
     const logger = recorder()
+    const port = await freePort()
+    const holder = await occupy(t, port)
     const server = http.createServer(hello)
+    closeLater(t, server)
     const started = monitor.start({ server, logger, listen: LOOPBACK })
     timers.pass(9_000)
     assert.deepEqual(logger.lines, [])
     timers.pass(60_000)
     assert.match(logger.lines.join('\n'), /^warn ftw-monitor .*listen.*$/)
-    await startListening(t, server)
-    assert.ok(await started)
+
+    server.listen(port, '127.0.0.1')
+    await assert.rejects(once(server, 'listening'), { code: 'EADDRINUSE' })
+    server.close() // emits `close`, though nothing had been listening
+    await close(holder)
+    server.listen(port, '127.0.0.1')
+    assert.ok(typeof (await started) === 'object')
+    assert.equal(warningsOf(logger).length, 1)
   })
 
   test('neither import nor start installs handlers on the process', async (t) => {
@@ -1849,140 +1754,90 @@ describeInProcess('Start and stop', ALONE, () => {
 
 // --- Addresses -----------------------------------------------------------------------------------
 
-describeInProcess('Addresses', TOGETHER, () => {
-  test('a server that listens, or will, has its monitor at its port + 80, on its host', async (t) => {
-    for (const host of ['127.0.0.1', '127.0.0.2']) {
-      for (const isEarly of [true, false]) {
-        const monitor = await importMonitor(t)
-        const port = await freePort()
-        const server = http.createServer(hello)
-        closeLater(t, server)
-        const start = () => monitor.start({ server, logger: recorder() })
-        const early = isEarly ? start() : undefined
-        await once(server.listen(port, host), 'listening')
-        const address = { address: host, family: 'IPv4', port: port + 80 }
-        assert.deepEqual(await (early ?? start()), address)
-        await untilVerdict(monitor)
-      }
+describeInProcess('Addresses', ALONE, () => {
+  test('where the monitor listens is up to `listen`, FTW_MONITOR_LISTEN, or else the instance, the last at its port + 80', async (t) => {
+    const port = await freePort()
+    const instancePort = await freePort()
+    const local = '127.0.0.1'
+    const host = '127.0.0.2'
+    const PORT = String(instancePort)
+    const server = hide(await serve(t, hello, { host, port: instancePort }))
+    const rows: [variables: Record<string, string>, StartOptions, address: string, number][] = [
+      [{}, { server }, host, instancePort + 80],
+      [{ PORT, HOST: host }, {}, host, instancePort + 80],
+      [{ FTW_MONITOR_LISTEN: `${port}` }, { server }, host, port],
+      [{ FTW_MONITOR_LISTEN: ` ${port} ` }, { server }, host, port],
+      [{ FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }, { server }, local, port],
+      [{ FTW_MONITOR_LISTEN: `0.0.0.0:${port}` }, { server }, '0.0.0.0', port],
+      [{ FTW_MONITOR_LISTEN: `[::1]:${port}` }, { server }, '::1', port],
+      [{ FTW_MONITOR_LISTEN: `[::]:${port}` }, { server }, '::', port],
+      [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: { port } }, host, port],
+      [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: { host: local } }, local, instancePort + 80],
+      [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: { host: local, port } }, local, port]
+    ]
+    for (const [variables, options, address, at] of rows) {
+      setEnvironment(t, variables)
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      const isIPv6 = net.isIPv6(address)
+      const expected = { address, family: isIPv6 ? 'IPv6' : 'IPv4', port: at }
+      assert.deepEqual(await monitor.start({ logger, ...options }), expected)
+      const shown = isIPv6 ? `[${address}]` : address
+      assert.equal(logger.lines[0], `info ftw-monitor listening on ${shown}:${at}`)
+      await untilVerdict(monitor)
+      await monitor.stop()
+    }
+
+    setEnvironment(t, { PORT })
+    const monitor = await importMonitor(t)
+    const everywhere = await monitor.start({ logger: recorder() })
+    assert.ok(typeof everywhere === 'object')
+    assert.match(everywhere.address, /^(::|0\.0\.0\.0)$/)
+    for (const each of [local, host]) {
+      const reply = await ask(instancePort + 80, 'health_check\n', { host: each })
+      assert.equal(reply, 'Instance is booting\n')
     }
   })
-})
 
-describeInProcess('Addresses', ALONE, () => {
-  test('a setting that cannot be used is named without its password', async (t) => {
-    const server = await serve(t)
-    for (const url of [
+  test('what the environment does not allow is false after one warning without passwords, and start works again', async (t) => {
+    const PORT = String(await freePort())
+    const taken = await freePort()
+    await occupy(t, taken)
+    const urls = [
       'htp://admin:hunter2@localhost:8080',
       'admin:hunter2@localhost:8080',
       'http://admin:hunter2@localhost:8080?',
       'http://admin:hunt er2@local host'
-    ]) {
-      setEnvironment(t, { FTW_MONITOR_URL: url })
-      const monitor = await importMonitor(t)
-      const logger = recorder()
-      assert.equal(await monitor.start({ server, listen: LOOPBACK, logger }), false)
-      assert.match(logger.lines.join('\n'), /^warn .*cannot use FTW_MONITOR_URL=\*\*\*@local/)
-      assert.doesNotMatch(logger.lines.join('\n'), /hunt|er2/)
-    }
-  })
-
-  test('with PORT alone the monitor listens at PORT + 80, on HOST, or else on all interfaces', async (t) => {
-    const port = await freePort()
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
-    const onHost = { address: '127.0.0.1', family: 'IPv4', port: port + 80 }
-    assert.deepEqual(await monitor.start({ logger }), onHost)
-    assert.deepEqual(logger.lines, [`info ftw-monitor listening on 127.0.0.1:${port + 80}`])
-    await monitor.stop()
-
-    setEnvironment(t, { PORT: String(port) })
-    const address = await monitor.start({ logger })
-    assert.ok(typeof address === 'object')
-    assert.match(address.address, /^(::|0\.0\.0\.0)$/)
-    for (const host of ['127.0.0.1', '127.0.0.2']) {
-      assert.equal(await ask(port + 80, 'health_check\n', { host }), 'Instance is booting\n')
-    }
-  })
-
-  test('FTW_MONITOR_LISTEN, and listen, say where the monitor listens', async (t) => {
-    const port = await freePort()
-    const instancePort = await freePort()
-    const path = join(scratchFolder(t), 'monitor')
-    const server = await serve(t, hello, { host: '127.0.0.1', port: instancePort })
-    const at = (address: string, family = 'IPv4') => ({ address, family, port })
-    const rows: [string | object, unknown, string][] = [
-      [String(port), at('127.0.0.1'), `127.0.0.1:${port}`],
-      [` ${port} `, at('127.0.0.1'), `127.0.0.1:${port}`],
-      [`127.0.0.2:${port}`, at('127.0.0.2'), `127.0.0.2:${port}`],
-      [`0.0.0.0:${port}`, at('0.0.0.0'), `0.0.0.0:${port}`],
-      [`[::1]:${port}`, at('::1', 'IPv6'), `[::1]:${port}`],
-      [`[::]:${port}`, at('::', 'IPv6'), `[::]:${port}`],
-      [path, path, path],
-      [{ port }, at('127.0.0.1'), `127.0.0.1:${port}`],
-      [
-        { host: '127.0.0.2' },
-        { ...at('127.0.0.2'), port: instancePort + 80 },
-        `127.0.0.2:${instancePort + 80}`
-      ],
-      [{ host: '127.0.0.2', port }, at('127.0.0.2'), `127.0.0.2:${port}`],
-      [{ path }, path, path]
     ]
-    for (const [form, address, logged] of rows) {
-      setEnvironment(t, { FTW_MONITOR_LISTEN: typeof form === 'string' ? form : '1' })
-      const monitor = await importMonitor(t)
-      const logger = recorder()
-      const listen = typeof form === 'string' ? {} : { listen: form }
-      assert.deepEqual(await monitor.start({ server, logger, ...listen }), address)
-      assert.equal(logger.lines[0], `info ftw-monitor listening on ${logged}`)
-      await untilVerdict(monitor)
-      await monitor.stop()
-    }
-  })
-
-  test('the host in FTW_MONITOR_LISTEN is looked up; two copies may serve one server', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_LISTEN: 'localhost:0' })
-    const server = await serve(t)
-    const monitor = await importMonitor(t)
-    const other = await importMonitor(t)
-    const address = await monitor.start({ server, logger: recorder() })
-    assert.ok(typeof address === 'object' && /^(127\.0\.0\.1|::1)$/.test(address.address))
-    assert.ok(await other.start({ server, logger: recorder() }))
-    await untilVerdict(monitor)
-    await untilVerdict(other)
-  })
-
-  test('what the environment does not allow is false after one warning, and start works again', async (t) => {
-    const port = await freePort()
-    const taken = await freePort()
-    await occupy(t, taken)
-    const settings: Record<string, string>[] = [
-      { PORT: 'abc' },
-      { PORT: '0' },
-      { PORT: '80.5' },
-      { PORT: '-1' },
-      { PORT: '70000' },
-      { PORT: '65500' },
-      { PORT: String(port), HOST: '203.0.113.1' },
-      { PORT: String(port), FTW_MONITOR_LISTEN: 'nonsense' },
-      { PORT: String(port), FTW_MONITOR_LISTEN: '70000' },
-      { PORT: String(port), FTW_MONITOR_LISTEN: '/no/such/folder/monitor' },
-      { PORT: String(port), FTW_MONITOR_LISTEN: `127.0.0.1:${taken}` }
+    const places = ['nonsense', '70000', '/no/such/folder/monitor', `127.0.0.1:${taken}`]
+    const advice = /^warn ftw-monitor .*(set|must|unset|try|tries)/
+    const local =
+      /cannot use FTW_MONITOR_LOCAL=sockets: it must be socket; there is no monitor until a restart$/
+    const rows: [variable: string, values: string[], warning: RegExp][] = [
+      ['PORT', ['abc', '0', '80.5', '-1', '70000', '65500'], advice],
+      ['HOST', ['203.0.113.1'], advice],
+      ['HOST', ['fe80::1%eth0'], /cannot use http:.*: set FTW_MONITOR_URL/],
+      ['FTW_MONITOR_LISTEN', places, advice],
+      ['FTW_MONITOR_URL', urls, /^warn .*cannot use FTW_MONITOR_URL=\*\*\*@local/],
+      ['FTW_MONITOR_LOCAL', ['sockets'], local]
     ]
-    for (const variables of settings) {
-      const what = JSON.stringify(variables)
-      setEnvironment(t, variables)
-      const monitor = await importMonitor(t)
-      const logger = recorder()
-      assert.equal(await monitor.start({ logger }), false, what)
-      assert.equal(logger.lines.length, 1, what)
-      const [warning = ''] = logger.lines
-      assert.match(warning, /^warn ftw-monitor .*(set|must|unset|try|tries)/, what)
-      if (warning.includes('tries every second')) await monitor.stop() // else nothing is to be stopped
-      setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
-      const address = await monitor.start({ logger: recorder() })
-      assert.ok(address && typeof address === 'object' && address.port === port + 80, what)
-      await monitor.stop()
+    for (const [variable, values, expected] of rows) {
+      for (const value of values) {
+        setEnvironment(t, { PORT, [variable]: value })
+        const monitor = await importMonitor(t)
+        const logger = recorder()
+        assert.equal(await monitor.start({ logger }), false, value)
+        const [warning = '', ...others] = logger.lines
+        assert.match(warning, expected)
+        assert.doesNotMatch(warning, /hunt|er2/)
+        assert.deepEqual(others, [], value)
+        if (warning.includes('tries every second')) await monitor.stop() // else nothing is to be stopped
+
+        setEnvironment(t, { PORT, HOST: '127.0.0.1' })
+        const address = await monitor.start({ logger: recorder() })
+        assert.ok(typeof address === 'object' && address.port === Number(PORT) + 80, value)
+        await monitor.stop()
+      }
     }
   })
 
@@ -2031,23 +1886,16 @@ describeInProcess('Addresses', ALONE, () => {
       assert.equal(await ask(where, 'health_check\n'), 'OK\n', what)
       await monitor.stop()
     }
-    assert.deepEqual(
-      visits,
-      Array.from(rows, () => '/')
-    )
-  })
+    const expectedVisits = rows.map(() => '/')
+    assert.deepEqual(visits, expectedVisits)
 
-  test('a service at PORT=/a/path that does not await start() lives on, without a monitor', async (t) => {
-    const path = join(scratchFolder(t), 'instance.sock')
-    setEnvironment(t, { PORT: path })
+    const laterPath = `${path}-later`
+    setEnvironment(t, { PORT: laterPath })
     const monitor = await importMonitor(t)
-    const logger = recorder()
-    const server = http.createServer(hello)
-    const started = monitor.start({ server, logger })
-    await startListening(t, server, { path })
-    assert.equal((await getPage(0, '/', { socketPath: path })).body, 'hello')
+    const later = http.createServer(hello)
+    const started = monitor.start({ server: later, logger: recorder() })
+    await startListening(t, later, { path: laterPath })
     assert.equal(await started, false)
-    assert.equal(warningsOf(logger).length, 1)
   })
 
   test('without a port of its own the monitor answers health() and the health path, red where it has given up', async (t) => {
@@ -2074,73 +1922,33 @@ describeInProcess('Addresses', ALONE, () => {
     await untilVerdict(monitor)
   })
 
-  test('an instance of whose address no URL can be made costs one warning that names FTW_MONITOR_URL, and no process', async (t) => {
-    const address = 'fe80::1%eth0'
-    const server = await serve(t)
-    const bound = { ...(server.address() as net.AddressInfo), address, family: 'IPv6' }
-    server.address = () => bound
-    const setups: [StartOptions, Record<string, string>][] = [
-      [{ port: await freePort() }, { HOST: address }],
-      [{ server, healthPath: '/ready' }, {}]
-    ]
-    for (const [options, variables] of setups) {
-      setEnvironment(t, variables)
-      const monitor = await importMonitor(t)
-      const logger = recorder()
-      const at = await monitor.start({ ...options, listen: LOOPBACK, logger })
-      const headers = { Host: 'foo' } // whose name that is only the URL tells
-      if (typeof at === 'object') await getPage(at.port, '/health_check', { headers })
-      const warnings = warningsOf(logger).filter((line) => line.includes('FTW_MONITOR_URL'))
-      assert.equal(warnings.length, 1, logger.lines.join('\n'))
-      if (options.server) assert.equal((await getPage(bound.port, '/ready')).status, 503)
-      assert.equal((await monitor.health()).healthy, false)
-      await monitor.stop()
-    }
-  })
-
   test('with FTW_MONITOR_LOCAL=socket nobody who comes by the port is on this machine', async (t) => {
     setEnvironment(t, { FTW_MONITOR_LOCAL: 'socket' })
-    const { monitor, port, instancePort } = await bootInstance(t)
+    const { monitor, port, instancePort, server } = await bootInstance(t)
     assert.equal(await ask(port, 'drain pwned\n'), 'drain is for this machine only\n')
     assert.equal((await getPage(instancePort, '/@@warmup')).status, 403)
     await monitor.stop()
     const path = join(scratchFolder(t), 'monitor')
-    const server = await serve(t)
     await monitor.start({ server, listen: { path }, logger: recorder() })
     assert.match(await ask(path, 'drain\n'), /Drained\n$/)
-    await monitor.stop()
-    setEnvironment(t, { FTW_MONITOR_LOCAL: 'sockets' })
-    const logger = recorder()
-    assert.equal(await monitor.start({ server, listen: LOOPBACK, logger }), false)
-    assert.match(
-      warningsOf(logger).join(),
-      /cannot use FTW_MONITOR_LOCAL=sockets: it must be socket; there is no monitor until a restart$/
-    )
   })
 
-  test('a minimumMs that does not fit into the time for telling is cut, with a warning', async (t) => {
-    const { monitor, logger } = await bootInstance(t, { performers: WARM })
-    monitor.shutdownOnSignal({ minimumMs: 20_000 })
-    assert.deepEqual(warningsOf(logger), [])
-    monitor.shutdownOnSignal({ minimumMs: 20_001 })
-    const why = 'timeoutMs of 25000 leaves 20000 ms for that; raise timeoutMs'
-    const warning = `warn ftw-monitor cannot serve for minimumMs of 20001: ${why}`
-    assert.deepEqual(warningsOf(logger), [warning])
-    await monitor.stop()
-  })
-
-  test('no value in the environment makes what code says wrong, or fails the process', async (t) => {
+  test('no value in the environment makes what code says wrong, or fails the process; a minimumMs is cut to fit', async (t) => {
     setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '60000', FTW_MONITOR_CHECK: '/a\u200bb' })
     const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
     monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
     setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '2147482000' })
     monitor.shutdownOnSignal()
+    setEnvironment(t, {})
+    monitor.shutdownOnSignal({ minimumMs: 20_000 })
+    monitor.shutdownOnSignal({ minimumMs: 20_001 })
     const page = 'a page is a path like /shop or /search?q=a'
     const range = 'it must be a number of milliseconds from 0 to 604800000'
     assert.deepEqual(warningsOf(logger), [
       `warn ftw-monitor cannot use /a b of FTW_MONITOR_CHECK: ${page}`,
       'warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=60000: uses 25000 ms, since exitAfterMs is 28000',
-      `warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=2147482000: ${range}; uses 25000`
+      `warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=2147482000: ${range}; uses 25000`,
+      'warn ftw-monitor cannot serve for minimumMs of 20001: timeoutMs of 25000 leaves 20000 ms for that; raise timeoutMs'
     ])
     const { reason } = await monitor.health()
     assert.equal(reason, `Error: Check '/a b' failed: cannot be used: ${page}`)
@@ -2150,83 +1958,44 @@ describeInProcess('Addresses', ALONE, () => {
 // --- Listening -----------------------------------------------------------------------------------
 
 describeInProcess('Listening', TOGETHER, () => {
-  test('workers of a cluster do not answer for each other', async (t) => {
-    const port = await freePort()
-    const { watched } = startService(
-      t,
-      `
-      const { default: cluster } = await import('node:cluster')
-      if (cluster.isPrimary) {
-        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        cluster.fork()
-        cluster.fork()
-      } else {
-        await listening(server, { host: '127.0.0.1', port: ${port} })
-        const { port } = await monitor.start(server)
-        print('has port', port)
-      }`
-    )
-    await until(
-      () => watched.output.match(/^has port/gm)?.length === 2,
-      'both workers have started'
-    )
-    assert.equal(watched.output.match(/^has port $/gm)?.length, 1, watched.output)
-    assert.equal(watched.output.match(new RegExp(`^has port ${port + 80}$`, 'gm'))?.length, 1)
-    assert.equal(watched.output.match(/^ftw-monitor .*cluster/gm)?.length, 1, watched.output)
-  })
-
-  test(
-    'where listen() is not permitted, start gives false after one warning',
-    NODE_MAJOR >= 26 ? {} : { skip: 'needs Node.js 26' },
-    async (t) => {
-      const instance = runScript(t, {
-        script: `
-          const warn = (text) => print('warned', text)
-          const logger = { info: print, warn, error() {} }
-          print('gave', await monitor.start({ logger, port: ${await freePort()} }))`,
-        flags: ['--no-warnings', '--permission', '--allow-fs-read=*']
-      })
-      assert.equal(await instance.exit, 0, instance.output)
-      assert.match(instance.output, /^warned ftw-monitor .*\ngave false\n$/)
-    }
-  )
-
   test("the program's own listen comes before ours, however its place is told", async (t) => {
-    const ways: ((port: number) => unknown[])[] = [
-      (port) => [port],
-      (port) => [String(port), 'localhost'],
-      (port) => [{ port, host: '127.0.0.1' }],
-      (port) => [{ port: String(port), host: '0.0.0.0' }]
+    const port = await freePort()
+    const path = join(scratchFolder(t), 'monitor')
+    const server = await serve(t)
+    const rows: [listen: NonNullable<StartOptions['listen']>, words: unknown[]][] = [
+      [{ port }, [port]],
+      [{ port }, [String(port), 'localhost']],
+      [{ port }, [{ port, host: '127.0.0.1' }]],
+      [{ port }, [{ port: String(port), host: '0.0.0.0' }]],
+      [{ path }, [path]]
     ]
-    for (const wordsFor of ways) {
-      const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    for (const [listen, words] of rows) {
+      const monitor = await importMonitor(t)
+      const logger = recorder()
+      assert.ok(await monitor.start({ server, listen, logger }))
+      await untilVerdict(monitor)
       const second = http.createServer(hello)
       closeLater(t, second)
-      Reflect.apply(second.listen, second, wordsFor(port))
+      Reflect.apply(second.listen, second, words)
       await once(second, 'listening')
-      assert.equal((await getPage(port, '/')).body, 'hello')
+      const to = 'path' in listen ? { socketPath: path } : {}
+      assert.equal((await getPage(port, '/', to)).body, 'hello')
       assert.equal((await monitor.health()).healthy, true)
       const [warning = '', ...others] = warningsOf(logger)
-      assert.match(warning, new RegExp(`gives 127.0.0.1:${port} to .*: set FTW_MONITOR_LISTEN`))
+      assert.match(warning, /gives (127\.0\.0\.1:\d+|\/.*) to .*: set FTW_MONITOR_LISTEN/)
       assert.deepEqual(others, [])
+      await monitor.stop()
+      await close(second)
     }
-
-    const path = join(scratchFolder(t), 'monitor')
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    const server = await serve(t)
-    assert.equal(await monitor.start({ server, logger, listen: { path } }), path)
-    const second = http.createServer(hello)
-    closeLater(t, second)
-    await once(second.listen(path), 'listening')
-    assert.equal(warningsOf(logger).length, 1)
   })
 
-  test('another copy of this file, and a program that listens elsewhere, leave our port alone', async (t) => {
+  test('another copy of this file, which may serve the same server, and a program that listens elsewhere, leave our port alone', async (t) => {
     const { port, server, logger } = await bootInstance(t, { performers: WARM })
     const other = await importMonitor(t)
     const listen = { port, host: '127.0.0.1' }
     assert.equal(await other.start({ server, listen, logger: recorder() }), false)
+    await other.stop()
+    await bootInstance(t, { monitor: other, server })
     for (const words of [[{ port, host: '127.0.0.2' }], [0], [{ fd: 2 }], [], [() => {}]]) {
       const second = net.createServer().on('error', () => {})
       closeLater(t, second)
@@ -2238,35 +2007,84 @@ describeInProcess('Listening', TOGETHER, () => {
 })
 
 describeInProcess('Listening', ALONE, () => {
-  test('a name that cannot be resolved yet is tried again, as an address that comes late', async (t) => {
-    for (const code of ['EAI_AGAIN', 'ENOTFOUND']) {
-      const timers = takeTimers(t)
-      setEnvironment(t, { FTW_MONITOR_LISTEN: 'not.known.yet.invalid:0' })
-      const server = await serve(t)
-      let failures = 2
-      const lookup = dns.lookup as (...words: unknown[]) => void
-      t.mock.method(dns, 'lookup', (_: string, ...words: unknown[]) => {
-        if (failures === 0) return lookup('127.0.0.1', ...words)
-        failures--
-        const answer = words.at(-1) as (error: Error) => void
-        process.nextTick(answer, Object.assign(new Error(`getaddrinfo ${code}`), { code }))
-      })
-      const logger = recorder()
+  test('a place where nobody can listen yet is tried again, quietly, until it is ours', async (t) => {
+    const port = await freePort()
+    const occupant = await occupy(t, port)
+    const path = join(scratchFolder(t), 'monitor')
+    const killed = await serve(t, hello, { path: `${path}-of-killed` })
+    fs.linkSync(`${path}-of-killed`, path)
+    await close(killed)
+    const unresolved = new Map([
+      ['later.invalid', 'EAI_AGAIN'],
+      ['unknown.invalid', 'ENOTFOUND']
+    ])
+    const lookup = dns.lookup as (...words: unknown[]) => void
+    t.mock.method(dns, 'lookup', (name: string, ...words: unknown[]) => {
+      const code = unresolved.get(name)
+      if (code === undefined) return lookup('127.0.0.1', ...words)
+      const answer = words.at(-1) as (error: Error) => void
+      process.nextTick(answer, Object.assign(new Error(`getaddrinfo ${code}`), { code }))
+    })
+    const inUse =
+      /in use.*; an older process may hold it; a cluster worker needs its own FTW_MONITOR_LISTEN$/
+    const dead = /EADDRINUSE.*tries every second; nobody listens at .*monitor: remove it/
+    const rows: [where: string, warning: RegExp, release: () => unknown][] = [
+      [`127.0.0.1:${port}`, inUse, () => close(occupant)],
+      [path, dead, () => fs.rmSync(path)]
+    ]
+    for (const [name, code] of unresolved) {
+      const warning = new RegExp(`cannot listen: .*${code}.*; tries every second`)
+      rows.push([`${name}:0`, warning, () => unresolved.delete(name)])
+    }
+
+    const timers = takeTimers(t)
+    const server = await serve(t)
+    for (const [where, warning, release] of rows) {
+      setEnvironment(t, { FTW_MONITOR_LISTEN: where })
       const monitor = await importMonitor(t)
+      const logger = recorder()
       assert.equal(await monitor.start({ server, logger }), false)
+      await until(() => warningsOf(logger).length, 'it warns')
+      timers.pass(1_000)
+      await nextTurn() // by then it has been tried in vain
       const isListening = () => logger.lines.some((line) => line.includes('listening on'))
-      for (let second = 0; second < 2; second++) {
-        assert.equal(isListening(), false)
-        timers.pass(1_000)
-        await nextTurn()
-      }
-      await until(isListening, 'it listens at last')
-      const warnings = warningsOf(logger).filter((line) => line.includes('listen'))
-      assert.equal(warnings.length, 1)
-      assert.match(warnings[0] ?? '', new RegExp(`cannot listen: .*${code}.*; tries every second`))
-      t.mock.restoreAll()
+      assert.equal(isListening(), false)
+
+      await release()
+      timers.pass(1_000)
+      await until(isListening, 'it listens')
+      const [first = '', ...others] = warningsOf(logger)
+      assert.match(first, warning)
+      assert.deepEqual(others, [])
       await monitor.stop()
     }
+  })
+
+  test('after stop(), and during a shutdown, nobody tries to listen any more', async (t) => {
+    const port = await freePort()
+    await occupy(t, port)
+    const timers = takeTimers(t)
+    const { server, held, letGo } = await serveHeld(t)
+    const monitor = await importMonitor(t)
+    const logger = recorder()
+    const options = { server, logger, listen: { port } }
+    const started = monitor.start(options)
+    await monitor.stop() // before Node.js tells that the port is in use
+    assert.equal(await started, false)
+    assert.deepEqual(logger.lines, [])
+    assert.equal(await monitor.start(options), false)
+    await monitor.stop()
+    assert.equal(await monitor.start(options), false)
+
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    const ended = monitor.shutdown()
+    const listen = t.mock.method(net.Server.prototype, 'listen')
+    timers.pass(10_000)
+    assert.equal(listen.mock.callCount(), 0)
+    letGo()
+    assert.equal((await answer).body, 'late')
+    await ended
   })
 
   test('stop() does not wait for a look-up that hangs, after which nothing listens any more', async (t) => {
@@ -2291,78 +2109,9 @@ describeInProcess('Listening', ALONE, () => {
     assert.deepEqual(logger.lines, [])
   })
 
-  test('a path at which nobody listens is told as such, and taken when it is removed', async (t) => {
-    const timers = takeTimers(t)
-    const path = join(scratchFolder(t), 'monitor')
-    const removed = join(scratchFolder(t), 'removed')
-    const gone = await serve(t, hello, { path: removed })
-    fs.linkSync(removed, path)
-    await close(gone)
-
-    const server = await serve(t)
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    assert.equal(await monitor.start({ server, logger, listen: { path } }), false)
-    await until(() => warningsOf(logger).length, 'it warns')
-    const [warning = '', ...others] = warningsOf(logger)
-    assert.match(warning, /EADDRINUSE.*tries every second; nobody listens at .*monitor: remove it/)
-    assert.deepEqual(others, [])
-
-    fs.rmSync(path)
-    timers.pass(1_000)
-    const line = `info ftw-monitor listening on ${path}`
-    await until(() => logger.lines.includes(line), 'it listens')
-    await monitor.stop()
-  })
-
-  test('an address in use is tried again, quietly, until it is ours or stop()', async (t) => {
-    const timers = takeTimers(t)
-    const port = await freePort()
-    const stoppedPort = await freePort()
-    const server = await serve(t)
-    const occupants = [await occupy(t, port), await occupy(t, stoppedPort)]
-    const monitor = await importMonitor(t)
-    const stopped = await importMonitor(t)
-    const logger = recorder()
-    assert.equal(await monitor.start({ server, logger, listen: { port } }), false)
-    const advice = 'a cluster worker needs its own FTW_MONITOR_LISTEN'
-    const warning = new RegExp(`in use.*; an older process may hold it; ${advice}$`)
-    assert.match(warningsOf(logger).join(), warning)
-    const other = { server, logger: recorder(), listen: { port: stoppedPort } }
-    assert.equal(await stopped.start(other), false)
-    assert.equal(await monitor.start({ server, logger: recorder() }), false)
-    assert.equal(warningsOf(logger).length, 2)
-    timers.pass(1_000)
-    await nextTurn() // by then it has been tried in vain
-    await stopped.stop()
-    for (const occupant of occupants) await close(occupant)
-    timers.pass(1_000)
-    const line = `info ftw-monitor listening on 127.0.0.1:${port}`
-    await until(() => logger.lines.includes(line), 'it listens')
-    assert.equal(warningsOf(logger).length, 2)
-    assert.ok(await isRefused(stoppedPort))
-  })
-
-  test('an address that turns out to be in use after stop() changes nothing', async (t) => {
-    const taken = await freePort()
-    await occupy(t, taken)
-    const monitor = await importMonitor(t)
-    const server = await serve(t)
-    const logger = recorder()
-    const timers = takeTimers(t)
-    const started = monitor.start({ server, logger, listen: { port: taken } })
-    await monitor.stop() // before Node.js tells it
-    assert.equal(await started, false)
-
+  test('a connection that cannot be accepted, and a server beside it that closes, change nothing', async (t) => {
     const listen = t.mock.method(net.Server.prototype, 'listen')
-    timers.pass(10_000)
-    assert.equal(listen.mock.callCount(), 0, 'it is not tried again')
-    assert.deepEqual(logger.lines, [])
-  })
-
-  test('a connection that cannot be accepted changes nothing', async (t) => {
-    const listen = t.mock.method(net.Server.prototype, 'listen')
-    const { port, logger } = await bootInstance(t, { performers: WARM })
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
     const servers = listen.mock.calls.map((call) => call.this as net.Server)
     const own = servers.find((server) => portOf(server) === port)
     const linesBefore = [...logger.lines]
@@ -2370,50 +2119,30 @@ describeInProcess('Listening', ALONE, () => {
       own?.emit('error', Object.assign(new Error(`accept ${code}`), { code }))
     }
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    assert.deepEqual(logger.lines, linesBefore)
-  })
 
-  test('a server that listens later is not judged', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
     monitor.shutdownOnSignal() // which takes an interest in all servers
     const other = await serve(t)
     await until(() => Object.hasOwn(other, 'emit'), 'it is seen')
     await close(other)
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    assert.deepEqual(logger.lines, linesBefore)
     await monitor.stop()
   })
 
-  test('what cannot listen does not connect, either', async (t) => {
+  test('what cannot listen warns once, and does not connect, either', async (t) => {
     const monitor = await importMonitor(t)
+    const logger = recorder()
     t.mock.method(net.Server.prototype, 'listen', () => {
       throw new Error('not permitted')
     })
     const connect = t.mock.method(net.Socket.prototype, 'connect')
-    assert.equal(await monitor.start({ port: 8080, logger: recorder() }), false)
+    assert.equal(await monitor.start({ port: 8080, logger }), false)
     assert.equal(connect.mock.callCount(), 0)
+    assert.equal(warningsOf(logger).length, 1)
   })
 })
 
 describeProcesses('Listening', SIDE_BY_SIDE, () => {
-  test('after a signal a name that cannot be resolved is not looked up again', async (t) => {
-    const script = `
-      import dns from 'node:dns'
-      const lookup = dns.lookup
-      dns.lookup = (name, ...words) => {
-        if (name !== 'late.invalid') return lookup(name, ...words)
-        print('looked up')
-        const error = Object.assign(new Error('later'), { code: 'EAI_AGAIN' })
-        setImmediate(() => words.at(-1)(error))
-      }
-      process.env.FTW_MONITOR_LISTEN = 'late.invalid:8160'
-      begin = () => monitor.start(server)`
-    const service = await bootService(t, { script })
-    const { output, status } = await service.endWhileServing(service.instancePort, '/slow2500')
-    const [, afterSignal = ''] = output.split('shuts down')
-    assert.ok(!afterSignal.includes('looked up'), output)
-    assert.equal(status, 0)
-  })
-
   test('a successor by reusePort takes over the port at the signal, and no prober sees red', async (t) => {
     const [major = 0, minor = 0] = process.versions.node.split('.').map(Number)
     if (major < 22 || (major === 22 && minor < 12)) return t.skip('reusePort came with 22.12')
@@ -2503,9 +2232,11 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
           await listening(server, { host: '127.0.0.1', port: ${port} })
         }`
     }),
-    'without PORT the first that speaks HTTP, and keeps the process alive': () => ({
-      script: `
+    'without PORT the first that speaks HTTP, and keeps the process alive, or else the next':
+      () => ({
+        script: `
         const answer = (_, response) => response.end('another')
+        const first = http.createServer(answer)
         const exporter = http.createServer(answer)
         const wordless = net.createServer()
         options.cleanUp = () => {
@@ -2517,23 +2248,15 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
           await listening(wordless)
           await listening(http.createServer(answer).unref())
           await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))
-          await listening(server)
-          await listening(http.createServer(answer))
-        }`
-    }),
-    'the next one where the first has closed': () => ({
-      script: `
-        const first = http.createServer((_, response) => response.end('first'))
-        ${FOUND}
-        listen = async () => {
           await listening(first)
           await monitor.untilHealthy()
           await new Promise((resolve) => first.close(resolve))
           await listening(server)
           await monitor.untilHealthy()
+          await listening(http.createServer(answer))
           begin = () => monitor.start() // tells the address of now
         }`
-    })
+      })
   }
 
   for (const [what, setup] of Object.entries(FINDS)) {
@@ -2589,36 +2312,39 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
   })
 
-  test('in a worker of a cluster start() finds the server; the primary, which serves nobody, is no instance', async (t) => {
+  test('each worker of a cluster finds its server, and answers for itself alone; the primary is no instance', async (t) => {
+    const port = await freePort()
     const service = startService(
       t,
       `
       const { default: cluster } = await import('node:cluster')
       monitor.shutdownOnSignal(options)
-      const started = monitor.start({ listen: LOOPBACK })
+      const started = monitor.start()
       if (cluster.isPrimary) {
         cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
         let address
         void started.then((value) => { address = value })
-        cluster.fork().on('exit', (code, signal) => {
-          print('worker ended', code, signal, address)
-          process.exit()
-        })
+        const tell = (code, signal) => print('worker ended', code, signal, address)
+        cluster.fork().on('exit', tell)
+        cluster.fork().on('exit', tell)
       } else {
-        await listen()
-        await started
-        print('worker', process.pid, server.address().port, '')
+        await listening(server, { host: '127.0.0.1', port: ${port} })
+        const { port } = await started
+        print('worker', process.pid, port, '')
       }`
     )
-    const workerLine = /^worker (\d+) (\d+) $/m
-    await until(() => workerLine.test(service.watched.output), 'the worker listens')
-    const [, pid, port] = workerLine.exec(service.watched.output) ?? []
-    const page = getPage(Number(port), '/slow1000')
+    const workers = () => [...service.watched.output.matchAll(/^worker (\d+) (\d*) $/gm)]
+    await until(() => workers().length === 2, 'both workers have started')
+    const ports = workers().map(([, , monitorPort]) => monitorPort)
+    assert.deepEqual(ports.sort(), ['', String(port + 80)])
+    assert.equal(service.watched.output.match(/^ftw-monitor .*cluster/gm)?.length, 1)
+
+    const page = getPage(port, '/slow1000')
     await service.hasSaid('asked for /slow1000')
-    process.kill(Number(pid), 'SIGTERM')
+    for (const [, pid] of workers()) process.kill(Number(pid), 'SIGTERM')
     assert.equal((await page).body, 'served')
     const { output } = await service.awaitEnd()
-    assertOrder(output, 'cleaned up', 'worker ended 0  \n')
+    assert.equal(output.match(/^worker ended 0  $/gm)?.length, 2, output)
   })
 
   test('listen() is wrapped once, however many copies there are, and by nobody after stop(); a server that has closed is forgotten', async (t) => {
@@ -2634,21 +2360,19 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
       await listen()
       await started
 
-      const open = async () => {
+      const references = []
+      for (let count = 0; count < 20; count++) {
         const passing = http.createServer(() => {})
         await listening(passing)
         await new Promise((resolve) => passing.close(resolve))
-        return new WeakRef(passing)
+        references.push(new WeakRef(passing))
       }
-      const references = []
-      for (let count = 0; count < 20; count++) references.push(await open())
-      let left = references.length
-      for (let round = 0; round < 50 && left > 1; round++) {
+      const countLeft = () => references.filter((reference) => reference.deref()).length
+      for (let round = 0; round < 50 && countLeft() > 1; round++) {
         await pause(20)
         globalThis.gc()
-        left = references.filter((reference) => reference.deref()).length
       }
-      print('forgotten', left <= 1)
+      print('forgotten', countLeft() <= 1)
 
       await copy.stop()
       print('unwrapped', net.Server.prototype.listen === before)
@@ -2666,27 +2390,22 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   })
 
   test('where the instance accepts at PORT, but its server is not found, cleanUp waits until timeoutMs, and the log says why', async (t) => {
-    const elsewhere = await serve(t, (_, response) => response.end('served'))
-    const service = startService(
-      t,
-      `
-      options.timeoutMs = 1_500
-      let signalledAt = 0
-      options.onSignal = () => {
-        signalledAt = performance.now()
-      }
-      options.cleanUp = () => print('cleaned up after', Math.round(performance.now() - signalledAt))
-      monitor.shutdownOnSignal(options)
-      const { port } = await monitor.start({ listen: LOOPBACK })
-      while (!(await monitor.health()).healthy) await pause(20)
-      print('healthy')
-      setInterval(() => {}, 1_000) // an instance of another process keeps nobody alive`,
-      { env: { PORT: String(portOf(elsewhere)), HOST: '127.0.0.1' } }
-    )
-    await service.hasSaid('healthy')
-    const { status, output } = await service.end()
-    const [, ms] = /^cleaned up after (\d+)$/m.exec(output) ?? []
-    assert.ok(Number(ms) > 1_400 && Number(ms) < 10_000, output)
+    const elsewhere = await serve(t)
+    const service = await bootService(t, {
+      env: { PORT: String(portOf(elsewhere)), HOST: '127.0.0.1' },
+      script: `
+        options.timeoutMs = 1_500
+        options.onSignal = () => setTimeout(print, 1_400, 'signalled long ago')
+        listen = () => {}
+        setInterval(() => {}, 1_000) // an instance of another process keeps nobody alive
+        begin = async () => {
+          await monitor.start({ listen: LOOPBACK })
+          await monitor.untilHealthy()
+        }`
+    })
+    const { status, ms, output } = await service.end()
+    assertOrder(output, 'signalled long ago', 'cleaned up')
+    assert.ok(ms < 10_000, output)
     assert.match(output, /^ftw-monitor .*\bserver\b/m)
     assert.equal(status, 0, output)
   })
@@ -2705,19 +2424,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual(linesOfShutdown(output), [cut])
   })
 
-  test('a server that listens later is closed and waited for', async (t) => {
-    const service = await bootWithLate(t)
-    const page = getPage(service.otherPort, '/slow1500')
-    await service.hasSaid('asked for /slow1500')
-    service.kill('SIGTERM')
-    await until(() => isRefused(service.otherPort), 'the other is closed')
-    const { status, output } = await service.awaitEnd()
-    assert.equal((await page).body, 'served')
-    assertOrder(output, 'asked for /slow1500', 'cleaned up')
-    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-  })
-
-  test('what is in flight may still ask a server that listens later', async (t) => {
+  test('a server that listens later is waited for, and may still be asked by what is in flight', async (t) => {
     const service = await bootWithLate(
       t,
       `${LATE}
@@ -2732,8 +2439,11 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         }).on('error', ({ code }) => response.end(code))
       }`
     )
+    const page = getPage(service.otherPort, '/slow1500')
+    await service.hasSaid('asked for /slow1500')
     const { status, output } = await service.endWhileServing(service.instancePort, '/ask')
-    assert.equal(status, 0, output)
+    assert.equal((await page).body, 'served')
+    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
   })
 })
 
