@@ -1475,9 +1475,10 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.equal((await monitor.health()).reason, "Error: Database 'main' disconnected.")
   })
 
-  test('stop() leaves no listener on connections that are kept alive, from before start() or after', async (t) => {
+  test('stop() leaves no listener on kept-alive connections, and alone what somebody hooked into the server later', async (t) => {
     const server = await serve(t)
     server.keepAliveTimeout = 60_000
+    const askWarmup = async () => (await getPage(portOf(server), '/@@warmup')).body
     const connect = async () => {
       const accepted = once(server, 'connection')
       const peer = await converse(t, portOf(server))
@@ -1490,10 +1491,25 @@ describeInProcess('Start and stop', TOGETHER, () => {
     const early = await connect()
     const before = listenersOf(early)
     const { monitor } = await bootInstance(t, { server, performers: WARM })
+
+    const ours = server.emit
+    const events: unknown[] = []
+    const theirs = function (this: http.Server, ...all: unknown[]) {
+      events.push(all[0])
+      return Reflect.apply(ours, this, all) as boolean
+    }
+    server.emit = theirs
     const late = await connect()
+    assert.equal(await askWarmup(), 'Warmup successful\n')
     await monitor.stop()
-    assert.deepEqual(listenersOf(early), before)
-    assert.deepEqual(listenersOf(late), before)
+    assert.deepEqual([listenersOf(early), listenersOf(late)], [before, before])
+    assert.equal(await askWarmup(), 'hello')
+    assert.equal(events.filter((event) => event === 'request').length, 3)
+
+    await bootInstance(t, { monitor, server })
+    assert.equal(await askWarmup(), 'Warmup successful\n')
+    await monitor.stop()
+    assert.equal(server.emit, theirs)
   })
 
   test('stop() aborts a warm-up, at which start() may begin anew, ends a start that waits, and may be called twice', async (t) => {
@@ -1524,26 +1540,6 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.equal(Object.hasOwn(later, 'emit'), false)
   })
 
-  test('stop() leaves alone what somebody hooked into the server later', async (t) => {
-    const { monitor, server, instancePort } = await bootInstance(t, { performers: WARM })
-    const askWarmup = async () => (await getPage(instancePort, '/@@warmup')).body
-    const ours = server.emit
-    const events: unknown[] = []
-    const theirs = function (this: http.Server, ...all: unknown[]) {
-      events.push(all[0])
-      return Reflect.apply(ours, this, all) as boolean
-    }
-    server.emit = theirs
-    assert.equal(await askWarmup(), 'Warmup successful\n')
-    await monitor.stop()
-    assert.equal(await askWarmup(), 'hello')
-    assert.equal(events.filter((event) => event === 'request').length, 2)
-    await bootInstance(t, { monitor, server })
-    assert.equal(await askWarmup(), 'Warmup successful\n')
-    await monitor.stop()
-    assert.equal(server.emit, theirs)
-  })
-
   test('a logger that throws or rejects is no reason to fail', async (t) => {
     for (const fail of [thrower, async () => thrower()]) {
       const say = t.mock.fn(fail)
@@ -1562,17 +1558,15 @@ describeInProcess('Start and stop', TOGETHER, () => {
   })
 
   test('a server that listens again gets its monitor back at its new port + 80, however soon that is', async (t) => {
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    const server = http.createServer(hello)
-    closeLater(t, server)
+    const local = '127.0.0.1'
     const first = await freePort()
     const second = await freePort()
-    await once(server.listen(first, '127.0.0.1'), 'listening')
+    const { server, held, letGo } = await serveHeld(t, { host: local, port: first })
+    const monitor = await importMonitor(t)
+    const logger = recorder()
     await monitor.start({ server, logger })
     await untilHealthy(first + 80)
 
-    const local = '127.0.0.1'
     const moves: [port: number, other: number, host: string | undefined, isAtOnce: boolean][] = [
       [second, first, local, false],
       [second, first, local, false],
@@ -1597,30 +1591,20 @@ describeInProcess('Start and stop', TOGETHER, () => {
       assert.deepEqual(warningsOf(logger), [])
     }
 
+    const answer = getPage(second, '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    server.close()
+    assert.equal(await ask(second + 80, 'health_check\n'), 'Instance is shutting down\n')
+    await once(server.listen(first, local), 'listening')
+    await untilHealthy(first + 80)
+    letGo()
+    assert.equal((await answer).body, 'late')
+
     await monitor.stop()
     await close(server)
     assert.equal(Object.hasOwn(server, 'emit'), false)
     await once(server.listen(first, local), 'listening')
     assert.ok((await isRefused(first + 80)) && (await isRefused(second + 80)), 'it was stopped')
-  })
-
-  test('a server that listens elsewhere before its last request is gone gets its monitor there', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, server })
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length > 0, 'the request is in flight')
-    const onClose = t.mock.fn()
-    server.once('close', onClose)
-    server.close()
-    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
-    const another = await freePort()
-    server.listen(another, '127.0.0.1')
-    await untilVerdict(monitor)
-    letGo()
-    assert.equal((await answer).body, 'late')
-    assert.equal(onClose.mock.callCount(), 0)
-    assert.match((await monitor.status()).url, new RegExp(`:${another}$`))
-    await untilVerdict(monitor)
   })
 })
 
@@ -1729,14 +1713,6 @@ describeInProcess('Start and stop', ALONE, () => {
     server.listen(port, '127.0.0.1')
     assert.ok(typeof (await started) === 'object')
     assert.equal(warningsOf(logger).length, 1)
-  })
-
-  test('neither import nor start installs handlers on the process', async (t) => {
-    const before = listenersOf(process)
-    const { monitor } = await bootInstance(t)
-    assert.deepEqual(listenersOf(process), before)
-    await monitor.stop()
-    assert.deepEqual(listenersOf(process), before)
   })
 })
 
@@ -1994,29 +1970,24 @@ describeInProcess('Listening', ALONE, () => {
     const killed = await serve(t, hello, { path: `${path}-of-killed` })
     fs.linkSync(`${path}-of-killed`, path)
     await close(killed)
-    const unresolved = new Map([
-      ['later.invalid', 'EAI_AGAIN'],
-      ['unknown.invalid', 'ENOTFOUND']
-    ])
+    const unresolved = new Set(['EAI_AGAIN.invalid', 'ENOTFOUND.invalid'])
     const lookup = dns.lookup as (...words: unknown[]) => void
     t.mock.method(dns, 'lookup', (name: string, ...words: unknown[]) => {
-      const code = unresolved.get(name)
-      if (code === undefined) return lookup('127.0.0.1', ...words)
+      if (!unresolved.has(name)) return lookup('127.0.0.1', ...words)
+      const [code] = name.split('.')
       const answer = words.at(-1) as (error: Error) => void
       process.nextTick(answer, Object.assign(new Error(`getaddrinfo ${code}`), { code }))
     })
     const inUse =
       /in use.*; an older process may hold it; a cluster worker needs its own FTW_MONITOR_LISTEN$/
     const dead = /EADDRINUSE.*tries every second; nobody listens at .*monitor: remove it/
+    const late = /cannot listen: .*(EAI_AGAIN|ENOTFOUND).*; tries every second/
     const rows: [where: string, warning: RegExp, release: () => unknown][] = [
       [`127.0.0.1:${port}`, inUse, () => close(occupant)],
-      [path, dead, () => fs.rmSync(path)]
+      [path, dead, () => fs.rmSync(path)],
+      ['EAI_AGAIN.invalid:0', late, () => unresolved.delete('EAI_AGAIN.invalid')],
+      ['ENOTFOUND.invalid:0', late, () => unresolved.delete('ENOTFOUND.invalid')]
     ]
-    for (const [name, code] of unresolved) {
-      const warning = new RegExp(`cannot listen: .*${code}.*; tries every second`)
-      rows.push([`${name}:0`, warning, () => unresolved.delete(name)])
-    }
-
     const timers = takeTimers(t)
     const server = await serve(t)
     for (const [where, warning, release] of rows) {
@@ -2089,12 +2060,14 @@ describeInProcess('Listening', ALONE, () => {
     assert.deepEqual(logger.lines, [])
   })
 
-  test('a connection that cannot be accepted, and a server beside it that closes, change nothing', async (t) => {
+  test('a connection that cannot be accepted, and a server beside it that closes, change nothing; nor has start() handlers on the process', async (t) => {
+    const before = listenersOf(process)
     const listen = t.mock.method(net.Server.prototype, 'listen')
     const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
     const servers = listen.mock.calls.map((call) => call.this as net.Server)
     const own = servers.find((server) => portOf(server) === port)
     const linesBefore = [...logger.lines]
+    assert.deepEqual(listenersOf(process), before)
     for (const code of ['EMFILE', 'EADDRINUSE']) {
       own?.emit('error', Object.assign(new Error(`accept ${code}`), { code }))
     }
@@ -2107,6 +2080,7 @@ describeInProcess('Listening', ALONE, () => {
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     assert.deepEqual(logger.lines, linesBefore)
     await monitor.stop()
+    assert.deepEqual(listenersOf(process), before)
   })
 
   test('what cannot listen warns once, and does not connect, either', async (t) => {
@@ -2251,24 +2225,21 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     })
   }
 
-  test('while drained, a server that was found sends its clients elsewhere; one beside it is neither counted nor told', async (t) => {
+  test('while drained, a server that was found sends its clients elsewhere, and one beside it does not', async (t) => {
     const told = `${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
     const service = await bootWithLate(t, `${FOUND}; ${LATE}; ${told}`)
     await probe(t, service.port)
-    const page = getPage(service.otherPort, '/slow300')
-    await service.hasSaid('asked for /slow300')
-    assert.equal(await ask(service.port, 'numbers\n'), `0 at ${service.instancePort}`)
-    await page
     service.kill('SIGTERM')
     await service.hasSaid('signalled')
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
-    const connectionOf = async (port: number) => {
-      const { headers } = await getPage(port, '/', { agent })
-      return headers.connection
+    const rows: [number, string][] = [
+      [service.instancePort, 'close'],
+      [service.otherPort, 'keep-alive']
+    ]
+    for (const [port, connection] of rows) {
+      assert.equal((await getPage(port, '/', { agent })).headers.connection, connection)
     }
-    assert.equal(await connectionOf(service.instancePort), 'close')
-    assert.equal(await connectionOf(service.otherPort), 'keep-alive')
   })
 
   test('each worker of a cluster finds its server, and answers for itself alone; the primary is no instance', async (t) => {
@@ -2383,10 +2354,11 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual(linesOfShutdown(output), [cut])
   })
 
-  test('a server that listens later is waited for, and may still be asked by what is in flight', async (t) => {
+  test('a server that listens later is not counted, but waited for, and may still be asked by what is in flight', async (t) => {
     const service = await bootWithLate(
       t,
-      `${LATE}
+      `${FOUND}
+      ${LATE}
       const handleBefore = handle
       handle = async (request, response) => {
         if (request.url !== '/ask') return await handleBefore(request, response)
@@ -2400,6 +2372,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     )
     const page = getPage(service.otherPort, '/slow1500')
     await service.hasSaid('asked for /slow1500')
+    assert.equal(await ask(service.port, 'numbers\n'), `0 at ${service.instancePort}`)
     const { status, output } = await service.endWhileServing(service.instancePort, '/ask')
     assert.equal((await page).body, 'served')
     assert.deepEqual([status, linesOfShutdown(output)], [0, []])
