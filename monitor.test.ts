@@ -1360,25 +1360,6 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
 // --- Start and stop ------------------------------------------------------------------------------
 
 describeInProcess('Start and stop', TOGETHER, () => {
-  test('an unknown option is named in the error, with those that there are', async (t) => {
-    const monitor = await importMonitor(t)
-    const surplus: object = { surplus: 5 }
-    const ofDrain = 'reason, fall, timeoutMs, minimumMs'
-    const ofShutdown = `${ofDrain}, onSignal, cleanUp, exitAfterMs, signals`
-    const calls: [who: string, options: string, call: () => unknown][] = [
-      ['untilHealthy', 'signal', () => monitor.untilHealthy(surplus)],
-      ['drain', ofDrain, () => monitor.drain(surplus)],
-      ['a shutdown', ofShutdown, () => monitor.shutdown(surplus)],
-      ['a check', 'optional', () => monitor.registerCheck('a', hang, surplus)],
-      ['a command', 'http, local', () => monitor.register('a', '', hang, surplus)]
-    ]
-    for (const [who, options, call] of calls) {
-      const takes = `${who} takes an object with any of ${options}`
-      const message = `ftw-monitor: there is no option surplus: ${takes}`
-      await assert.rejects(async () => await call(), { name: 'TypeError', message })
-    }
-  })
-
   test("a copied file, and the build for CommonJS, say which version they are: the package's", async (t) => {
     const monitor = await importMonitor(t)
     const inPackage = fs.readFileSync(new URL('package.json', ROOT), 'utf8')
@@ -1394,25 +1375,40 @@ describeInProcess('Start and stop', TOGETHER, () => {
     assert.deepEqual(Object.keys(required).toSorted(), Object.keys(monitor).toSorted())
   })
 
-  test('what the caller passed wrongly rejects, and start works again', async (t) => {
+  test('what the caller passes wrongly rejects with a sentence that names what is taken, and start works again', async (t) => {
     const monitor = await importMonitor(t)
-    const takes =
-      'start() takes an http.Server (app.listen() of Express, fastify.server), or an object with any of server, port, url, listen, local, logger, healthPath, keepAliveMs'
+    const surplus: object = { surplus: 5 }
+    const ofDrain = 'reason, fall, timeoutMs, minimumMs'
+    const ofShutdown = `${ofDrain}, onSignal, cleanUp, exitAfterMs, signals`
+    const ofStart = 'server, port, url, listen, local, logger, healthPath, keepAliveMs'
+    const whoTakes = 'start() takes an http.Server (app.listen() of Express, fastify.server), or'
+    const calls: [who: string, options: string, call: () => unknown][] = [
+      [whoTakes, ofStart, () => monitor.start(surplus)],
+      ['untilHealthy takes', 'signal', () => monitor.untilHealthy(surplus)],
+      ['drain takes', ofDrain, () => monitor.drain(surplus)],
+      ['a shutdown takes', ofShutdown, () => monitor.shutdown(surplus)],
+      ['a check takes', 'optional', () => monitor.registerCheck('a', hang, surplus)],
+      ['a command takes', 'http, local', () => monitor.register('a', '', hang, surplus)]
+    ]
+    for (const [who, options, call] of calls) {
+      const takes = `${who} an object with any of ${options}`
+      const message = `ftw-monitor: there is no option surplus: ${takes}`
+      await assert.rejects(async () => await call(), { name: 'TypeError', message })
+    }
+
     const servesNothing = net.createServer()
     // @ts-expect-error: as the types tell
     await assert.rejects(monitor.start(servesNothing), TypeError)
-
     const start = monitor.start as (options: unknown) => Promise<unknown>
-    const logger = recorder()
     for (const options of [42, '8080', null, () => {}]) {
-      const message = `ftw-monitor: ${takes}`
+      const message = `ftw-monitor: ${whoTakes} an object with any of ${ofStart}`
       await assert.rejects(start(options), { name: 'TypeError', message })
     }
 
+    const logger = recorder()
     const servers = [{}, 8080, servesNothing, [http.createServer(), servesNothing]]
     const endpoints = ['localhost', { port: '1' }, { port: 70_000 }, { host: 1 }, { path: 1 }]
     const wrong: [option: string, sentence: string, values: unknown[]][] = [
-      ['surplus', `there is no option surplus: ${takes}`, [5]],
       ['server', 'server must be an http, https or http2 server, or a list of them', servers],
       ['port', 'port must be a number from 1 to 65535', ['8080', 65_536, -1, 1.5, NaN]],
       ['port', 'the monitor belongs at port + 80, which is no port: say port or listen', [65_500]],
@@ -1445,7 +1441,6 @@ describeInProcess('Start and stop', TOGETHER, () => {
 
     for (let round = 1; round <= 3; round++) {
       const { port, logger } = await bootInstance(t, { monitor, server })
-      assert.notEqual(server.emit, before.emit)
       assert.equal(warmUp.mock.callCount(), round)
       assert.equal(await ask(port, 'mine\n'), 'still here\n')
 
@@ -1571,8 +1566,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
       [second, first, local, false],
       [first, second, local, true],
       [first, second, local, true],
-      [second, first, undefined, true], // the look-up of no host takes no turn
-      [second, first, undefined, true]
+      [second, first, undefined, true] // the look-up of no host takes no turn
     ]
     for (const [port, other, host, isAtOnce] of moves) {
       const closed = 'info ftw-monitor closed'
@@ -1672,8 +1666,8 @@ describeInProcess('Start and stop', ALONE, () => {
     const timers = takeTimers(t)
     const monitor = await importMonitor(t)
     const logger = recorder()
-    const port = await freePort()
-    const holder = await occupy(t, port)
+    const holder = await serve(t)
+    const port = portOf(holder)
     const server = http.createServer(hello)
     closeLater(t, server)
     const started = monitor.start({ server, logger, listen: LOOPBACK })
@@ -1730,9 +1724,7 @@ describeInProcess('Addresses', ALONE, () => {
 
     setEnvironment(t, { PORT })
     const monitor = await importMonitor(t)
-    const everywhere = await monitor.start({ logger: recorder() })
-    assert.ok(typeof everywhere === 'object')
-    assert.match(everywhere.address, /^(::|0\.0\.0\.0)$/)
+    assert.ok(await monitor.start({ logger: recorder() }))
     for (const each of [local, host]) {
       const reply = await ask(instancePort + 80, 'health_check\n', { host: each })
       assert.equal(reply, 'Instance is booting\n')
@@ -1827,14 +1819,13 @@ describeInProcess('Addresses', ALONE, () => {
 
   test('without a port of its own the monitor answers health() and the health path, red where it has given up', async (t) => {
     const server = await serve(t)
-    const setup = { server, healthPath: '/ready', logger: recorder() }
     const monitor = await importMonitor(t)
     const askReady = async () => {
       const { status, body } = await getPage(portOf(server), '/ready')
       return `${status} ${body}`
     }
-    setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
-    assert.equal(await monitor.start(setup), false)
+    setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense', FTW_MONITOR_HEALTH_PATH: '/ready' })
+    assert.equal(await monitor.start({ server, logger: recorder() }), false)
     await untilVerdict(monitor)
     assert.equal(await askReady(), '200 OK\n')
 
@@ -1843,10 +1834,6 @@ describeInProcess('Addresses', ALONE, () => {
     assert.equal(await askReady(), '503 Error: the monitor gave up\n')
     await monitor.stop()
     assert.equal(await askReady(), '200 hello')
-
-    setEnvironment(t, {})
-    assert.ok(await monitor.start({ ...setup, listen: LOOPBACK }))
-    await untilVerdict(monitor)
   })
 
   test('with FTW_MONITOR_LOCAL=socket nobody who comes by the port is on this machine', async (t) => {
@@ -2029,21 +2016,18 @@ describeInProcess('Listening', ALONE, () => {
 
   test('stop() does not wait for a look-up that hangs, after which nothing listens any more', async (t) => {
     setEnvironment(t, { FTW_MONITOR_LISTEN: 'slow.invalid:0' })
-    type Answer = (error: null, address: string, family: number) => void
-    let answer: Answer | undefined
     const server = await serve(t)
-    t.mock.method(dns, 'lookup', (...words: unknown[]) => {
-      answer = words.at(-1) as Answer
-    })
+    const lookup = t.mock.method(dns, 'lookup', () => {})
     const listen = t.mock.method(net.Server.prototype, 'listen')
     const monitor = await importMonitor(t)
     const logger = recorder()
     const started = monitor.start({ server, logger })
-    await until(() => answer, 'the name is looked up')
+    await until(() => lookup.mock.callCount(), 'the name is looked up')
     await inTime(monitor.stop(), 'it stops', 5_000)
     assert.equal(await started, false)
 
-    answer?.(null, '127.0.0.1', 4)
+    const answer = lookup.mock.calls[0]!.arguments.at(-1) as (...words: unknown[]) => void
+    answer(null, '127.0.0.1', 4)
     const own = listen.mock.calls[0]?.this as net.Server
     await until(() => !own.listening, 'the port is free')
     assert.deepEqual(logger.lines, [])
@@ -2096,19 +2080,17 @@ const FOUND = `
     peer.write(requestsInFlight + ' at ' + new URL(url).port)
   })`
 
-/** A second server that start() was not given, and which listens later. */
-const LATE = `
-  const other = http.createServer((request, response) => handle(request, response))
-  const beginBefore = begin
-  begin = async () => {
-    const address = await beginBefore()
-    print('other', await listening(other), '')
-    return address
-  }`
-
 describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
-  async function bootWithLate(t: TestContext, script = LATE) {
-    const service = await bootService(t, { script })
+  /** The server is found; a second one listens later. */
+  async function bootWithLate(t: TestContext, script: string) {
+    const late = `
+      const other = http.createServer((request, response) => handle(request, response))
+      begin = async () => {
+        const address = await started
+        print('other', await listening(other), '')
+        return address
+      }`
+    const service = await bootService(t, { script: `${FOUND}${late}\n${script}` })
     const [, otherPort] = /^other (\d+) $/m.exec(service.watched.output) ?? []
     return { ...service, otherPort: Number(otherPort) }
   }
@@ -2132,9 +2114,8 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         })
         ${FOUND}`
     }),
-    'without PORT the first that speaks HTTP, and keeps the process alive, or else the next':
-      () => ({
-        script: `
+    'without PORT the first of HTTP that keeps the process alive, or else the next': () => ({
+      script: `
         const answer = (_, response) => response.end('another')
         const first = http.createServer(answer)
         const exporter = http.createServer(answer)
@@ -2156,7 +2137,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
           await listening(http.createServer(answer))
           begin = () => monitor.start() // tells the address of now
         }`
-      })
+    })
   }
 
   for (const [what, setup] of Object.entries(FINDS)) {
@@ -2175,20 +2156,18 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   }
 
   test('while drained, a server that was found sends its clients elsewhere, and one beside it does not', async (t) => {
-    const told = `${TELLS_FOR_LONG}; options.onSignal = () => print('signalled')`
-    const service = await bootWithLate(t, `${FOUND}; ${LATE}; ${told}`)
+    const service = await bootWithLate(t, TELLS_FOR_LONG)
     await probe(t, service.port)
     service.kill('SIGTERM')
-    await service.hasSaid('signalled')
+    await service.hasSaid('drains: waits for')
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
-    const rows: [number, string][] = [
-      [service.instancePort, 'close'],
-      [service.otherPort, 'keep-alive']
-    ]
-    for (const [port, connection] of rows) {
-      assert.equal((await getPage(port, '/', { agent })).headers.connection, connection)
+    const connectionOf = async (port: number) => {
+      const { headers } = await getPage(port, '/', { agent })
+      return headers.connection
     }
+    assert.equal(await connectionOf(service.instancePort), 'close')
+    assert.equal(await connectionOf(service.otherPort), 'keep-alive')
   })
 
   test('each worker of a cluster finds its server, and answers for itself alone; the primary is no instance', async (t) => {
@@ -2287,9 +2266,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
   test('a server that listens later is not counted, but has time of its own for its requests, and may be asked by what is in flight', async (t) => {
     const service = await bootWithLate(
       t,
-      `${FOUND}
-      ${LATE}
-      options.timeoutMs = 3_000
+      `options.timeoutMs = 3_000
       const handleBefore = handle
       handle = async (request, response) => {
         if (request.url !== '/ask') return await handleBefore(request, response)
