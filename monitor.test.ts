@@ -1648,9 +1648,8 @@ describeInProcess('Start and stop', ALONE, () => {
       run('void monitor.start(http.createServer())'),
       run(`
         const server = http.createServer((_, response) => response.end())
-        const started = monitor.start({ server, listen: { port: 0 } })
+        void monitor.start({ server, listen: { port: 0 } })
         server.listen(0, '127.0.0.1')
-        await started
         await monitor.untilHealthy()
         server.close()`)
     ]
@@ -1785,7 +1784,6 @@ describeInProcess('Addresses', ALONE, () => {
       [{}, { PORT: path }, false],
       [{ server, port }, {}, monitorPort],
       [{ server, listen }, {}, monitorPort],
-      [{ server, listen }, { PORT: path }, monitorPort],
       [{ listen: { path: onPath } }, { PORT: path }, onPath],
       [{ server }, { PORT: path, FTW_MONITOR_LISTEN: local }, monitorPort],
       [{}, { PORT: path, FTW_MONITOR_LISTEN: local }, monitorPort],
@@ -1920,8 +1918,7 @@ describeInProcess('Listening', TOGETHER, () => {
   test('another copy of this file, which may serve the same server, and a program that listens elsewhere, leave our port alone', async (t) => {
     const { port, server, logger } = await bootInstance(t, { performers: WARM })
     const other = await importMonitor(t)
-    const listen = { port, host: '127.0.0.1' }
-    assert.equal(await other.start({ server, listen, logger: recorder() }), false)
+    assert.equal(await other.start({ server, listen: { port }, logger: recorder() }), false)
     await other.stop()
     await bootInstance(t, { monitor: other, server })
     for (const words of [[{ port, host: '127.0.0.2' }], [0], [{ fd: 2 }], [], [() => {}]]) {
@@ -1996,14 +1993,16 @@ describeInProcess('Listening', ALONE, () => {
     assert.deepEqual(logger.lines, [])
     assert.equal(await monitor.start(options), false)
     await monitor.stop()
-    assert.equal(await monitor.start(options), false)
-
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length > 0, 'a request is in flight')
-    const ended = monitor.shutdown()
     const listen = t.mock.method(net.Server.prototype, 'listen')
     timers.pass(10_000)
     assert.equal(listen.mock.callCount(), 0)
+
+    assert.equal(await monitor.start(options), false)
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    const ended = monitor.shutdown()
+    timers.pass(10_000)
+    assert.equal(listen.mock.callCount(), 1)
     letGo()
     assert.equal((await answer).body, 'late')
     await ended
@@ -2173,9 +2172,8 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
       const started = monitor.start()
       if (cluster.isPrimary) {
         cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        let address
-        void started.then((value) => { address = value })
-        const tell = (code, signal) => print('worker ended', code, signal, address)
+        void started.then(() => process.exit(1)) // it is no instance
+        const tell = (code, signal) => print('worker ended', code, signal)
         cluster.fork().on('exit', tell)
         cluster.fork().on('exit', tell)
       } else {
@@ -2194,8 +2192,8 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     await service.hasSaid('asked for /slow1000')
     for (const [, pid] of workers()) process.kill(Number(pid), 'SIGTERM')
     assert.equal((await page).body, 'served')
-    const { output } = await service.awaitEnd()
-    assert.equal(output.match(/^worker ended 0  $/gm)?.length, 2, output)
+    const { status, output } = await service.awaitEnd()
+    assert.deepEqual([status, output.match(/^worker ended 0 $/gm)?.length], [0, 2], output)
   })
 
   test('listen() is wrapped once, however many copies there are, and by nobody after stop(); a server that has closed is forgotten', async (t) => {
@@ -2204,6 +2202,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
       `
       const before = net.Server.prototype.listen
       const copy = await import(${JSON.stringify(MODULE.href)} + '?copy')
+      monitor.shutdownOnSignal() // which takes an interest in all servers
       const started = monitor.start({ listen: LOOPBACK })
       const wrap = net.Server.prototype.listen
       void copy.start({ listen: LOOPBACK })
@@ -2215,6 +2214,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
       for (let count = 0; count < 20; count++) {
         const passing = http.createServer(() => {})
         await listening(passing)
+        while (!Object.hasOwn(passing, 'emit')) await nextTurn() // until it is seen
         await new Promise((resolve) => passing.close(resolve))
         references.push(new WeakRef(passing))
       }
