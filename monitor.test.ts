@@ -3179,7 +3179,6 @@ describeInProcess('The verdict', TOGETHER, () => {
     const monitor = await importMonitor(t)
     const firstTry = latch()
     const secondTry = latch()
-    const slow = latch()
     const isConnected = { main: false, other: true }
     let tries = 0
     monitor.registerDatabase('other', { isConnected: () => isConnected.other })
@@ -3190,176 +3189,113 @@ describeInProcess('The verdict', TOGETHER, () => {
       await firstTry.opened
       throw new Error('no such table')
     })
-    const server = http.createServer(async (_, response) => {
-      await slow.opened
-      response.end()
-    })
-    closeLater(t, server)
-    const started = monitor.start({ server, logger: recorder(), listen: { port: 0 } })
+    const held: http.ServerResponse[] = []
+    const server = http.createServer((_, response) => held.push(response))
+    const started = monitor.start({ server, logger: recorder(), listen: LOOPBACK })
     const reason = async () => {
       const told = await monitor.health()
       assert.equal(told.healthy, told.reason === 'OK')
       return told.reason
     }
-    assert.equal(await reason(), "Error: Database 'main' disconnected.")
+    const noMain = "Error: Database 'main' disconnected."
+    assert.equal(await reason(), noMain)
     isConnected.main = true
     assert.equal(await reason(), 'Instance is booting')
-    await once(server.listen(0, '127.0.0.1'), 'listening')
+    await startListening(t, server)
     const address = await started
     assert.ok(typeof address === 'object')
-    const replies = async (expected: string) => {
-      await until(async () => (await reason()) === expected, expected)
-      assert.equal(await ask(address.port, 'health_check\n'), `${expected}\n`)
+    const { port } = address
+
+    const set = (name: 'main' | 'other', isIt: boolean) => () => {
+      isConnected[name] = isIt
     }
-    await until(() => tries === 1, 'the warm-up has begun')
-    await replies('Warmup in progress')
-    assert.equal(await ask(address.port, 'warmup_state\n'), '0 1\n')
-    isConnected.other = false
-    await replies("Error: Database 'other' disconnected.")
-    isConnected.other = true
-    await replies('Warmup in progress') // else it would be tried again at once
-    firstTry.open()
-    await replies('Warmup failed: no such table')
-    assert.equal(await ask(address.port, 'warmup_state\n'), '0 0\n')
-    isConnected.main = false
-    await replies("Error: Database 'main' disconnected.")
-    isConnected.main = true
-    await until(() => tries === 2, 'it is tried again')
-    await replies('Warmup in progress')
-    secondTry.open()
-    await replies('OK')
-    assert.equal(await ask(address.port, 'warmup_state\n'), '1 0\n')
-    isConnected.main = false
-    await replies("Error: Database 'main' disconnected.")
+    const steps: [act: () => void, expected: string, warmupState: string][] = [
+      [() => {}, 'Warmup in progress', '0 1'],
+      [set('other', false), "Error: Database 'other' disconnected.", '0 1'],
+      [set('other', true), 'Warmup in progress', '0 1'], // else it would be tried again at once
+      [firstTry.open, 'Warmup failed: no such table', '0 0'],
+      [set('main', false), noMain, '0 0'],
+      [set('main', true), 'Warmup in progress', '0 1'], // it is tried again
+      [secondTry.open, 'OK', '1 0'],
+      [set('main', false), noMain, '1 0']
+    ]
+    for (const [act, expected, warmupState] of steps) {
+      act()
+      await until(async () => (await reason()) === expected, expected)
+      assert.equal(await ask(port, 'health_check\n'), `${expected}\n`)
+      const isReached = async () => (await ask(port, 'warmup_state\n')) === `${warmupState}\n`
+      await until(isReached, `${warmupState} is told with ${expected}`)
+    }
+    assert.equal(tries, 2)
+
+    void monitor.drain()
+    const begunWhileDrained = reason()
+    monitor.resume()
+    assert.equal(await begunWhileDrained, noMain)
     const page = getPage(portOf(server), '/slow')
-    await once(server, 'request')
+    await until(() => held.length === 1, 'a request is in flight')
     server.close()
-    await replies('Instance is shutting down')
-    slow.open()
+    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+    held[0]!.end()
     await page
-    await until(() => isRefused(address.port), 'the monitor is closed')
+    await until(() => isRefused(port), 'the monitor is closed')
   })
 
   test('1,000 checks at a database that never answers make one call', async (t) => {
     const { monitor, port } = await bootInstance(t)
-    let calls = 0
-    let answer = (isIt: boolean): void => void isIt
-    monitor.registerDatabase('main', {
-      isConnected: () => {
-        calls++
-        return new Promise((resolve) => {
-          answer = resolve
-        })
-      }
-    })
+    const questions: ((isIt: boolean) => void)[] = []
+    const isConnected = () => new Promise<boolean>((resolve) => void questions.push(resolve))
+    monitor.registerDatabase('main', { isConnected })
     const text = `interactive\n${'health_check\n'.repeat(100)}quit\n`
     const transcripts = await Promise.all(Array.from({ length: 5 }, () => ask(port, text)))
     const verdicts = await Promise.all(Array.from({ length: 500 }, () => monitor.health()))
     const timedOut = "Error: Database 'main' timed out."
     assert.equal(transcripts.join('').split(`${timedOut}\n`).length - 1, 500)
     assert.ok(verdicts.every(({ reason }) => reason === timedOut))
-    assert.equal(calls, 1)
-    answer(true)
+    assert.equal(questions.length, 1)
+    questions[0]!(true)
     await nextTurn()
     const next = monitor.health()
-    await until(() => calls === 2, 'it is asked again')
-    answer(true)
+    await until(() => questions.length === 2, 'it is asked again')
+    questions[1]!(true)
     assert.equal((await next).healthy, true)
   })
 
   test('no text turns a red reply green, or into more than a line of 500 characters', async (t) => {
-    let warmupError: Error | undefined
-    const performers = {
-      '/': () => {
-        if (warmupError) throw warmupError
-      }
-    }
+    let fault: Error | undefined
+    const performers = { '/': () => (fault ? Promise.reject(fault) : Promise.resolve()) }
     const { monitor, port, instancePort } = await bootInstance(t, { performers })
+    const failBooks = () => {
+      monitor.registerDatabase('BOOKS', { isConnected: () => Promise.reject(fault) })
+    }
+    const ofBooks = "Error: Database 'BOO KS' failed: "
     for (const [what, text] of Object.entries(FORGED)) {
       const check = (reply: string, begins: string) => {
         assert.match(reply, /^[^\p{Cc}]{1,500}\n$/u, `${what} after ${begins}`)
         assert.doesNotMatch(reply, /OK/, `${what} after ${begins}`)
         assert.ok(reply.startsWith(begins), `${what} after ${begins}`)
       }
-      warmupError = new Error(text)
+      fault = new Error(text)
       check((await getPage(instancePort, '/@@warmup')).body, 'Warmup failed: ')
       check(await ask(port, 'health_check\n'), 'Warmup failed: ')
-      warmupError = undefined
-      await getPage(instancePort, '/@@warmup')
-
-      monitor.registerDatabase('main', { isConnected: () => Promise.reject(new Error(text)) })
-      check(await ask(port, 'health_check\n'), "Error: Database 'main' failed: ")
+      failBooks()
+      check(await ask(port, 'health_check\n'), ofBooks)
       const { healthy, reason } = await monitor.health()
       assert.equal(healthy, false)
-      check(`${reason}\n`, "Error: Database 'main' failed: ")
-      monitor.registerDatabase('main', { isConnected: () => true })
+      check(`${reason}\n`, ofBooks)
+
+      fault = undefined
+      await getPage(instancePort, '/@@warmup')
+      monitor.registerDatabase('BOOKS', { isConnected: () => true })
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     }
+    fault = new Error('a\0b\r\nc\x1b[0md')
+    failBooks()
+    assert.equal((await monitor.health()).reason, `${ofBooks}a b  c [0md`)
   })
 
-  test('OK in a name is parted by a blank, and a control character in a reason becomes one', async (t) => {
-    const monitor = await importMonitor(t)
-    const error = new Error('a\0b\r\nc\x1b[0md')
-    monitor.registerDatabase('BOOKS', { isConnected: () => Promise.reject(error) })
-    const { reason } = await monitor.health()
-    assert.equal(reason, "Error: Database 'BOO KS' failed: a b  c [0md")
-  })
-
-  test('untilHealthy() waits for start() and the warm-up, and makes no prober', async (t) => {
+  test('untilHealthy() waits for start() and the warm-up, makes no prober, and rejects as its signal says', async (t) => {
     const gate = latch()
-    const monitor = await importMonitor(t)
-    const healthy = monitor.untilHealthy()
-    assert.ok(await isPendingFor(300, healthy), 'it waits for start()')
-    const performers = { '/': () => gate.opened }
-    const { port } = await bootInstance(t, { monitor, performers, until: 'started' })
-    await until(async () => (await ask(port, 'warmup_state\n')) === '0 1\n', 'it warms up')
-    assert.ok(await isPendingFor(300, healthy), 'it waits for the warm-up')
-    gate.open()
-    await inTime(healthy, 'it is healthy')
-    assert.equal((await monitor.health()).reason, 'OK')
-    assert.deepEqual((await monitor.status()).probers, [])
-  })
-
-  test('untilHealthy() rejects with the reason of its signal at once, and leaves no listener', async (t) => {
-    const monitor = await importMonitor(t)
-    monitor.registerDatabase('main', { isConnected: () => hang() })
-    await bootInstance(t, { monitor, until: 'started' })
-    const reason = new Error('enough')
-    await assert.rejects(monitor.untilHealthy({ signal: AbortSignal.abort(reason) }), reason)
-    const late = new AbortController()
-    const healthy = monitor.untilHealthy({ signal: late.signal })
-    await nextTurn()
-    late.abort(reason)
-    await assert.rejects(healthy, reason)
-    assert.equal(getEventListeners(late.signal, 'abort').length, 0)
-
-    monitor.registerDatabase('main', { isConnected: () => true })
-    const unused = new AbortController()
-    await inTime(monitor.untilHealthy({ signal: unused.signal }), 'it is healthy')
-    assert.equal(getEventListeners(unused.signal, 'abort').length, 0)
-  })
-
-  test('untilHealthy() rejects during a shutdown, but not before that is over', async (t) => {
-    const gate = latch()
-    const cleaning = latch()
-    const main = { isConnected: () => false }
-    const { monitor } = await bootInstance(t, { databases: { main }, until: 'started' })
-    const healthy = monitor.untilHealthy()
-    const cleanUp = () => {
-      cleaning.open()
-      return gate.opened
-    }
-    const ended = monitor.shutdown({ cleanUp })
-    await cleaning.opened
-    assert.ok(await isPendingFor(300, healthy))
-    gate.open()
-    await ended
-    const message = 'ftw-monitor: the instance has shut down'
-    await assert.rejects(inTime(healthy, 'it has ended'), { message })
-    await assert.rejects(monitor.untilHealthy(), { message })
-  })
-
-  test('untilHealthy() rejects wrong options with a sentence', async (t) => {
     const monitor = await importMonitor(t)
     for (const wrong of [null, 7, { signal: 5 }, { signal: {} }]) {
       await assert.rejects(monitor.untilHealthy(wrong as object), {
@@ -3367,6 +3303,29 @@ describeInProcess('The verdict', TOGETHER, () => {
         message: /^ftw-monitor: .*(untilHealthy takes|signal must be) an /
       })
     }
+    const healthy = monitor.untilHealthy()
+    assert.ok(await isPendingFor(300, healthy), 'it waits for start()')
+    const performers = { '/': () => gate.opened }
+    const { port } = await bootInstance(t, { monitor, performers, until: 'started' })
+    await until(async () => (await ask(port, 'warmup_state\n')) === '0 1\n', 'it warms up')
+    assert.ok(await isPendingFor(300, healthy), 'it waits for the warm-up')
+
+    const reason = new Error('enough')
+    await assert.rejects(monitor.untilHealthy({ signal: AbortSignal.abort(reason) }), reason)
+    const late = new AbortController()
+    const unused = new AbortController()
+    const aborted = monitor.untilHealthy({ signal: late.signal })
+    const alsoHealthy = monitor.untilHealthy({ signal: unused.signal })
+    await nextTurn()
+    late.abort(reason)
+    await assert.rejects(aborted, reason)
+    gate.open()
+    await inTime(Promise.all([healthy, alsoHealthy]), 'it is healthy')
+    for (const { signal } of [late, unused]) {
+      assert.equal(getEventListeners(signal, 'abort').length, 0)
+    }
+    assert.equal((await monitor.health()).reason, 'OK')
+    assert.deepEqual((await monitor.status()).probers, [])
   })
 })
 
@@ -3382,143 +3341,124 @@ describeInProcess('The verdict', ALONE, () => {
         performers: { '/shop': () => Promise.reject(new Error('no table')) },
         until: 'started'
       })
-      const lines = ['health_check', 'readyz', 'agent_check']
-      const askAll = async (options: LineOptions, ...others: string[]) => {
-        const all = [...lines, ...others]
-        const replies = await Promise.all(all.map((line) => ask(port, `${line}\n`, options)))
-        const pages = await Promise.all(all.map((line) => getPage(port, `/${line}`, options)))
-        assert.deepEqual(
-          pages.map(({ body }) => body),
-          replies
-        )
-        return replies
+      const expectReplies = async (from: string, text: string, word = 'down') => {
+        const replies: Record<string, string> = { health_check: text, readyz: text }
+        replies['agent_check'] = `${word} #${text}`
+        const [, fault] = /^Error: (.*)/.exec(text) ?? []
+        if (fault) replies['perf_metrics'] = `{"error":"${fault}"}`
+        for (const [line, reply] of Object.entries(replies)) {
+          assert.equal(await ask(port, `${line}\n`, { from }), `${reply}\n`)
+          assert.equal((await getPage(port, `/${line}`, { from })).body, `${reply}\n`)
+        }
       }
-      const repliesOf = (text: string) => [`${text}\n`, `${text}\n`, `down #${text}\n`]
-      const stranger = { from: OUTSIDE! }
+      const us = '127.0.0.1'
+      const stranger = OUTSIDE!
 
       await untilVerdict(monitor, /^Warmup failed/)
-      assert.deepEqual(await askAll({}), repliesOf('Warmup failed: /shop: no table'))
-      assert.deepEqual(await askAll(stranger), repliesOf('Warmup failed'))
-
-      const expectReplies = async (options: LineOptions, text: string) => {
-        const expected = [...repliesOf(`Error: ${text}`), `{"error":"${text}"}\n`]
-        assert.deepEqual(await askAll(options, 'perf_metrics'), expected)
-      }
+      await expectReplies(us, 'Warmup failed: /shop: no table')
+      await expectReplies(stranger, 'Warmup failed')
       isConnected = () => Promise.reject(new Error('no 10.0.0.7'))
-      await expectReplies({}, "Database 'main' failed: no 10.0.0.7")
-      await expectReplies(stranger, "Database 'main' failed.")
+      await expectReplies(us, "Error: Database 'main' failed: no 10.0.0.7")
+      await expectReplies(stranger, "Error: Database 'main' failed.")
       isConnected = () => ({})
       const why = 'isConnected() returned a value of type object, not true'
-      await expectReplies({}, `Database 'main' disconnected: ${why}`)
-      await expectReplies(stranger, "Database 'main' disconnected.")
-
+      await expectReplies(us, `Error: Database 'main' disconnected: ${why}`)
+      await expectReplies(stranger, "Error: Database 'main' disconnected.")
       void monitor.drain({ reason: 'new disk' })
-      const drained = ['new disk\n', 'new disk\n', 'stopped #new disk\n']
-      for (const options of [{}, stranger]) assert.deepEqual(await askAll(options), drained)
+      for (const from of [us, stranger]) await expectReplies(from, 'new disk', 'stopped')
     }
   )
 
-  test('a check that began while it drained asks the database after resume()', async (t) => {
-    const { monitor } = await bootInstance(t, { performers: WARM })
-    monitor.registerDatabase('main', { isConnected: () => false })
-    void monitor.drain()
-    const verdict = monitor.health()
-    monitor.resume()
-    assert.equal((await verdict).reason, "Error: Database 'main' disconnected.")
-  })
-
-  test('untilHealthy() resolves where there is no monitor: stopped, switched off, or given up', async (t) => {
+  test('untilHealthy() resolves where there is no monitor, and rejects when a shutdown is over', async (t) => {
     const main = { isConnected: () => false }
     const { monitor, server } = await bootInstance(t, { databases: { main }, until: 'started' })
-    const healthy = monitor.untilHealthy()
-    assert.ok(await isPendingFor(50, healthy))
+    const untilStopped = monitor.untilHealthy()
+    assert.ok(await isPendingFor(50, untilStopped))
     await monitor.stop()
-    await inTime(healthy, 'nothing is to be waited for')
+    await inTime(untilStopped, 'nothing is to be waited for')
     await inTime(monitor.untilHealthy(), 'there is nothing to wait for')
 
+    await bootInstance(t, { monitor, server, until: 'started' })
+    const untilShutDown = monitor.untilHealthy()
+    const gate = latch()
+    const cleaning = latch()
+    const cleanUp = () => {
+      cleaning.open()
+      return gate.opened
+    }
+    const ended = monitor.shutdown({ cleanUp })
+    await cleaning.opened
+    assert.ok(await isPendingFor(300, untilShutDown))
+    gate.open()
+    await ended
+    const message = 'ftw-monitor: the instance has shut down'
+    await assert.rejects(inTime(untilShutDown, 'it has ended'), { message })
+    await assert.rejects(monitor.untilHealthy(), { message })
+
+    const other = await serve(t)
     setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
     const given = await importMonitor(t)
-    const healthyBefore = given.untilHealthy()
-    assert.equal(await given.start({ server, logger: recorder() }), false)
-    await inTime(healthyBefore, 'it does not wait for what has given up')
+    const untilGivenUp = given.untilHealthy()
+    assert.equal(await given.start({ server: other, logger: recorder() }), false)
+    await inTime(untilGivenUp, 'it does not wait for what has given up')
 
     setEnvironment(t, { FTW_MONITOR: '0' })
     const off = await importMonitor(t)
     await inTime(off.untilHealthy(), 'it does not wait for start()')
-    assert.equal(await off.start({ server, logger: recorder() }), false)
+    assert.equal(await off.start({ server: other, logger: recorder() }), false)
     await inTime(off.untilHealthy(), 'it does not wait after start()')
   })
 
   test('with PORT alone, the first check after the server has closed is red, until it listens again', async (t) => {
     const timers = takeTimers(t)
-    const port = await freePort()
-    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
-    let connections = 0
-    const boot = async () => {
-      const server = hide(await serve(t, hello, { host: '127.0.0.1', port }))
-      server.on('connection', () => {
-        connections++
-      })
-      return server
-    }
-    const server = await boot()
-    const monitor = await importMonitor(t)
-    await monitor.start({ logger: recorder() })
-    await untilHealthy(port + 80)
     const clock = fakeClock(t)
-    const lookAgain = () => {
-      clock.now += 1_001
-    }
-    await getPage(port, '/') // a connection is seen when those before it are
-
-    connections = 0
-    lookAgain()
-    timers.pass(60_000)
-    await getPage(port, '/')
-    assert.equal(connections, 1, 'no check, no connection')
-
-    connections = 0
-    lookAgain()
-    const many = Array.from({ length: 50 }, () => ask(port + 80, 'health_check\n'))
-    const replies = new Set([...(await Promise.all(many)), (await monitor.health()).reason])
-    assert.deepEqual([...replies], ['OK\n', 'OK'])
-    await getPage(port, '/')
-    assert.equal(connections, 2, 'all share one')
-
-    await close(server)
-    lookAgain()
-    assert.equal(await ask(port + 80, 'health_check\n'), 'Instance is shutting down\n')
-    lookAgain()
-    assert.equal((await getPage(port + 80, '/health_check')).status, 503)
-
-    await boot()
-    lookAgain()
-    assert.equal(await ask(port + 80, 'health_check\n'), 'OK\n')
-  })
-
-  test('with PORT alone, a Unix socket that is gone or dead is red', async (t) => {
     const path = join(scratchFolder(t), 'instance')
-    setEnvironment(t, { PORT: path })
-    const server = hide(await serve(t, hello, { path }))
-    const monitor = await importMonitor(t)
-    assert.ok(await monitor.start({ logger: recorder(), listen: LOOPBACK }))
-    await untilVerdict(monitor)
-    const clock = fakeClock(t)
-    const reason = async () => {
-      clock.now += 1_001
-      return (await monitor.health()).reason
-    }
-    assert.equal(await reason(), 'OK')
-    await close(server)
-    assert.equal(fs.existsSync(path), false)
-    assert.equal(await reason(), 'Instance is shutting down')
+    for (const where of [await freePort(), path]) {
+      const isPath = typeof where === 'string'
+      setEnvironment(t, { PORT: `${where}`, HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
+      const place = isPath ? { path } : { host: '127.0.0.1', port: where }
+      let connections = 0
+      const boot = async (at: net.ListenOptions) => {
+        const server = hide(await serve(t, hello, at))
+        server.on('connection', () => {
+          connections++
+        })
+        return server
+      }
+      const server = await boot(place)
+      const monitor = await importMonitor(t)
+      assert.ok(await monitor.start({ logger: recorder(), listen: LOOPBACK }))
+      const check = async () => {
+        clock.now += 1_001
+        return (await monitor.health()).reason
+      }
+      /** How many there are until what this does is seen: they are seen in turn. */
+      const countConnections = async (act: () => unknown) => {
+        connections = 0
+        await act()
+        await ask(where, headOf('/', 'Connection: close'))
+        return connections - 1
+      }
+      await until(async () => (await check()) === 'OK', 'it is healthy')
+      await countConnections(() => {})
 
-    const other = hide(await serve(t, hello, { path: `${path}-new` }))
-    fs.renameSync(`${path}-new`, path)
-    assert.equal(await reason(), 'OK')
-    await close(other)
-    assert.equal(fs.existsSync(path), true, 'as one that was killed leaves it')
-    assert.equal(await reason(), 'Instance is shutting down')
+      assert.equal(await countConnections(() => timers.pass(60_000)), 0, 'no check, no connection')
+      const checkOften = async () => {
+        clock.now += 1_001
+        const verdicts = await Promise.all(Array.from({ length: 50 }, () => monitor.health()))
+        assert.ok(verdicts.every(({ reason }) => reason === 'OK'))
+      }
+      assert.equal(await countConnections(checkOften), 1, 'all share one')
+
+      await close(server)
+      assert.equal(await check(), 'Instance is shutting down')
+      const again = await boot(isPath ? { path: `${path}-new` } : place)
+      if (isPath) fs.renameSync(`${path}-new`, path)
+      assert.equal(await check(), 'OK')
+      await close(again)
+      assert.equal(fs.existsSync(path), isPath, 'as one that was killed leaves it')
+      assert.equal(await check(), 'Instance is shutting down')
+    }
   })
 
   test(
@@ -3558,13 +3498,10 @@ describeInProcess('The verdict', ALONE, () => {
       const clock = fakeClock(t)
       clock.now += 1_001
       const connect = t.mock.method(net.Socket.prototype, 'connect')
-      const startedAt = Date.now()
       const verdict = monitor.health()
       await nextTurn()
       assert.deepEqual([isAsked, connect.mock.callCount()], [true, 1], 'both are asked at once')
       assert.equal((await verdict).reason, 'OK')
-      const tookMs = Date.now() - startedAt
-      assert.ok(tookMs > 850, `it was waited for ${tookMs} ms`)
 
       monitor.registerDatabase('main', { isConnected: () => true })
       first.child.kill('SIGKILL')
