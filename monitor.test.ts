@@ -2325,12 +2325,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
 
 // --- The application -----------------------------------------------------------------------------
 
-/** How many upgraded connections the metrics tell. */
-async function askUpgraded(port: number): Promise<number | undefined> {
-  const { body } = await getPage(port, '/metrics')
-  return readSamples(body)['ftw_monitor_upgraded_connections']
-}
-
 /** Has a server upgrade connections of which we hear no more; gives its ends of them. */
 function takeUpgradesBare(server: net.Server): net.Socket[] {
   const upgraded: net.Socket[] = []
@@ -2357,7 +2351,7 @@ describeInProcess('The application', TOGETHER, () => {
     await untilVerdict(monitor)
     const warnings = warningsOf(logger).filter((line) => line.includes('emit'))
     assert.equal(warnings.length, 1)
-    assert.match(warnings[0] ?? '', /cannot see the requests of a server whose emit is not/)
+    assert.match(warnings.join(), /cannot see the requests of a server whose emit is not/)
     assert.equal((await getPage(portOf(server), '/')).status, 200)
 
     await monitor.stop()
@@ -2381,23 +2375,16 @@ describeInProcess('The application', TOGETHER, () => {
       const before = listenersOf(server)
       if (start) await bootInstance(t, { performers: WARM, server })
       assert.deepEqual(listenersOf(server), before)
-      const replies = []
-      const heads = [
-        'GET /a?b=c',
-        'HEAD /a',
-        'OPTIONS *',
-        'NONSENSE',
-        'CONNECT a:1',
-        'GET /@@warmups'
-      ]
-      for (const [line, rest = '', body = ''] of [
-        ...heads.map((head) => [head]),
+      const lines = ['/a?b=c', '/@@warmups', '/%40%40warmup'].map((path) => `GET ${path}`)
+      const requests = [
+        ...[...lines, 'HEAD /a', 'OPTIONS *', 'NONSENSE', 'CONNECT a:1'].map((line) => [line]),
         ['POST /a', 'Content-Length: 5\r\n', 'hello'],
         ['POST /a', 'Expect: 100-continue\r\nContent-Length: 5\r\n', 'hello'],
         ['POST /a', 'Transfer-Encoding: chunked\r\nTrailer: x\r\n', '2\r\nhi\r\n0\r\nx: y\r\n\r\n'],
-        ['GET /%40%40warmup'],
         ['GET /ws', 'Connection: Upgrade\r\nUpgrade: x\r\n']
-      ]) {
+      ]
+      const replies = []
+      for (const [line, rest = '', body = ''] of requests) {
         const closeHeader = rest.includes('Upgrade') ? '' : 'Connection: close\r\n'
         const raw = `${line} HTTP/1.1\r\nHost: a\r\n${rest}${closeHeader}\r\n${body}`
         replies.push(await ask(portOf(server), raw).catch((error: Error) => error.message))
@@ -2411,75 +2398,86 @@ describeInProcess('The application', TOGETHER, () => {
     assert.deepEqual(await transcripts(true), alone)
   })
 
-  test('the view is there before the application, whenever that was attached', async (t) => {
-    const seen: string[] = []
-    const listener = (name: string): http.RequestListener => {
-      return ({ url }, response) => {
-        seen.push(`${name} ${url}`)
-        if (!response.writableEnded) response.end('hello')
-      }
-    }
-    const { server } = await bootInstance(t, { performers: WARM, handler: listener('early') })
-    server.on('request', listener('late'))
-    server.prependListener('request', listener('first'))
-    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
-    assert.deepEqual(seen, [])
-    assert.equal((await getPage(portOf(server), '/page')).body, 'hello')
-    assert.deepEqual(seen, ['first /page', 'early /page', 'late /page'])
-  })
-
-  test('requests and answers of 500 and more are counted from the start on', async (t) => {
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, ({ url = '' }, response) => {
-      if (url === '/hold') held.push(response)
-      else response.writeHead(Number(url.slice(1))).end()
+  test('the view comes before all listeners, and an emit that the server had of its own is put back', async (t) => {
+    const seen: (string | undefined)[] = []
+    const server = await serve(t, ({ url }, response) => {
+      seen.push(url)
+      response.end('hello')
     })
-    const { port } = await bootInstance(t, { performers: WARM, server })
-    for (const path of ['/200', '/204', '/404', '/499', '/500', '/503', '/@@warmup']) {
-      await getPage(portOf(server), path)
-    }
-    getPage(portOf(server), '/hold').catch(() => {})
-    await until(() => held.length > 0, 'it has come')
-    await until(async () => (await askPerfMetrics(port)).http.in_flight === 1, 'one is in flight')
-    assert.deepEqual((await askPerfMetrics(port)).http, { in_flight: 1, requests: 7, errors: 2 })
-  })
-
-  test('an emit that the server had of its own is put back, and works in between', async (t) => {
-    const server = await serve(t)
-    let seen = 0
     const ownEmit = function (this: net.Server, ...args: unknown[]) {
-      seen++
+      if (args[0] === 'request') seen.push('emit')
       return Reflect.apply(net.Server.prototype.emit, this, args)
     }
     server.emit = ownEmit as typeof server.emit
     const before = Object.getOwnPropertyDescriptor(server, 'emit')
     const { monitor } = await bootInstance(t, { performers: WARM, server })
-    seen = 0
-    assert.equal((await getPage(portOf(server), '/')).status, 200)
-    assert.ok(seen > 0)
+    server.prependListener('request', ({ url }) => seen.push(`first ${url}`))
+    assert.equal((await getPage(portOf(server), '/@@warmup')).body, 'Warmup successful\n')
+    assert.deepEqual(seen, [])
+    assert.equal((await getPage(portOf(server), '/page')).body, 'hello')
+    assert.deepEqual(seen, ['emit', 'first /page', '/page'])
     await monitor.stop()
     assert.deepEqual(Object.getOwnPropertyDescriptor(server, 'emit'), before)
   })
 
-  test('upgraded connections work on, and are counted until they are closed, however that is', async (t) => {
+  test('start([server, other]) counts the requests of both from the start on, and drains both', async (t) => {
+    const held: http.ServerResponse[] = []
+    const hold = (_: unknown, response: http.ServerResponse) => held.push(response)
+    const answer: http.RequestListener = ({ url = '' }, response) => {
+      response.writeHead(Number(url.slice(1))).end()
+    }
+    const server = await serve(t, answer, { host: '127.0.0.1', port: await freePort() })
+    server.on('checkExpectation', hold)
+    const other = await serve(t, hold)
+    const monitor = await importMonitor(t)
+    monitor.registerWarmup('/', () => {})
+    await monitor.start([server, other])
+    await untilVerdict(monitor)
+    const port = portOf(server) + 80
+    for (const path of ['/200', '/204', '/404', '/499', '/500', '/503', '/@@warmup']) {
+      await getPage(portOf(server), path)
+    }
+    const expected = getPage(portOf(server), '/', { headers: { Expect: 'the best' } })
+    await until(() => held.length === 1, 'the first has a request in flight')
+    const page = getPage(portOf(other), '/')
+    await until(() => held.length === 2, 'the other has one, too')
+    assert.deepEqual((await askPerfMetrics(port)).http, { in_flight: 2, requests: 8, errors: 2 })
+
+    const drained = monitor.drain()
+    for (const [index, each] of [expected, page].entries()) {
+      assert.equal(await isPendingFor(300, drained), true)
+      held[index]!.end('late')
+      assert.equal((await each).body, 'late')
+    }
+    await inTime(drained, 'both are drained')
+  })
+
+  test('upgraded connections work on and are counted until they are closed, but none that is refused, too late or not listened for', async (t) => {
     const server = await serve(t)
     echoUpgrades(server)
-    server.on('connect', (_, socket: net.Socket) => {
-      socket.on('error', () => {}).pipe(socket)
-      socket.write('HTTP/1.1 200 OK\r\n\r\n')
-    })
-    const { port } = await bootInstance(t, { performers: WARM, server })
+    const connecting = once(server, 'connect') as Promise<[unknown, net.Socket]>
+    const { monitor, port } = await bootInstance(t, { performers: WARM, server })
     const untilCount = (count: number) => {
-      return until(async () => (await askUpgraded(port)) === count, `${count} are upgraded`)
+      const line = `\nftw_monitor_upgraded_connections ${count}\n`
+      return until(async () => (await ask(port, 'metrics\n')).includes(line), line)
     }
-    assert.equal(await askUpgraded(port), 0)
+    await untilCount(0)
     const peers = []
     for (let time = 0; time < 3; time++) peers.push(await upgrade(t, portOf(server)))
     const tunnel = await converse(t, portOf(server))
     tunnel.say('CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n')
+    const [, connected] = await connecting
+    assert.equal(
+      (await monitor.status()).requestsInFlight,
+      1,
+      'it is a request until it is answered'
+    )
+    connected.on('error', () => {}).pipe(connected)
+    connected.write('HTTP/1.1 200 OK\r\n\r\n')
     await tunnel.hear('HTTP/1.1 200 OK\r\n\r\n')
-    assert.equal(await askUpgraded(port), 4)
+    await untilCount(4)
     assert.equal((await askMonitor(port, '0')).count, 0)
+
     const [ended, reset, destroyed] = peers
     ended?.say('both ways')
     await ended?.hear('both ways')
@@ -2490,82 +2488,25 @@ describeInProcess('The application', TOGETHER, () => {
     destroyed?.socket.destroy()
     tunnel.socket.destroy()
     await untilCount(0)
-  })
 
-  test('an upgraded connection whose listeners the application takes off is counted until it is closed', async (t) => {
-    const server = await serve(t)
-    const upgraded = takeUpgradesBare(server)
-    const { monitor } = await bootInstance(t, { performers: WARM, server })
-    const count = async () => (await monitor.status()).upgradedConnections
-    await upgrade(t, portOf(server))
-    assert.equal(await count(), 1)
-    upgraded[0]!.destroy()
-    await until(async () => (await count()) === 0, 'it is forgotten', 5_000)
-  })
-
-  test('an upgrade that is refused, or comes too late, leaves nothing behind', async (t) => {
-    const server = await serve(t)
-    echoUpgrades(server)
-    const { port } = await bootInstance(t, { performers: WARM, server })
-    for (const path of ['/destroy', '/426']) {
-      const head = headOf(path, 'Connection: Upgrade', 'Upgrade: echo')
-      const answer = await ask(portOf(server), head)
-      assert.equal(answer, path === '/426' ? 'HTTP/1.1 426 Upgrade Required\r\n\r\n' : '')
+    const askUpgrade = async (path: string) => {
+      return await ask(portOf(server), headOf(path, 'Connection: Upgrade', 'Upgrade: echo'))
     }
+    assert.equal(await askUpgrade('/destroy'), '')
+    assert.equal(await askUpgrade('/426'), 'HTTP/1.1 426 Upgrade Required\r\n\r\n')
     await ask(portOf(server), 'CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n') // nobody listens for it
     const { socket } = await converse(t, portOf(server))
     socket.destroy()
     await once(socket, 'close')
-    server.emit('upgrade', { url: '/destroy' }, socket, Buffer.alloc(0))
-    const noSocket = { on() {}, destroy() {} }
-    server.emit('upgrade', { url: '/destroy' }, noSocket, Buffer.alloc(0))
-    await until(async () => (await askUpgraded(port)) === 0, 'none is left')
-  })
+    for (const each of [socket, { on() {}, destroy() {} }]) {
+      server.emit('upgrade', { url: '/destroy' }, each, Buffer.alloc(0))
+    }
+    await untilCount(0)
 
-  test('where nobody listens for upgrades, one is a request like others', async (t) => {
-    const { monitor, server, port } = await bootInstance(t, { performers: WARM })
+    server.removeAllListeners('upgrade')
     await monitor.drain()
-    const head = headOf('/', 'Connection: Upgrade', 'Upgrade: echo')
-    assert.match(await ask(portOf(server), head), /^Connection: close\r\n[^]*hello/m)
-    assert.equal(await askUpgraded(port), 0)
-  })
-
-  test('start([server, other]) counts the requests of both, and drains both', async (t) => {
-    const where = { host: '127.0.0.1', port: await freePort() }
-    const [first, second] = await Promise.all([serveHeld(t, where), serveHeld(t)])
-    const servers = [first.server, second.server]
-    const monitor = await importMonitor(t)
-    monitor.registerWarmup('/', () => {})
-    await monitor.start(servers) // beside the port of the first
-    await untilVerdict(monitor, 'OK')
-    const pages = servers.map((server) => getPage(portOf(server), '/held'))
-    await until(() => first.held.length + second.held.length === 2, 'both are in flight')
-    const { requestsInFlight, url } = await monitor.status()
-    assert.deepEqual([requestsInFlight, Number(new URL(url).port)], [2, portOf(first.server)])
-
-    const drained = monitor.drain()
-    first.letGo()
-    assert.equal(await isPendingFor(300, drained), true)
-    assert.equal((await getPage(portOf(second.server), '/')).headers.connection, 'close')
-    second.letGo()
-    await inTime(drained, 'both are drained')
-    const bodies = (await Promise.all(pages)).map(({ body }) => body)
-    assert.deepEqual(bodies, ['late', 'late'])
-  })
-
-  test('a request that a checkExpectation listener serves is counted, and finished', async (t) => {
-    const held: http.ServerResponse[] = []
-    const server = await serve(t, (_, response) => response.end('served'))
-    server.on('checkExpectation', (_, response: http.ServerResponse) => held.push(response))
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const page = getPage(portOf(server), '/', { headers: { Expect: 'the best' } })
-    await until(() => held.length === 1, 'a request is in flight')
-    assert.equal((await monitor.status()).requestsInFlight, 1)
-    const ended = monitor.shutdown()
-    assert.equal(await isPendingFor(800, ended), true)
-    held[0]!.end('expected')
-    assert.equal((await page).body, 'expected')
-    await inTime(ended, 'the shutdown is over')
+    assert.match(await askUpgrade('/'), /^Connection: close\r\n[^]*hello/m)
+    await untilCount(0)
   })
 
   test('a layer that fails costs neither the program a request nor the core a count', async (t) => {
@@ -2593,7 +2534,7 @@ describeInProcess('The application', TOGETHER, () => {
     assert.equal((await monitor.status()).requestsInFlight, 1)
     letGo()
     assert.equal((await answer).body, 'late')
-    assert.deepEqual(errorsOf(logger).length, 1)
+    assert.equal(errorsOf(logger).length, 1)
     assert.match(errorsOf(logger).join(), /has an internal error: a fault of the layer/)
   })
 })
@@ -2602,57 +2543,47 @@ describeInProcess('The application', ALONE, () => {
   test('an emit that is put on the prototype after start() is called for each event, and after stop(), too', async (t) => {
     const { monitor, server, instancePort } = await bootInstance(t, { performers: WARM })
     const { prototype } = http.Server
-    const before = Object.getOwnPropertyDescriptor(prototype, 'emit')
-    t.after(() => {
-      Reflect.deleteProperty(prototype, 'emit')
-      if (before) Object.defineProperty(prototype, 'emit', before)
-    })
     const innerEmit = prototype.emit as (...all: unknown[]) => boolean
     const seen: unknown[] = []
     const emit = function (this: http.Server, ...all: unknown[]): boolean {
       if (this === server) seen.push(all[0])
       return Reflect.apply(innerEmit, this, all)
     }
+    t.after(() => Reflect.deleteProperty(prototype, 'emit'))
     prototype.emit = emit as typeof prototype.emit // as an instrumentation does
-    const events = async () => {
+    for (const isStopped of [false, true]) {
+      if (isStopped) await monitor.stop()
       seen.length = 0
       assert.equal((await getPage(instancePort, '/')).body, 'hello')
-      return [...seen]
+      assert.deepEqual(seen, ['connection', 'request'])
     }
-    assert.deepEqual(await events(), ['connection', 'request'])
-    await monitor.stop()
-    assert.deepEqual(await events(), ['connection', 'request'])
   })
 
-  test('keepAliveMs and its variable keep connections of the instance alone for longer, until stop()', async (t) => {
+  test('keepAliveMs and its variable keep connections of the instance for longer, until stop()', async (t) => {
     const server = await serve(t)
-    const other = await serve(t)
     server.keepAliveTimeout = 50
     const limits = () => [server.keepAliveTimeout, server.headersTimeout]
     const monitor = await importMonitor(t)
     const logger = recorder()
     const options = { server, listen: LOOPBACK, logger }
-    for (const value of ['', 'long']) {
-      setEnvironment(t, { FTW_MONITOR_KEEP_ALIVE_MS: value })
-      await monitor.start(options)
-      assert.deepEqual(limits(), [50, 60_000])
+    const rows: [variable: string, more: { keepAliveMs?: number }, expected: number[]][] = [
+      ['', {}, [50, 60_000]],
+      ['long', {}, [50, 60_000]],
+      ['75000', {}, [75_000, 76_000]],
+      ['75000', { keepAliveMs: 20_000 }, [20_000, 60_000]]
+    ]
+    for (const [variable, more, expected] of rows) {
+      setEnvironment(t, { FTW_MONITOR_KEEP_ALIVE_MS: variable })
+      await monitor.start({ ...options, ...more })
+      assert.deepEqual(limits(), expected)
       await monitor.stop()
+      assert.deepEqual(limits(), [50, 60_000])
     }
     assert.match(warningsOf(logger).join(), /cannot use FTW_MONITOR_KEEP_ALIVE_MS=long/)
 
-    setEnvironment(t, { FTW_MONITOR_KEEP_ALIVE_MS: '75000' })
     await monitor.start(options)
-    assert.deepEqual(limits(), [75_000, 76_000])
-    assert.equal(other.keepAliveTimeout, 5_000)
-    const agent = new http.Agent({ keepAlive: true })
-    t.after(() => agent.destroy())
-    const { headers } = await getPage(portOf(server), '/', { agent })
-    assert.equal(headers['keep-alive'], 'timeout=75')
-    await monitor.stop()
-    assert.deepEqual(limits(), [50, 60_000])
-
-    await monitor.start({ ...options, keepAliveMs: 20_000 })
-    assert.deepEqual(limits(), [20_000, 60_000])
+    const kept = { headers: { Connection: 'keep-alive' } }
+    assert.equal((await getPage(portOf(server), '/', kept)).headers['keep-alive'], 'timeout=75')
     server.keepAliveTimeout = 30_000
     await monitor.stop()
     assert.deepEqual(limits(), [30_000, 60_000], 'the application has its way')
@@ -2661,23 +2592,20 @@ describeInProcess('The application', ALONE, () => {
     }
   })
 
-  test('a request that is none is the affair of the application alone, and is not counted', async (t) => {
+  test('a request that is none is not counted, one of an adapter is, and both are told to the application', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, server, port, logger } = await bootInstance(t, {
-      performers: WARM,
-      until: 'started',
-      options: { healthPath: '/ready' }
-    })
+    const options = { healthPath: '/ready' }
+    const { monitor, server, port, logger } = await bootInstance(t, { performers: WARM, options })
     server.removeAllListeners('request')
     const heard: unknown[] = []
     for (const event of ['request', 'upgrade']) server.on(event, (request) => heard.push(request))
     const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
-    const mock = { method: 'GET', headers: {}, httpVersion: '1.1' }
+    const mock = { method: 'GET', headers: {}, httpVersion: '1.1', url: '/x' }
     const mocks = [
       undefined,
       {},
       { url: 7 },
-      { ...mock, url: '/x' },
+      mock,
       { ...mock, url: '/@@warmup', socket: {} },
       { ...mock, url: '/ready', socket: new EventEmitter() }
     ]
@@ -2689,26 +2617,22 @@ describeInProcess('The application', ALONE, () => {
       emit('upgrade', request)
     }
     assert.equal(heard.length, 5 * mocks.length)
-    assert.deepEqual(errorsOf(logger), [])
     await monitor.drain({ timeoutMs: 50 })
     monitor.resume()
     timers.pass(1_000)
     assert.equal((await ask(port, 'monitor\n')).split('\n')[0], '0')
     assert.match(await ask(port, 'metrics\n'), /^ftw_monitor_http_requests_total 0$/m)
-  })
 
-  test('a response of an adapter, which knows no request, may close', async (t) => {
-    const server = await serve(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const emit = server.emit.bind(server) as (...all: unknown[]) => boolean
     const socket = Object.assign(new EventEmitter(), { destroy() {} })
+    // What an adapter makes may know no request.
     for (const more of [{}, { req: undefined }, { req: {} }, { req: { complete: false } }]) {
       const response = Object.assign(new EventEmitter(), { end() {} }, more)
-      emit('request', { method: 'GET', url: '/x', socket }, response)
+      emit('request', { ...mock, socket }, response)
       assert.equal((await monitor.status()).requestsInFlight, 1)
       response.emit('close')
       assert.equal((await monitor.status()).requestsInFlight, 0)
     }
+    assert.deepEqual(errorsOf(logger), [])
   })
 })
 
