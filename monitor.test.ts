@@ -2663,29 +2663,20 @@ const TWICE = ['X-A', '1', 'Connection', 'keep-alive', 'X-A', '2']
 
 const FORMS: Record<string, Form> = {
   'implicit headers': {},
-  setHeader: { set: { 'X-A': '1', 'x-b': ['2', '3'] } },
   'setHeader of keep-alive': { set: { 'X-A': '1', cONNECTION: 'Keep-Alive', 'X-B': '2' } },
   'setHeader of keep-alive and other names': { set: { Connection: 'keep-alive, X-Hop' } },
   'setHeader of keep-alive in an array': { set: { Connection: ['keep-alive', 'X-Hop'] } },
-  'writeHead of a reason and an object': {
-    head: [201, 'Made it', { 'X-A': '1', 'Set-Cookie': ['a=1', 'b=2'] }]
-  },
+  'a reason and an object': { head: [201, 'Made', { 'X-A': '1', 'Set-Cookie': ['a=1', 'b=2'] }] },
   'writeHead of no headers': { head: [200, undefined] },
   'writeHead of a frozen object': { head: [200, Object.freeze({ Connection: 'keep-alive' })] },
   'writeHead of names and values in turn': { head: [200, TWICE] },
   'writeHead of an array after setHeader': { set: { 'X-A': 'early' }, head: [200, TWICE] },
   'setHeader before an array': { set: { Connection: 'keep-alive' }, head: [200, ['X-A', '1']] },
-  'writeHead of an array too short': { head: [200, ['X-A']] },
   'writeHead of a value that is "connection"': { head: [200, ['X-A', 'connection', 'X-B', '1']] },
-  'keep-alive in two cases': {
-    head: [200, { connecTION: 'KEEP-ALIVE', Connection: 'keep-alive' }]
-  },
+  'keep-alive twice': { head: [200, { connecTION: 'KEEP-ALIVE', Connection: 'keep-alive' }] },
   'keep-alive in an array': { head: [200, ['X-A', '1', 'cOnnection', ['keep-alive'], 'X-B', '2']] },
   'Object.entries': { head: [200, Object.entries({ connection: 'keep-alive', 'X-B': '2' })] },
   'writeHead of what is not allowed': { head: [200, { a: 'b\n' }] },
-  'writeHead twice': (response) => {
-    answerWith(response.writeHead(200, { Connection: 'keep-alive' }), { head: [201] })
-  },
   'writeHead of the prototype': (response) => {
     Reflect.apply(http.ServerResponse.prototype.writeHead, response, [202, { 'X-A': '1' }])
     response.end('ok')
@@ -2718,9 +2709,7 @@ const FORMS: Record<string, Form> = {
   '304 that keeps alive': { head: [304, { connection: 'Keep-Alive' }] },
   '426': { head: [426, { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }] },
   HEAD: { head: [200, { 'Content-Length': 2 }] },
-  'HTTP/1.0': {},
   'HTTP/1.0 that keeps alive': { head: [200, { 'Content-Length': 2 }] },
-  'a last request': { set: { Connection: 'keep-alive' } },
   'an upload that nobody reads': {},
   'an upload that the application closes': (response) => {
     response.shouldKeepAlive = false
@@ -2731,9 +2720,7 @@ const FORMS: Record<string, Form> = {
 /** What is sent for such a form, where that is no GET. */
 const REQUESTS: Record<string, string> = {
   HEAD: headOf('/').replace('GET', 'HEAD'),
-  'HTTP/1.0': 'GET / HTTP/1.0\r\n\r\n',
   'HTTP/1.0 that keeps alive': 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
-  'a last request': headOf('/', 'Connection: close'),
   'an upload that nobody reads': `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
   'an upload that the application closes': `${headOf('/', 'Content-Length: 9').replace('GET', 'PUT')}half`
 }
@@ -2823,18 +2810,6 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     await monitor.drain({ timeoutMs: 0 })
     await askThree(used)
     await askThree(await converse(t, portOf(server)))
-  })
-
-  test('a session that opens during a drain has its first request served', async (t) => {
-    const server = http2.createServer((_, response) => response.end('served'))
-    await startListening(t, server)
-    // On Node.js 20 a session that was sent elsewhere leaves its connection open when it is destroyed.
-    server.on('connection', (socket: net.Socket) => t.after(() => socket.destroy()))
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    await monitor.drain()
-    const session = await connectSession(t, portOf(server))
-    const outcomes = Promise.all([askStream(session), askStream(session)])
-    assert.deepEqual(await inTime(outcomes, 'both are answered'), ['served', 'served'])
   })
 
   test('an upload that is answered before its body has come gets the answer, though the server closes meanwhile', async (t) => {
