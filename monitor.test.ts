@@ -7302,6 +7302,7 @@ describeInProcess('The command table', TOGETHER, () => {
   test('what a command answers decides what follows on its connection, but not over HTTP', async (t) => {
     const answerMode: Command = (connection, mode, when) => {
       connection.write(`${mode}.`)
+      if (mode === 'fail') throw new RangeError('boom')
       const answer = (mode === 'nothing' ? undefined : mode) as 'quit' | undefined
       return when === 'later' ? pause(5, answer) : answer
     }
@@ -7313,21 +7314,21 @@ describeInProcess('The command table', TOGETHER, () => {
     }
     const { monitor, port } = await bootInstance(t)
     monitor.register('answer', '', answerMode, { http: true })
+    monitor.register('insist', '', () => assert.fail('was replaced'))
     monitor.register('insist', '', insist)
+    monitor.register('health_check', 'Mine', (connection) => connection.write('my own\n'))
     await assertReplies(port, {
-      'answer nothing\nquit\n': 'nothing.',
       'answer nothing later\nquit\n': 'nothing.',
       'answer quit\nquit\n': 'quit.',
       'answer interactive\nquit\n': 'interactive.Goodbye.\n',
-      'answer interactive later\n\nquit\n': 'interactive.interactive.Goodbye.\n',
+      'answer  interactive\tlater \n\nquit\n': 'interactive.interactive.Goodbye.\n',
       'interactive\nanswer nothing\nquit\n': `${INTERACTIVE}nothing.Goodbye.\n`,
-      'interactive\nanswer quit\nquit\n': `${INTERACTIVE}quit.`,
       'interactive\nanswer quit later\nquit\n': `${INTERACTIVE}quit.`,
       'insist fail\nquit\n': 'Error: on purpose\n',
       'interactive\ninsist fail\nquit\n': `${INTERACTIVE}Error: on purpose\nGoodbye.\n`,
       'insist\n 2+2  or so\r\n\nfail\nquit\nend\nquit\n':
         '[]["2+2","or","so"][]Error: on purpose\n["quit"]["end"]',
-      'insist a\nleave\nhealth_check\nquit\n': '["a"]["leave"]OK\nGoodbye.\n'
+      'insist a\nleave\nhealth_check\nquit\n': '["a"]["leave"]my own\nGoodbye.\n'
     })
 
     const paths = ['/answer/quit', '/answer/interactive', '/answer/more']
@@ -7336,191 +7337,59 @@ describeInProcess('The command table', TOGETHER, () => {
     assert.equal(pages.match(/HTTP\/1\.1 200 OK\r\n/g)?.length, 4)
     const bodies = pages.match(/(?<=\r\n\r\n)\w+\./g)
     assert.deepEqual(bodies, ['quit.', 'interactive.', 'more.', 'nothing.'])
+    const { status, body } = await getPage(port, '/answer/fail')
+    assert.deepEqual([status, body], [500, 'fail.RangeError: boom\n'])
   })
 
-  test('a command is registered, documented, replaced, and writes bit by bit', async (t) => {
-    const returned: unknown[] = []
-    const { monitor, port } = await bootInstance(t)
-    monitor.register('echo', 'Say it', () => assert.fail('was replaced'))
-    monitor.register('echo', 'Say it again\n\n    Word by word.', async (connection, ...words) => {
-      for (const word of words) {
-        returned.push(connection.write(String(word)))
-        await nextTurn()
-      }
-    })
-    monitor.register('health_check', 'Mine', (connection) => connection.write('my own\n'))
-    await assertReplies(port, {
-      'echo  a\tb c\n': 'abc',
-      'help\n': /\n {2}echo -- Say it again\n/,
-      'health_check\n': 'my own\n'
-    })
-    assert.deepEqual(returned, [undefined, undefined, undefined])
-  })
-
-  test('a wrong name, documentation, command or option is a TypeError', async (t) => {
-    const { monitor, port } = await bootInstance(t, { until: 'started' })
-    const register = monitor.register as (...all: unknown[]) => void
+  test('a wrong name, documentation, command, collector or option is a TypeError', async (t) => {
+    const monitor = await importMonitor(t)
+    const expectTypeError = (register: Function, ...words: unknown[]) => {
+      assert.throws(() => register(...words), TypeError, JSON.stringify(words))
+    }
     const command = () => {}
-    const wrong = [
-      ['', 'doc', command],
-      ['a b', 'doc', command],
-      ['a\n', 'doc', command],
-      ['\t', 'doc', command],
-      [undefined, 'doc', command],
-      [42, 'doc', command],
-      ['a', 42, command],
-      ['a', 'doc', 'command'],
-      ['a', 'doc'],
-      ['a', 'doc', command, { http: true, local: true }] // over HTTP nobody is sure to be local
-    ]
-    for (const all of wrong) {
-      assert.throws(() => register(...all), TypeError, JSON.stringify(all))
+    for (const name of ['', 'a b', 'a\n', '\t', undefined, 42]) {
+      expectTypeError(monitor.register, name, 'doc', command)
     }
-    assert.equal(await ask(port, 'a\n'), 'Invalid command \'a\'\nTry "help".\n')
-  })
-
-  test('whatever a command throws or rejects with is one line; its stack goes to the logger alone, its text to this machine', async (t) => {
-    const thrown: Record<string, unknown> = {
-      range: new RangeError('boom x y'),
-      lines: new Error('two\nlines\r\nand\0more'),
-      empty: new TypeError(''),
-      ...THROWN
+    expectTypeError(monitor.register, 'a', 42, command)
+    for (const wrong of ['command', undefined]) expectTypeError(monitor.register, 'a', 'doc', wrong)
+    const ofBoth = { http: true, local: true } // over HTTP nobody is sure to be local
+    expectTypeError(monitor.register, 'a', 'doc', command, ofBoth)
+    for (const wrong of [undefined, 'text', {}]) expectTypeError(monitor.registerMetrics, wrong)
+    for (const optional of [1, 'yes', null]) {
+      expectTypeError(monitor.registerDatabase, 'main', { isConnected: () => true, optional })
     }
-    const replies: Record<string, string> = {
-      range: 'RangeError: boom x y\n',
-      lines: 'Error: two lines  and more\n',
-      empty: 'TypeError: ',
-      text: 'boom',
-      nothing: 'undefined',
-      null: 'null',
-      symbol: 'boom',
-      bare: ':',
-      getters: ':'
-    }
-    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
-    for (const [kind, error] of Object.entries(thrown)) {
-      const ways: Record<string, Command> = {
-        throws: () => {
-          throw error
-        },
-        rejects: () => Promise.reject(error),
-        rejectsLater: async () => {
-          await nextTurn()
-          throw error
-        }
-      }
-      for (const [way, command] of Object.entries(ways)) {
-        const name = `${kind}-${way}`
-        monitor.register(name, '', command, { http: true })
-        const reply = await ask(port, `${name}\n`)
-        assert.match(reply, /^\P{Cc}{1,500}\n$/u, name)
-        assert.ok(reply.includes(replies[kind] ?? ''), `${name}: ${reply}`)
-        assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
-        const { status, headers, body } = await getPage(port, `/${name}`)
-        assert.deepEqual([status, body], [500, reply])
-        assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
-        assert.equal(await ask(port, `PROXY UNKNOWN\r\n${name}\n`), `Error: ${name} failed\n`)
-        const page = await ask(port, `PROXY UNKNOWN\r\n${headOf(`/${name}`, 'Connection: close')}`)
-        assert.ok(page.endsWith(`\r\n\r\nError: ${name} failed\n`), page)
-      }
-    }
-    const begun: Command = (connection) => {
-      connection.write('begun\n')
-      throw new RangeError('boom')
-    }
-    monitor.register('begins', '', begun, { http: true })
-    const { status, body } = await getPage(port, '/begins')
-    assert.deepEqual([status, body], [500, 'begun\nRangeError: boom\n'])
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    const errors = errorsOf(logger)
-    const count = Object.keys(thrown).length * 3
-    assert.ok(errors.length >= count, `${errors.length} of ${count} are logged`)
-    assert.match(errors[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
-  })
-
-  test('whatever a command returns, it is a mode or one line says that it is none', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const askReturned = async (returned: unknown) => {
-      monitor.register('odd', '', (() => returned) as () => void, { http: true })
-      return await ask(port, 'odd\n')
-    }
-    const twice = (resolve: (value: unknown) => void, reject: (error: Error) => void) => {
-      resolve('quit')
-      resolve('interactive')
-      reject(new Error('boom'))
-      throw new Error('boom')
-    }
-    for (const fine of [undefined, 'quit', Promise.resolve('quit'), { then: twice }]) {
-      assert.equal(await askReturned(fine), '')
-    }
-
-    const shown = [42, 0, 42n, 'done', '', null, false, true, ['quit'], { mode: 'quit' }, [], {}]
-    for (const value of [...shown, Symbol('x'), thrower]) {
-      for (const returned of [value, Promise.resolve(value)]) {
-        const reply = await askReturned(returned)
-        const advice = /^Error: odd returned .* instead of a mode; reply with connection\.write\n$/u
-        assert.match(reply, advice)
-      }
-    }
-    const reply = 'Error: odd returned 42 instead of a mode; reply with connection.write\n'
-    assert.equal(await askReturned(42), reply)
-    const page = await getPage(port, '/odd')
-    assert.deepEqual([page.status, page.body], [500, reply])
-    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nodd\n'), 'Error: odd failed\n')
-
-    const hardToShow: unknown[] = [
-      'OK\nOK',
-      Object.create(null),
-      { then: 1 },
-      trapped(['then']),
-      { then: thrower },
-      trapped(['toString']),
-      new Proxy({}, TRAPS),
-      { then: (resolve: Function) => resolve('no') },
-      { then: (resolve: Function) => resolve({ then: thrower }) },
-      Promise.resolve(new Proxy({ then: undefined }, { getPrototypeOf: thrower }))
-    ]
-    for (const returned of hardToShow) {
-      assert.match(await askReturned(returned), /^(?!.*OK)\P{Cc}+\n$/u)
-    }
-    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
   test('a command that answers or fails after its connection is gone harms nobody', async (t) => {
     const server = await serve(t)
     const { monitor, port } = await bootInstance(t, { performers: WARM, server })
     const resume: (() => void)[] = []
-    const outcomes = ['interactive', 'quit', 'more', 'fails']
-    for (const outcome of outcomes) {
-      const command: Command = async (connection) => {
-        await new Promise<void>((resolve) => resume.push(resolve))
-        for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
-        if (outcome === 'fails') throw new Error(`${connection.remoteAddress} ${connection.local}`)
-        return outcome as 'quit'
-      }
-      monitor.register(`late-${outcome}`, '', command, { http: true })
+    const answerLate: Command = async (connection, outcome) => {
+      await new Promise<void>((resolve) => resume.push(resolve))
+      for (let each = 0; each < 100; each++) connection.write('x'.repeat(100_000))
+      if (outcome === 'fails') throw new Error(`${connection.remoteAddress} ${connection.local}`)
+      return outcome as 'quit'
     }
-    const endings: ((socket: net.Socket) => unknown)[] = [
-      (socket) => socket.resetAndDestroy(),
-      (socket) => socket.destroy(),
-      (socket) => socket.end()
-    ]
-    const texts = outcomes.flatMap((outcome) => [`late-${outcome}\n`, headOf(`/late-${outcome}`)])
-    for (const end of endings) {
-      for (const text of texts) {
-        const peer = await converse(t, port)
-        peer.say(text)
-        await until(() => resume.length > 0, 'it runs')
-        end(peer.socket)
-        await untilSeen(port)
-        resume.pop()!()
-        await untilSeen(port)
-        peer.socket.destroy()
+    monitor.register('late', '', answerLate, { http: true })
+    const begin = async (text: string) => {
+      const peer = await converse(t, port)
+      peer.say(text)
+      await until(() => resume.length > 0, 'it runs')
+      return peer
+    }
+    for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
+      for (const text of [`late ${outcome}\n`, headOf(`/late/${outcome}`)]) {
+        for (const end of ['resetAndDestroy', 'destroy', 'end'] as const) {
+          const peer = await begin(text)
+          peer.socket[end]()
+          await untilSeen(port)
+          resume.pop()!()
+          await untilSeen(port)
+          peer.socket.destroy()
+        }
       }
     }
-    const hung = await converse(t, port)
-    hung.say('late-fails\n')
-    await until(() => resume.length > 0, 'it runs')
+    const hung = await begin('late fails\n')
     await monitor.stop()
     resume.pop()!()
     await until(() => hung.isClosed, 'stop has closed it')
@@ -7547,27 +7416,70 @@ describeInProcess('The command table', TOGETHER, () => {
 })
 
 describeInProcess('The command table', ALONE, () => {
-  test('a failing command is logged at most once a second, each one by itself', async (t) => {
+  test('whatever a command throws, rejects with or returns is a mode or one line; its stack goes to the logger alone, its text to this machine', async (t) => {
     const clock = fakeClock(t)
-    const { monitor, port, logger } = await bootInstance(t)
-    for (const name of ['one', 'other']) {
+    const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+    /** The line with which a command is refused, in each way of asking for it. */
+    const refusalOf = async (command: () => unknown) => {
+      monitor.register('odd', '', command as Command, { http: true })
+      const reply = await ask(port, 'odd\n')
+      assert.match(reply, /^(?!.*OK)\P{Cc}{1,500}\n$/u)
+      assert.doesNotMatch(reply, /\.[tj]s|node:|[/\\]/)
+      const { status, headers, body } = await getPage(port, '/odd')
+      assert.deepEqual([status, body], [500, reply])
+      assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
+      assert.equal(await ask(port, 'PROXY UNKNOWN\r\nodd\n'), 'Error: odd failed\n')
+      const page = await ask(port, `PROXY UNKNOWN\r\n${headOf('/odd', 'Connection: close')}`)
+      assert.ok(page.endsWith('\r\n\r\nError: odd failed\n'), page)
+      return reply
+    }
+    const replies: [error: unknown, text: string][] = [
+      [new RangeError('boom x y'), 'RangeError: boom x y\n'],
+      [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
+      [new TypeError(''), 'TypeError: '],
+      ...Object.values(THROWN).map((error): [unknown, string] => [error, ''])
+    ]
+    for (const [error, text] of replies) {
       const fail = () => {
-        throw new Error(`${name} is broken`)
+        throw error
       }
-      monitor.register(name, '', fail)
+      for (const command of [fail, () => Promise.reject(error), () => nextTurn().then(fail)]) {
+        const reply = await refusalOf(command)
+        assert.ok(reply.includes(text), reply)
+      }
     }
-    const expectLogged = async (...names: string[]) => {
-      const before = errorsOf(logger).length
+    assert.equal(errorsOf(logger).length, 3 * replies.length)
+    assert.match(errorsOf(logger)[0] ?? '', /boom x y[^]*\n +at .*monitor\.test/)
+
+    const shown = [42, 0, 42n, 'done', '', null, false, true, ['quit'], { mode: 'quit' }, [], {}]
+    for (const value of [...shown, Symbol('x'), thrower]) {
+      const advice = /^Error: odd returned .* instead of a mode; reply with connection\.write\n$/
+      assert.match(await refusalOf(() => value), advice)
+      assert.match(await refusalOf(() => Promise.resolve(value)), advice)
+    }
+    assert.match(await refusalOf(() => 42), /^Error: odd returned 42 instead/)
+    const hardToShow: unknown[] = [
+      'OK\nOK',
+      Object.create(null),
+      trapped(['then']),
+      { then: thrower },
+      new Proxy({}, TRAPS),
+      { then: (resolve: Function) => resolve({ then: thrower }) },
+      Promise.resolve(new Proxy({ then: undefined }, { getPrototypeOf: thrower }))
+    ]
+    for (const returned of hardToShow) await refusalOf(() => returned)
+
+    // Each is logged at most once a second.
+    for (const name of ['one', 'other']) monitor.register(name, '', thrower)
+    const logged: number[] = []
+    for (const ms of [0, 999, 1]) {
+      logger.lines.length = 0
+      clock.now += ms
       await ask(port, `interactive\n${'one\nother\n'.repeat(10)}quit\n`)
-      const logged = errorsOf(logger).slice(before)
-      const broken = logged.map((line) => /(\w+) is broken/.exec(line)?.[1])
-      assert.deepEqual(broken, names)
+      logged.push(errorsOf(logger).length)
     }
-    await expectLogged('one', 'other')
-    clock.now += 999
-    await expectLogged()
-    clock.now += 1
-    await expectLogged('one', 'other')
+    assert.deepEqual(logged, [2, 0, 2])
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 })
 
@@ -7577,106 +7489,84 @@ describeInProcess('Commands', TOGETHER, () => {
   test('help lists every command with its summary, sorted by name, and tells all about each', async (t) => {
     const { port } = await bootInstance(t, {
       performers: WARM,
-      prepare: ({ register }) => {
-        register('aardvark', 'Come first\n\n    In its own words.\n', () => {})
-        register('untold', '', () => {})
+      prepare: ({ register }) =>
+        register('aardvark', 'Come first\n\n    In its words.\n', () => {}),
+      until: 'started'
+    })
+    const lines = (await ask(port, 'help\n')).split('\n')
+    assert.deepEqual([lines.shift(), lines.pop()], ['Supported commands:', ''])
+    for (const line of lines) assert.match(line, /^ {2}\S+ -- \S/)
+    assert.deepEqual(lines, lines.toSorted())
+    const expected = [
+      'aardvark -- Come first',
+      'dbinfo -- Get database statistics',
+      'health_check -- Check whether the instance is alive and ready to serve requests.',
+      'help -- Get help about server commands',
+      "interactive -- Turn on monitor's interactive mode",
+      'monitor -- Get general process info',
+      'perf_metrics -- Get performance related metrics',
+      'quit -- Quit the monitor',
+      'warmup_state -- Get instance warmup state.',
+      'zeocache -- Get ZEO client cache statistics',
+      'zeostatus -- Get ZEO client status information'
+    ]
+    for (const entry of expected) assert.ok(lines.includes(`  ${entry}`), entry)
+    const help = 'Help for aardvark:\n\nCome first\n\n    In its words.\n\n'
+    assert.equal(await ask(port, 'help aardvark\n'), help)
+  })
+
+  test('dbinfo, zeocache, zeostatus and perf_metrics answer what a database tells, and -1 for the rest', async (t) => {
+    const { monitor, port } = await bootInstance(t, {
+      databases: {
+        bare: { isConnected: async () => true },
+        partly: { isConnected: () => false, figures: () => ({ size: 5 }) },
+        later: {
+          isConnected: () => Promise.reject(new Error('no')),
+          figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
+          connections: async () => []
+        },
+        broken: { isConnected: thrower }
       },
       until: 'started'
     })
-    const [title, ...lines] = (await ask(port, 'help\n')).split('\n')
-    assert.equal(title, 'Supported commands:')
-    assert.equal(lines.pop(), '')
-    const entries = lines.map((line) => /^ {2}(\S+) -- (\S.*)$/.exec(line)?.slice(1) ?? [line])
-    const names = entries.map(([name]) => name)
-    assert.deepEqual(names, [...names].sort())
-    const summaries = Object.fromEntries(entries) as Record<string, string>
-    const expected = {
-      aardvark: 'Come first',
-      dbinfo: 'Get database statistics',
-      health_check: 'Check whether the instance is alive and ready to serve requests.',
-      help: 'Get help about server commands',
-      interactive: "Turn on monitor's interactive mode",
-      monitor: 'Get general process info',
-      perf_metrics: 'Get performance related metrics',
-      quit: 'Quit the monitor',
-      untold: '?',
-      warmup_state: 'Get instance warmup state.',
-      zeocache: 'Get ZEO client cache statistics',
-      zeostatus: 'Get ZEO client status information'
-    }
-    assert.deepEqual({ ...summaries, ...expected }, summaries)
-    await assertReplies(port, {
-      'help aardvark\n': 'Help for aardvark:\n\nCome first\n\n    In its own words.\n\n',
-      'help health_check\n': /^Help for health_check:\n\nCheck whether the instance is alive /,
-      'help help\n': /^Help for help:\n\nGet help about server commands\n\n(?: {4}\S.*\n)+\n$/,
-      'help interactive\n':
-        /^Help for interactive:\n\nTurn on monitor's interactive mode\n\n {4}\S[^]*until\s+quit\.\s+An\s+empty\s+line\s+repeats\s+the\s+last\s+command\.\n+$/,
-      'help quit\n': /^Help for quit:\n\nQuit the monitor\n\n {4}quit closes the connection\./,
-      'help warmup_state\n': /^Help for warmup_state:\n\nGet instance warmup state\.\n/
-    })
-  })
-
-  test('dbinfo, zeocache and zeostatus answer what a database tells, and -1 for the rest', async (t) => {
-    const { monitor, port } = await bootInstance(t, { until: 'started' })
-    const databases: Record<string, Database> = {
-      bare: { isConnected: async () => true },
-      partly: { isConnected: () => false, figures: () => ({ size: 5 }) },
-      later: {
-        isConnected: () => Promise.reject(new Error('no')),
-        figures: async () => ({ nonGhost: 6, recordsEvicted: 7 }),
-        connections: async () => []
-      },
-      broken: { isConnected: thrower }
-    }
-    for (const [name, database] of Object.entries(databases)) {
-      monitor.registerDatabase(name, database)
-    }
     // Where none is named main, "-" and no name mean the one registered first.
-    await assertReplies(port, {
-      'dbinfo\n': '0 0 0 -1 -1\n',
-      'dbinfo -\n': '0 0 0 -1 -1\n',
-      'zeocache -\n': '-1 -1 -1 -1 -1\n',
-      'zeostatus\n': 'True\n'
-    })
-    const activity = monitor.registerDatabase('main', {
-      isConnected: () => false,
-      figures: () => ({
-        size: 3212,
-        nonGhost: 1438,
-        accesses: 1000,
-        bytesAdded: 4200,
-        bytesEvicted: 2300,
-        recordsAdded: 42,
-        recordsEvicted: 23
-      })
-    })
-    activity.loads(1113)
-    activity.loads()
+    await assertReplies(port, { 'dbinfo -\n': '0 0 0 -1 -1\n', 'zeostatus\n': 'True\n' })
+    const figures = {
+      size: 3212,
+      nonGhost: 1438,
+      maxSize: 30000,
+      accesses: 1000,
+      bytesAdded: 4200,
+      bytesEvicted: 2300,
+      recordsAdded: 42,
+      recordsEvicted: 23,
+      conflicts: 7,
+      unresolvedConflicts: 3,
+      objects: 13336,
+      bytes: 5796849.7
+    }
+    const main = { isConnected: () => true, figures: () => figures }
+    const activity = monitor.registerDatabase('main', main)
+    activity.loads(1114)
     activity.stores(28)
     for (let each = 0; each < 459; each++) activity.connections()
     await assertReplies(port, {
       'dbinfo\n': '1114 28 459 3212 1438\n',
-      'dbinfo -\n': '1114 28 459 3212 1438\n',
       'dbinfo - 10\n': '1114 28 459 3212 1438\n',
-      'dbinfo main 300\n': '1114 28 459 3212 1438\n',
-      'dbinfo bare 007\n': '0 0 0 -1 -1\n',
-      'dbinfo bare 3600\n': '0 0 0 -1 -1\n',
       'dbinfo partly 0\n': '0 0 0 5 -1\n',
-      'dbinfo later 1\n': '0 0 0 -1 6\n',
+      'dbinfo later 3600\n': '0 0 0 -1 6\n',
       'zeocache\n': '42 4200 23 2300 1000\n',
-      'zeocache -\n': '42 4200 23 2300 1000\n',
-      'zeocache main\n': '42 4200 23 2300 1000\n',
-      'zeocache bare\n': '-1 -1 -1 -1 -1\n',
       'zeocache later\n': '-1 -1 7 -1 -1\n',
-      'zeostatus\n': 'False\n',
-      'zeostatus -\n': 'False\n',
-      'zeostatus bare\n': 'True\n',
+      'zeostatus\n': 'True\n',
       'zeostatus partly\n': 'False\n',
       'zeostatus later\n': 'False\n',
       'zeostatus broken\n': 'False\n',
       'monitor 0 bare\n': /^-1\nVmRSS:/,
       'monitor 0 later\n': /^0\nVmRSS:/
     })
+    const { cache, db } = await askPerfMetrics(port)
+    assert.deepEqual(cache, { size: 3212, ngsize: 1438, max_size: 30000 })
+    assert.deepEqual(Object.values(db), [1114, 28, 459, 7, 3, 13336, 5796849])
   })
 
   test("the asker's own mistakes are answered by one line that says so, and not logged", async (t) => {
@@ -7686,9 +7576,9 @@ describeInProcess('Commands', TOGETHER, () => {
       assert.equal(await ask(port, `${command}\n`), "Error: no database 'main' is registered\n")
     }
     monitor.registerDatabase('main', { isConnected: () => true })
+    const isUnknown = "Error: no database 'nope' is registered\n"
     for (const command of ['dbinfo', 'zeocache', 'zeostatus', 'monitor 0', 'perf_metrics']) {
-      const reply = "Error: no database 'nope' is registered\n"
-      assert.equal(await ask(port, `${command} nope\n`), reply)
+      assert.equal(await ask(port, `${command} nope\n`), isUnknown)
     }
     for (const seconds of ['x', '-1', '3601', '3600.5', 'NaN', 'Infinity', '1e9', '0x10', '1,5']) {
       for (const command of ['dbinfo', 'perf_metrics']) {
@@ -7697,40 +7587,11 @@ describeInProcess('Commands', TOGETHER, () => {
       }
     }
     await assertReplies(port, {
-      'PROXY UNKNOWN\r\ndbinfo nope\n': "Error: no database 'nope' is registered\n",
-      'nope\n': 'Invalid command \'nope\'\nTry "help".\n',
-      'help nope\n': 'Invalid command \'nope\'\nTry "help".\n',
+      'PROXY UNKNOWN\r\ndbinfo nope\n': isUnknown,
       'monitor young\n': /^Error: AGE [^\n]+\n$/,
       '\x1b[31m\n': /^Invalid command ' \[31m'\n/
     })
     assert.deepEqual(logger.lines.slice(before), [])
-  })
-
-  test("agent_check renders the verdict in words that are not the operator's, over HTTP by 503 unless it is up", async (t) => {
-    const gate = latch()
-    let connected = true
-    const { monitor, port } = await bootInstance(t, {
-      performers: { '/': () => gate.opened },
-      databases: { main: { isConnected: () => connected } },
-      until: 'started'
-    })
-    const agent = async () => {
-      const line = await ask(port, 'agent_check\n')
-      const { status, body } = await getPage(port, '/agent_check')
-      assert.equal(body.replace(/\d+%/, 'N%'), line.replace(/\d+%/, 'N%'))
-      return `${status} ${line}`
-    }
-    await untilVerdict(monitor, 'Warmup in progress')
-    assert.equal(await agent(), '503 down #Warmup in progress\n')
-    gate.open()
-    await untilVerdict(monitor)
-    assert.match(await agent(), /^200 up ([1-9]\d|100)%\n$/)
-    connected = false
-    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
-    void monitor.drain()
-    assert.equal(await agent(), '503 stopped #Draining\n')
-    monitor.resume()
-    assert.equal(await agent(), "503 down #Error: Database 'main' disconnected.\n")
   })
 })
 
