@@ -9975,70 +9975,22 @@ const atItsEnd = (cleans: string) => `
     })
   }`
 
-/** A program of several servers, which closes each in a way of its own, waits until it is closed,
- *  and tells what it sees of it. */
-const CLOSES_IN_ALL_WAYS = `
-  const ways = {
-    'with a callback': (each) => new Promise((resolve) => {
-      each.close((error) => resolve(error?.code))
-    }),
-    'and then awaits its event': async (each) => {
-      each.close()
-      await once(each, 'close')
-    },
-    'and awaits the event of what close() returns': (each) => once(each.close(), 'close'),
-    'by a close() that was bound at boot': (each) => each.closeAsAtBoot(),
-    "by net.Server's own close()": (each) => new Promise((resolve) => {
-      net.Server.prototype.close.call(each, resolve)
-    }),
-    'by disposing of it': (each) => each[Symbol.asyncDispose](),
-    'and all its connections': async (each) => {
-      const closed = once(each, 'close')
-      each.close()
-      each.closeAllConnections()
-      await closed
-    }
-  }
-  const servers = Object.keys(ways).map((way, index) => {
-    return index === 0 ? server : http.createServer((request, response) => handle(request, response))
-  })
-  listen = async () => {
-    for (const each of servers) {
-      each.closeAsAtBoot = promisify(each.close.bind(each))
-      each.on('close', () => print('event close'))
-      each.listen(LOOPBACK)
-      await once(each, 'listening')
-      each.portAtBoot = each.address().port
-    }
-  }
-  const closeAll = async () => {
-    for (const [index, [way, close]] of Object.entries(ways).entries()) {
-      const each = servers[index]
-      print(way, each.listening, each.address().port === each.portAtBoot)
-      print('closed', await close(each), each.listening, each.address())
-    }
-    process.exitCode = 4
-  }
-  ${atItsEnd('await closeAll()\ncleanUp()')}`
-
-/** Programs with an end of their own; each cleans up, and says so. */
+/** Programs with an end of their own. */
 const ENDS: Record<string, string> = {
-  'has a listener that raises the signal again, beside one that flushes for a while': `
-    let times = 0
-    process.on('SIGTERM', async () => {
-      times++
-      if (times > 1) return
-      await pause(600)
-      cleanUp()
-      print('heard', times)
-      process.exit(3)
+  'closes its server and all connections, and looks at it meanwhile': `
+    let portAtBoot
+    server.once('listening', () => {
+      portAtBoot = server.address().port
     })
-    const hook = async (signal) => {
-      await new Promise((resolve) => server.close(resolve))
-      process.off(signal, hook)
-      process.kill(process.pid, signal)
-    }
-    process.on('SIGTERM', hook)`,
+    process.on('SIGTERM', async () => {
+      print(server.listening, server.address().port === portAtBoot)
+      const closed = once(server.close((error) => print('closed', error?.code)), 'close')
+      server.closeAllConnections()
+      await closed
+      print(server.listening, server.address())
+      cleanUp()
+      process.exit(4)
+    })`,
   'closes the servers that it finds among its handles': `
     process.on('SIGTERM', () => {
       const servers = process._getActiveHandles().filter((each) => each instanceof net.Server)
@@ -10100,40 +10052,6 @@ const LATE_BEGINS: Record<string, { way: Way; begins: string }> = {
   }
 }
 
-/** Something else keeps it alive: it works on its boot, say. */
-const BEGINS_WITHOUT_SERVER = `
-  const beginBefore = begin
-  begin = () => void beginBefore()
-  listen = () => setInterval(() => {}, 1_000)`
-
-/** Programs whose server begins to listen 400 ms after the signal. */
-const LATE_LISTENS: Record<string, string> = {
-  'while probers are told': `
-    options.cleanUp = cleanUp
-    options.minimumMs = 1_000
-    ${BEGINS_WITHOUT_SERVER}`,
-  'while cleanUp goes on': `
-    options.cleanUp = async () => {
-      cleanUp()
-      await pause(1_000)
-    }
-    ${BEGINS_WITHOUT_SERVER}`,
-  'while others have the signal': `
-    options.cleanUp = cleanUp
-    process.on('SIGTERM', () => setTimeout(() => process.exit(), 1_000))
-    ${BEGINS_WITHOUT_SERVER}`,
-  'while another one is closing': `
-    late = http.createServer((request, response) => handle(request, response))
-    options.cleanUp = async () => {
-      cleanUp()
-      await pause(500)
-    }
-    begin = async () => {
-      monitor.shutdownOnSignal(options)
-      void monitor.start({ server: [server, late] })
-    }`
-}
-
 /** After its server was closed it cleans up for a while, so that others must serve meanwhile. */
 const CLEANS_SLOWLY = atItsEnd('cleanUp()\nawait pause(1_500)')
 
@@ -10143,22 +10061,6 @@ const LISTENS_ON_FD = `
     server.listen({ fd: 3 })
     await once(server, 'listening')
   }`
-
-const LISTENS_ON_IPC = `
-  ${CLEANS_SLOWLY}
-  const [, shared] = await once(process, 'message')
-  print('has its socket')
-  process.disconnect()
-  listen = async () => {
-    server.listen(shared)
-    await once(server, 'listening')
-  }`
-
-const PASSED_ON: [what: string, kind: string, program: string][] = [
-  ['a TCP socket that was passed on', 'TCP', LISTENS_ON_FD],
-  ['a Unix socket that was passed on', 'Unix', LISTENS_ON_FD],
-  ['a handle that came over IPC', 'TCP', LISTENS_ON_IPC]
-]
 
 const LISTENS_WHEN_TOLD = `
   const listenAtLast = listen
@@ -10177,13 +10079,10 @@ async function shareSocket(t: TestContext, kind: string) {
   const { _handle: handle } = server as unknown as { _handle: net.Server & { fd: number } }
   const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', handle.fd]
   const release = () => void server.close()
-  if (kind === 'TCP') {
-    const port = portOf(server)
-    return { stdio, handle, release, port, where: port, options: {} }
-  }
-  const socketPath = `${path}2`
-  fs.linkSync(path, socketPath) // the other name goes when this process closes the server
-  return { stdio, handle, release, port: 0, where: socketPath, options: { socketPath } }
+  if (kind === 'TCP') return { stdio, release, where: portOf(server) }
+  const where = `${path}2`
+  fs.linkSync(path, where) // the other name goes when this process closes the server
+  return { stdio, release, where }
 }
 
 const BURST = 20
@@ -10213,36 +10112,11 @@ async function assertBurstServed(
 }
 
 describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
-  test('a signal listener, or a cleanUp, that closes servers in any way cleans up as without us', async (t) => {
-    await assertNoWorse(t, CLOSES_IN_ALL_WAYS)
-  })
-
   for (const [what, program] of Object.entries(ENDS)) {
     test(`a program that ${what} ends as without us`, async (t) => {
       await assertNoWorse(t, program)
     })
   }
-
-  test('auto: a program that is forced by a second SIGINT gets both, in their order', async (t) => {
-    const life = startLife(t, 'auto', {
-      program: `
-        let count = 0
-        process.on('SIGINT', () => {
-          count++
-          print('heard', count)
-          if (count > 1) process.exit(5)
-        })`
-    })
-    const answer = getPage(await life.isReady(), '/slow5000').catch(codeOf)
-    await life.hasSaid('asked for /slow5000')
-    life.watched.child.kill('SIGINT')
-    await life.hasSaid('shuts down')
-    await pause(1_100)
-    life.watched.child.kill('SIGINT')
-    const { exitCode, said } = await life.awaitEnd()
-    assert.deepEqual([exitCode, said], [5, ['heard 1', 'heard 2']])
-    await answer
-  })
 
   test('auto: a shutdown() that is called while a signal is delayed cleans up after that', async (t) => {
     const life = startLife(t, 'auto', {
@@ -10450,39 +10324,57 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     })
   }
 
-  for (const [what, program] of Object.entries(LATE_LISTENS)) {
-    test(`no request meets a cleaned-up program where a server begins to listen ${what}`, async (t) => {
-      const port = await freePort()
-      const life = startLife(t, 'in code', {
-        program: `
-          let late = server
-          ${program}
-          options.onSignal = () => {
-            setTimeout(() => late.listen({ host: '127.0.0.1', port: ${port} }), 400)
-          }`
+  test('no request meets a cleaned-up program, whenever a server begins to listen', async (t) => {
+    const ports: number[] = []
+    while (ports.length < 4) ports.push(await freePort())
+    const program = `
+      const ports = ${JSON.stringify(ports)}
+      const late = ports.map(() => http.createServer((request, response) => handle(request, response)))
+      const listenLater = (index, ms) => {
+        late[index].on('listening', () => print('listens', index))
+        setTimeout(() => late[index].listen({ host: '127.0.0.1', port: ports[index] }), ms)
+      }
+      options.minimumMs = 1_000
+      options.onSignal = () => {
+        listenLater(0, 400) // while probers are told
+        listenLater(1, 1_400) // while the first server is closing
+      }
+      options.cleanUp = async () => {
+        listenLater(2, 400)
+        cleanUp()
+        await pause(1_000)
+      }
+      process.on('SIGTERM', () => {
+        listenLater(3, 400)
+        setTimeout(() => process.exit(), 1_000)
       })
-      await life.hasSaid('ready')
-      const outcomes: string[] = []
-      const asker = askUntilOver(t, 10, async () => {
+      begin = async () => {
+        monitor.shutdownOnSignal(options)
+        void monitor.start({ server: [server, ...late] })
+      }`
+    const life = startLife(t, 'in code', { program })
+    const slow = getPage(await life.isReady(), '/slow2000')
+    await life.hasSaid('asked for /slow2000')
+    const outcomes: string[] = []
+    const askers = ports.map((port) => {
+      return askUntilOver(t, 10, async () => {
         outcomes.push(await getPage(port, '/slow200').then(({ body }) => body, codeOf))
       })
-      await until(() => asker.answers > 2, 'it is asked')
-      const isServing = !program.includes(BEGINS_WITHOUT_SERVER)
-      const neighbour = isServing ? getPage(await life.isReady(), '/slow800') : undefined
-      if (neighbour) await life.hasSaid('asked for /slow800')
-      life.watched.child.kill('SIGTERM')
-      const { said } = await life.awaitEnd()
-      await asker.stop()
-      assert.equal((await neighbour)?.body ?? 'served', 'served')
-      const accepted = life.watched.output.match(/^asked for \/slow200$/gm) ?? []
-      const answers = outcomes.filter((outcome) => !/^E[A-Z]+$|hang up/.test(outcome))
-      assert.deepEqual(
-        answers,
-        accepted.map(() => 'served')
-      )
-      assert.ok(said.includes('cleaned up'), life.watched.output)
     })
-  }
+    life.watched.child.kill('SIGTERM')
+    const { said } = await life.awaitEnd()
+    for (const asker of askers) await asker.stop()
+    assert.equal((await slow).body, 'served')
+    const listening = said.filter((line) => line !== 'cleaned up')
+    assert.deepEqual(listening, ['listens 0', 'listens 1', 'listens 2', 'listens 3'])
+    const accepted = life.watched.output.match(/^asked for \/slow200$/gm) ?? []
+    const answers = outcomes.filter((outcome) => !/^E[A-Z]+$|hang up/.test(outcome))
+    assert.ok(answers.length > 0)
+    assert.deepEqual(
+      answers,
+      accepted.map(() => 'served')
+    )
+  })
 
   test('a server that begins to listen when all is over is closed, and keeps nothing alive', async (t) => {
     const path = join(scratchFolder(t), 'late.sock')
@@ -10500,41 +10392,17 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   for (const way of SOME_WAYS) {
-    for (const [what, kind, program] of PASSED_ON) {
-      test(`${way}: ${what} keeps its backlog for whoever listens next`, async (t) => {
-        const socket = await shareSocket(t, kind)
-        const isByIpc = program === LISTENS_ON_IPC
-        const stdio: StdioOptions = isByIpc ? ['pipe', 'pipe', 'pipe', 'ipc'] : socket.stdio
-        const first = startLife(t, way, { program, stdio })
-        const next = startLife(t, 'alone', { program: program + LISTENS_WHEN_TOLD, stdio })
-        if (isByIpc) {
-          for (const { watched } of [first, next]) watched.child.send('socket', socket.handle)
-          await next.hasSaid('has its socket')
-        }
+    for (const kind of ['TCP', 'Unix']) {
+      test(`${way}: a ${kind} socket that was passed on keeps its backlog for whoever listens next`, async (t) => {
+        const { stdio, where, release } = await shareSocket(t, kind)
+        const first = startLife(t, way, { program: LISTENS_ON_FD, stdio })
+        const next = startLife(t, 'alone', { program: LISTENS_ON_FD + LISTENS_WHEN_TOLD, stdio })
         await first.isReady()
-        socket.release()
+        release()
         first.watched.child.kill('SIGTERM')
         await first.hasSaid('cleaned up')
-        const listenNow = () => void next.watched.child.stdin?.write('listen')
-        await assertBurstServed(t, socket.where, listenNow)
+        await assertBurstServed(t, where, () => void next.watched.child.stdin?.write('listen'))
         assert.equal((await first.awaitEnd()).exitCode, 0, first.watched.output)
-      })
-    }
-
-    for (const kind of ['TCP', 'Unix']) {
-      test(`${way}: a ${kind} socket on which another process listens keeps its backlog`, async (t) => {
-        const socket = await shareSocket(t, kind)
-        const one = startLife(t, way, { program: LISTENS_ON_FD, stdio: socket.stdio })
-        const other = startLife(t, 'alone', { program: LISTENS_ON_FD, stdio: socket.stdio })
-        socket.release()
-        await Promise.all([one.isReady(), other.isReady()])
-        one.watched.child.kill('SIGTERM')
-        await one.hasSaid('cleaned up')
-        const blocked = getPage(socket.port, '/block700', socket.options)
-        await other.hasSaid('asked for /block700')
-        await assertBurstServed(t, socket.where)
-        await blocked
-        assert.equal((await one.awaitEnd()).exitCode, 0, one.watched.output)
       })
     }
 
@@ -10578,12 +10446,11 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     })
   }
 
-  for (const policy of ['SCHED_NONE', 'SCHED_RR']) {
-    test(`in a cluster with ${policy} the end of a worker keeps nobody from the others`, async (t) => {
-      const program = `
+  test('in a cluster whose workers accept by themselves, the end of one keeps nobody from the others', async (t) => {
+    const program = `
         const { default: cluster } = await import('node:cluster')
         if (cluster.isPrimary) {
-          cluster.schedulingPolicy = cluster.${policy}
+          cluster.schedulingPolicy = cluster.SCHED_NONE
           cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
           for (let count = 0; count < 2; count++) cluster.fork()
           listen = () => {}
@@ -10596,18 +10463,17 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
             print('worker', process.pid, server.address().port)
           }
         }`
-      const { watched, hasSaid } = startLife(t, 'in code', { program })
-      const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
-      await until(() => workers().length === 2, 'both workers serve')
-      const [, pid, port] = workers()[0] ?? []
-      process.kill(Number(pid), 'SIGTERM')
-      await hasSaid('cleaned up')
-      const blocked = getPage(Number(port), '/block700')
-      await hasSaid('asked for /block700')
-      await assertBurstServed(t, Number(port))
-      await blocked
-    })
-  }
+    const { watched, hasSaid } = startLife(t, 'in code', { program })
+    const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
+    await until(() => workers().length === 2, 'both workers serve')
+    const [, pid, port] = workers()[0] ?? []
+    process.kill(Number(pid), 'SIGTERM')
+    await hasSaid('cleaned up')
+    const blocked = getPage(Number(port), '/block700')
+    await hasSaid('asked for /block700')
+    await assertBurstServed(t, Number(port))
+    await blocked
+  })
 })
 
 // --- The program ---------------------------------------------------------------------------------
@@ -10697,8 +10563,6 @@ function replyStatus(body: string | object, type = 'application/health+json') {
     )
   }
 }
-
-const BY_ITS_OWN_PORT = '(an instance is named by its own port; its monitor is 80 higher)'
 
 describeProcesses('The program', SIDE_BY_SIDE, () => {
   test('the program prints the reply, and its exit status tells how it went', async (t) => {
@@ -11091,50 +10955,40 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
 
   test('where a connection is refused, the program tells how an instance is named', async (t) => {
     const port = await freePort()
-    const refusedAt = (place: string) => `${place}: connect ECONNREFUSED ${place}`
     const place = `127.0.0.1:${port + 80}`
-    const refused = refusedAt(place)
-    const nowhere = refusedAt(`127.99.0.1:${port + 80}`)
-    const path = join(scratchFolder(t), 'monitor')
+    const refused = `${place}: connect ECONNREFUSED ${place}`
+    const byItsOwnPort = '(an instance is named by its own port; its monitor is 80 higher)'
     await assertFailures(t, {
-      [`drain app1=${port}`]: `cannot ask app1 at ${refused} ${BY_ITS_OWN_PORT}`,
-      [`FTW_MONITOR_LISTEN=${place} status --port ${port}`]: `cannot ask ${refused} ${BY_ITS_OWN_PORT}`,
+      [`drain app1=${port}`]: `cannot ask app1 at ${refused} ${byItsOwnPort}`,
+      [`drain --port ${port} -- --help`]: `cannot ask ${refused} ${byItsOwnPort}`,
       [`PORT=${port} health_check`]: `cannot ask ${refused} (name the instance: --port N)`,
-      [`PORT=9 FTW_MONITOR_LISTEN=${place} resume`]: `cannot ask ${refused}`,
-      [`FTW_MONITOR_LISTEN=${path} health_check`]: `cannot ask ${path}: connect ENOENT ${path}`,
-      [`HOST=127.99.0.1 PORT=${port} health_check`]: `cannot ask ${nowhere} (name the instance: --port N)`,
-      [`health_check --port ${port} --host 127.99.0.1`]: `cannot ask ${nowhere} ${BY_ITS_OWN_PORT}`,
-      [`drain --port ${port} -- --help`]: `cannot ask ${refused} ${BY_ITS_OWN_PORT}`
+      [`PORT=9 FTW_MONITOR_LISTEN=${place} resume`]: `cannot ask ${refused}`
     })
   })
 
-  test('`ftw-monitor wait --pid` ends with 1 as soon as that process is gone, or a zombie', async (t) => {
-    if (!fs.existsSync('/proc/self/exe')) return t.skip('there is no procfs')
-    const port = await fakeInstance(t, (socket) => socket.end())
+  test('`ftw-monitor wait --pid` waits while there is such a process, be it of somebody else, and ends with 1 as soon as it is gone, or a zombie', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const lines = ['wait --pid 999999999', `wait --pid ${process.pid}`] as const
+    const [gone, alive] = await runLines(t, lines, { env })
+    assert.deepEqual([gone.status, gone.stdout], [1, 'process 999999999 is gone\n'])
+    assert.match(alive.stdout, /^\d+\.\d s {2}OK\n$/)
+    const denied = "process.kill = () => { throw Object.assign(new Error(), { code: 'EPERM' }) }"
+    const flags = [`--import=data:text/javascript,${encodeURIComponent(denied)}`]
+    const [foreign] = await runLines(t, ['wait --pid 999999999'], { env, flags })
+    assert.deepEqual([alive.status, foreign.status], [0, 0], foreign.stdout)
+
+    if (!fs.existsSync('/proc/self/exe')) return
+    const hung = await fakeInstance(t, (socket) => socket.end())
     // The parent never asks how its child ended.
     const parent = watch(t, 'sh', ['-c', 'sleep 60 & echo $!; exec sleep 60'])
     await until(() => parent.stdout.endsWith('\n'), 'a child begins')
     const pid = parent.stdout.trim()
-    const waiting = startProgram(t, ['wait', String(port), '--pid', pid], { HOST: '127.0.0.1' })
+    const waiting = startProgram(t, ['wait', String(hung), '--pid', pid], { HOST: '127.0.0.1' })
     await until(() => /s {2}no answer\n$/.test(waiting.stdout), 'it waits')
     process.kill(Number(pid), 'SIGKILL')
     assert.equal(await inTime(waiting.exit, 'it gives up'), 1)
     assert.match(waiting.output, new RegExp(`^\\d+\\.\\d s  no answer\nprocess ${pid} is gone\n$`))
-  })
-
-  test('`ftw-monitor wait --pid` looks whether there is such a process, be it of somebody else', async (t) => {
-    const { port } = await bootInstance(t, { performers: WARM })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const lines = ['wait --pid 999999999', `wait --pid ${process.pid}`] as const
-    const [{ line: _, ...gone }, alive] = await runLines(t, lines, { env })
-    assert.deepEqual(gone, { status: 1, stdout: 'process 999999999 is gone\n', stderr: '' })
-    assert.deepEqual([alive.status, alive.stderr], [0, ''])
-    assert.match(alive.stdout, /^\d+\.\d s {2}OK\n$/)
-
-    const denied = "process.kill = () => { throw Object.assign(new Error(), { code: 'EPERM' }) }"
-    const flags = [`--import=data:text/javascript,${encodeURIComponent(denied)}`]
-    const [foreign] = await runLines(t, ['wait --pid 999999999'], { env, flags })
-    assert.equal(foreign.status, 0, foreign.stdout)
   })
 
   test('`wait` under FTW_MONITOR=0 waits until the instance accepts connections', async (t) => {
@@ -11262,26 +11116,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
         residentMemoryBytes: -1
       }
     ])
-  })
-
-  test('`ftw-monitor status --watch` goes on through a restart, until Ctrl-C', async (t) => {
-    const asked: string[] = []
-    const port = await freePort()
-    const words = ['status', '--watch', '--port', String(port)]
-    const watched = startProgram(t, words, { HOST: '127.0.0.1' })
-    await until(() => /ECONNREFUSED/.test(watched.stdout), 'nobody is there')
-    const server = net.createServer((socket) => {
-      socket.on('error', () => {})
-      socket.once('data', (line) => {
-        asked.push(String(line))
-        socket.end('OK\ninstance   there\n')
-      })
-    })
-    await startListening(t, server, { host: '127.0.0.1', port: port + 80 })
-    await until(() => /^OK\ninstance   there$/m.test(watched.stdout), 'it is there')
-    watched.child.kill('SIGINT')
-    assert.equal(await watched.exit, 0, watched.output)
-    assert.deepEqual(new Set(asked), new Set(['status\n']))
   })
 
   test('no reply at all, and what is no healthy monitor, is no success', async (t) => {
