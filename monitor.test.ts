@@ -9991,18 +9991,7 @@ const ENDS: Record<string, string> = {
       cleanUp()
       process.exit(4)
     })`,
-  'closes the servers that it finds among its handles': `
-    process.on('SIGTERM', () => {
-      const servers = process._getActiveHandles().filter((each) => each instanceof net.Server)
-      for (const each of servers) each.close()
-      print('servers', servers.length)
-    })`,
-  'keeps nothing referenced': `
-    process.on('SIGTERM', () => {
-      for (const each of process._getActiveHandles()) each.unref?.()
-      cleanUp()
-    })`,
-  'removes the file of its Unix socket itself': `
+  'removes the file of its Unix socket itself, and then keeps nothing referenced': `
     const { unlinkSync } = await import('node:fs')
     const { join } = await import('node:path')
     const { tmpdir } = await import('node:os')
@@ -10010,8 +9999,8 @@ const ENDS: Record<string, string> = {
     http.createServer((_, response) => response.end()).listen(path)
     process.on('SIGTERM', () => {
       unlinkSync(path)
+      for (const each of process._getActiveHandles()) each.unref?.()
       cleanUp()
-      process.exit(3)
     })`
 }
 
@@ -10053,10 +10042,8 @@ const LATE_BEGINS: Record<string, { way: Way; begins: string }> = {
 }
 
 /** After its server was closed it cleans up for a while, so that others must serve meanwhile. */
-const CLEANS_SLOWLY = atItsEnd('cleanUp()\nawait pause(1_500)')
-
 const LISTENS_ON_FD = `
-  ${CLEANS_SLOWLY}
+  ${atItsEnd('cleanUp()\nawait pause(1_500)')}
   listen = async () => {
     server.listen({ fd: 3 })
     await once(server, 'listening')
@@ -10135,23 +10122,6 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     assert.equal((await answer).body, 'served')
     const { exitCode, said } = await life.awaitEnd()
     assert.deepEqual([exitCode, said.sort()], [6, ['cleaned up', 'heard']])
-  })
-
-  test('auto: a worker of a cluster that disconnects ends', async (t) => {
-    const program = `
-      const { default: cluster } = await import('node:cluster')
-      if (cluster.isPrimary) {
-        cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
-        const worker = cluster.fork()
-        worker.on('listening', () => setTimeout(() => worker.process.kill('SIGTERM'), 300))
-        worker.on('exit', (code) => print('worker ended with', code))
-        listen = () => {}
-      } else {
-        process.on('SIGTERM', () => cluster.worker.disconnect())
-      }`
-    const { watched } = startLife(t, 'auto', { program })
-    await inTime(watched.exit, 'both end')
-    assert.match(watched.output, /^worker ended with 0$/m)
   })
 
   // In code, such a process ends with 0.
@@ -10446,34 +10416,38 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     })
   }
 
-  test('in a cluster whose workers accept by themselves, the end of one keeps nobody from the others', async (t) => {
-    const program = `
+  for (const policy of ['SCHED_NONE', 'SCHED_RR']) {
+    test(`auto: in a cluster with ${policy} a worker that disconnects ends, and keeps nobody from the others`, async (t) => {
+      const program = `
         const { default: cluster } = await import('node:cluster')
         if (cluster.isPrimary) {
-          cluster.schedulingPolicy = cluster.SCHED_NONE
+          cluster.schedulingPolicy = cluster.${policy}
           cluster.setupPrimary({ exec: 'worker' }) // which runs the same script
           for (let count = 0; count < 2; count++) cluster.fork()
+          cluster.on('exit', (worker, code) => print('worker ended with', code))
           listen = () => {}
-          begin = () => {}
         } else {
-          ${CLEANS_SLOWLY}
-          const beginBefore = begin
-          begin = async () => {
-            await beginBefore()
-            print('worker', process.pid, server.address().port)
-          }
+          begin = () => print('worker', process.pid, server.address().port)
+          process.on('SIGTERM', async () => {
+            cleanUp()
+            await pause(1_500)
+            cluster.worker.disconnect()
+          })
         }`
-    const { watched, hasSaid } = startLife(t, 'in code', { program })
-    const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
-    await until(() => workers().length === 2, 'both workers serve')
-    const [, pid, port] = workers()[0] ?? []
-    process.kill(Number(pid), 'SIGTERM')
-    await hasSaid('cleaned up')
-    const blocked = getPage(Number(port), '/block700')
-    await hasSaid('asked for /block700')
-    await assertBurstServed(t, Number(port))
-    await blocked
-  })
+      const { watched, hasSaid } = startLife(t, 'auto', { program })
+      const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
+      await until(() => workers().length === 2, 'both workers serve')
+      await until(() => watched.output.match(/listening on/g)?.length === 2, 'both have monitors')
+      const [, pid, port] = workers()[0] ?? []
+      process.kill(Number(pid), 'SIGTERM')
+      await hasSaid('cleaned up')
+      const blocked = getPage(Number(port), '/block700')
+      await hasSaid('asked for /block700')
+      await assertBurstServed(t, Number(port))
+      await blocked
+      await hasSaid('worker ended with 0')
+    })
+  }
 })
 
 // --- The program ---------------------------------------------------------------------------------
@@ -10562,6 +10536,40 @@ function replyStatus(body: string | object, type = 'application/health+json') {
       socket.end(`HTTP/1.1 200 -\r\nContent-Type: ${type}\r\n\r\n${text}\n`)
     )
   }
+}
+
+/** The status of a healthy instance, as it is told over HTTP. */
+const PASS = {
+  status: 'pass',
+  checks: {
+    uptime: [{ observedValue: 12.7 }],
+    'requests:inFlight': [{ observedValue: 2 }],
+    'eventLoop:utilization': [{ observedValue: 0.18 }],
+    'memory:resident': [{ observedValue: 58 * 2 ** 20 }]
+  }
+}
+
+const LONG_REASON = `Error: Database 'main' failed: ${'x'.repeat(200)} end`
+
+/** What several instances reply to a request for their status, some with nonsense. */
+const FLEET: Record<string, string | object> = {
+  well: PASS,
+  red: { ...PASS, status: 'fail', output: LONG_REASON },
+  none: { status: 'fail', output: 'red', checks: null },
+  warming: {
+    status: 'fail',
+    output: 'Warmup in progress',
+    checks: {
+      'warmup:duration': [{ componentId: EVIL, observedValue: 0, stage: 'running' }],
+      uptime: [{ observedValue: EVIL }],
+      'memory:resident': [{}]
+    }
+  },
+  evil: JSON.stringify({
+    status: 'fail',
+    output: `OK ${EVIL}`,
+    checks: { 'requests:inFlight': [null], 'memory:resident': 'INFINITE' }
+  }).replace('"INFINITE"', '[{"observedValue":1e999}]')
 }
 
 describeProcesses('The program', SIDE_BY_SIDE, () => {
@@ -10760,23 +10768,17 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     for (const reply of replies) broken.push(await fakeInstance(t, (socket) => socket.end(reply)))
     const silent: number[] = []
     while (silent.length < 5) silent.push(await fakeInstance(t, hangOrDrip))
-    const well = await fakeInstance(t, (socket) => socket.end('{"cache":{"size":1}}\n'))
 
     const began = Date.now()
-    const line = `dump-perf-metrics --deployment d ${[...silent, ...broken].join(' ')} ${well}`
-    const [mixed] = await runLines(t, [line])
+    const [outcome] = await runLines(t, [`dump-perf-metrics ${[...silent, ...broken].join(' ')}`])
     const took = Date.now() - began
     assert.ok(took >= 1_000 && took < 10_000, `${took} ms`)
     assert.deepEqual(events.slice(0, 5), Array(5).fill('asked'))
-    assert.equal(mixed.stderr.match(/no answer within 1 s\n/g)?.length, 5, mixed.stderr)
-    const shown = `deployments,deployment=d,process=${well} cache.size=1\n`
-    assert.deepEqual([mixed.status, mixed.stdout], [0, shown])
-
-    const [none] = await runLines(t, [`dump-perf-metrics ${broken.join(' ')}`])
-    assert.deepEqual([none.status, none.stdout], [1, ''])
-    const warnings = none.stderr.split('\n').slice(0, -1)
+    assert.deepEqual([outcome.status, outcome.stdout], [1, ''])
+    const warnings = outcome.stderr.split('\n').slice(0, -1)
     const places = warnings.map((warning) => Number(/^ftw-monitor: (\d+): ./.exec(warning)?.[1]))
-    assert.deepEqual(places.sort(), broken.sort())
+    assert.deepEqual(places.sort(), [...silent, ...broken].sort())
+    assert.equal(outcome.stderr.match(/no answer within 1 s\n/g)?.length, 5, outcome.stderr)
     for (const warning of warnings) assert.doesNotMatch(warning, UNSAFE)
   })
 
@@ -10836,12 +10838,9 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       "''": 'the command is empty; try ftw-monitor --help',
       "echo 'two\nlines'": 'a command is one line',
       [`--prot ${one} drain`]: 'knows no --prot before the command; try ftw-monitor --help',
-      '--watch status': 'knows no --watch before the command; try ftw-monitor --help',
       [`health_check -p ${one}`]: 'health_check knows no -p; try ftw-monitor --help',
       'wait --deployment shop': 'wait knows no --deployment; try ftw-monitor --help',
       'demo 0': "cannot use '0': demo takes options alone; try ftw-monitor --help",
-      'demo --port one': 'one is no instance port',
-      'resume --port': '--port needs a value',
       'resume --port=': '--port needs a value',
       [`resume --host --port ${one}`]: '--host needs a value',
       [`resume --port ${one} --port=${one}`]: '--port is given twice',
@@ -10861,7 +10860,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       'wait 12:30': "cannot use '12:30': wait takes [INSTANCE]; try ftw-monitor --help",
       'wait --timeout -1': '--timeout needs a number of seconds',
       'wait --pid 0': "--pid needs the number of a process, not '0'",
-      'wait --pid 1.5': "--pid needs the number of a process, not '1.5'",
       'wait --pid 4294967296': "--pid needs the number of a process, not '4294967296'",
       'dump-perf-metrics': 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT',
       'PORT=31o01 health_check': 'PORT=31o01 is no instance port',
@@ -10907,6 +10905,9 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`monitor app1=${one} 0`]: 'monitor 0\n',
       [`dbinfo - 60 app1=${one}`]: 'dbinfo - 60\n',
       [`dbinfo --port ${one} -- a=1`]: 'dbinfo a=1\n',
+      [`perf_metrics main 60 app1=${one}`]: 'perf_metrics main 60\n',
+      [`zeocache main app1=${one}`]: 'zeocache main\n',
+      [`zeostatus main app1=${one}`]: 'zeostatus main\n',
       [`help drain app1=${one}`]: 'help drain\n',
       [`dump-perf-metrics --port ${one}`]: 'perf_metrics\n',
       [`status --port ${one} --host [127.0.0.1]`]: 'status\n',
@@ -10932,25 +10933,13 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     const list = await ask(port, 'help\n')
     const names = Array.from(list.matchAll(/^ {2}(\w+) -- /gm), ([, name = '']) => name)
     assert.ok(names.length > 10, list)
-    const usages: Record<string, string> = {
-      help: ' [NAME]',
-      monitor: ' [AGE] [DATABASE]',
-      dbinfo: ' [DATABASE] [SECONDS]',
-      perf_metrics: ' [DATABASE] [SECONDS]',
-      zeocache: ' [DATABASE]',
-      zeostatus: ' [DATABASE]',
-      warmup: ' [SITE]'
+    const lines = names.filter((name) => name !== 'drain').map((name) => `${name} /a /b /c`)
+    for (const { line, status, stderr } of await runLines(t, lines)) {
+      const [name = ''] = line.split(' ')
+      const refusal = `^ftw-monitor: cannot use '/[abc]': ${name} takes \\[INSTANCE…?\\][ A-Z[\\]]*; try`
+      assert.match(stderr, new RegExp(refusal))
+      assert.equal(status, 2)
     }
-    const rows: Record<string, string> = {}
-    for (const name of names) {
-      if (name === 'drain') continue // takes any text
-      const instances = name === 'status' ? '[INSTANCE…]' : '[INSTANCE]'
-      const usage = usages[name] ?? ''
-      const surplus = ['/a', '/b', '/c'][usage.split('[').length - 1]
-      const taken = `${name} takes ${instances}${usage}; try ftw-monitor --help`
-      rows[`${name} /a /b /c`] = `cannot use '${surplus}': ${taken}`
-    }
-    await assertFailures(t, rows)
   })
 
   test('where a connection is refused, the program tells how an instance is named', async (t) => {
@@ -11029,34 +11018,9 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     assert.deepEqual([green.status, drained.status, red.status], [0, 0, 1])
   })
 
-  const PASS = {
-    status: 'pass',
-    checks: {
-      uptime: [{ observedValue: 12.7 }],
-      'requests:inFlight': [{ observedValue: 2 }],
-      'eventLoop:utilization': [{ observedValue: 0.18 }],
-      'memory:resident': [{ observedValue: 58 * 2 ** 20 }]
-    }
-  }
-
   test('`ftw-monitor status` of several instances prints a line for each, or JSON, and nothing raw of what a monitor says', async (t) => {
-    const number = [{ observedValue: EVIL }]
-    const site = { componentId: EVIL, observedValue: 0, stage: 'running' }
-    const warming = { 'warmup:duration': [site], uptime: number, 'memory:resident': [{}] }
-    const evil = { uptime: number, 'requests:inFlight': [null], 'memory:resident': 'INFINITE' }
-    const long = `Error: Database 'main' failed: ${'x'.repeat(200)} end`
-    const replies: Record<string, string | object> = {
-      well: PASS,
-      red: { ...PASS, status: 'fail', output: long },
-      none: { status: 'fail', output: 'red', checks: null },
-      warming: { status: 'fail', output: 'Warmup in progress', checks: warming },
-      evil: JSON.stringify({ status: 'fail', output: `OK ${EVIL}`, checks: evil }).replace(
-        '"INFINITE"',
-        '[{"observedValue":1e999}]'
-      )
-    }
     const ports: Record<string, number> = { nobody: await freePort() }
-    for (const [name, reply] of Object.entries(replies)) {
+    for (const [name, reply] of Object.entries(FLEET)) {
       ports[name] = await fakeInstance(t, replyStatus(reply))
     }
     const named = Object.entries(ports).map(([name, port]) => `${name}=${port}`)
@@ -11087,7 +11051,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     assert.deepEqual(text.stdout.split('\n'), [
       `nobody   ${blank}  ${reason}`,
       `well     ${figures}  OK`,
-      `red      ${figures}  ${long}`,
+      `red      ${figures}  ${LONG_REASON}`,
       `none     ${blank}  red`,
       `warming  ${blank}  Warmup in progress`,
       `evil     ${blank}  ${cleaned}`,
@@ -11099,23 +11063,15 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     assert.deepEqual(rows, [
       ['nobody', false, false, reason, ...unknown],
       ['well', true, true, 'OK', ...known],
-      ['red', true, false, long, ...known],
+      ['red', true, false, LONG_REASON, ...known],
       ['none', true, false, 'red', ...unknown],
       ['warming', true, false, 'Warmup in progress', ...unknown],
       ['evil', true, false, cleaned, ...unknown]
     ])
-    assert.deepEqual(JSON.parse(absent.stdout), [
-      {
-        name: `127.0.0.1:${Number(ports['nobody']) + 80}`,
-        reachable: false,
-        healthy: false,
-        reason,
-        uptimeSeconds: -1,
-        requestsInFlight: -1,
-        eventLoopUtilization: -1,
-        residentMemoryBytes: -1
-      }
-    ])
+    const [fields = {}] = JSON.parse(absent.stdout) as object[]
+    const { stdout: usage } = (await runLines(t, ['--help']))[0]
+    const described = /\[\{ ([^}]*) \}\]/.exec(usage)?.[1]?.split(/,\s+/)
+    assert.deepEqual(Object.keys(fields), described)
   })
 
   test('no reply at all, and what is no healthy monitor, is no success', async (t) => {
