@@ -9854,7 +9854,6 @@ const LIFE_PARTS = `
   import { once } from 'node:events'
   import http from 'node:http'
   import http2 from 'node:http2'
-  import net from 'node:net'
   import { setTimeout as pause } from 'node:timers/promises'
   ${PRINT}
 
@@ -9931,25 +9930,23 @@ function startLife(t: TestContext, way: Way, life: Life) {
   return { watched, way, hasSaid, isReady, awaitEnd }
 }
 
-/** Has a program that is ready end by a signal while it serves a request. */
-async function endServing(life: ReturnType<typeof startLife>) {
-  const port = await life.isReady()
-  const answer = getPage(port, '/slow500').then(({ body }) => body, codeOf)
-  await life.hasSaid('asked for /slow500')
-  life.watched.child.kill('SIGTERM')
-  const { ms, ...end } = await life.awaitEnd()
-  return { ms, end, answer: await answer, output: life.watched.output }
-}
-
-/** Fails unless a program ends with us as it does without us, in about the same time, and the
- *  request that was in flight is served. Returns all that was said with us. */
+/** Has a program end by a signal while it serves a request: fails unless it ends with us as it does
+ *  without us, in about the same time, and the request is served. Returns all that was said with
+ *  us. */
 async function assertNoWorse(
   t: TestContext,
   program: string,
   setup: Omit<Life, 'program'> & { ways?: Way[] } = {}
 ): Promise<string> {
   const { ways = WITH_US, ...others } = setup
-  const liveOnce = (way: Way) => endServing(startLife(t, way, { program, ...others }))
+  const liveOnce = async (way: Way) => {
+    const life = startLife(t, way, { program, ...others })
+    const answer = getPage(await life.isReady(), '/slow500').then(({ body }) => body, codeOf)
+    await life.hasSaid('asked for /slow500')
+    life.watched.child.kill('SIGTERM')
+    const { ms, ...end } = await life.awaitEnd()
+    return { ms, end, answer: await answer, output: life.watched.output }
+  }
   const alone = liveOnce('alone')
   const compare = async (way: Way) => {
     const { end, answer, ms, output } = await liveOnce(way)
@@ -10013,36 +10010,15 @@ const ENDS_BY_PACKAGE: Record<string, string> = {
     createTerminus(server, { onSignal: async () => cleanUp(), logger: print })`
 }
 
-/** After its server was closed it cleans up for a while, so that others must serve meanwhile. */
-const LISTENS_ON_FD = `
+/** A program with a socket that was passed on, as systemd does it. After its server was closed it
+ *  cleans up for a while, so that others must serve meanwhile. */
+const listensOnSocket = (before = '') => `
   ${atItsEnd('cleanUp()\nawait pause(1_500)')}
   listen = async () => {
+    ${before}
     server.listen({ fd: 3 })
     await once(server, 'listening')
   }`
-
-const LISTENS_WHEN_TOLD = `
-  const listenAtLast = listen
-  listen = async () => {
-    await once(process.stdin, 'data')
-    await listenAtLast()
-  }`
-
-/** A socket for several processes, as systemd passes it on. Nobody may connect to it until it is
- *  released, since until then this process would accept. */
-async function shareSocket(t: TestContext, kind: string) {
-  const server = net.createServer()
-  const path = join(scratchFolder(t), 'bound')
-  server.listen(kind === 'Unix' ? { path } : LOOPBACK)
-  await once(server, 'listening')
-  const { _handle: handle } = server as unknown as { _handle: net.Server & { fd: number } }
-  const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', handle.fd]
-  const release = () => void server.close()
-  if (kind === 'TCP') return { stdio, release, where: portOf(server) }
-  const where = `${path}2`
-  fs.linkSync(path, where) // the other name goes when this process closes the server
-  return { stdio, release, where }
-}
 
 const BURST = 20
 
@@ -10317,11 +10293,20 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   for (const way of SOME_WAYS) {
     for (const kind of ['TCP', 'Unix']) {
       test(`${way}: a ${kind} socket that was passed on keeps its backlog for whoever listens next`, async (t) => {
-        const { stdio, where, release } = await shareSocket(t, kind)
-        const first = startLife(t, way, { program: LISTENS_ON_FD, stdio })
-        const next = startLife(t, 'alone', { program: LISTENS_ON_FD + LISTENS_WHEN_TOLD, stdio })
+        const socket = net.createServer()
+        const path = join(scratchFolder(t), 'bound')
+        socket.listen(kind === 'Unix' ? { path } : LOOPBACK)
+        await once(socket, 'listening')
+        if (kind === 'Unix') fs.linkSync(path, `${path}2`) // the first name goes with our server
+        const where = kind === 'Unix' ? `${path}2` : portOf(socket)
+        const { _handle: handle } = socket as unknown as { _handle: { fd: number } }
+        const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', handle.fd]
+
+        const first = startLife(t, way, { program: listensOnSocket(), stdio })
+        const whenTold = listensOnSocket("await once(process.stdin, 'data')")
+        const next = startLife(t, 'alone', { program: whenTold, stdio })
         await first.isReady()
-        release()
+        socket.close() // before anybody connects, or this process would accept
         first.watched.child.kill('SIGTERM')
         await first.hasSaid('cleaned up')
         await assertBurstServed(t, where, () => void next.watched.child.stdin?.write('listen'))
@@ -10330,10 +10315,8 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     }
 
     test(`${way}: a socket that was given to a child has its backlog back at the end`, async (t) => {
-      const heir = join(scratchFolder(t), 'heir.mjs')
-      fs.writeFileSync(
-        heir,
-        `import http from 'node:http'
+      const heir = `
+        import http from 'node:http'
         import { setTimeout as pause } from 'node:timers/promises'
         let answers = 0
         const server = http.createServer((_, response) => {
@@ -10348,7 +10331,6 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
           Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 700) // and accepts nobody
           setTimeout(() => process.exit(), 15_000).unref()
         })`
-      )
       const program = `
         options.cleanUp = cleanUp
         const { fork } = await import('node:child_process')
@@ -10356,10 +10338,10 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         begin = async () => {
           await beginBefore()
           const env = { ...process.env, FTW_MONITOR: '0' }
-          const child = fork(${JSON.stringify(heir)}, { env, execArgv: [] })
+          const execArgv = ['--input-type=module', '-e', ${JSON.stringify(heir)}]
+          const child = fork('heir', { env, execArgv })
           child.send('server', server)
           await once(child, 'message')
-          process.on('exit', () => print('heir', child.pid))
         }`
       const life = startLife(t, way, { program })
       const port = await life.isReady()
@@ -10491,20 +10473,17 @@ function replyStatus(body: string | object, type = 'application/health+json') {
   }
 }
 
-/** The status of a healthy instance, as it is told over HTTP. */
-const PASS = {
-  status: 'pass',
-  checks: {
-    uptime: [{ observedValue: 12.7 }],
-    'requests:inFlight': [{ observedValue: 2 }],
-    'eventLoop:utilization': [{ observedValue: 0.18 }],
-    'memory:resident': [{ observedValue: 58 * 2 ** 20 }]
-  }
-}
-
 /** What several instances reply to a request for their status, some with nonsense. */
 const FLEET: Record<string, string | object> = {
-  well: PASS,
+  well: {
+    status: 'pass',
+    checks: {
+      uptime: [{ observedValue: 12.7 }],
+      'requests:inFlight': [{ observedValue: 2 }],
+      'eventLoop:utilization': [{ observedValue: 0.18 }],
+      'memory:resident': [{ observedValue: 58 * 2 ** 20 }]
+    }
+  },
   none: { status: 'fail', output: 'red', checks: null },
   warming: {
     status: 'fail',
@@ -10662,8 +10641,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       t,
       [
         `dump-perf-metrics ${named} 127.0.0.1:${one}`,
-        `dump-perf-metrics --deployment 'prod = 1, north' a=${one}`,
-        `dump-perf-metrics --deployment 'd\\' b=${other}`
+        `dump-perf-metrics --deployment 'prod = 1, north\\' b=${other}`
       ],
       { cwd }
     )
@@ -10681,8 +10659,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
           `${point}=web\\,1 cache.size=1`,
           ''
         ],
-        [0, 'deployments,deployment=prod\\ \\=\\ 1\\,\\ north,process=a cache.size=1', ''],
-        [0, `deployments,deployment=d,process=b ${fields}`, '']
+        [0, `deployments,deployment=prod\\ \\=\\ 1\\,\\ north,process=b ${fields}`, '']
       ]
     )
     const told = results.map(({ stderr }) => stderr).join('')
@@ -10695,7 +10672,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       'OK\n',
       '{"cache":{"size":1}',
       'null\n',
-      '{}\n',
       '{"cache":{"size":null}}\n',
       '{"error":"Database \'main\' disconnected."}\n',
       "Error: no database 'main' is registered\n",
@@ -10789,7 +10765,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`health_check -p ${one}`]: 'health_check knows no -p; try ftw-monitor --help',
       'wait --deployment shop': 'wait knows no --deployment; try ftw-monitor --help',
       'demo 0': "cannot use '0': demo takes options alone; try ftw-monitor --help",
-      'resume --port=': '--port needs a value',
       [`resume --host --port ${one}`]: '--host needs a value',
       [`resume --port ${one} --port=${one}`]: '--port is given twice',
       'status --watch=1': '--watch takes no value',
@@ -10812,7 +10787,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       'dump-perf-metrics': 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT',
       'PORT=31o01 health_check': 'PORT=31o01 is no instance port',
       'PORT=/run/web wait': 'PORT=/run/web is no port; a socket is named by FTW_MONITOR_LISTEN',
-      'PORT=31o01 demo': 'PORT=31o01 is no instance port',
       'PORT=31o01 status --port 31o02': '31o02 is no instance port'
     }
     await assertFailures(t, rows, { env: { PORT: String(other) } })
@@ -10825,7 +10799,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     const server = net.createServer((socket) => {
       socket.on('error', () => {})
       socket.once('data', (line) => {
-        told.push(`${socket.localAddress} ${String(line)}`)
+        const host = socket.localAddress === '127.0.0.1' ? '' : `${socket.localAddress} `
+        told.push(host + String(line))
         socket.end('all well\n')
       })
     })
@@ -10869,10 +10844,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`HOST=127.0.0.3 dump-perf-metrics a=${one}`]: '127.0.0.3 perf_metrics\n'
     }
     await runLines(t, Object.keys(rows), { env: { PORT: String(other) } })
-    const expected = Object.values(rows).map((line) => {
-      return line.startsWith('127') ? line : `127.0.0.1 ${line}`
-    })
-    assert.deepEqual(told, expected)
+    assert.deepEqual(told, Object.values(rows))
     assert.equal(connections, 0)
   })
 
@@ -10888,19 +10860,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       assert.match(stderr, new RegExp(refusal))
       assert.equal(status, 2)
     }
-  })
-
-  test('where a connection is refused, the program tells how an instance is named', async (t) => {
-    const port = await freePort()
-    const place = `127.0.0.1:${port + 80}`
-    const refused = `${place}: connect ECONNREFUSED ${place}`
-    const byItsOwnPort = '(an instance is named by its own port; its monitor is 80 higher)'
-    await assertFailures(t, {
-      [`drain app1=${port}`]: `cannot ask app1 at ${refused} ${byItsOwnPort}`,
-      [`drain --port ${port} -- --help`]: `cannot ask ${refused} ${byItsOwnPort}`,
-      [`PORT=${port} health_check`]: `cannot ask ${refused} (name the instance: --port N)`,
-      [`PORT=9 FTW_MONITOR_LISTEN=${place} resume`]: `cannot ask ${refused}`
-    })
   })
 
   test('`ftw-monitor wait --pid` waits while there is such a process, be it of somebody else, and ends with 1 as soon as it is gone, or a zombie', async (t) => {
@@ -11094,16 +11053,17 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
         socket.write(`Draining: 0 of 1 probers know, ${count} requests in flight\n`)
       }
       const knows = 'Draining: 1 of 2 probers know\nDraining: 2 of 2 probers know\n'
-      setTimeout(() => socket.end(`${knows}Drained\nwith no line feed`), 2_500)
+      setTimeout(() => socket.end(`${knows}Not drained: resumed\nwith no line feed`), 2_500)
     })
-    const [{ stdout }] = await runLines(t, [`drain app$&1=${port}`])
+    const [{ status, stdout }] = await runLines(t, [`drain app$&1=${port}`])
     assert.deepEqual(stdout.split('\n'), [
       'Draining app$&1: 0 of 1 probers know, 1 requests in flight',
       'Draining: 0 of 1 probers know, 29 requests in flight',
       'Draining: 1 of 2 probers know',
-      'Drained',
+      'Not drained: resumed',
       'with no line feed'
     ])
+    assert.equal(status, 1)
 
     const idle = await fakeInstance(t, (socket) => socket.end('Draining: 0 probers\nDrained\n'))
     const rows: Record<string, string> = {
@@ -11116,11 +11076,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       const expected = `Draining ${rows[line]}: 0 probers\nDrained\n`
       assert.deepEqual(outcome, { status: 0, stdout: expected, stderr: '' }, line)
     }
-    const resumed = await fakeInstance(t, (socket) =>
-      socket.end('Not drained: resumed meanwhile\n')
-    )
-    const [notDrained] = await runLines(t, [`drain --port ${resumed}`])
-    assert.deepEqual([notDrained.status, notDrained.stderr], [1, ''])
   })
 
   test('a drain that nobody waits for any more is not carried out by an instance that hung', async (t) => {
