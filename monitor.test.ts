@@ -10204,7 +10204,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
           copy.shutdownOnSignal({ cleanUp: cleanUpAll })
           print('begun')
         })`
-      const life = startLife(t, 'auto', { program, env: SHORT })
+      const life = startLife(t, 'auto', { program, env: isHttp2 ? {} : SHORT })
       const port = await life.isReady()
       const agent = new http.Agent({ keepAlive: true })
       t.after(() => agent.destroy())
