@@ -11142,38 +11142,15 @@ function findPostgres(): string | undefined {
 }
 
 /** A service that imports packages. */
-function bootServiceOf(t: TestContext, script: string) {
+function bootServiceOf(t: TestContext, script: string, env: Record<string, string> = {}) {
   assert.ok(PACKAGES !== undefined, 'FTW_MONITOR_TEST_PACKAGES is not set')
-  return bootService(t, { script, cwd: PACKAGES })
+  return bootService(t, { script, cwd: PACKAGES, env })
 }
 
-async function startRedis(t: TestContext): Promise<number> {
-  const port = await freePort()
-  const words = ['--port', String(port), '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no']
-  const redis = watch(t, 'redis-server', words, { cwd: scratchFolder(t) })
-  await until(() => redis.output.includes('Ready to accept connections'), 'Redis runs')
-  return port
+interface Instance {
+  port: number
+  instancePort: number
 }
-
-/** Prometheus's own client with its default metrics, a histogram and a summary of odd labels. */
-const PROM_CLIENT = String.raw`
-  import { createRequire } from 'node:module'
-  const require = createRequire(${JSON.stringify(`${PACKAGES}/`)})
-  const client = require('prom-client')
-  client.collectDefaultMetrics()
-  const named = (name) => ({ name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] })
-  const seconds = new client.Histogram(named('shop_seconds'))
-  const bytes = new client.Summary(named('shop_bytes'))
-  for (const path of ['a"b', 'back\\slash', 'new\nline', 'ü{x="y"} 1', '\n# TYPE a b']) {
-    seconds.observe({ path }, 0.3)
-    bytes.observe({ path }, 3)
-  }
-  monitor.registerDatabase('main', { isConnected: () => true })
-  monitor.registerMetrics(() => client.register.metrics())
-  const own = async (peer) => peer.write(await client.register.metrics())
-  monitor.register('own', '', own, { http: true })`
-
-type Backend = { name: string; port: number; instancePort: number }
 
 /** Runs HAProxy, and gives what asks it for the state of its servers. */
 async function startHaproxy(t: TestContext, configuration: string) {
@@ -11189,6 +11166,7 @@ async function startHaproxy(t: TestContext, configuration: string) {
     return fs.existsSync(socket) && (await command('show info').catch(() => '')) !== ''
   }
   await until(isRunning, 'HAProxy runs')
+  assert.doesNotMatch(haproxy.output, /\[(ALERT|WARNING)\].* config : /)
 
   /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
   const stateOf = async (name: string): Promise<Record<string, string>> => {
@@ -11214,62 +11192,33 @@ function haproxyOfReadme(): { byAgent: string; byTcpCheck: string } {
   return { byAgent, byTcpCheck }
 }
 
-/** HAProxys before one instance with the README's configurations, at short intervals: the first
- *  one goes by its agent check, the second by tcp-check. */
-async function startHaproxysOfReadme(t: TestContext, instance: Omit<Backend, 'name'>) {
+/** HAProxy as in the README before these instances, with checks ten times a second; nothing is tried
+ *  twice, unless `adapt` says so. */
+async function balance(
+  t: TestContext,
+  instances: Instance[],
+  { configuration = haproxyOfReadme().byAgent, adapt = (text: string) => text } = {}
+) {
+  const front = await freePort()
   const nowhere = await freePort()
-  const startOne = async (configuration: string) => {
-    const front = await freePort()
-    const adapted = configuration
-      .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
-      .replace(/^( *timeout check) \S+/m, '$1 1s')
-      .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
-      .replace(/^( *server (\S+)) \S+(.*)$/gm, (_, before: string, name: string, after: string) => {
-        const { instancePort, port } =
-          name === 'app1' ? instance : { instancePort: nowhere, port: nowhere + 80 }
-        return `${before} 127.0.0.1:${instancePort}${after.replace(/\bport \d+/g, `port ${port}`)}`
-      })
-      .replace(/ (inter|agent-inter) \S+/g, ' $1 20ms')
-    return { front, ...(await startHaproxy(t, adapted)) }
-  }
-  const { byAgent, byTcpCheck } = haproxyOfReadme()
-  return await Promise.all([startOne(byAgent), startOne(byTcpCheck)])
+  const adapted = configuration
+    .replace(/^( *bind) \S+/m, `$1 127.0.0.1:${front}`)
+    .replace(/^( *timeout check) \S+/m, '$1 1s')
+    .replace(/^ *option redispatch$/m, '$&\n    retries 0') // each waits a second
+    .replace(/^( *server \D+(\d?)) \S+(.*)$/gm, (_, before: string, nth: string, after: string) => {
+      const nobody = { instancePort: nowhere, port: nowhere + 80 }
+      const { instancePort, port } = instances[Number(nth) - 1] ?? nobody
+      return `${before} 127.0.0.1:${instancePort}${after.replace(/\bport \d+/g, `port ${port}`)}`
+    })
+    .replace(/ (inter|agent-inter) \S+/g, ' $1 100ms')
+  return { front, ...(await startHaproxy(t, adapt(adapted))) }
 }
 
-/** HAProxy before these instances, told by their monitors; nothing is tried twice, unless so set. */
-async function balanceByAgent(
-  t: TestContext,
-  instances: Backend[],
-  { ofServer = '', ofBackend = '' } = {}
-) {
-  const frontPort = await freePort()
-  const lineOf = ({ name, port, instancePort }: Backend) =>
-    `      server ${name} 127.0.0.1:${instancePort} ${ofServer} cookie ${name} check port ${port} ` +
-    `agent-check agent-port ${port} agent-send "agent_check\\n"\n`
-  const haproxy = await startHaproxy(
-    t,
-    `
-    defaults
-      mode http
-      timeout connect 2s
-      timeout client 20s
-      timeout server 20s
-      retries 0
-    frontend front
-      bind 127.0.0.1:${frontPort}
-      default_backend back
-    backend back
-      balance roundrobin
-      cookie INSTANCE insert indirect nocache
-      option tcp-check
-      tcp-check connect
-      tcp-check send "health_check\\n"
-      tcp-check expect string OK
-      ${ofBackend}
-      default-server inter 300ms rise 1 fall 3 weight 100 agent-inter 200ms
-${instances.map(lineOf).join('')}`
-  )
-  return { frontPort, ...haproxy }
+/** HAProxys before one instance: the first one goes by its agent check, the second by tcp-check. */
+async function balanceByBoth(t: TestContext, instance: Instance) {
+  const { byAgent, byTcpCheck } = haproxyOfReadme()
+  const startOne = (configuration: string) => balance(t, [instance], { configuration })
+  return await Promise.all([startOne(byAgent), startOne(byTcpCheck)])
 }
 
 /** Asks for the front page by each of these clients, and keeps who served, and what failed. */
@@ -11290,59 +11239,69 @@ function keepLoading(t: TestContext, port: number, clients: PageOptions[], every
   return { served, failed, stop }
 }
 
+/** Upgraded connections that come back as soon as they are ended; gives what each was told. */
+function keepUpgraded(t: TestContext, count: number, port: number) {
+  const ended: string[] = []
+  const stayConnected = async () => {
+    const peer = await converse(t, port)
+    peer.say(headOf('/', 'Connection: Upgrade', 'Upgrade: echo'))
+    const isEnded = () => peer.isClosed || / 50\d /.test(peer.transcript)
+    await until(isEnded, 'it is ended', 100_000)
+    ended.push(peer.transcript)
+  }
+  for (let time = 0; time < count; time++) askUntilOver(t, 0, stayConnected)
+  return ended
+}
+
 interface RestartSetup {
   /** A service at `PORT`, which answers with its `NAME` and its pid. */
   script: string
-  env?: Record<string, string>
   /** How long each client waits between its requests. */
   everyMs?: number
   /** What HAProxy is told besides. */
-  balancer?: { ofServer: string; ofBackend: string }
-  /** What else happens meanwhile at HAProxy's port; returns what ends and checks it. */
-  beside?: (frontPort: number) => Promise<() => Promise<void>>
+  adapt?: (configuration: string) => string
+  /** How many upgraded connections there are. */
+  upgrades?: number
 }
 
-/** Restarts instances behind HAProxy in turn: no request may fail, nor meet a cold one. */
-async function restartInTurn(t: TestContext, names: string[], setup: RestartSetup): Promise<void> {
-  const { script, env = {}, everyMs = 20, balancer, beside } = setup
-  const instances: Backend[] = []
-  for (const name of names) {
-    const instancePort = await freePort()
-    instances.push({ name, instancePort, port: instancePort + 80 })
+/** Restarts instances behind HAProxy in turn: no request may fail, nor meet a cold one, and who is
+ *  upgraded is told goodbye. */
+async function restartInTurn(t: TestContext, setup: RestartSetup): Promise<void> {
+  const { script, everyMs = 20, upgrades = 0, adapt } = setup
+  const names = ['app1', 'app2']
+  const launch = async (name: string, instancePort: number) => {
+    const launched = runScript(t, { script, env: { NAME: name, PORT: String(instancePort) } })
+    await untilHealthy(instancePort + 80)
+    return { name, instancePort, port: instancePort + 80, ...launched }
   }
-  const launch = async ({ name, port, instancePort }: Backend) => {
-    const variables = { ...env, NAME: name, PORT: String(instancePort) }
-    const launched = runScript(t, { script, env: variables })
-    await untilHealthy(port)
-    return launched
-  }
-  const processes = await Promise.all(instances.map(launch))
-  const haproxy = await balanceByAgent(t, instances, balancer)
-  for (const { name } of instances) await haproxy.untilState(name, /^UP$/)
+  const launchNew = async (name: string) => await launch(name, await freePort())
+  const instances = await Promise.all(names.map(launchNew))
+  const haproxy = await balance(t, instances, adapt && { adapt })
+  for (const name of names) await haproxy.untilState(name, /^UP$/)
 
   const agent = new http.Agent({ keepAlive: true })
   t.after(() => agent.destroy())
   const withCookies = names.flatMap((name) => {
-    const headers = { Cookie: `INSTANCE=${name}` }
+    const headers = { Cookie: `app=${name}` }
     return [{ headers }, { headers, agent, method: 'POST', body: 'a=1' }]
   })
-  const load = keepLoading(t, haproxy.frontPort, [{}, { agent }, ...withCookies], everyMs)
-  const finish = await beside?.(haproxy.frontPort)
+  const load = keepLoading(t, haproxy.front, [{}, { agent }, ...withCookies], everyMs)
+  const ended = keepUpgraded(t, upgrades, haproxy.front)
   await until(() => load.served.size === names.length, 'all of them serve')
 
-  for (const [index, instance] of instances.entries()) {
-    const old = processes[index]!
+  for (const old of instances) {
     old.child.kill('SIGTERM')
     const status = await inTime(old.exit, 'it ends')
     assert.deepEqual([status, linesOfShutdown(old.output)], [0, []], old.output)
-    const { child } = await launch(instance)
-    await haproxy.untilState(instance.name, /^UP$/)
-    await until(() => load.served.has(`${instance.name} ${child.pid}`), 'it serves again')
+    const { child } = await launch(old.name, old.instancePort)
+    await haproxy.untilState(old.name, /^UP$/)
+    await until(() => load.served.has(`${old.name} ${child.pid}`), 'it serves again')
   }
   await load.stop()
-  await finish?.()
   assert.deepEqual(load.failed, [])
   assert.equal(load.served.size, 2 * names.length, [...load.served.keys()].join())
+  assert.ok(ended.length >= upgrades, 'each has been ended')
+  for (const transcript of ended) assert.match(transcript, /^HTTP\/1\.1 101 [^]*\r\n\r\ngoodbye$/)
 }
 
 /** Runs nginx with these servers, the first of which is at this port. */
@@ -11406,71 +11365,6 @@ async function startPostgres(t: TestContext) {
   }
   return { start, stop, environment }
 }
-
-/** WebSockets that come back as soon as they are closed. */
-function keepConnected(t: TestContext, count: number, url: string) {
-  interface WebSocketClient extends NodeJS.EventEmitter {
-    terminate(): void
-  }
-  const require = createRequire(`${PACKAGES}/`)
-  const { WebSocket } = require('ws') as { WebSocket: new (url: string) => WebSocketClient }
-  const codes: number[] = []
-  const failures: string[] = []
-  const told = { opened: 0, codes, failures }
-  const clients = new Set<WebSocketClient>()
-  const connect = (): void => {
-    const client = new WebSocket(url)
-    clients.add(client)
-    client.on('open', () => {
-      told.opened++
-    })
-    client.on('error', (error: Error) => failures.push(error.message))
-    client.on('close', (code: number) => {
-      if (!clients.delete(client)) return
-      codes.push(code)
-      connect()
-    })
-  }
-  for (let time = 0; time < count; time++) connect()
-  const stop = () => {
-    const open = [...clients]
-    clients.clear()
-    for (const client of open) client.terminate()
-  }
-  t.after(stop)
-  return { told, stop }
-}
-
-/** The README's complete service, with WebSockets to which it says goodbye. */
-const SERVICE = `
-  import { createRequire } from 'node:module'
-  const require = createRequire(${JSON.stringify(`${PACKAGES}/`)})
-  const pg = require('pg')
-  const { WebSocketServer } = require('ws')
-
-  const pool = new pg.Pool()
-  pool.on('error', () => {})
-  monitor.registerDatabase('main', {
-    isConnected: async () => (await pool.query('SELECT 1')).rowCount === 1
-  })
-  const server = http.createServer(async (_, response) => {
-    try {
-      await pool.query('SELECT pg_sleep(0.01)')
-      response.end(process.env.NAME + ' ' + process.pid)
-    } catch (error) {
-      response.writeHead(503).end(String(error))
-    }
-  })
-  server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
-  const webSockets = new WebSocketServer({ server })
-  monitor.start(server)
-  monitor.shutdownOnSignal({
-    cleanUp: async () => {
-      for (const client of webSockets.clients) client.close(1001)
-      await pool.end()
-    }
-  })
-  server.listen(Number(process.env.PORT), '127.0.0.1')`
 
 const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
 // `$ printf … | nc …`, and the reply, up to the next command
@@ -11540,8 +11434,7 @@ const UNMODIFIED: [command: string, status: number | null, lastWords?: RegExp][]
   ['json-server/lib/cli/bin.js --port PORT --host 127.0.0.1 FOLDER/db.json', null],
   ['serve/build/main.js -L -l tcp://127.0.0.1:PORT FOLDER', 0, /Gracefully shutting down/],
   ['fastify-cli/cli.js start -p PORT -a 127.0.0.1 FOLDER/plugin.cjs', 0],
-  ['node-red/red.js -u FOLDER -p PORT', 0, /Stopped flows/],
-  ['next/dist/bin/next start FOLDER -p PORT -H 127.0.0.1', 143]
+  ['node-red/red.js -u FOLDER -p PORT', 0, /Stopped flows/]
 ]
 
 /** What these programs serve. */
@@ -11550,6 +11443,30 @@ const SERVED: Record<string, string> = {
   'db.json': '{ "posts": [] }',
   'plugin.cjs':
     "module.exports = async (fastify, options) => fastify.get('/', async () => 'a page')"
+}
+
+/** Runs a program from npm with a monitor beside it, and ends it under load. */
+async function endUnmodified(t: TestContext, folder: string, command: string) {
+  const port = await freePort()
+  const [file = '', ...words] = command
+    .replace('FOLDER', folder)
+    .replace('PORT', String(port))
+    .split(' ')
+  const program = join(PACKAGES ?? '', 'node_modules', file)
+  const env = {
+    ...NEXT_ENVIRONMENT,
+    PORT: String(port),
+    FTW_MONITOR: 'auto',
+    FTW_MONITOR_TIMEOUT_MS: '4000',
+    NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`
+  }
+  const watched = watch(t, process.execPath, [program, ...words], { cwd: folder, env })
+  await untilHealthy(port + 80, 60_000)
+  const before = await askRequests(port + 80)
+  assert.equal((await getPage(port, '/')).status, 200)
+  assert.equal((await askRequests(port + 80)) - before, 1)
+  await endUnderLoad(t, watched, { port, path: '/' })
+  return watched
 }
 
 describeProcesses('Real programs', SIDE_BY_SIDE, () => {
@@ -11575,48 +11492,27 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   test('a warm-up of the README that hangs fails by its time limit, whatever is collected', async (t) => {
     const performer = readmeBlock('js', 'registerWarmup').replace(/^import .*$/m, '')
     assert.match(performer, / 60_000\)/)
-    const service = `
-      import http from 'node:http'
-      import { registerWarmup, start } from ${JSON.stringify(MODULE.href)}
+    const script = `
+      const { registerWarmup } = monitor
       const server = http.createServer(() => {})
       ${performer.replace('60_000', '500')}
-      start(server)
+      monitor.start(server)
       server.listen(Number(process.env.PORT), '127.0.0.1')
       setInterval(gc, 50)`
-    const file = join(scratchFolder(t), 'server.mjs')
-    fs.writeFileSync(file, service)
     const env = { PORT: String(await freePort()) }
-    const booted = watch(t, process.execPath, ['--expose-gc', file], { env })
+    const booted = runScript(t, { script, env, flags: ['--expose-gc'] })
     const isFailed = () => booted.output.includes('is red: Warmup failed: /shop: it took a minute')
     await until(isFailed, 'the warm-up has failed')
   })
 
-  const unit = readmeBlock('ini').replaceAll('/usr/bin/node ', `${process.execPath} `)
-  const configurations = haproxyOfReadme()
-  const validate = ['validate', '--adapter', 'caddyfile', '--config']
-  for (const [what, configuration, program, words, remark] of [
-    ['Caddyfile', readmeBlock('caddyfile'), 'caddy', validate, /"level":"warn"/],
+  test("systemd accepts the README's unit", needs('systemd-analyze'), async (t) => {
+    const unit = readmeBlock('ini').replaceAll('/usr/bin/node ', `${process.execPath} `)
+    const file = join(scratchFolder(t), 'web@.service')
+    fs.writeFileSync(file, unit)
+    const { status, stdout, stderr } = await runToEnd(t, 'systemd-analyze', ['verify', file])
     // It ignores a setting that it does not know, and says so.
-    ['web@.service', unit, 'systemd-analyze', ['verify'], /./],
-    ['haproxy.cfg', configurations.byAgent, 'haproxy', ['-c', '-f'], /ALERT|WARNING/],
-    [
-      'haproxy.cfg by tcp-check',
-      configurations.byTcpCheck,
-      'haproxy',
-      ['-c', '-f'],
-      /ALERT|WARNING/
-    ]
-  ] as const) {
-    test(`${program} accepts the README's ${what}`, needs(program), async (t) => {
-      const folder = scratchFolder(t)
-      const file = join(folder, what)
-      fs.writeFileSync(file, configuration)
-      const env = { HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder }
-      const { status, stdout, stderr } = await runToEnd(t, program, [...words, file], { env })
-      assert.equal(status, 0, stdout + stderr)
-      assert.doesNotMatch(stdout + stderr, remark)
-    })
-  }
+    assert.deepEqual([status, stdout, stderr], [0, '', ''])
+  })
 
   test(
     'nginx and Caddy, as in the README, pass by an instance that hangs',
@@ -11652,8 +11548,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const file = join(folder, 'Caddyfile')
       fs.writeFileSync(file, `{\n\tadmin off\n}\n${caddyfile}`)
       const env = { HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder }
-      watch(t, 'caddy', ['run', '--adapter', 'caddyfile', '--config', file], { env })
+      const words = ['run', '--adapter', 'caddyfile', '--config', file]
+      const running = watch(t, 'caddy', words, { env })
       await until(async () => !(await isRefused(caddy)), 'Caddy runs')
+      assert.doesNotMatch(running.output, /"level":"warn".*"adapter":"caddyfile"/)
 
       /** Which instances serve thirty visitors, `nobody` among them for those who wait in vain. */
       const whoServes = async (front: number) => {
@@ -11789,7 +11687,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test(
-    'instances behind HAProxy are restarted in turn without one failed request',
+    'instances behind HAProxy are restarted in turn without one failed request, and say goodbye',
     needs('haproxy'),
     async (t) => {
       const script = `
@@ -11803,14 +11701,18 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           setTimeout(() => response.end(now), 20)
         })
         server.keepAliveTimeout = 60_000 // the balancer ends idle connections, or it may lose a race
-        process.once('SIGTERM', async () => {
-          await monitor.drain()
-          server.close()
-          server.closeIdleConnections()
+        const upgraded = new Set()
+        server.on('upgrade', (_, socket) => {
+          upgraded.add(socket.on('error', () => {}))
+          socket.write(${JSON.stringify(UPGRADED)})
         })
+        const cleanUp = () => {
+          for (const socket of upgraded) socket.end('goodbye')
+        }
         monitor.start(server)
+        monitor.shutdownOnSignal({ cleanUp })
         server.listen(Number(process.env.PORT), '127.0.0.1')`
-      await restartInTurn(t, ['one', 'two'], { script })
+      await restartInTurn(t, { script, upgrades: 6 })
     }
   )
 
@@ -11826,66 +11728,33 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         monitor.start(server)
         monitor.shutdownOnSignal()
         server.listen(Number(process.env.PORT), '127.0.0.1')`
-      const balancer = {
-        ofServer: 'proto h2',
-        ofBackend: `
-      http-reuse always
-      retries 3
-      option redispatch`
-      }
-      await restartInTurn(t, ['one', 'two'], { script, balancer, everyMs: 0 })
+      const adapt = (text: string) =>
+        text
+          .replaceAll(/ cookie app\d/g, ' proto h2 check-proto h1$&')
+          .replace('retries 0', 'retries 3\n    http-reuse always')
+      await restartInTurn(t, { script, adapt, everyMs: 0 })
     }
   )
 
   test(
-    'a rolling restart with PostgreSQL and WebSockets fails no request',
-    { ...SLOW, ...needs('haproxy'), ...NEEDS_POSTGRES },
-    async (t) => {
-      const { environment: env } = await startPostgres(t)
-      const beside = async (frontPort: number) => {
-        const { told, stop } = keepConnected(t, 9, `ws://127.0.0.1:${frontPort}/`)
-        await until(() => told.opened === 9, 'all WebSockets are open')
-        return async () => {
-          await until(() => told.opened === 9 + told.codes.length, 'all are back')
-          stop()
-          assert.deepEqual([told.failures, [...new Set(told.codes)]], [[], [1001]])
-        }
-      }
-      await restartInTurn(t, ['one', 'two', 'three'], { script: SERVICE, env, beside })
-    }
-  )
-
-  test(
-    'HAProxy gives a busy instance less, and as much as before when it is relaxed',
+    'HAProxy gives a busy instance the least weight, and as much as before when it is relaxed',
     { ...SLOW, ...needs('haproxy') },
     async (t) => {
       const boot = (name: string) =>
         bootProcess(t, { script: BUSY, flags: [flagForPace(25)], name })
       const instances = await Promise.all(['one', 'two'].map(boot))
+      const { stateOf } = await balance(t, instances)
+      const untilWeights = async (isExpected: (busy: number, other: number) => boolean) => {
+        const weightOf = async (name: string) => Number((await stateOf(name))['weight'])
+        const areAsExpected = async () => isExpected(await weightOf('app1'), await weightOf('app2'))
+        await until(areAsExpected, 'HAProxy weights both as expected')
+      }
       const { instancePort } = instances[0]!
-      const haproxy = await balanceByAgent(t, instances)
-      const weightOf = async (name: string) => Number((await haproxy.stateOf(name))['weight'])
-      const shareIs = async (least: number, most: number) => {
-        let served = 0
-        for (let request = 0; request < 100; request++) {
-          const { status, body } = await getPage(haproxy.frontPort, '/')
-          assert.equal(status, 200)
-          if (body === 'one') served++
-        }
-        return served > least && served < most
-      }
-      const expectEven = async () => {
-        const areEven = async () => (await weightOf('one')) >= 80 && (await weightOf('two')) >= 80
-        await until(areEven, 'HAProxy weights both')
-        await until(() => shareIs(40, 60), 'it gets half of a hundred requests')
-      }
-      await expectEven()
+      await untilWeights((busy, other) => busy >= 80 && other >= 80)
       await getPage(instancePort, '/busy')
-      const isLess = async () => (await weightOf('one')) === 10 && (await weightOf('two')) >= 80
-      await until(isLess, 'HAProxy weights it by the least that there is')
-      await until(() => shareIs(-1, 25), 'it gets few of a hundred requests')
+      await untilWeights((busy, other) => busy === 10 && other >= 80)
       await getPage(instancePort, '/relax')
-      await expectEven()
+      await untilWeights((busy, other) => busy >= 80 && other >= 80)
     }
   )
 
@@ -11897,14 +11766,10 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       let line = ''
       monitor.registerMetrics(() => line)
       const lines = [
-        'stock 1',
         'stock{} 1',
-        'stock{a="b"} 1',
         'stock{a="b",} 1',
         'stock { a = "b" , c = "}\\"\\n" } 1 17',
         'stock{a="b"}1',
-        'stock +Inf',
-        'stock NaN',
         'stock -.5e-3',
         'stock 1e+21 1700000000000',
         '# TYPE stock summary',
@@ -11913,17 +11778,11 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         'stock{a} 1',
         'stock{1a="b"} 1',
         'stock{a=b} 1',
-        'stock{a="b} 1',
         'stock{,} 1',
         'stock 1e',
         'stock 1,5',
         'stock 1 2 3',
-        'stock1',
-        'stock',
-        '1stock 1',
-        'sto-ck 1',
-        '# TYPE stock unknown',
-        '<h1>502</h1>'
+        'sto-ck 1'
       ]
       for (line of lines) {
         const { stderr } = await runToEnd(t, 'promtool', ['check', 'metrics'], {
@@ -12048,7 +11907,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         })
       const first = boot()
       const instance = { instancePort, port: instancePort + 80 }
-      const haproxys = await startHaproxysOfReadme(t, instance)
+      const haproxys = await balanceByBoth(t, instance)
       const becomes = async (state: RegExp) => {
         for (const { untilState } of haproxys) await untilState('app1', state)
       }
@@ -12079,27 +11938,25 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       }
       const finale = latch()
       let tries = 0
-      let warmUp = async () => {
+      const warmUp = async () => {
         tries++
         if (tries === 1) throwOk()
         await finale.opened
       }
       let isConnected = () => true
       let checks = 0
-      const database: Database = {
-        isConnected: () => {
-          checks++
-          return isConnected()
-        }
+      const check = () => {
+        checks++
+        return isConnected()
       }
       const { server, held, letGo } = await serveHeld(t)
-      const instance = await bootInstance(t, {
+      const { monitor, ...instance } = await bootInstance(t, {
         server,
-        databases: { main: database },
-        performers: { '/': () => warmUp() },
+        databases: { main: { isConnected: check } },
+        performers: { '/': warmUp },
         until: 'started'
       })
-      const haproxys = await startHaproxysOfReadme(t, instance)
+      const haproxys = await balanceByBoth(t, instance)
       const becomes = async (state: RegExp) => {
         for (const { untilState } of haproxys) await untilState('app1', state)
       }
@@ -12109,7 +11966,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         for (const { statusOf } of haproxys) assert.match(await statusOf('app1'), /^DOWN/, what)
       }
 
-      await untilVerdict(instance.monitor, /^Warmup failed/)
+      await untilVerdict(monitor, /^Warmup failed/)
       await becomes(/^DOWN/)
       await staysDown('its warm-up has failed')
       for (const { front } of haproxys) assert.notEqual((await getPage(front, '/')).body, 'served')
@@ -12128,18 +11985,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         const visitors = Array.from({ length: 20 }, () => getPage(front, '/held'))
         await until(() => held.length === 20, 'no visitor waits in HAProxy').finally(letGo)
         for (const { status } of await Promise.all(visitors)) assert.equal(status, 200)
-      }
-
-      const gate = latch()
-      warmUp = () => gate.opened
-      const view = getPage(instance.instancePort, '/@@warmup')
-      await becomes(/^DOWN/)
-      gate.open()
-      await view
-      await becomes(/^UP/)
-
-      warmUp = () => assert.fail('nobody may have it warm up')
-      for (const { front } of haproxys) {
         const { status, body } = await getPage(front, '/@@warmup')
         assert.equal(status, 403)
         assert.match(body, /administrative rules/) // by HAProxy: the instance is not asked
@@ -12148,32 +11993,64 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   )
 
   test(
-    'what an operator set with `set server … state` stays, whatever the agent check says',
+    'a drained instance gets no request once HAProxy knows, cookies or not, while those that run ' +
+      'are finished, and what an operator sets stays',
     needs('haproxy'),
     async (t) => {
-      const { monitor, ...instance } = await bootInstance(t)
-      const haproxy = await balanceByAgent(t, [{ name: 'one', ...instance }])
-      await haproxy.untilState('one', /^UP$/)
+      let arrivals = 0
+      const boot = async () => {
+        const { server, held, letGo } = await serveHeld(t)
+        return { held, letGo, ...(await bootInstance(t, { server })) }
+      }
+      const first = await boot()
+      const { monitor, held, letGo } = first
+      first.server.on('request', () => {
+        arrivals++
+      })
+      const haproxy = await balance(t, [first, await boot()])
+      await haproxy.untilState('app1', /^UP$/)
       const untilTold = async (text: RegExp) => {
-        const isTold = async () => text.test((await haproxy.stateOf('one'))['last_agt'] ?? '')
+        const isTold = async () => text.test((await haproxy.stateOf('app1'))['last_agt'] ?? '')
         await until(isTold, `it is told ${text}`)
       }
-      for (const [word, state] of [
-        ['maint', /^MAINT/],
-        ['drain', /^DRAIN/]
-      ] as const) {
-        await haproxy.command(`set server back/one state ${word}`)
-        await haproxy.untilState('one', state)
-        void monitor.drain()
-        await untilTold(/stopped \(Draining\)$/)
-        monitor.resume()
-        await untilTold(/up$/)
-        await haproxy.untilState('one', state)
-        assert.equal((await getPage(haproxy.frontPort, '/')).status, 503)
-        await haproxy.command('set server back/one state ready')
-        await haproxy.untilState('one', /^UP$/)
+      const headers = { Cookie: 'app=app1' }
+      const agent = new http.Agent({ keepAlive: true })
+      t.after(() => agent.destroy())
+      const load = keepLoading(t, haproxy.front, [{}, { headers }, { headers, agent }], 5)
+      const untilServed = async (count: number) => {
+        const served = () => load.served.get('served') ?? 0
+        const before = served()
+        await until(() => served() >= before + count, `${count} more are served`)
       }
-      assert.equal((await getPage(haproxy.frontPort, '/')).status, 200)
+
+      const late = getPage(haproxy.front, '/held', { headers })
+      await until(() => held.length === 1, 'a request is in flight')
+      await untilServed(60)
+      const reason = 'maint drain ready up 100% #down' // which are orders to HAProxy, where no reason
+      const drained = monitor.drain({ reason })
+      await haproxy.untilState('app1', /^DOWN \(agent\)$/)
+      await untilTold(/stopped \(maint drain ready up 100% #down\)$/)
+      await untilServed(6) // those that were under way
+      const last = arrivals
+      await untilServed(60)
+      assert.equal(arrivals, last)
+      assert.match(await haproxy.statusOf('app1'), /^DOWN \(agent\)$/)
+      assert.ok(await isPendingFor(0, drained))
+      letGo()
+      const { status, body } = await late
+      assert.deepEqual([status, body], [200, 'late'])
+      await drained
+
+      const order = (state: string) => haproxy.command(`set server app/app1 state ${state}`)
+      await order('maint')
+      monitor.resume()
+      await untilTold(/up$/)
+      assert.match(await haproxy.statusOf('app1'), /^MAINT/)
+      assert.equal(arrivals, last)
+      await order('ready')
+      await until(() => arrivals > last, 'requests come back')
+      await load.stop()
+      assert.deepEqual(load.failed, [])
     }
   )
 
@@ -12183,59 +12060,34 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     async (t) => {
       const { monitor, port, instancePort } = await bootInstance(t)
       const checks: Record<string, string> = {
-        lines: `option tcp-check
-            tcp-check send "health_check\\n"
-            tcp-check expect string OK`,
-        'lines-after-connect': `option tcp-check
+        tcp: `option tcp-check
             tcp-check connect send-proxy
             tcp-check send "health_check\\n"
             tcp-check expect string OK`,
-        http: 'option httpchk GET /health_check',
-        http11: `option httpchk
+        http: `option httpchk
             http-check send meth GET uri /health_check ver HTTP/1.1 hdr Host localhost
             http-check expect string OK`
       }
-      const versions = ['send-proxy', 'send-proxy-v2', 'send-proxy-v2-ssl-cn']
       const names: string[] = []
       const backends: string[] = []
-      for (const [kind, check] of Object.entries(checks)) {
-        for (const version of versions) {
-          const name = `${kind}-${version}`
+      for (const [mode, check] of Object.entries(checks)) {
+        for (const version of ['send-proxy', 'send-proxy-v2', 'send-proxy-v2-ssl-cn']) {
+          const name = `${mode}-${version}`
           names.push(name)
           const line = `127.0.0.1:${instancePort} ${version} check port ${port} check-send-proxy`
           backends.push(`
           backend ${name}
-            mode ${kind.startsWith('http') ? 'http' : 'tcp'}
+            mode ${mode}
+            timeout connect 2s
+            timeout server 20s
             ${check}
-            server ${name} ${line} inter 100ms`)
+            server ${name} ${line} inter 100ms rise 1 fall 1`)
         }
       }
-      const front = await freePort()
-      const haproxy = await startHaproxy(
-        t,
-        `
-          defaults
-            timeout connect 2s
-            timeout client 20s
-            timeout server 20s
-            default-server rise 1 fall 1
-          frontend front
-            mode tcp
-            bind 127.0.0.1:${front}
-            default_backend monitor
-          backend monitor
-            mode tcp
-            server monitor 127.0.0.1:${port} send-proxy-v2
-          ${backends.join('')}\n`
-      )
+      const haproxy = await startHaproxy(t, `${backends.join('')}\n`)
       for (const name of names) await haproxy.untilState(name, /^UP$/)
-      assert.equal(await ask(front, 'drain\n'), 'drain is for this machine only\n')
-      assert.equal((await getPage(front, '/health_check')).body, 'OK\n')
-
       void monitor.drain()
       for (const name of names) await haproxy.untilState(name, /^DOWN/)
-      monitor.resume()
-      for (const name of names) await haproxy.untilState(name, /^UP$/)
     }
   )
 
@@ -12251,17 +12103,15 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 
     const curl = { 'User-Agent': 'curl/8.5.0', Accept: '*/*' }
     const safari = { 'User-Agent': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7)' }
-    const chrome = { 'User-Agent': 'Mozilla/5.0 (X11; Linux x86_64)', 'Sec-Fetch-Site': 'none' }
-    const browsers = [safari, chrome, { ...chrome, 'Sec-Fetch-Site': 'same-origin' }]
+    const sameOrigin = { 'User-Agent': 'Mozilla/5.0 (X11)', 'Sec-Fetch-Site': 'same-origin' }
+    const browsers = [safari, sameOrigin]
     const everybody = [curl, ...browsers]
     const rows: [string, Record<string, string>[]][] = [
       [`location / { ${pass} }`, browsers], // by default HTTP/1.0, or 1.1 in later versions
       [`location / { ${pass} proxy_http_version 1.0; }`, everybody],
-      [`location / { ${newPass} }`, browsers],
       [`location / { ${newPass} proxy_set_header Connection ""; }`, browsers],
       [`location / { ${newPass} ${forwarded} }`, everybody],
-      [`location / { ${newPass} proxy_set_header Host $http_host; }`, browsers],
-      [`location ~ /@@warmup$ { deny all; } location / { ${newPass} }`, everybody]
+      [`location / { ${newPass} proxy_set_header Host $http_host; }`, browsers]
     ]
     const fronts = await Promise.all(rows.map(freePort))
     const servers = rows.map(
@@ -12291,11 +12141,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const server = http.createServer((_, response) => response.end('hello'))
       const logger = { info() {}, warn: print, error: print }
       const isHealthy = async () => {
-        for (let turn = 0; turn < 100; turn++) {
-          if ((await monitor.health()).healthy) return true
-          await pause(50)
-        }
-        return (await monitor.health()).reason
+        await monitor.untilHealthy({ signal: AbortSignal.timeout(10_000) })
+        return true
       }
       server.listen(21000)
       monitor.start({ server, logger })
@@ -12348,74 +12195,50 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         import { execFileSync } from 'node:child_process'
         const server = http.createServer((_, response) => response.end('hello'))
         server.listen(21000, '127.0.0.1')
-        print(await monitor.start(server))
+        monitor.start(server)
         await pause(1_200) // so that it is tried again in vain
         execFileSync('ip', ['addr', 'add', '10.0.0.5/32', 'dev', 'lo'])`
       })
       const listens = 'ftw-monitor listening on 10.0.0.5:8160\n'
       await until(() => instance.output.includes(listens), 'it listens at last')
-      const lines = instance.output.split('\n').filter((line) => !/warm|healthy/i.test(line))
-      const [warning = '', ...others] = lines
-      assert.match(
-        warning,
-        /^ftw-monitor cannot listen: .*EADDRNOTAVAIL.*10\.0\.0\.5:8160; tries every second; /
-      )
-      assert.deepEqual(others, ['false', listens.trim(), ''])
+      const warning = /^ftw-monitor cannot listen: .*EADDRNOTAVAIL.*; tries every second; /gm
+      assert.equal(instance.output.match(warning)?.length, 1, instance.output)
     }
   )
-
-  test('Chromium shows the page as it is meant', { ...SLOW, ...needs('chromium') }, async (t) => {
-    const { port } = await bootInstance(t, {
-      databases: { main: { isConnected: () => Promise.reject(new Error(`<b>no & "way"</b>`)) } },
-      performers: WARM,
-      until: 'started'
-    })
-    await ask(port, 'health_check\n')
-    const words =
-      '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync ' +
-      '--disable-background-networking --disable-component-update --dump-dom'
-    const folder = `--user-data-dir=${scratchFolder(t)}`
-    const { stdout, stderr } = await runToEnd(t, 'chromium', [
-      ...words.split(' '),
-      folder,
-      `http://localhost:${port}/?pause`
-    ])
-    const reason = `Error: Database 'main' failed: &lt;b&gt;no &amp; "way"&lt;/b&gt;`
-    assert.ok(stdout.includes(`<h1 class="fail">${reason}</h1>`), stdout + stderr)
-    assert.match(stdout, /<td>main<\/td><td>failed: &lt;b&gt;no/)
-    assert.match(stdout, /<td>127\.0\.0\.1<\/td><td>asked /)
-    assert.match(stdout, /<td>\/<\/td><td>✓ warm after /)
-    assert.doesNotMatch(stdout, /OK|<b>| style=/)
-    assert.doesNotMatch(stderr, /Content Security Policy|Refused/)
-  })
 
   test(
     "promtool remarks on prom-client's metrics and ours what it does on prom-client's alone, and Prometheus takes them",
     { ...SLOW, ...needs('promtool', 'prometheus'), ...NEEDS_PACKAGES },
     async (t) => {
-      const { port } = await bootProcess(t, { script: PROM_CLIENT })
-      const { body } = await getPage(port, '/metrics')
-      const { body: own } = await getPage(port, '/own')
+      const { monitor, port } = await bootInstance(t, { performers: WARM })
+      const client = createRequire(`${PACKAGES}/`)('prom-client')
+      client.collectDefaultMetrics()
+      const named = (name: string) => {
+        return { name, help: 'Of {the} "shop"\nor \\ so', labelNames: ['path'] }
+      }
+      const seconds = new client.Histogram(named('shop_seconds'))
+      const bytes = new client.Summary(named('shop_bytes'))
+      for (const path of ['a"b', 'back\\slash', 'new\nline', 'ü{x="y"} 1', '\n# TYPE a b']) {
+        seconds.observe({ path }, 0.3)
+        bytes.observe({ path }, 3)
+      }
+      const collect = (): Promise<string> => client.register.metrics()
+      monitor.registerMetrics(collect)
+      const body = await ask(port, 'metrics\n')
+      const own = await collect()
       const check = (input: string) => runToEnd(t, 'promtool', ['check', 'metrics'], { input })
       assert.deepEqual(await check(body), await check(own))
       const families = (text: string): string[] => text.match(/^# TYPE \S+/gm) ?? []
       for (const family of families(own)) assert.ok(families(body).includes(family), family)
       assert.equal(new Set(families(body)).size, families(body).length)
-      assert.match(body, /^nodejs_eventloop_lag_p99_seconds /m)
-      assert.match(body, /^shop_seconds_bucket\{le="\+Inf",path="a\\"b"\} 1$/m)
-      assert.match(body, /^ftw_monitor_database_connected\{database="main"\} 1$/m)
 
       const folder = scratchFolder(t)
       const file = join(folder, 'prometheus.yml')
       const apiPort = await freePort()
-      fs.writeFileSync(
-        file,
-        `scrape_configs:
-        - job_name: web
-          scrape_interval: 1s
-          scrape_timeout: 1s
-          static_configs: [{ targets: ['127.0.0.1:${port}'] }]`
-      )
+      const scraping = readmeBlock('yaml', 'scrape_configs')
+        .replace('15s', '1s\n    scrape_timeout: 1s')
+        .replace(/targets: .*/, `targets: ['127.0.0.1:${port}']`)
+      fs.writeFileSync(file, scraping)
       watch(t, 'prometheus', [
         `--config.file=${file}`,
         `--storage.tsdb.path=${join(folder, 'data')}`,
@@ -12429,7 +12252,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       await until(async () => (await valueOf('up')) === '1', 'it is up', 20_000)
       assert.equal(await valueOf('ftw_monitor_healthy'), '1')
       assert.equal(await valueOf('shop_bytes_count'), '1')
-      assert.ok(Number(await valueOf('nodejs_heap_space_size_used_bytes')) > 0)
     }
   )
 
@@ -12450,76 +12272,44 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     }
   )
 
-  const databaseClients = {
-    'a Redis client': {
-      needs: needs('redis-server'),
-      start: startRedis,
-      connect: (port: number) => `
-        import { createClient } from 'redis'
-        const client = createClient({ url: 'redis://127.0.0.1:${port}' })
-        await client.connect()
-        const query = () => client.ping()`,
-      close: 'client.close()',
-      answer: 'PONG',
-      kept: /^ftw-monitor is done, but something keeps the process alive: 1 TCPSocketWrap; exits$/
-    },
-    'a pool of PostgreSQL connections': {
-      needs: NEEDS_POSTGRES,
-      start: async (t: TestContext) => Number((await startPostgres(t)).environment.PGPORT),
-      connect: (port: number) => `
+  test(
+    'a pool of PostgreSQL connections and a Redis client, closed by cleanUp or not, do not keep a service alive',
+    { ...SLOW, ...NEEDS_POSTGRES, ...needs('redis-server') },
+    async (t) => {
+      const { environment: env } = await startPostgres(t)
+      const port = String(await freePort())
+      const words = ['--port', port, '--bind', '127.0.0.1', '--save', '', '--appendonly', 'no']
+      const server = watch(t, 'redis-server', words, { cwd: scratchFolder(t) })
+      await until(() => server.output.includes('Ready to accept connections'), 'Redis runs')
+
+      const script = `
         import pg from 'pg'
-        const client = new pg.Pool({
-          host: '127.0.0.1', port: ${port}, user: 'tester', database: 'postgres'
-        })
-        await Promise.all([client.query('select 1'), client.query('select 2')])
-        const query = async () => (await client.query("select 'seven' as seven")).rows[0].seven`,
-      close: 'client.end()',
-      answer: 'seven',
-      kept: /^ftw-monitor is done, .* \d TCPSocketWrap, \d Timeout; exits$/
-    }
-  }
-  for (const [what, client] of Object.entries(databaseClients)) {
-    test(
-      `${what}, closed by cleanUp or not, does not keep a service alive`,
-      { ...SLOW, ...NEEDS_PACKAGES, ...client.needs },
-      async (t) => {
-        const script = `${client.connect(await client.start(t))}
-          handle = async (request, response) => {
-            if (request.url !== '/query') return response.end() // the warm-up, which the signal aborts
-            print('asked for', request.url)
-            await pause(300)
-            response.end(await query())
-          }`
-        const endOne = async (cleanUp: string, said: RegExp) => {
-          const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`)
-          const { status, output } = await service.endWhileServing(service.instancePort, '/query', {
-            body: client.answer
-          })
-          assert.equal(status, 0, output)
-          assert.match(linesOfShutdown(output).join('\n'), said)
-        }
-        const closing = `cleanUp: () => ${client.close}`
-        await Promise.all([endOne('', client.kept), endOne(closing, /^$/)])
+        import { createClient } from 'redis'
+        const pool = new pg.Pool()
+        await Promise.all([pool.query('SELECT 1'), pool.query('SELECT 2')])
+        const redis = createClient({ url: 'redis://127.0.0.1:${port}' })
+        await redis.connect()
+        handle = async (request, response) => {
+          if (request.url !== '/query') return response.end() // the warm-up, which the signal aborts
+          print('asked for', request.url)
+          await pause(300)
+          const { rowCount } = await pool.query('SELECT 7')
+          response.end(rowCount + await redis.ping())
+        }`
+      const endOne = async (cleanUp: string, said: RegExp) => {
+        const service = await bootServiceOf(t, `${script}; options = { ${cleanUp} }`, env)
+        const body = '1PONG'
+        const ending = await service.endWhileServing(service.instancePort, '/query', { body })
+        assert.equal(ending.status, 0, ending.output)
+        assert.match(linesOfShutdown(ending.output).join('\n'), said)
       }
-    )
-  }
+      const kept = /^ftw-monitor is done, .* \d TCPSocketWrap, \d Timeout; exits$/
+      const closing = 'cleanUp: () => Promise.all([pool.end(), redis.close()])'
+      await Promise.all([endOne('', kept), endOne(closing, /^$/)])
+    }
+  )
 
   const frameworks: Record<string, string> = {
-    Express: `
-      import express from 'express'
-      const app = express()
-      app.get('/slow500', handle)
-      server = app.listen(0, '127.0.0.1')
-      const closeAll = promisify(server.close.bind(server))`,
-    Koa: `
-      import Koa from 'koa'
-      const app = new Koa()
-      app.use(async (context) => {
-        context.respond = false
-        await handle(context.req, context.res)
-      })
-      server = http.createServer(app.callback())
-      const closeAll = promisify(server.close.bind(server))`,
     Fastify: `
       import Fastify from 'fastify'
       const app = Fastify()
@@ -12528,8 +12318,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         await handle(request.raw, reply.raw)
       })
       server = app.server
-      listen = () => app.listen({ port: 0, host: '127.0.0.1' })
-      const closeAll = () => app.close()`,
+      listen = () => app.listen({ port: 0, host: '127.0.0.1' })`,
     Nest: `
       import 'reflect-metadata'
       import { NestFactory } from '@nestjs/core'
@@ -12539,8 +12328,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const app = await NestFactory.create(App, { logger: false })
       app.use(handle)
       server = app.getHttpServer()
-      listen = () => app.listen(0, '127.0.0.1')
-      const closeAll = () => app.close()`
+      listen = () => app.listen(0, '127.0.0.1')`
   }
   for (const [name, script] of Object.entries(frameworks)) {
     const how = name === 'Fastify' ? NEEDS_PACKAGES : { ...SLOW, ...NEEDS_PACKAGES }
@@ -12551,74 +12339,40 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
         const service = await bootServiceOf(
           t,
           `${script}
-        server.on('upgrade', (request, socket) => {
-          socket.on('error', () => {})
-          socket.write('HTTP/1.1 101 Switching Protocols\\r\\nUpgrade: echo\\r\\n\\r\\n')
-        })
-        if (server.listening) listen = () => {}
-        options.cleanUp = async () => {
-          cleanUp()
-          await closeAll()
-          print('closed')
-        }`
+          server.on('upgrade', (request, socket) => {
+            socket.on('error', () => {}).write(${JSON.stringify(UPGRADED)})
+          })
+          options.cleanUp = async () => {
+            cleanUp()
+            await app.close()
+            print('closed')
+          }`
         )
         const { instancePort, endWhileServing } = service
         const peer = await upgradeTo(instancePort)
         t.after(() => peer.socket.destroy())
         const { status, ms, output } = await endWhileServing(instancePort, '/slow500')
         assert.deepEqual([status, linesOfShutdown(output)], [0, []], output)
-        if (!/Express|Koa/.test(name)) assert.match(output, /\nclosed\n/)
+        assert.match(output, /\nclosed\n/)
         assert.ok(ms > 1_990, `${ms} ms`)
       }
     )
   }
 
   test(
-    "Next.js's custom server ends by SIGTERM",
-    { ...NEEDS_PACKAGES, ...SLOW, timeout: 180_000 },
-    async (t) => {
-      const folder = await buildNextApp(t)
-      const env = NEXT_ENVIRONMENT
-      const script = `
-        import next from 'next'
-        const app = next({ dev: false, dir: ${JSON.stringify(folder)} })
-        await app.prepare()
-        const handlePage = app.getRequestHandler()
-        server = http.createServer((request, response) => {
-          print('asked for', request.url)
-          return handlePage(request, response)
-        })
-        options.cleanUp = async () => {
-          await app.close()
-          print('closed')
-        }`
-      const service = await bootService(t, { script, cwd: folder, env })
-      const answer = getPage(service.instancePort, '/?late')
-      await service.hasSaid('asked for /?late')
-      const { status, output } = await service.end()
-      assert.match((await answer).body, /a page/)
-      assert.equal(status, 0, output)
-      assert.match(output, /\nclosed\n/)
-    }
-  )
-
-  test(
     'Apollo Server, which sends the signal again, loses nothing',
     { ...SLOW, ...needsPackage('@apollo/server') },
     async (t) => {
-      const service = await bootServiceOf(
-        t,
-        `
-          const { ApolloServer } = await import('@apollo/server')
-          const listener = { serverWillStop: async () => print('Apollo stops') }
-          const apollo = new ApolloServer({
-            typeDefs: 'type Query { hello: String }',
-            resolvers: { Query: { hello: () => 'hello' } },
-            stopOnTerminationSignals: true,
-            plugins: [{ serverWillStart: async () => listener }]
-          })
-          await apollo.start()`
-      )
+      const script = `
+        import { ApolloServer } from '@apollo/server'
+        const listener = { serverWillStop: async () => print('Apollo stops') }
+        const apollo = new ApolloServer({
+          typeDefs: 'type Query { hello: String }',
+          stopOnTerminationSignals: true,
+          plugins: [{ serverWillStart: async () => listener }]
+        })
+        await apollo.start()`
+      const service = await bootServiceOf(t, script)
       const { status, output } = await service.endWhileServing(service.instancePort, '/slow600')
       assertOrder(output, 'cleaned up', 'Apollo stops')
       assert.equal(status, null, output) // as without us: of the signal that it sends
@@ -12629,34 +12383,46 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const [name = ''] = command.split('/')
     test(
       `${name} as it is has a monitor, and ends in its own way without a lost request`,
-      { ...SLOW, ...needsPackage(name), timeout: 180_000 },
+      { ...SLOW, ...needsPackage(name) },
       async (t) => {
-        const folder = name === 'next' ? await buildNextApp(t) : scratchFolder(t)
-        for (const [path, text] of Object.entries(SERVED))
+        const folder = scratchFolder(t)
+        for (const [path, text] of Object.entries(SERVED)) {
           fs.writeFileSync(join(folder, path), text)
-        const port = await freePort()
-        const adapted = command.replace('FOLDER', folder).replace('PORT', String(port))
-        const [file = '', ...words] = adapted.split(' ')
-        const program = join(PACKAGES ?? '', 'node_modules', file)
-        const env = {
-          ...NEXT_ENVIRONMENT,
-          PORT: String(port),
-          FTW_MONITOR: 'auto',
-          FTW_MONITOR_TIMEOUT_MS: '4000',
-          NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`
         }
-        const watched = watch(t, process.execPath, [program, ...words], { cwd: folder, env })
-        await untilHealthy(port + 80, 60_000)
-        const before = await askRequests(port + 80)
-        assert.equal((await getPage(port, '/')).status, 200)
-        assert.equal((await askRequests(port + 80)) - before, 1)
-
-        await endUnderLoad(t, watched, { port, path: '/' })
+        const watched = await endUnmodified(t, folder, command)
         assert.equal(await watched.exit, status, watched.output)
         assert.match(watched.output, lastWords)
       }
     )
   }
+
+  test(
+    'Next.js ends by SIGTERM, as it is and with a custom server',
+    { ...SLOW, ...needsPackage('next'), timeout: 180_000 },
+    async (t) => {
+      const folder = await buildNextApp(t)
+      const command = 'next/dist/bin/next start FOLDER -p PORT -H 127.0.0.1'
+      const asItIs = await endUnmodified(t, folder, command)
+      assert.equal(await asItIs.exit, 143, asItIs.output)
+
+      const script = `
+        import next from 'next'
+        const app = next({ dev: false, dir: ${JSON.stringify(folder)} })
+        await app.prepare()
+        const handlePage = app.getRequestHandler()
+        server = http.createServer((request, response) => {
+          print('asked for', request.url)
+          return handlePage(request, response)
+        })
+        options.cleanUp = () => app.close()`
+      const service = await bootService(t, { script, cwd: folder, env: NEXT_ENVIRONMENT })
+      const answer = getPage(service.instancePort, '/?late')
+      await service.hasSaid('asked for /?late')
+      const { status, output } = await service.end()
+      assert.match((await answer).body, /a page/)
+      assert.equal(status, 0, output)
+    }
+  )
 
   test('the demo answers nc as the README says', needs('nc'), async (t) => {
     const port = await freePort()
@@ -12667,116 +12433,18 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       assert.equal(status, 0, `${command}: ${stdout}${stderr}`)
       return stdout + stderr
     }
-    await until(() => demo.output.includes('listening on'), 'the demo listens')
+    await until(() => demo.output.includes('warms up'), 'the demo warms up')
     const isEarly = ({ reply }: { reply: string }) => reply === 'Warmup in progress\n'
     assert.ok(TRANSCRIPT.some(isEarly) && TRANSCRIPT.length >= 3)
-    const startedAt = performance.now()
-    const hasBooted = async () =>
-      (await ask(port + 80, 'health_check\n')) !== 'Instance is booting\n'
-    await until(hasBooted, 'it has booted')
     for (const { command, reply } of TRANSCRIPT.filter(isEarly)) {
       assert.equal(await shell(command), reply)
     }
-    const page = await getPage(port, '/')
-    assert.equal(page.status, 200)
+    assert.equal((await getPage(port, '/')).status, 200)
     await untilHealthy(port + 80, 30_000)
-    const tookMs = performance.now() - startedAt
-    assert.ok(tookMs > 2_500, `its warm-up took ${tookMs} ms`)
     for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
       assert.equal(await shell(command), reply)
     }
   })
-
-  test(
-    'curl, Kubernetes and nc, asking at the same time, are told one verdict',
-    needs('curl', 'nc'),
-    async (t) => {
-      let connected = true
-      const { monitor, port } = await bootInstance(t, {
-        databases: { main: { isConnected: () => connected } }
-      })
-      const url = `http://127.0.0.1:${port}/health_check`
-      const run = async (program: string, words: string[], input = '') => {
-        const { status, stdout, stderr } = await runToEnd(t, program, words, { input })
-        return `${status} ${stdout}${stderr}`
-      }
-      const expectVerdict = async (reason: string, status: number) => {
-        const answers = [
-          run('curl', ['-s', '--fail-with-body', '-w', '%{http_code}', url]),
-          run('nc', ['-N', '127.0.0.1', String(port)], 'health_check\n')
-        ]
-        const kubelet = { headers: { 'User-Agent': 'kube-probe/1.31' } }
-        const probed = await getPage(port, '/health_check', kubelet)
-        assert.deepEqual([probed.status, probed.body], [status, reason])
-        const exit = status === 200 ? 0 : 22
-        assert.deepEqual(await Promise.all(answers), [`${exit} ${reason}${status}`, `0 ${reason}`])
-      }
-      await expectVerdict('OK\n', 200)
-      connected = false
-      await expectVerdict("Error: Database 'main' disconnected.\n", 503)
-      void monitor.drain({ reason: 'Out for the night' })
-      await expectVerdict('Out for the night\n', 503)
-      connected = true
-      monitor.resume()
-      await expectVerdict('OK\n', 200)
-    }
-  )
-
-  test(
-    'a drained instance gets no request once HAProxy knows, cookies or not, while those that run ' +
-      'are finished',
-    needs('haproxy'),
-    async (t) => {
-      let arrivals = 0
-      const instances = await Promise.all(
-        ['one', 'two'].map(async (name) => {
-          const { server, held, letGo } = await serveHeld(t)
-          server.on('request', () => {
-            if (name === 'one') arrivals++
-          })
-          const instance = await bootInstance(t, { server })
-          return { name, held, letGo, ...instance }
-        })
-      )
-      const { monitor, held, letGo } = instances[0]!
-      const haproxy = await balanceByAgent(t, instances)
-      await haproxy.untilState('one', /^UP$/)
-      const headers = { Cookie: 'INSTANCE=one' }
-      const agent = new http.Agent({ keepAlive: true })
-      t.after(() => agent.destroy())
-      const load = keepLoading(t, haproxy.frontPort, [{}, { headers }, { headers, agent }], 5)
-      const untilServed = async (count: number) => {
-        const served = () => load.served.get('served') ?? 0
-        const before = served()
-        await until(() => served() >= before + count, `${count} more are served`)
-      }
-      const late = getPage(haproxy.frontPort, '/held', { headers })
-      await until(() => held.length === 1, 'a request is in flight')
-      await untilServed(60)
-      let isDrained = false
-      const reason = 'maint drain ready up 100% #down' // which are orders to HAProxy, where no reason
-      const drained = monitor.drain({ reason }).then(() => {
-        isDrained = true
-      })
-      await haproxy.untilState('one', /^DOWN \(agent\)$/)
-      const { last_agt } = await haproxy.stateOf('one')
-      assert.match(last_agt ?? '', /stopped \(maint drain ready up 100% #down\)$/)
-      await untilServed(6) // those that were under way
-      const last = arrivals
-      await untilServed(60)
-      assert.equal(arrivals, last)
-      assert.match(await haproxy.statusOf('one'), /^DOWN \(agent\)$/)
-      assert.equal(isDrained, false)
-      letGo()
-      const { status, body } = await late
-      assert.deepEqual([status, body], [200, 'late'])
-      await drained
-      monitor.resume()
-      await until(() => arrivals > last, 'requests come back')
-      await load.stop()
-      assert.deepEqual(load.failed, [])
-    }
-  )
 
   test(
     "25 slow queries at the README's pool of 10 leave the instance green, and none fails",
@@ -12785,40 +12453,25 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const postgres = await startPostgres(t)
       const folder = scratchFolder(t)
       fs.symlinkSync(join(PACKAGES!, 'node_modules'), join(folder, 'node_modules'))
-      const [, recipe = ''] =
-        /^```js\n(import http from 'node:http'\nimport pg [^]*?)^```$/m.exec(README_TEXT) ?? []
-      const slow = recipe
+      const recipe = readmeBlock('js', 'import pg from')
         .replace("'ftw-monitor'", JSON.stringify(MODULE.href))
         .replace('SELECT version()', '$& FROM pg_sleep(1.2)')
-      const careless = slow.replace('await checkPool.query', 'await pool.query')
-      assert.ok(slow.includes('pg_sleep') && careless !== slow)
+      assert.match(recipe, /pg_sleep/)
+      const file = join(folder, 'server.mjs')
+      fs.writeFileSync(file, recipe)
+      const port = await freePort()
+      watch(t, process.execPath, [file], { env: { ...postgres.environment, PORT: String(port) } })
+      await untilHealthy(port + 80)
 
-      const boot = async (name: string, source: string) => {
-        const port = await freePort()
-        const file = join(folder, `${name}.mjs`)
-        fs.writeFileSync(file, source)
-        watch(t, process.execPath, [file], { env: { ...postgres.environment, PORT: String(port) } })
-        await untilHealthy(port + 80)
-        return port
-      }
-      /** Gives the statuses of 25 requests at once, and the verdicts meanwhile. */
-      const load = async (port: number) => {
-        const reasons = new Set<string>()
-        const asking = keepAsking(50, async () => {
-          reasons.add(await ask(port + 80, 'health_check\n'))
-        })
-        const requests = Array.from({ length: 25 }, () => getPage(port, '/', { limitMs: 20_000 }))
-        const statuses = new Set((await Promise.all(requests)).map(({ status }) => status))
-        await asking.stop()
-        return { reasons: [...reasons], statuses: [...statuses] }
-      }
-      const port = await boot('recipe', slow)
-      const [good, bad] = await Promise.all([load(port), load(await boot('careless', careless))])
-      assert.deepEqual(good, { reasons: ['OK\n'], statuses: [200] })
-      assert.ok(bad.reasons.includes("Error: Database 'main' timed out.\n"), bad.reasons.join())
+      const reply = () => ask(port + 80, 'health_check\n')
+      const reasons = new Set<string>()
+      const prober = keepAsking(50, async () => reasons.add(await reply()))
+      const pages = await Promise.all(Array.from({ length: 25 }, () => getPage(port, '/')))
+      await prober.stop()
+      assert.deepEqual([...reasons], ['OK\n'])
+      for (const { status } of pages) assert.equal(status, 200)
 
       await postgres.stop()
-      const reply = async () => await ask(port + 80, 'health_check\n')
       await until(async () => (await reply()).startsWith("Error: Database 'main' "), 'it is red')
       await postgres.start()
       await untilHealthy(port + 80)
