@@ -12073,7 +12073,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       for (const isDisabled of [1, 0]) {
         const network = `sysctl -qw net.ipv6.conf.all.disable_ipv6=${isDisabled}`
         const instance = runScript(t, { script, env: { HOST: '::' }, network })
-        await instance.exit
+        await inTime(instance.exit, 'it ends', 60_000)
         const advice = /(?<=EADDRNOTAVAIL).*(?=; tries every second; )|(?<=second; ).*/g
         assert.deepEqual(instance.output.replace(advice, '').split('\n'), [
           'by itself http://localhost:21000',
