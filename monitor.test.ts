@@ -3316,66 +3316,49 @@ async function reasonsOf(monitor: Monitor): Promise<string[]> {
 const RECORDED_BOOT = ['Instance is booting', 'Warmup in progress', 'OK']
 
 describeInProcess('Changes of the verdict', ALONE, () => {
-  for (const [what, env, reasons] of [
-    ['', {}, RECORDED_BOOT],
-    [' without a warm-up', { FTW_MONITOR_AUTOWARMUP: '0' }, ['Instance is booting', 'OK']]
-  ] as const) {
-    test(`the end of a boot${what} is recorded though nobody asks, and its database is asked once`, async (t) => {
-      setEnvironment(t, env)
-      const timers = takeTimers(t)
-      let questions = 0
-      const isConnected = () => {
-        questions++
-        return true
-      }
-      const { monitor, logger } = await bootUnasked(t, { databases: { main: { isConnected } } })
-      assert.deepEqual(changesLogged(logger), ['info ftw-monitor is healthy after N s'])
-      for (let minute = 0; minute < 60; minute++) {
-        timers.pass(60_000)
-        await nextTurn()
-      }
-      assert.equal(questions, 1)
-      assert.deepEqual(await reasonsOf(monitor), reasons)
-    })
-  }
-
-  test('an instance that was green before its database failed was healthy, and says since when', async (t) => {
-    const clock = fakeClock(t)
-    let isThere = true
-    const warmUp = () => {
-      clock.now += 3_000
-    }
-    const { monitor, logger } = await bootUnasked(t, {
-      performers: { '/': warmUp },
-      databases: { main: { isConnected: () => isThere } }
-    })
-    clock.now += 1_500
-    isThere = false
-    const { reason } = await monitor.health()
-    assert.equal(reason, "Error: Database 'main' disconnected.")
-    assert.deepEqual(await reasonsOf(monitor), [...RECORDED_BOOT, reason])
-    assert.ok(logger.lines.includes('info ftw-monitor is healthy after 3.0 s'))
-  })
-
-  test('a database that is down at the end of a warm-up is told, though nobody asks', async (t) => {
-    const main = { isConnected: () => Promise.reject(new Error('no route')) }
-    const { logger } = await bootUnasked(t, { databases: { main } })
-    const red = "warn ftw-monitor is red: Database 'main' failed: no route"
-    assert.deepEqual(changesLogged(logger), [red])
-  })
-
-  test('a drain and its end are recorded when they happen', async (t) => {
+  test('an instance that nobody asks tells of its boot, a warm-up and a drain, and asks its database only then', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, logger } = await bootUnasked(t)
+    let questions = 0
+    const isConnected = () => {
+      questions++
+      return true
+    }
+    const { monitor, port, logger } = await bootUnasked(t, { databases: { main: { isConnected } } })
+    assert.deepEqual(changesLogged(logger), ['info ftw-monitor is healthy after N s'])
+    for (let minute = 0; minute < 60; minute++) {
+      timers.pass(60_000)
+      await nextTurn()
+    }
+    assert.equal(questions, 1)
+
+    await ask(port, 'warmup\n')
+    const isWarmupTold = () => {
+      timers.pass(1_000) // between two lines
+      return changesLogged(logger).length === 3
+    }
+    await until(isWarmupTold, 'it was red')
     timers.pass(1_000)
     const drained = monitor.drain({ reason: 'Moving house' })
     assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is red: Moving house')
     await drained
     timers.pass(1_000)
     monitor.resume()
-    await until(() => changesLogged(logger).length === 3, 'its end is told')
+    await until(() => changesLogged(logger).length === 5, 'its end is told')
     assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is healthy again after N s')
-    assert.deepEqual(await reasonsOf(monitor), [...RECORDED_BOOT, 'Moving house', 'OK'])
+    assert.equal(questions, 3)
+    const warmedUp = ['Warmup in progress', 'OK']
+    const reasons = [...RECORDED_BOOT, ...warmedUp, 'Moving house', 'OK']
+    assert.deepEqual(await reasonsOf(monitor), reasons)
+  })
+
+  test('a database that is down after the boot is told though nobody asks, with a warm-up or without', async (t) => {
+    const main = { isConnected: () => Promise.reject(new Error('no route')) }
+    for (const value of ['on', 'off']) {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+      const { logger } = await bootUnasked(t, { databases: { main } })
+      const red = "warn ftw-monitor is red: Database 'main' failed: no route"
+      assert.deepEqual(changesLogged(logger), [red])
+    }
   })
 
   test('a server that closes, and listens again, is recorded when that happens', async (t) => {
@@ -3410,15 +3393,12 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is red: Instance is shutting down')
   })
 
-  test('nothing is told as healthy when a shutdown has begun', async (t) => {
+  test('a shutdown is told phase by phase, and nothing as healthy once it has begun', async (t) => {
     const timers = takeTimers(t)
-    const { server, held, letGo } = await serveHeld(t)
     let isThere = true
-    const { monitor, logger } = await bootInstance(t, { server, performers: WARM })
+    const { monitor, logger } = await bootInstance(t, { performers: WARM })
     monitor.registerCheck('flag', () => isThere)
     timers.pass(1_000)
-    const answer = getPage(portOf(server), '/held')
-    await until(() => held.length > 0, 'a request is in flight')
     isThere = false
     await monitor.health()
     isThere = true
@@ -3426,123 +3406,69 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const seen = logger.lines.length
     const ended = monitor.shutdown()
     timers.pass(2_000)
-    letGo()
-    await Promise.all([answer, ended])
-    const lines = logger.lines.slice(seen)
-    assert.equal(lines[0], 'info ftw-monitor shuts down')
-    assert.equal(lines[1], 'info ftw-monitor is red: Draining')
-    assert.equal(lines.filter((line) => line.includes('healthy')).length, 0, lines.join('\n'))
+    await ended
+    const told = logger.lines.slice(seen).filter((line) => /shut|red|healthy/.test(line))
+    const untimed = told.map((line) => line.replace(/\d+\.\d s$/, 'N s'))
+    assert.deepEqual(untimed, [
+      'info ftw-monitor shuts down',
+      'info ftw-monitor is red: Draining',
+      'info ftw-monitor shutdown: settling after N s',
+      'info ftw-monitor shutdown: closing after N s',
+      'info ftw-monitor shutdown: cleaning after N s',
+      'info ftw-monitor shutdown: done after N s'
+    ])
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
   })
 
-  test('a warm-up that is asked for is recorded, and each further try of a failed one is not', async (t) => {
-    const timers = takeTimers(t)
-    let tries = 0
-    let isBroken = false
-    const warmUp = () => {
-      tries++
-      if (isBroken) throw new Error('no stock')
-    }
-    const { monitor, port, logger } = await bootUnasked(t, { performers: { '/': warmUp } })
-    timers.pass(1_000)
-    await ask(port, 'warmup\n')
-    await until(() => changesLogged(logger).length === 2, 'it was red')
-    timers.pass(1_000)
-    isBroken = true
-    await ask(port, 'warmup\n')
-    for (let next = 4; next < 8; next++) {
-      await until(() => logger.lines.at(-1)?.includes('tries again'), 'it failed')
-      await nextTurn()
-      timers.pass(30_000)
-      await until(() => tries === next, 'it is tried again')
-    }
-    const warmedUp = ['Warmup in progress', 'OK']
-    const failed = ['Warmup in progress', 'Warmup failed: no stock']
-    assert.deepEqual(await reasonsOf(monitor), [...RECORDED_BOOT, ...warmedUp, ...failed])
-  })
-
-  test('each change that a check sees is one line in the log, with its reason and how long it was red', async (t) => {
+  test('each change that a check sees is one line in the log, but at most one a second, with its reason and how long it was red', async (t) => {
     const clock = fakeClock(t)
-    const timers = takeTimers(t)
+    const timers = takeTimers(t, ['setInterval'], clock)
     let trouble: Error | undefined
     const isConnected = async () => {
       if (trouble) throw trouble
       return true
     }
-    const { monitor, port, logger } = await bootInstance(t, {
-      performers: WARM,
+    const warmUp = () => {
+      clock.now += 3_000
+    }
+    const { monitor, logger } = await bootUnasked(t, {
+      performers: { '/': warmUp },
       databases: { main: { isConnected } }
     })
-    const change = async (error: Error | undefined, afterMs: number) => {
+    const refusals = ['7', '8'].map((end) => new Error(`connect ECONNREFUSED 10.0.0.${end}:5432`))
+    const changeAfter = async (ms: number, error: Error | undefined) => {
+      timers.pass(ms)
       trouble = error
-      clock.now += afterMs
-      timers.pass(1_000)
-      await askTimes(3, port, 'health_check\n')
+      for (let check = 0; check < 3; check++) await monitor.health()
     }
-    const seen = logger.lines.length
-    await change(new Error('connect ECONNREFUSED 10.0.0.7:5432'), 60_000)
-    await change(new Error('connect ECONNREFUSED 10.0.0.8:5432'), 10_000) // no change of its category
-    await change(undefined, 14_100)
-    monitor.registerCheck('disk', () => false)
-    await change(undefined, 1_000)
-    assert.deepEqual(logger.lines.slice(seen), [
+    await changeAfter(60_000, refusals[0])
+    await changeAfter(10_000, refusals[1]) // no change of its category
+    await changeAfter(14_100, undefined)
+    const told = [
+      'info ftw-monitor is healthy after 3.0 s',
       "warn ftw-monitor is red: Database 'main' failed: connect ECONNREFUSED 10.0.0.7:5432",
-      'info ftw-monitor is healthy again after 24.1 s',
-      "warn ftw-monitor is red: Check 'disk' failed."
-    ])
-  })
+      'info ftw-monitor is healthy again after 24.1 s'
+    ]
+    assert.deepEqual(logger.lines.slice(-3), told)
 
-  test('at most one line a second tells of changes: the last one, and why it was red meanwhile', async (t) => {
-    const timers = takeTimers(t)
-    let isConnected = true
-    const { monitor, logger } = await bootInstance(t, {
-      performers: WARM,
-      databases: { main: { isConnected: () => isConnected } }
-    })
     timers.pass(10_000)
     const seen = logger.lines.length
-    const changeTimes = async (count: number) => {
-      for (let time = 0; time < count; time++) {
-        isConnected = !isConnected
-        await monitor.health()
-      }
+    for (let flip = 0; flip < 51; flip++) {
+      await changeAfter(0, undefined)
+      await changeAfter(0, refusals[1])
     }
-    await changeTimes(101)
     assert.equal(logger.lines.length, seen + 1)
-    timers.pass(10_000)
-    await changeTimes(3)
+    await changeAfter(10_000, undefined)
+    await changeAfter(0, refusals[1])
+    await changeAfter(0, undefined)
     timers.pass(2_000)
-    assert.deepEqual(changesLogged({ lines: logger.lines.slice(seen) }), [
-      "warn ftw-monitor is red: Database 'main' disconnected.",
-      "warn ftw-monitor is red: Database 'main' disconnected.",
-      'info ftw-monitor is healthy again after N s',
-      "info ftw-monitor is healthy again after N s; it was red: Database 'main' disconnected."
+    const why = "Database 'main' failed: connect ECONNREFUSED 10.0.0.8:5432"
+    assert.deepEqual(logger.lines.slice(seen), [
+      `warn ftw-monitor is red: ${why}`,
+      `warn ftw-monitor is red: ${why}`,
+      'info ftw-monitor is healthy again after 10.0 s',
+      `info ftw-monitor is healthy again after 0.0 s; it was red: ${why}`
     ])
-  })
-
-  test('many checks at once that see a database turn good start one try', async (t) => {
-    takeTimers(t) // so that no time passes
-    let tries = 0
-    let isThere = false
-    const { monitor } = await bootInstance(t, {
-      databases: { main: { isConnected: () => isThere } },
-      performers: {
-        '/': () => {
-          tries++
-          throw new Error('no stock')
-        }
-      },
-      until: 'started'
-    })
-    const untilFailed = () => {
-      return until(async () => (await monitor.status()).warmup[0]!.nextTrySeconds > 0, 'it failed')
-    }
-    await untilFailed()
-    const before = tries
-    isThere = true
-    await Promise.all(Array.from({ length: 100 }, () => monitor.health()))
-    await untilFailed()
-    assert.equal(tries, before + 1)
   })
 
   test('the last ten changes are in status(), JSON, text and page, with their times', async (t) => {
@@ -3573,21 +3499,6 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     assert.equal(checks['verdict:age'].length, 10)
     const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
     assert.equal(page.body.split('<th scope="row">since').length - 1, 10)
-  })
-
-  test('the log tells the phases of a shutdown, each with its time', async (t) => {
-    const { monitor, logger } = await bootInstance(t, { performers: WARM })
-    const seen = logger.lines.length
-    await monitor.shutdown()
-    const phases = logger.lines.slice(seen).filter((line) => line.includes('shut'))
-    const untimed = phases.map((line) => line.replace(/\d+\.\d s$/, 'N s'))
-    assert.deepEqual(untimed, [
-      'info ftw-monitor shuts down',
-      'info ftw-monitor shutdown: settling after N s',
-      'info ftw-monitor shutdown: closing after N s',
-      'info ftw-monitor shutdown: cleaning after N s',
-      'info ftw-monitor shutdown: done after N s'
-    ])
   })
 
   test('a fault of our own is logged once a minute, and the application serves', async (t) => {
@@ -4816,44 +4727,44 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.equal((await monitor.health()).reason, 'OK')
   })
 
-  for (const kind of ['database', 'check']) {
-    test(`a ${kind} that turns good starts the next try of a failed warm-up at once`, async (t) => {
-      const timers = takeTimers(t)
-      let isThere = false
-      const sites = recordSites('/')
-      sites.failures = { '/': new Error('no stock') }
-      const { monitor, port } = await bootInstance(t, {
-        prepare: ({ registerCheck, registerDatabase }) => {
-          if (kind === 'check') registerCheck('disk', () => isThere)
-          else registerDatabase('main', { isConnected: () => isThere })
-        },
-        performers: sites.performers,
-        until: 'started'
-      })
-      const nextTrySeconds = async () => (await monitor.status()).warmup[0]!.nextTrySeconds
-      await until(async () => (await nextTrySeconds()) === 1, 'the next try is known')
-      timers.pass(1_000)
-      await until(async () => (await nextTrySeconds()) === 2, 'it was tried')
-      const line = /failed after \d+\.\d s; next try in 2 s: no stock$/m
-      assert.match(await ask(port, 'status\n'), line)
-
-      isThere = true
-      sites.failures = {}
-      await untilHealthy(port) // without any time passing
-      assert.equal(sites.calls.length, 3)
-      assert.equal(await nextTrySeconds(), -1)
+  test('a database or a check that turns good starts one try of a failed warm-up at once, however many ask', async (t) => {
+    const timers = takeTimers(t)
+    let isConnected = false
+    let isPassing = false
+    const sites = recordSites('/')
+    sites.failures = { '/': new Error('no stock') }
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => isConnected } },
+      prepare: ({ registerCheck }) => registerCheck('disk', () => isPassing),
+      performers: sites.performers,
+      until: 'started'
     })
-  }
+    const nextTrySeconds = async () => (await monitor.status()).warmup[0]!.nextTrySeconds
+    await until(async () => (await nextTrySeconds()) === 1, 'the next try is known')
+    timers.pass(1_000)
+    await until(async () => (await nextTrySeconds()) === 2, 'it was tried')
+    const line = /failed after \d+\.\d s; next try in 2 s: no stock$/m
+    assert.match(await ask(port, 'status\n'), line)
 
-  test('the failed sites alone are tried again, after a pause that doubles, as the log says', async (t) => {
+    isConnected = true // from here on no time passes
+    await Promise.all(Array.from({ length: 100 }, () => monitor.health()))
+    await until(async () => (await nextTrySeconds()) === 4, 'it was tried again')
+    assert.equal(sites.calls.length, 3)
+
+    isPassing = true
+    sites.failures = {}
+    await untilHealthy(port)
+    assert.equal(sites.calls.length, 4)
+    assert.equal(await nextTrySeconds(), -1)
+  })
+
+  test('the failed sites alone are tried again, after a pause that doubles, as the log says; no try is a change', async (t) => {
     const timers = takeTimers(t)
     const sites = recordSites('/', '/good', '/bad')
     const noStock = new Error('no stock')
     sites.failures = { '/': noStock, '/bad': noStock }
-    const { monitor, logger } = await bootInstance(t, {
-      performers: sites.performers,
-      until: 'started'
-    })
+    const { performers } = sites
+    const { monitor, logger } = await bootInstance(t, { performers, until: 'started' })
     const rows: [seconds: number, why: string, calls: string[]][] = [
       [1, 'no stock; /bad: no stock', ['/', '/bad']],
       [2, '/bad: no stock', ['/bad']],
@@ -4873,6 +4784,9 @@ describeInProcess('Warm-up', ALONE, () => {
     }
     await untilVerdict(monitor)
     assert.equal(logger.lines.filter((line) => line.includes('tries again')).length, 3)
+    const failed = 'Warmup failed: no stock; /bad: no stock'
+    const reasons = ['Instance is booting', 'Warmup in progress', failed, 'OK']
+    assert.deepEqual(await reasonsOf(monitor), reasons)
   })
 
   test('performers get their site, its url without a slash at the end, and a signal, in order of registration', async (t) => {
