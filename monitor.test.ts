@@ -3266,35 +3266,6 @@ const CHECKS: [check: () => unknown, trouble: string][] = [
   [hang, 'timed out']
 ]
 
-/** Until a database that does not answer is asked anew. */
-const QUESTION_MS = 30_000
-
-/** A database whose questions are answered by hand; `trouble` waits until one is timed out. */
-async function hangingDatabase(t: TestContext) {
-  const timers = takeTimers(t, ['setTimeout'])
-  const clock = fakeClock(t)
-  await serve(t) // the limits of questions keep no process alive
-  const monitor = await importMonitor(t)
-  const questions: ((answer: boolean) => void)[] = []
-  const isConnected = () =>
-    new Promise<boolean>((resolve) => {
-      questions.push(resolve)
-    })
-  monitor.registerDatabase('main', { isConnected })
-  const check = async () => (await inTime(monitor.health(), 'there is a verdict')).reason
-  const trouble = () => {
-    const reason = check()
-    timers.pass(1_000)
-    return reason
-  }
-  const pendingSeconds = async () => {
-    const known = monitor.status()
-    timers.pass(1_000)
-    return (await known).databases[0]?.pendingSeconds
-  }
-  return { clock, questions, check, trouble, pendingSeconds }
-}
-
 /** The lines that tell of a change of the verdict, without the time that it was red. */
 function changesLogged({ lines }: { lines: string[] }): string[] {
   const changes = lines.filter((line) => / is (red|healthy)/.test(line))
@@ -3541,11 +3512,12 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
     assert.match(text, /^check {6}queue {3,}failed: no broker$/m)
     const { status, rows } = await getJson()
     assert.equal(status, 503)
-    const [, disk, queue] = rows
-    const diskShown = [disk.componentId, disk.componentType, disk.status]
-    assert.deepEqual(diskShown, ['disk', 'component', 'pass'])
-    const queueShown = [queue.componentId, queue.status, queue.output]
-    assert.deepEqual(queueShown, ['queue', 'fail', 'failed: no broker'])
+    const shown = rows.map((row: Record<string, string>) => [row['componentId'], row['status']])
+    assert.deepEqual(shown.slice(1), [
+      ['disk', 'pass'],
+      ['queue', 'fail']
+    ])
+    assert.deepEqual([rows[1].componentType, rows[2].output], ['component', 'failed: no broker'])
     const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
     assert.match(page.body, /<tr class="fail"><th scope="row">check<td>queue<td>failed: no broker/)
     const known = (await monitor.status()).checks.map(({ answeredMs: _, ...others }) => others)
@@ -3556,43 +3528,35 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
     ])
   })
 
-  const LATE_COMERS: Record<string, { name: string; isConnected: boolean }> = {
-    registered: { name: 'tenant7', isConnected: true },
-    replaced: { name: 'other', isConnected: true },
-    'registered, and down,': { name: 'tenant7', isConnected: false }
-  }
-
-  for (const [what, { name, isConnected }] of Object.entries(LATE_COMERS)) {
-    test(`a database that is ${what} while a check waits is asked before anybody judges it`, async (t) => {
+  test('a database that is registered or replaced while a check waits is asked before anybody judges it', async (t) => {
+    const rows: [name: string, isConnected: boolean][] = [
+      ['tenant7', true],
+      ['tenant7', true],
+      ['tenant8', false]
+    ]
+    const main: Database = { isConnected: () => true }
+    const { monitor, port } = await bootInstance(t, { performers: WARM, databases: { main } })
+    for (const [name, isConnected] of rows) {
       const gate = latch()
-      const main: Database = { isConnected: () => true }
-      const { monitor, port } = await bootInstance(t, {
-        performers: WARM,
-        databases: { main, other: { isConnected: () => true } }
-      })
-      main.isConnected = async () => {
-        await gate.opened
-        return true
-      }
+      main.isConnected = () => gate.opened.then(() => true)
       const lines = ['health_check\n', 'agent_check\n', 'metrics\n']
       const replies = Promise.all(lines.map((line) => ask(port, line)))
       const known = Promise.all([monitor.health(), monitor.status()])
-      await pause(50)
+      await untilSeen(port)
       monitor.registerDatabase(name, { isConnected: () => isConnected })
       gate.open()
+
       const [check, agent = '', metrics = ''] = await replies
       const [{ reason }, { databases }] = await known
-      const expected = isConnected ? 'OK' : "Error: Database 'tenant7' disconnected."
+      const expected = isConnected ? 'OK' : "Error: Database 'tenant8' disconnected."
       assert.deepEqual([check, reason], [`${expected}\n`, expected])
       assert.match(agent, isConnected ? /^up / : /^down /)
       assert.match(metrics, isConnected ? /^ftw_monitor_healthy 1$/m : /^ftw_monitor_healthy 0$/m)
       assert.equal(/^ftw_monitor_database_connected.* 0$/m.test(metrics), !isConnected)
-      assert.equal(
-        databases.every(({ connected }) => connected),
-        isConnected
-      )
-    })
-  }
+      const isEachConnected = databases.every(({ connected }) => connected)
+      assert.equal(isEachConnected, isConnected)
+    }
+  })
 
   test('a service that registers without end is not waited for', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -3689,55 +3653,54 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
 })
 
 describeInProcess('Databases, checks and counters', ALONE, () => {
-  test('FTW_MONITOR_CHECK names pages of the service that must answer below 400', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health, /own /ready /ready?deep=1' })
+  test('FTW_MONITOR_CHECK names pages of the service, perhaps with a query, that must answer below 400', async (t) => {
+    const pages = '/health?deep=1#top, /café?für=1 /own /ready /ready?deep=1'
+    setEnvironment(t, { FTW_MONITOR_CHECK: pages })
     let code = 302
-    const options = { listen: LOOPBACK, healthPath: '/ready' }
+    const seen = new Set<string>()
     const { monitor, instancePort, logger } = await bootInstance(t, {
       performers: WARM,
       prepare: (copy) => copy.registerCheck('/own', () => true),
-      handler: ({ url }, response) => {
-        if (url !== '/health') response.writeHead(500).end()
-        else if (code > 0) response.writeHead(code).end()
+      handler: ({ url = '' }, response) => {
+        seen.add(url)
+        if (code > 0) response.writeHead(code).end()
       },
-      options
+      options: { listen: LOOPBACK, healthPath: '/ready' }
     })
     const names = (await monitor.status()).checks.map(({ name }) => name)
-    assert.deepEqual(names, ['/own', '/health'])
+    assert.deepEqual(names, ['/own', '/health?deep=1', '/café?für=1'])
+    assert.deepEqual([...seen].sort(), ['/caf%C3%A9?f%C3%BCr=1', '/health?deep=1'])
     const warnings = warningsOf(logger)
     assert.equal(warnings.length, 2)
     assert.match(warnings.join(), /leaves \/ready out of .*leaves \/ready\?deep=1 out of /)
+
     for (const bad of [400, 404, 503]) {
       code = bad
       const { reason } = await monitor.health()
-      assert.equal(reason, `Error: Check '/health' failed: it answered ${bad}`)
+      assert.equal(reason, `Error: Check '/health?deep=1' failed: it answered ${bad}`)
       const { status, body } = await getPage(instancePort, '/ready')
-      assert.deepEqual([status, body], [503, "Error: Check '/health' failed.\n"])
+      assert.deepEqual([status, body], [503, "Error: Check '/health?deep=1' failed.\n"])
     }
     code = 0
-    assert.equal((await monitor.health()).reason, "Error: Check '/health' timed out.")
+    assert.equal((await monitor.health()).reason, "Error: Check '/health?deep=1' timed out.")
     code = 200
     await untilVerdict(monitor)
+    const verdict = monitor.health()
+    standStill(2_000)
+    assert.equal((await verdict).reason, 'OK', 'none is late where the application has blocked')
   })
 
-  test('a page of FTW_MONITOR_CHECK may have a query; what is no page is a check that fails', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health?deep=1#top /café?für=1' })
-    const seen = new Set<string>()
-    const handler: http.RequestListener = ({ url = '' }, response) => {
-      seen.add(url)
-      response.end()
-    }
-    const { monitor } = await bootInstance(t, { performers: WARM, handler })
-    assert.equal((await monitor.health()).reason, 'OK')
-    assert.deepEqual([...seen].sort(), ['/caf%C3%A9?f%C3%BCr=1', '/health?deep=1'])
-    const names = (await monitor.status()).checks.map(({ name }) => name)
-    assert.deepEqual(names, ['/health?deep=1', '/café?für=1'])
-
+  test('what is no page fails as a check, as does each page where HTTP/2 alone is spoken', async (t) => {
+    const text = 'cannot be used: a page is a path like /shop or /search?q=a'
+    const reason = `Error: Check 'health' failed: ${text}`
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health health' })
-    const why = 'cannot be used: a page is a path like /shop or /search?q=a'
-    const red = await bootInstance(t, { performers: WARM, handler, until: 'started' })
-    await untilVerdict(red.monitor, `Error: Check 'health' failed: ${why}`)
-    assert.equal(await ask(red.port, 'health_check\n'), `Error: Check 'health' failed: ${why}\n`)
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    await untilVerdict(monitor, reason)
+    assert.equal(await ask(port, 'health_check\n'), `${reason}\n`)
+
+    const server = await startListening(t, http2.createServer())
+    const mute = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    await untilVerdict(mute.monitor, /^Error: Check '\/health' failed: .*; it speaks no HTTP\/1$/)
   })
 
   test('a page that is late while it is warmed up is no fault, nor just after that; one that fails is', async (t) => {
@@ -3768,21 +3731,6 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilVerdict(monitor)
     code = 0
     assert.equal((await monitor.health()).reason, "Error: Check '/' timed out.")
-  })
-
-  test('a page is not late where the application has blocked', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
-    const { monitor } = await bootInstance(t, { performers: WARM })
-    const verdict = monitor.health()
-    standStill(2_000)
-    assert.equal((await verdict).reason, 'OK')
-  })
-
-  test('a page of an instance that speaks HTTP/2 alone fails, and says why', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
-    const server = await startListening(t, http2.createServer())
-    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
-    await untilVerdict(monitor, /^Error: Check '\/health' failed: .*; it speaks no HTTP\/1$/)
   })
 
   test('a page is not asked for while the instance boots, nor does it pass because of that', async (t) => {
@@ -3938,12 +3886,33 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     for (const reply of await Promise.all(replies)) assert.match(reply, /^[^\n]+\n$/)
   })
 
-  test('a question that is never answered is asked anew after 30 s, and status tells for how long it was not', async (t) => {
-    const { clock, questions, trouble, pendingSeconds } = await hangingDatabase(t)
+  test('a question that is never answered is asked anew after 30 s, and an answer counts for all who ask, as does a late one', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'])
+    const clock = fakeClock(t)
+    await serve(t) // the limits of questions keep no process alive
+    const monitor = await importMonitor(t)
+    const questions: ((answer: boolean) => void)[] = []
+    const isConnected = () =>
+      new Promise<boolean>((resolve) => {
+        questions.push(resolve)
+      })
+    monitor.registerDatabase('main', { isConnected })
+    const check = async () => (await inTime(monitor.health(), 'there is a verdict')).reason
+    const expectTimeout = async () => {
+      const reason = check()
+      timers.pass(1_000)
+      assert.equal(await reason, "Error: Database 'main' timed out.")
+    }
+    const pendingSeconds = async () => {
+      const known = monitor.status()
+      timers.pass(1_000)
+      return (await known).databases[0]?.pendingSeconds
+    }
+
     assert.equal(await pendingSeconds(), 0)
-    for (let check = 0; check < 30; check++) {
-      assert.equal(await trouble(), "Error: Database 'main' timed out.")
-      clock.now += QUESTION_MS / 30 - 1
+    for (let time = 0; time < 30; time++) {
+      await expectTimeout()
+      clock.now += 999
     }
     clock.now += 29
     assert.equal(await pendingSeconds(), 29.999)
@@ -3951,27 +3920,24 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     clock.now += 1
     assert.equal(await pendingSeconds(), 30)
     assert.equal(questions.length, 2)
-    assert.equal(await trouble(), "Error: Database 'main' timed out.")
+    await expectTimeout()
     clock.now += 3_000
     assert.equal(await pendingSeconds(), 33)
-    questions[1]?.(true)
-    assert.equal(await pendingSeconds(), -1)
-  })
-
-  test('the answer to a question that was asked anew counts for all who ask, as does a late one', async (t) => {
-    const { clock, questions, check, trouble } = await hangingDatabase(t)
-    assert.equal(await trouble(), "Error: Database 'main' timed out.")
-    clock.now += QUESTION_MS
-    const both = [check(), check()]
-    assert.equal(questions.length, 2)
     questions[1]?.(true) // the connection that was cut is out for ever
+    assert.equal(await pendingSeconds(), -1)
+
+    await expectTimeout()
+    clock.now += 30_000
+    const both = [check(), check()]
+    assert.equal(questions.length, 4)
+    questions[3]?.(true)
     assert.deepEqual(await Promise.all(both), ['Instance is booting', 'Instance is booting'])
 
-    assert.equal(await trouble(), "Error: Database 'main' timed out.")
-    clock.now += QUESTION_MS
+    await expectTimeout()
+    clock.now += 30_000
     const another = check()
-    assert.equal(questions.length, 4)
-    questions[2]?.(false)
+    assert.equal(questions.length, 6)
+    questions[4]?.(false)
     assert.equal(await another, "Error: Database 'main' disconnected.")
   })
 })
