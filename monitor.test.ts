@@ -3976,14 +3976,6 @@ function recordPages() {
   return { seen, handler }
 }
 
-/** A free one of the ports that a web page may not ask for. */
-async function portRefusedByFetch(): Promise<number | undefined> {
-  for (const port of [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]) {
-    if (await isFree(port)) return port
-  }
-  return undefined
-}
-
 describeInProcess('Warm-up', TOGETHER, () => {
   test('a wrong site or performer is a TypeError', async (t) => {
     const monitor = await importMonitor(t)
@@ -3995,34 +3987,44 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.throws(() => register('/', 'performer'), TypeError)
   })
 
-  test('/@@warmup warms every site, /SITE/@@warmup that one, others are not found, and a POST does nothing', async (t) => {
-    const { calls, performers } = recordSites('/', '/shop', '/shop/hats')
+  test('/@@warmup and the command warmup warm every site, or one; others are not found, and a POST does nothing', async (t) => {
+    const { calls, performers } = recordSites('/', '/shop/hats', '/k%C3%A4se')
     const { port, instancePort } = await bootInstance(t, { performers })
-    const all = ['/', '/shop', '/shop/hats']
-    const warmed: Record<string, string[]> = {
-      '/@@warmup': all,
-      '/@@warmup?now=1': all,
-      '/shop/@@warmup': ['/shop'],
-      '/shop/hats/@@warmup': ['/shop/hats'],
-      'http://localhost:8080/@@warmup': all,
-      'HTTP://a/shop/@@warmup?now=1': ['/shop']
-    }
-    for (const [path, sites] of Object.entries(warmed)) {
+    const askFor = async (what: string) => {
       calls.length = 0
-      const { status, headers, body } = await getPage(instancePort, path)
-      assert.deepEqual([status, body, calls], [200, 'Warmup successful\n', sites], path)
-      assert.match(headers['content-type'] ?? '', /^text\/plain/)
+      const isLine = what.startsWith('warmup')
+      const reply = isLine ? await ask(port, `${what}\n`) : (await getPage(instancePort, what)).body
+      return `${reply.trimEnd()}: ${calls.join(' ')}`
     }
+    const all = ['/@@warmup', '/@@warmup?now=1', 'http://a:8080/@@warmup', 'warmup', 'warmup /']
+    const hats = ['/shop/hats/@@warmup', 'HTTP://a/shop/hats/@@warmup?now=1', 'warmup /shop/hats/']
+    const waysToWarm: Record<string, string[]> = {
+      '/ /shop/hats /k%C3%A4se': all,
+      '/shop/hats': hats,
+      '/k%C3%A4se': ['warmup /käse']
+    }
+    for (const [warmed, ways] of Object.entries(waysToWarm)) {
+      for (const way of ways) assert.equal(await askFor(way), `Warmup successful: ${warmed}`, way)
+    }
+    const { status, headers } = await getPage(instancePort, '/@@warmup')
+    assert.deepEqual([status, headers['content-type']], [200, 'text/plain; charset=utf-8'])
 
-    calls.length = 0
-    for (const path of ['/nowhere/@@warmup', '/hats/@@warmup']) {
+    for (const site of ['/nowhere', 'shop', '//', '/a?b', 'constructor']) {
+      assert.equal(await askFor(`warmup ${site}`), `Error: no site '${site}' is registered: `)
+    }
+    for (const path of ['/nowhere/@@warmup', '/shop/@@warmup']) {
       assert.equal((await getPage(instancePort, path)).status, 404, path)
     }
     const queries = ['/?next=/@@warmup', '/?next=a?/@@warmup', 'http://localhost?/@@warmup']
-    for (const path of ['/shop', ...queries, 'http://localhost/?next=/@@warmup']) {
-      assert.equal((await getPage(instancePort, path)).body, 'hello', path)
+    for (const path of ['/shop/hats', ...queries, 'http://localhost/?next=/@@warmup']) {
+      assert.equal(await askFor(path), 'hello: ', path)
     }
     assert.equal((await getPage(instancePort, '/@@warmup', { method: 'POST' })).status, 405)
+    for (const path of ['/warmup', '/warmup//', '/@@warmup']) {
+      assert.equal((await getPage(port, path)).status, 404, path)
+    }
+    const refused = 'warmup is for this machine only\n'
+    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
     assert.deepEqual(calls, [])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
@@ -4049,7 +4051,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
   })
 
-  test('each site is warmed once for all who ask meanwhile, and what is new is queued', async (t) => {
+  test('each site is warmed once for all who ask meanwhile, or hang up, and what is new is queued', async (t) => {
     const sites = recordSites('/', '/shop')
     const { port, instancePort } = await bootInstance(t, { performers: sites.performers })
     const askFor = async (what: string) => {
@@ -4065,9 +4067,11 @@ describeInProcess('Warm-up', TOGETHER, () => {
     for (const [first, others, calls] of rows) {
       sites.calls.length = 0
       sites.gate = latch()
-      const answers = [askFor(first)]
+      const caller = await converse(t, instancePort)
+      caller.say(headOf(first === 'warmup' ? '/@@warmup' : first))
       await until(() => sites.calls.length > 0, 'the first one is running')
-      answers.push(...others.map(askFor))
+      caller.socket.resetAndDestroy()
+      const answers = [first, ...others].map(askFor)
       await getPage(instancePort, '/') // by then the others are seen
       await untilSeen(port)
       assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
@@ -4080,7 +4084,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
-  test('who asks for one site during a warm-up of all waits for that one, and hears of it alone', async (t) => {
+  test('who asks for one site during a warm-up of all hears of that alone, and has it warmed again if it is past', async (t) => {
     const sites = recordSites('/', '/shop')
     let slow = latch()
     slow.open()
@@ -4102,58 +4106,13 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.deepEqual([status, body], [200, 'Warmup successful\n'])
     assert.equal(await inTime(byLine, 'the command replies', 5_000), 'Warmup successful\n')
     assert.ok(await isPendingFor(50, all))
+
+    const again = ask(port, 'warmup /shop\n')
+    await untilSeen(port)
     slow.open()
     assert.equal((await all).body, 'Warmup failed: root is broken\n')
-    assert.deepEqual(sites.calls.slice(0, 2), ['/', '/shop']) // before '/' is tried again
-  })
-
-  test('the command warmup does what the view does', async (t) => {
-    const sites = recordSites('/', '/shop', '/k%C3%A4se')
-    const { port } = await bootInstance(t, { performers: sites.performers })
-    const warmUp = async (line: string) => {
-      sites.calls.length = 0
-      const reply = await ask(port, `${line}\n`)
-      return `${reply.trimEnd()}: ${sites.calls.join(' ')}`
-    }
-    const all = '/ /shop /k%C3%A4se'
-    assert.equal(await warmUp('warmup'), `Warmup successful: ${all}`)
-    assert.equal(await warmUp('warmup /'), `Warmup successful: ${all}`)
-    assert.equal(await warmUp('warmup /shop'), 'Warmup successful: /shop')
-    assert.equal(await warmUp('warmup /shop/'), 'Warmup successful: /shop')
-    assert.equal(await warmUp('warmup /käse'), 'Warmup successful: /k%C3%A4se')
-    for (const site of ['/nowhere', 'shop', '//', '/a?b', 'constructor']) {
-      assert.equal(await warmUp(`warmup ${site}`), `Error: no site '${site}' is registered: `)
-    }
-
-    sites.failures = { '/shop': new Error('no /shop is OK') }
-    assert.equal(await warmUp('warmup'), `Warmup failed: /shop: no /shop is O K: ${all}`)
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup failed: /shop: no /shop is O K\n')
-    sites.failures = {}
-    assert.match(await warmUp('warmup /shop'), /^Warmup successful: .*\/shop$/) // perhaps tried again
-  })
-
-  test('of 200 sites that fail each line of the log is bounded', async (t) => {
-    const fail = () => Promise.reject(new Error('no table '.repeat(200)))
-    const names = Array.from({ length: 200 }, (_, index) => `/site${index}`)
-    const performers = Object.fromEntries(names.map((name) => [name, fail]))
-    const { logger } = await bootInstance(t, { performers, until: 'started' })
-    const isTold = () => logger.lines.some((line) => line.includes('tries again'))
-    await until(isTold, 'the failures are logged')
-    assert.ok(logger.lines.length > 200)
-    for (const line of logger.lines) assert.ok(line.length < 2_100, `${line.length} characters`)
-  })
-
-  test('the command warmup is for lines of this machine', async (t) => {
-    const { calls, performers } = recordSites('/')
-    const { port } = await bootInstance(t, { performers })
-    const refused = 'warmup is for this machine only\n'
-    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
-    if (OUTSIDE) assert.equal(await ask(port, 'warmup\n', { from: OUTSIDE }), refused)
-    for (const path of ['/warmup', '/warmup//', '/@@warmup']) {
-      assert.equal((await getPage(port, path)).status, 404, path)
-    }
-    assert.deepEqual(calls, ['/']) // at boot
-    assert.match(await ask(port, 'help\n'), /^ {2}warmup -- Warm up again/m)
+    assert.equal(await again, 'Warmup successful\n')
+    assert.deepEqual(sites.calls.slice(0, 3), ['/', '/shop', '/shop']) // before '/' is tried again
   })
 
   test('credentials in url are sent by the warm-up, and shown to nobody', async (t) => {
@@ -4185,21 +4144,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
     texts.push((await openPage(port)).body)
     for (const text of texts) assert.doesNotMatch(text, /hunter2|min:|ad:|ad%3A/)
-  })
-
-  test('a caller who hangs up changes nothing about the warm-up', async (t) => {
-    const sites = recordSites('/')
-    const { port, instancePort } = await bootInstance(t, { performers: sites.performers })
-    sites.gate = latch()
-    const caller = await converse(t, instancePort)
-    caller.say(headOf('/@@warmup'))
-    await until(() => sites.calls.length === 2, 'the warm-up is running')
-    caller.socket.resetAndDestroy()
-    assert.equal((await getPage(instancePort, '/')).body, 'hello') // by now the reset is there
-    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
-    sites.gate.open()
-    await untilHealthy(port)
-    assert.equal(sites.calls.length, 2)
   })
 
   test('only who is on this machine and names it may ask for a warm-up, and nobody through a proxy or a page', async (t) => {
@@ -4244,19 +4188,15 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
-  test('a peer without an address is a stranger, and may not ask for a warm-up', async (t) => {
+  test('a peer without an address may not ask for a warm-up, nor over HTTP/2 who names another machine', async (t) => {
     const path = join(scratchFolder(t), 'instance')
     const { calls, performers } = recordSites('/')
     await bootInstance(t, { performers, server: await serve(t, hello, { path }) })
     assert.equal((await getPage(0, '/@@warmup', { socketPath: path })).status, 403)
     assert.deepEqual(calls, ['/']) // at boot
-  })
 
-  test('over HTTP/2 the name in :authority counts', async (t) => {
-    const server = await startListening(
-      t,
-      http2.createServer(() => {})
-    )
+    const instance = http2.createServer(() => {})
+    const server = await startListening(t, instance)
     await bootInstance(t, { performers: WARM, server })
     const rows = { localhost: 200, 'localhost:8080': 200, '[::1]:8080': 200, 'evil.example': 403 }
     for (const [authority, status] of Object.entries(rows)) {
@@ -4267,43 +4207,31 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
-  test('a view answers behind a middleware whose writeHead() gives nothing', async (t) => {
-    const monitor = await importMonitor(t)
-    monitor.registerWarmup('/', () => {
-      throw new Error('broken')
-    })
-    const instance = await serve(t, (request, response) => {
-      const { writeHead } = response
-      const noGood = (...all: unknown[]) => void Reflect.apply(writeHead, response, all)
-      response.writeHead = noGood as unknown as typeof writeHead
-      monitor.warmupView(request, response)
-    })
-    const port = portOf(hide(instance))
-    await monitor.start({ port, listen: LOOPBACK, logger: recorder() })
-    const { status, body } = await getPage(port, '/@@warmup')
-    assert.deepEqual([status, body], [500, 'Warmup failed: broken\n'])
-  })
+  test(
+    'on a port that fetch refuses it warms up; over https a performer has to do it, as is said',
+    needs('openssl'),
+    async (t) => {
+      const refused = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]
+      const isFreeOf = await Promise.all(refused.map(isFree))
+      const port = refused.find((_, index) => isFreeOf[index])
+      if (!port) return t.skip('all such ports are in use')
+      const where = { host: '127.0.0.1', port }
+      const plain = await bootInstance(t, { server: await serve(t, hello, where) })
+      await plain.monitor.stop()
+      await close(plain.server as http.Server)
 
-  test('an instance on a port that fetch refuses warms up', async (t) => {
-    const port = await portRefusedByFetch()
-    if (!port) return t.skip('all such ports are in use')
-    await bootInstance(t, { server: await serve(t, hello, { host: '127.0.0.1', port }) })
-  })
-
-  test('over https it says what to do, and a performer does it', needs('openssl'), async (t) => {
-    const port = await portRefusedByFetch()
-    if (!port) return t.skip('all such ports are in use')
-    const listener = https.createServer(certify(t, 'localhost'), hello)
-    const server = await startListening(t, listener, { host: '127.0.0.1', port })
-    const { monitor, logger } = await bootInstance(t, { server, until: 'started' })
-    const advice = 'bad port for fetch; register a warm-up performer that does without it'
-    await untilVerdict(monitor, `Warmup failed: ${advice}`)
-    const warnings = warningsOf(logger)
-    assert.ok(warnings.length > 0)
-    for (const warning of warnings) assert.ok(warning.includes(advice), warning)
-    monitor.registerWarmup('/', () => {})
-    await untilVerdict(monitor)
-  })
+      const listener = https.createServer(certify(t, 'localhost'), hello)
+      const server = await startListening(t, listener, where)
+      const { monitor, logger } = await bootInstance(t, { server, until: 'started' })
+      const advice = 'bad port for fetch; register a warm-up performer that does without it'
+      await untilVerdict(monitor, `Warmup failed: ${advice}`)
+      const warnings = warningsOf(logger)
+      assert.ok(warnings.length > 0)
+      for (const warning of warnings) assert.ok(warning.includes(advice), warning)
+      monitor.registerWarmup('/', () => {})
+      await untilVerdict(monitor)
+    }
+  )
 
   test('the default performer loads the root page, and judges it by its status', async (t) => {
     const elsewhere: string[] = []
@@ -4320,26 +4248,19 @@ describeInProcess('Warm-up', TOGETHER, () => {
       response.writeHead(200, { 'Content-Length': 1_000 }).write('half')
       setTimeout(() => response.destroy(), 20)
     }
-    const rows: [what: string, http.RequestListener, reply: RegExp, warning: RegExp][] = [
-      ['a page', page(200), /^OK\n/, /^$/],
-      ['a redirect', page(302, { Location: '/elsewhere' }), /^OK\n/, /^warn .*302.*nothing behind/],
-      ['a lock', page(401), /^OK\n/, /^warn .*401.*nothing behind/],
-      ['nothing', page(404), /^OK\n/, /^warn .*404.*nothing behind/],
-      ['an error', page(500), /^Warmup failed: .*500/, /500/],
-      ['another error', page(503), /^Warmup failed: .*503/, /503/],
-      ['a reset', reset, /^Warmup failed: ./, /failed/],
-      ['half a page', stopHalfway, /^Warmup failed: ./, /failed/]
+    const rows: [http.RequestListener, verdict: RegExp, warning: RegExp][] = [
+      [page(200), /^OK$/, /^$/],
+      [page(302, { Location: '/elsewhere' }), /^OK$/, /^warn .*302.*nothing behind/],
+      [page(401), /^OK$/, /^warn .*401.*nothing behind/],
+      [page(404), /^OK$/, /^warn .*404.*nothing behind/],
+      [page(500), /^Warmup failed: .*500/, /500/],
+      [reset, /^Warmup failed: ./, /failed/],
+      [stopHalfway, /^Warmup failed: ./, /failed/]
     ]
-    const judge = async ([what, handler, reply, warning]: (typeof rows)[number]) => {
-      const { port, logger } = await bootInstance(t, { handler, until: 'started' })
-      let seen = ''
-      const isOver = async () => {
-        seen = await ask(port, 'health_check\n')
-        return !/booting|progress/.test(seen)
-      }
-      await until(isOver, `${what} is over`)
-      assert.match(seen, reply, what)
-      assert.match(warningsOf(logger).join('\n'), warning, what)
+    const judge = async ([handler, verdict, warning]: (typeof rows)[number]) => {
+      const { monitor, logger } = await bootInstance(t, { handler, until: 'started' })
+      await untilVerdict(monitor, verdict)
+      assert.match(warningsOf(logger).join('\n'), warning)
     }
     await Promise.all(rows.map(judge))
     assert.deepEqual(elsewhere, [])
@@ -4409,28 +4330,24 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
-  test('what is registered while the automatic warm-up runs is warmed up before OK', async (t) => {
-    const { calls, performers } = recordSites('/late')
-    await bootInstance(t, {
-      prepare: ({ registerWarmup }) => {
-        registerWarmup('/', () => registerWarmup('/late', performers['/late']!))
-      }
+  test('a site that is registered during the warm-up delays OK; later it is warmed in the background, in a shutdown never', async (t) => {
+    const sites = recordSites('/during', '/late', '/later', '/too-late')
+    const register = ({ registerWarmup }: Monitor, site: string) => {
+      registerWarmup(site, sites.performers[site]!)
+    }
+    const { monitor, port } = await bootInstance(t, {
+      prepare: (copy) => copy.registerWarmup('/', () => register(copy, '/during'))
     })
-    assert.deepEqual(calls, ['/late'])
-  })
-
-  test('a site that is registered later is warmed in the background, red only if it fails, or if somebody asks', async (t) => {
-    const sites = recordSites('/late', '/later')
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    assert.deepEqual(sites.calls, ['/during'])
+    const stageOf = async (name: string) =>
+      (await monitor.status()).warmup.find(({ site }) => site === name)?.status
     const beginInBackground = async (site: string) => {
       sites.gate = latch()
-      monitor.registerWarmup(site, sites.performers[site]!)
+      register(monitor, site)
       await until(async () => (await stageOf(site)) === 'running', 'it is being warmed')
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
       assert.equal(await ask(port, 'warmup_state\n'), '1 0\n')
     }
-    const stageOf = async (name: string) =>
-      (await monitor.status()).warmup.find(({ site }) => site === name)?.status
 
     sites.failures = { '/late': new Error('no stock') }
     await beginInBackground('/late')
@@ -4448,24 +4365,11 @@ describeInProcess('Warm-up', TOGETHER, () => {
     sites.gate.open()
     assert.deepEqual(await Promise.all([one, all]), Array(2).fill('Warmup successful\n'))
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-  })
 
-  test('a request for a site during a run that is past it is a new run', async (t) => {
-    const gates = [latch(), latch(), latch()]
-    const { calls, performers } = recordSites('/a')
-    const { instancePort } = await bootInstance(t, {
-      performers: { ...performers, '/b': () => gates[calls.length - 1]?.opened },
-      until: 'started'
-    })
-    await until(() => calls.length === 1, '/a is warm, and /b runs')
-    const again = getPage(instancePort, '/a/@@warmup')
-    const both = getPage(instancePort, '/@@warmup')
-    await getPage(instancePort, '/') // by then the requests are seen
-    gates[0]?.open()
-    assert.equal((await again).status, 200)
-    assert.ok(calls.length >= 2, `${calls.length} calls of /a`)
-    for (const gate of gates) gate.open()
-    assert.equal((await both).status, 200)
+    const ended = monitor.shutdown()
+    register(monitor, '/too-late')
+    await ended
+    assert.ok(!sites.calls.includes('/too-late'))
   })
 
   test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
@@ -4482,20 +4386,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.deepEqual([status, body], [500, 'Warmup failed: /broken: broken\n'])
     await pause(100)
     assert.equal((await monitor.health()).healthy, false)
-  })
-
-  test('a site that is registered during a shutdown is not warmed', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
-    const answer = getPage(instancePort, '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const warmed: string[] = []
-    const ended = monitor.shutdown()
-    monitor.registerWarmup('/late', ({ site }) => void warmed.push(site))
-    await until(() => isRefused(instancePort), 'the server is closed')
-    letGo()
-    await Promise.all([answer, ended])
-    assert.deepEqual(warmed, [])
   })
 })
 
@@ -5035,14 +4925,19 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(warningsOf(logger), [])
   })
 
-  test('many sites are warmed up without a warning of Node.js', async (t) => {
+  test('200 sites that fail make no warning of Node.js, nor a long line in the log', async (t) => {
     const warnings: string[] = []
     const keep = (warning: Error) => warnings.push(warning.message)
     process.on('warning', keep)
     t.after(() => process.off('warning', keep))
-    const sites = Array.from({ length: 20 }, (_, index) => [`/${index}`, () => {}])
-    await bootInstance(t, { performers: Object.fromEntries(sites) })
-    await nextTurn()
+    const fail = () => Promise.reject(new Error('no table '.repeat(200)))
+    const sites = Array.from({ length: 200 }, (_, index) => [`/${index}`, fail])
+    const performers = Object.fromEntries(sites)
+    const { logger } = await bootInstance(t, { performers, until: 'started' })
+    const isTold = () => logger.lines.some((line) => line.includes('tries again'))
+    await until(isTold, 'the failures are logged')
+    assert.ok(logger.lines.length > 200)
+    for (const line of logger.lines) assert.ok(line.length < 2_100, `${line.length} characters`)
     assert.deepEqual(warnings, [])
   })
 })
