@@ -4371,48 +4371,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
     await ended
     assert.ok(!sites.calls.includes('/too-late'))
   })
-
-  test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
-    let isByHand = false
-    const performers = {
-      '/broken': () => Promise.reject(new Error('broken')),
-      '/slow': () => (isByHand ? pause(1_500) : undefined)
-    }
-    const setup = { performers, until: 'started' } as const
-    const { monitor, instancePort } = await bootInstance(t, setup)
-    await untilVerdict(monitor, /^Warmup failed/)
-    isByHand = true
-    const { status, body } = await getPage(instancePort, '/@@warmup')
-    assert.deepEqual([status, body], [500, 'Warmup failed: /broken: broken\n'])
-    await pause(100)
-    assert.equal((await monitor.health()).healthy, false)
-  })
 })
-
-/** What FTW_MONITOR_WARMUP says, the pages that are loaded, and the sites. */
-const PAGES_TO_WARM: [text: string, loaded: string[], sites: string[]][] = [
-  ['/search?q=a', ['/search?q=a'], ['/search?q=a']],
-  ['/ /search/?next=/a/', ['/', '/search/?next=/a/'], ['/', '/search?next=/a/']],
-  ['/?a=1,2&b=3', ['/?a=1,2&b=3'], ['/?a=1,2&b=3']],
-  ['/,/shop', ['/', '/shop'], ['/', '/shop']],
-  ['/a;b, /shop;', ['/a;b', '/shop'], ['/a;b', '/shop']],
-  ['/#/shop /shop#top', ['/', '/shop'], ['/', '/shop']],
-  [
-    '/caf%C3%A9 /für?q=ä',
-    ['/caf%C3%A9', '/f%C3%BCr?q=%C3%A4'],
-    ['/caf%C3%A9', '/f%C3%BCr?q=%C3%A4']
-  ]
-]
-
-/** What FTW_MONITOR_WARMUP says, and the site which that makes. */
-const WRONG_PAGES_TO_WARM: Record<string, string> = {
-  '/own shop': 'shop',
-  shop: 'shop',
-  '?q=a': '?q=a',
-  '//example.org/': '//example.org/',
-  'http://me:secret@localhost/': 'http://***@localhost/',
-  '/own /a\u200bb': '/a b'
-}
 
 describeInProcess('Warm-up', ALONE, () => {
   test('where the program has replaced the global crypto the performers warm up, and it is green', async (t) => {
@@ -4428,41 +4387,41 @@ describeInProcess('Warm-up', ALONE, () => {
     }
   })
 
-  for (const scheme of ['http', 'https']) {
-    for (const exempt of ['', 'localhost']) {
-      const where = exempt && ', whatever NO_PROXY says'
-      test(`a dispatcher of the program's own sees nothing of our requests over ${scheme}${where}`, async (t) => {
-        setEnvironment(t, exempt ? { NO_PROXY: exempt } : {})
-        await fetch('data:,loaded') // by now there is a dispatcher
-        const seen: string[] = []
-        for (const version of [1, 2]) {
-          // as setGlobalDispatcher(new ProxyAgent(…)) does
-          const key = Symbol.for(`undici.globalDispatcher.${version}`)
-          const inner = Reflect.get(globalThis, key)
-          if (!inner) continue
-          class ProxyAgent {
-            dispatch(options: http.RequestOptions & { origin: unknown }, handler: unknown) {
-              const { origin, path, headers } = options
-              seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
-              return inner.dispatch(options, handler)
-            }
-          }
-          Reflect.set(globalThis, key, new ProxyAgent())
-          t.after(() => Reflect.set(globalThis, key, inner))
+  test("a dispatcher of the program's own sees nothing of our requests, whatever NO_PROXY says", async (t) => {
+    await fetch('data:,loaded') // by now there is a dispatcher
+    const seen: string[] = []
+    for (const version of [1, 2]) {
+      // as setGlobalDispatcher(new ProxyAgent(…)) does
+      const key = Symbol.for(`undici.globalDispatcher.${version}`)
+      const inner = Reflect.get(globalThis, key)
+      if (!inner) continue
+      class ProxyAgent {
+        dispatch(options: http.RequestOptions & { origin: unknown }, handler: unknown) {
+          const { origin, path, headers } = options
+          seen.push(`${String(origin)}${path} ${JSON.stringify(headers)}`)
+          return inner.dispatch(options, handler)
         }
-        const server = await serve(t)
-        await fetch(`http://127.0.0.1:${portOf(server)}/of-the-program`)
-        assert.match(seen.join('\n'), /of-the-program/)
-        seen.length = 0
+      }
+      Reflect.set(globalThis, key, new ProxyAgent())
+      t.after(() => Reflect.set(globalThis, key, inner))
+    }
+    const server = await serve(t)
+    const place = `127.0.0.1:${portOf(server)}`
+    await fetch(`http://${place}/of-the-program`)
+    assert.match(seen.join('\n'), /of-the-program/)
+    seen.length = 0
 
-        const url = `${scheme}://me:secret@127.0.0.1:${portOf(server)}`
-        const { monitor } = await bootInstance(t, { server, options: { url }, until: 'started' })
+    for (const env of [{}, { NO_PROXY: 'localhost' }]) {
+      setEnvironment(t, env)
+      for (const scheme of ['http', 'https']) {
+        const options = { url: `${scheme}://me:secret@${place}` }
+        const { monitor } = await bootInstance(t, { server, options, until: 'started' })
         await untilVerdict(monitor, /^(OK|Warmup failed)/)
         const ours = new RegExp(`x-ftw-monitor-token|${btoa('me:secret')}`, 'i')
         assert.doesNotMatch(seen.join('\n'), ours)
-      })
+      }
     }
-  }
+  })
 
   test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
     const clock = fakeClock(t)
@@ -4489,28 +4448,28 @@ describeInProcess('Warm-up', ALONE, () => {
     await until(() => peer.isClosed, 'it is over')
   })
 
-  for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
-    test(`FTW_MONITOR_AUTOWARMUP=${value} switches automatic warm-up off`, async (t) => {
-      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+  test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off, wrong pages included; another word costs a warning', async (t) => {
+    const boot = async (value: string, env: Record<string, string>) => {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value, ...env })
       const { calls, performers } = recordSites('/')
-      const { port } = await bootInstance(t, { performers, until: 'started' })
-      assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-      assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
-      assert.deepEqual(calls, [])
-    })
-  }
-
-  test('a word in FTW_MONITOR_AUTOWARMUP that switches nothing off costs a warning', async (t) => {
+      const { port, logger } = await bootInstance(t, { performers })
+      const verdict = await ask(port, 'health_check\n')
+      return {
+        calls,
+        warnings: warningsOf(logger),
+        verdict,
+        state: await ask(port, 'warmup_state\n')
+      }
+    }
+    for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
+      const { calls, verdict, state } = await boot(value, { FTW_MONITOR_WARMUP: 'shop' })
+      assert.deepEqual([verdict, state, calls], ['OK\n', '0 0\n', []], value)
+    }
     const warning = 'cannot use FTW_MONITOR_AUTOWARMUP=none: it is 0, false, no or off'
-    for (const [value, warnings] of Object.entries({
-      on: [],
-      none: [`warn ftw-monitor ${warning}`]
-    })) {
-      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
-      const { calls, performers } = recordSites('/')
-      const { logger } = await bootInstance(t, { performers })
-      assert.deepEqual(calls, ['/'])
-      assert.deepEqual(warningsOf(logger), warnings)
+    const words = { on: [], none: [`warn ftw-monitor ${warning}`] }
+    for (const [value, expected] of Object.entries(words)) {
+      const { calls, warnings } = await boot(value, {})
+      assert.deepEqual([calls, warnings], [['/'], expected])
     }
   })
 
@@ -4536,51 +4495,41 @@ describeInProcess('Warm-up', ALONE, () => {
   })
 
   test('FTW_MONITOR_WARMUP names pages that are loaded in their order; what code registers comes first', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_WARMUP: ' /shop/  / /search, /own/ ' })
+    const pages = ' /shop/  /,/a;b, /hats; /search/?next=/a/ /?a=1,2&b=3 /#/spa /top#top /own/'
+    setEnvironment(t, { FTW_MONITOR_WARMUP: `${pages} /caf%C3%A9 /für?q=ä` })
     const { seen, handler } = recordPages()
     const performers = { '/own': () => void seen.push('own performer') }
-    const { monitor, logger } = await bootInstance(t, { performers, handler })
-    assert.deepEqual(seen, ['own performer', '/shop/', '/', '/search'])
+    const { monitor, port, logger } = await bootInstance(t, { performers, handler })
+    const plain = ['/shop/', '/', '/a;b', '/hats', '/search/?next=/a/', '/?a=1,2&b=3', '/top']
+    const loaded = [...plain, '/caf%C3%A9', '/f%C3%BCr?q=%C3%A4']
+    assert.deepEqual(seen, ['own performer', ...loaded])
     const { warmup } = await monitor.status()
-    const sites = warmup.map(({ site, status }) => `${site} ${status}`)
-    assert.deepEqual(sites, ['/own warm', '/shop warm', '/ warm', '/search warm'])
+    const names = warmup.map(({ site }) => site)
+    const sites = loaded.map((page) => page.replace(/(?<=\w)\/(?=$|\?)/, ''))
+    assert.deepEqual(names, ['/own', ...sites])
+    assert.ok(warmup.every(({ status }) => status === 'warm'))
     assert.deepEqual(warningsOf(logger), [])
+
+    seen.length = 0
+    for (const site of ['/shop', '/search?next=/a/', '/?a=1,2&b=3']) {
+      assert.equal(await ask(port, `warmup ${site}\n`), 'Warmup successful\n')
+    }
+    assert.deepEqual(seen, ['/shop/', '/search/?next=/a/', '/?a=1,2&b=3'])
   })
 
-  for (const [text, loaded, sites] of PAGES_TO_WARM) {
-    test(`FTW_MONITOR_WARMUP='${text}' loads ${loaded.join(' ')}`, async (t) => {
-      setEnvironment(t, { FTW_MONITOR_WARMUP: text })
-      const { seen, handler } = recordPages()
-      const { monitor, port, logger } = await bootInstance(t, { handler })
-      assert.deepEqual(seen, loaded)
-      const { warmup } = await monitor.status()
-      const names = warmup.map(({ site }) => site)
-      assert.deepEqual(names, sites)
-      assert.deepEqual(warningsOf(logger), [])
-      assert.equal(await ask(port, `warmup ${names.at(-1)}\n`), 'Warmup successful\n')
-      assert.deepEqual(seen, [...loaded, loaded.at(-1)])
-    })
-  }
-
-  for (const [text, wrong] of Object.entries(WRONG_PAGES_TO_WARM)) {
-    test(`no other page of FTW_MONITOR_WARMUP='${text}' makes the instance green`, async (t) => {
-      setEnvironment(t, { FTW_MONITOR_WARMUP: text })
-      const { seen, handler } = recordPages()
-      const { monitor, port, logger } = await bootInstance(t, { handler, until: 'started' })
-      const why = 'a page is a path like /shop or /search?q=a'
-      const reason = `Warmup failed: ${wrong}: cannot be used: ${why}`
-      await untilVerdict(monitor, reason)
-      assert.deepEqual(seen, text.includes('/own') ? ['/own'] : [])
-      assert.equal(await ask(port, 'health_check\n'), `${reason}\n`)
-      const warning = `warn ftw-monitor cannot use ${wrong} of FTW_MONITOR_WARMUP: ${why}`
-      assert.ok(warningsOf(logger).includes(warning), warningsOf(logger).join('\n'))
-    })
-  }
-
-  test('a wrong page of FTW_MONITOR_WARMUP takes nothing out where there is no warm-up', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_WARMUP: 'shop', FTW_MONITOR_AUTOWARMUP: '0' })
-    const { monitor } = await bootInstance(t, { until: 'started' })
-    assert.equal((await monitor.health()).reason, 'OK')
+  test('a page of FTW_MONITOR_WARMUP that is none fails, and no other makes the instance green', async (t) => {
+    const pages = 'shop ?q=a //example.org/ http://me:secret@localhost/ /a\u200bb /own'
+    setEnvironment(t, { FTW_MONITOR_WARMUP: pages })
+    const { seen, handler } = recordPages()
+    const { monitor, port, logger } = await bootInstance(t, { handler, until: 'started' })
+    const form = 'a page is a path like /shop or /search?q=a'
+    const wrong = ['shop', '?q=a', '//example.org/', 'http://***@localhost/', '/a b']
+    const reason = `Warmup failed: ${wrong.map((page) => `${page}: cannot be used: ${form}`).join('; ')}`
+    await untilVerdict(monitor, reason)
+    assert.equal(await ask(port, 'health_check\n'), `${reason}\n`)
+    assert.deepEqual(seen, ['/own'])
+    const warning = `warn ftw-monitor cannot use ${wrong.join(' ')} of FTW_MONITOR_WARMUP: ${form}`
+    assert.ok(warningsOf(logger).includes(warning), warningsOf(logger).join('\n'))
   })
 
   test('a database or a check that turns good starts one try of a failed warm-up at once, however many ask', async (t) => {
@@ -4614,6 +4563,23 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.equal(await nextTrySeconds(), -1)
   })
 
+  test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
+    quicken(t, 5)
+    let isByHand = false
+    const performers = {
+      '/broken': () => Promise.reject(new Error('broken')),
+      '/slow': () => (isByHand ? pause(300) : undefined)
+    }
+    const setup = { performers, until: 'started' } as const
+    const { monitor, instancePort } = await bootInstance(t, setup)
+    await untilVerdict(monitor, /^Warmup failed/)
+    isByHand = true
+    const { status, body } = await getPage(instancePort, '/@@warmup')
+    assert.deepEqual([status, body], [500, 'Warmup failed: /broken: broken\n'])
+    await pause(100)
+    assert.equal((await monitor.health()).healthy, false)
+  })
+
   test('the failed sites alone are tried again, after a pause that doubles, as the log says; no try is a change', async (t) => {
     const timers = takeTimers(t)
     const sites = recordSites('/', '/good', '/bad')
@@ -4645,50 +4611,51 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(await reasonsOf(monitor), reasons)
   })
 
-  test('performers get their site, its url without a slash at the end, and a signal, in order of registration', async (t) => {
+  test('performers get their site, its url, which FTW_MONITOR_URL and url outdo, and a signal, in order of registration', async (t) => {
     const calls: unknown[] = []
     const keep: WarmupPerformer = ({ site, url, signal }) => {
       calls.push([site, url, signal.aborted])
     }
     const performers = { '/shop': keep, '/': keep, '/a/b': keep, '/blog/': keep }
-    const { instancePort, logger } = await bootInstance(t, { performers })
-    const origin = `http://127.0.0.1:${instancePort}`
-    assert.deepEqual(calls, [
-      ['/shop', `${origin}/shop`, false],
-      ['/', origin, false],
-      ['/a/b', `${origin}/a/b`, false],
-      ['/blog', `${origin}/blog`, false]
-    ])
-    const log = logger.lines.join('\n')
+    const server = await serve(t)
+    const boot = async (options: StartOptions = {}) => {
+      calls.length = 0
+      const { monitor, logger } = await bootInstance(t, { performers, server, options })
+      await monitor.stop()
+      return logger.lines.join('\n')
+    }
+    const expectCalls = (base: string) => {
+      const urls = { '/shop': '/shop', '/': '', '/a/b': '/a/b', '/blog': '/blog' }
+      const expected = Object.entries(urls).map(([site, path]) => [site, `${base}${path}`, false])
+      assert.deepEqual(calls, expected)
+    }
+    const log = await boot()
+    expectCalls(`http://127.0.0.1:${portOf(server)}`)
     for (const [index, site] of ['/shop', '/', '/a/b', '/blog'].entries()) {
       assert.match(log, new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`))
     }
-  })
-
-  test('FTW_MONITOR_URL is where performers find the instance, and url outdoes it', async (t) => {
-    const server = await serve(t)
     const base = `http://localhost:${portOf(server)}/base`
     setEnvironment(t, { FTW_MONITOR_URL: base })
-    const urls: string[] = []
-    const keep: WarmupPerformer = ({ url }) => {
-      urls.push(url)
-    }
-    const setup = { performers: { '/shop': keep, '/': keep }, server }
-    const { monitor } = await bootInstance(t, setup)
-    await monitor.stop()
-    await bootInstance(t, { ...setup, options: { url: 'http://127.0.0.1:9/' } })
-    assert.deepEqual(urls, [`${base}/shop`, base, 'http://127.0.0.1:9/shop', 'http://127.0.0.1:9'])
+    await boot()
+    expectCalls(base)
+    await boot({ url: 'http://127.0.0.1:9/' })
+    expectCalls('http://127.0.0.1:9')
   })
 
   test('warmupView mounts in http, Connect and Express', async (t) => {
     const port = await freePort()
     setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
     const monitor = await importMonitor(t)
-    const calls: string[] = []
-    for (const site of ['/', '/shop']) {
-      monitor.registerWarmup(site, () => void calls.push(site))
+    const { calls, performers } = recordSites('/', '/shop')
+    for (const [site, performer] of Object.entries(performers)) {
+      monitor.registerWarmup(site, performer)
     }
-    const plain = await serve(t, (request, response) => monitor.warmupView(request, response))
+    const plain = await serve(t, (request, response) => {
+      const { writeHead } = response
+      const giveNothing = (...all: unknown[]) => void Reflect.apply(writeHead, response, all)
+      response.writeHead = giveNothing as unknown as typeof writeHead // as some middleware has it
+      monitor.warmupView(request, response)
+    })
     const server = http.createServer((request, response) => {
       const express = request as typeof request & { originalUrl?: string }
       if (request.url?.startsWith('/shop/')) {
@@ -4729,7 +4696,6 @@ describeInProcess('Warm-up', ALONE, () => {
     const handlers: Record<string, http.RequestListener> = {
       'a catch-all route': reply(200),
       authentication: reply(401),
-      'not found': reply(404),
       'a redirect': reply(302, { Location: '/login' }),
       'an error': reply(500),
       'a reset': ({ socket }) => {
@@ -4738,98 +4704,73 @@ describeInProcess('Warm-up', ALONE, () => {
     }
     setEnvironment(t, { HOST: '127.0.0.1' })
     const boot = async ([what, handler]: [string, http.RequestListener]) => {
-      const port = await freePort()
-      const monitor = await importMonitor(t)
       const sites = recordSites('/')
       sites.gate = latch()
-      monitor.registerWarmup('/', sites.performers['/']!)
-      const asked = latch()
-      const answered = latch()
-      const answer: http.RequestListener = async (request, response) => {
-        assert.equal(request.url, '/@@warmup')
-        asked.open()
-        await answered.opened
+      const mayAnswer = latch()
+      const asked: unknown[] = []
+      const server = await serve(t, async (request, response) => {
+        asked.push(request.url)
+        await mayAnswer.opened
         handler(request, response)
-      }
-      const instance = hide(http.createServer(answer))
-      closeLater(t, instance)
-      await monitor.start({ logger: recorder(), port })
-      const check = () => ask(port + 80, 'health_check\n')
-      assert.equal(await check(), 'Instance is booting\n', what)
-      await once(instance.listen(port, '127.0.0.1'), 'listening')
-      await inTime(asked.opened, 'the view is asked for')
-      assert.equal(await check(), 'Instance is booting\n', what)
-      assert.equal(await ask(port + 80, 'warmup_state\n'), '0 0\n')
-      assert.deepEqual(sites.calls, [])
-      answered.open()
+      })
+      const options = { server: [], port: portOf(hide(server)) }
+      const { performers } = sites
+      const setup = { server, performers, options, until: 'started' } as const
+      const { port } = await bootInstance(t, setup)
+      await until(() => asked.length > 0, 'the view is asked for')
+      assert.equal(await ask(port, 'health_check\n'), 'Instance is booting\n', what)
+      assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
+      mayAnswer.open()
       await until(() => sites.calls.length === 1, `the performer runs in spite of ${what}`)
-      assert.equal(await check(), 'Warmup in progress\n', what)
+      assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n', what)
       sites.gate.open()
-      await untilHealthy(port + 80)
-      assert.deepEqual(sites.calls, ['/'], what)
+      await untilHealthy(port)
+      assert.deepEqual([sites.calls, asked], [['/'], ['/@@warmup']], what)
     }
     await Promise.all(Object.entries(handlers).map(boot))
   })
 
-  test('an instance whose fetch throws at once warms up', async (t) => {
-    t.mock.method(globalThis, 'fetch', () => {
-      throw new Error('no fetch here')
-    })
-    const url = 'https://localhost:9' // of which pages are loaded by fetch
-    await bootInstance(t, { performers: WARM, options: { url } })
-  })
+  test('an instance whose fetch throws at once warms up, as does one whose fetch gives streams of Node.js', async (t) => {
+    const options = { url: 'https://localhost:9' } // of which pages are loaded by fetch
+    const fetchPage = t.mock.method(globalThis, 'fetch', thrower as typeof fetch)
+    await bootInstance(t, { performers: WARM, options })
 
-  test('an instance whose fetch was replaced, and gives streams of Node.js, warms up', async (t) => {
     const asked: unknown[] = []
-    t.mock.method(globalThis, 'fetch', async (url: unknown) => {
+    const fetchStream = async (url: unknown) => {
       asked.push(url)
       return { status: 200, body: Readable.from(['a page']) }
-    })
-    const url = 'https://localhost:9'
-    await bootInstance(t, { options: { url } })
-    assert.deepEqual(asked, [`${url}/@@warmup`, url])
+    }
+    fetchPage.mock.mockImplementation(fetchStream as unknown as typeof fetch)
+    await bootInstance(t, { options })
+    assert.deepEqual(asked, [`${options.url}/@@warmup`, options.url])
   })
 
-  test('server.close() aborts a running warm-up within a second, though nobody asks', async (t) => {
+  test('a server that closes aborts a warm-up within a second though nobody asks, and begins anew when it listens again', async (t) => {
     const timers = takeTimers(t)
-    const { server, held, letGo } = await serveHeld(t)
+    const { server, held } = await serveHeld(t)
     const signals: AbortSignal[] = []
     const performer: WarmupPerformer = ({ signal }) => {
       signals.push(signal)
-      return hang()
+      return signals.length === 1 ? hang() : undefined
     }
-    await bootInstance(t, { performers: { '/': performer }, server, until: 'started' })
-    await until(() => signals.length === 1, 'the warm-up has begun')
-    const page = getPage(portOf(server), '/held')
-    await until(() => held.length === 1, 'the server cannot close at once')
+    const setup = { performers: { '/': performer }, server, until: 'started' } as const
+    const { port, instancePort } = await bootInstance(t, setup)
+    const client = await converse(t, instancePort)
+    client.say(headOf('/held')) // which keeps it from closing
+    await until(() => held.length === 1 && signals.length === 1, 'both run')
     server.close()
     timers.pass(1_000)
     assert.equal(signals[0]?.aborted, true)
-    letGo()
-    await page
-  })
-
-  test('a server that closes, and listens again before it has closed, is warmed up', async (t) => {
-    quicken(t, 5)
-    const { server, held } = await serveHeld(t)
-    const sites = recordSites('/')
-    sites.gate = latch()
-    const { port, instancePort } = await bootInstance(t, {
-      performers: sites.performers,
-      server,
-      until: 'started'
-    })
-    const client = await converse(t, instancePort)
-    client.say(headOf('/held')) // which keeps it from closing
-    await until(() => held.length === 1 && sites.calls.length === 1, 'both run')
-    sites.gate = latch()
-    sites.gate.open()
-    server.close()
-    await until(async () => (await ask(port, 'warmup_state\n')) === '0 0\n', 'it is aborted')
+    assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
     assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+
     await once(server.listen(instancePort, '127.0.0.1'), 'listening')
-    await untilHealthy(port)
-    assert.equal(sites.calls.length, 2)
+    const isHealthy = async () => {
+      timers.pass(1_000)
+      return (await ask(port, 'health_check\n')) === 'OK\n'
+    }
+    await until(isHealthy, 'it is warm')
+    assert.equal(signals.length, 2)
   })
 
   test('the signal of a warm-up aborts it after 30 minutes, and never once it is over', async (t) => {
@@ -4887,42 +4828,34 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(told(), [...ofShop, ...tellsOf('/last', 60, 120, 240, 480, 960)])
   })
 
-  test('a server that answers nothing but upgrades is warned of once, after 10 s', async (t) => {
+  test('a page that is not answered is warned of once, after 10 s, and none that answers in time, be it slow', async (t) => {
     const timers = takeTimers(t)
+    const held: http.ServerResponse[] = []
+    const handler: http.RequestListener = (_, response) => void held.push(response)
+    const slow = await bootInstance(t, { handler, until: 'started' })
+    await until(() => held.length > 0, 'it asks for the page')
+    timers.pass(9_000)
+    held[0]?.end()
+    await untilVerdict(slow.monitor)
+    timers.pass(60_000)
+    assert.deepEqual(warningsOf(slow.logger), [])
+
     const server = await startListening(t, http.createServer()) // as ws has it
     server.on('upgrade', (_, socket) => socket.destroy())
     let connections = 0
     server.on('connection', () => {
       connections++
     })
-    const first = await bootInstance(t, { server, until: 'started' })
+    const { port, logger } = await bootInstance(t, { server, until: 'started' })
     await until(() => connections === 2, 'it asks for the view, and for the page')
     timers.pass(9_000)
-    assert.deepEqual(warningsOf(first.logger), [])
+    assert.deepEqual(warningsOf(logger), [])
     timers.pass(50_000)
     const page = `http://127.0.0.1:${portOf(server)}`
     const advice = 'if it never answers, register a warm-up performer'
     const warning = `warn ftw-monitor gets no answer from ${page}; ${advice}`
-    assert.deepEqual(warningsOf(first.logger), [warning])
-    assert.equal(await ask(first.port, 'health_check\n'), 'Warmup in progress\n')
-    await first.monitor.stop()
-
-    const { logger } = await bootInstance(t, { server, performers: WARM })
-    timers.pass(60_000)
-    assert.deepEqual(warningsOf(logger), [])
-  })
-
-  test('a page that answers in time, be it slow, is not warned of', async (t) => {
-    const timers = takeTimers(t)
-    const held: http.ServerResponse[] = []
-    const handler: http.RequestListener = (_, response) => void held.push(response)
-    const { monitor, logger } = await bootInstance(t, { handler, until: 'started' })
-    await until(() => held.length > 0, 'it asks for the page')
-    timers.pass(9_000)
-    held[0]?.end()
-    await untilVerdict(monitor)
-    timers.pass(60_000)
-    assert.deepEqual(warningsOf(logger), [])
+    assert.deepEqual(warningsOf(logger), [warning])
+    assert.equal(await ask(port, 'health_check\n'), 'Warmup in progress\n')
   })
 
   test('200 sites that fail make no warning of Node.js, nor a long line in the log', async (t) => {
