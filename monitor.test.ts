@@ -3480,34 +3480,6 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
     assert.deepEqual(last, { ...known, optional: false, pendingSeconds: -1 })
   })
 
-  test('a database that is registered or replaced while a check waits is asked before anybody judges it', async (t) => {
-    const rows: [name: string, isConnected: boolean, verdict: string, agent: RegExp][] = [
-      ['tenant7', true, 'OK', /^up /],
-      ['tenant7', true, 'OK', /^up /],
-      ['tenant8', false, "Error: Database 'tenant8' disconnected.", /^down /]
-    ]
-    const main: Database = { isConnected: () => true }
-    const { monitor, port } = await bootInstance(t, { performers: WARM, databases: { main } })
-    for (const [name, isConnected, verdict, up] of rows) {
-      const gate = latch()
-      main.isConnected = () => gate.opened.then(() => true)
-      const lines = ['health_check\n', 'agent_check\n', 'metrics\n']
-      const replies = Promise.all(lines.map((line) => ask(port, line)))
-      const known = Promise.all([monitor.health(), monitor.status()])
-      await untilSeen(port)
-      monitor.registerDatabase(name, { isConnected: () => isConnected })
-      gate.open()
-
-      const [check, agent = '', metrics = ''] = await replies
-      const [{ reason }, { databases }] = await known
-      assert.deepEqual([check, reason], [`${verdict}\n`, verdict])
-      assert.match(agent, up)
-      assert.match(metrics, new RegExp(`^ftw_monitor_healthy ${Number(isConnected)}$`, 'm'))
-      assert.equal(/^ftw_monitor_database_connected.* 0$/m.test(metrics), !isConnected)
-      assert.equal(databases.at(-1)?.connected, isConnected)
-    }
-  })
-
   test('a service that registers without end is not waited for', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     let count = 0
@@ -3808,6 +3780,35 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     await untilSeen(port)
     timers.pass(1_000)
     for (const reply of await Promise.all(replies)) assert.match(reply, /^[^\n]+\n$/)
+  })
+
+  test('a database that is registered or replaced while a check waits is asked before anybody judges it', async (t) => {
+    takeTimers(t, ['setTimeout']) // so that no answer is late
+    const rows: [name: string, isConnected: boolean, verdict: string, agent: RegExp][] = [
+      ['tenant7', true, 'OK', /^up /],
+      ['tenant7', true, 'OK', /^up /],
+      ['tenant8', false, "Error: Database 'tenant8' disconnected.", /^down /]
+    ]
+    const main: Database = { isConnected: () => true }
+    const { monitor, port } = await bootInstance(t, { performers: WARM, databases: { main } })
+    for (const [name, isConnected, verdict, up] of rows) {
+      const gate = latch()
+      main.isConnected = () => gate.opened.then(() => true)
+      const lines = ['health_check\n', 'agent_check\n', 'metrics\n']
+      const replies = Promise.all(lines.map((line) => ask(port, line)))
+      const known = Promise.all([monitor.health(), monitor.status()])
+      await untilSeen(port)
+      monitor.registerDatabase(name, { isConnected: () => isConnected })
+      gate.open()
+
+      const [check, agent = '', metrics = ''] = await replies
+      const [{ reason }, { databases }] = await known
+      assert.deepEqual([check, reason], [`${verdict}\n`, verdict])
+      assert.match(agent, up)
+      assert.match(metrics, new RegExp(`^ftw_monitor_healthy ${Number(isConnected)}$`, 'm'))
+      assert.equal(/^ftw_monitor_database_connected.* 0$/m.test(metrics), !isConnected)
+      assert.equal(databases.at(-1)?.connected, isConnected)
+    }
   })
 
   test('a question that is never answered is asked anew after 30 s, and an answer counts for all who ask, as does a late one', async (t) => {
