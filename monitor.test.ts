@@ -3895,7 +3895,7 @@ function recordPages() {
 
 describeInProcess('Warm-up', TOGETHER, () => {
   test('/@@warmup and the command warmup warm every site, or one; others are not found, and a POST does nothing', async (t) => {
-    const { calls, performers } = recordSites('/', '/shop/hats', '/k%C3%A4se')
+    const { calls, failures, performers } = recordSites('/', '/shop/hats', '/k%C3%A4se')
     const { port, instancePort } = await bootInstance(t, { performers })
     const askFor = async (what: string) => {
       calls.length = 0
@@ -3934,6 +3934,10 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
     assert.deepEqual(calls, [])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
+    failures['/shop/hats'] = new Error('no hat is OK')
+    const failed = 'Warmup failed: /shop/hats: no hat is O K'
+    assert.equal(await askFor('warmup /shop/hats'), `${failed}: /shop/hats`)
+    assert.equal(await ask(port, 'health_check\n'), `${failed}\n`)
   })
 
   test('each site is warmed once for all who ask meanwhile, or hang up, and what is new is queued', async (t) => {
