@@ -10917,6 +10917,8 @@ async function buildNextApp(t: TestContext): Promise<string> {
 const UNMODIFIED: [command: string, status: number | null, lastWords?: RegExp][] = [
   ['http-server/bin/http-server FOLDER -p PORT -a 127.0.0.1', 0, /http-server stopped/],
   ['json-server/lib/cli/bin.js --port PORT --host 127.0.0.1 FOLDER/db.json', null],
+  ['serve/build/main.js -L -l tcp://127.0.0.1:PORT FOLDER', 0, /Gracefully shutting down/],
+  ['fastify-cli/cli.js start -p PORT -a 127.0.0.1 FOLDER/plugin.cjs', 0],
   ['node-red/red.js -u FOLDER -p PORT', 0, /Stopped flows/],
   ['next/dist/bin/next start FOLDER -p PORT -H 127.0.0.1', 143]
 ]
@@ -11675,6 +11677,16 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   )
 
   const frameworks: Record<string, string> = {
+    Express: `
+      import express from 'express'
+      server = express().get('/slow500', handle).listen(0, '127.0.0.1')
+      listen = () => {}
+      const app = server`,
+    Koa: `
+      import Koa from 'koa'
+      const answer = async ({ req, res }) => handle(req, res)
+      server = http.createServer(new Koa().use(answer).callback())
+      const app = server`,
     Fastify: `
       import Fastify from 'fastify'
       const app = Fastify()
@@ -11732,6 +11744,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       async (t) => {
         const folder = name === 'next' ? await buildNextApp(t) : scratchFolder(t)
         fs.writeFileSync(join(folder, 'db.json'), '{ "posts": [] }')
+        const plugin = "module.exports = async (app, _) => app.get('/', async () => 'a page')"
+        fs.writeFileSync(join(folder, 'plugin.cjs'), plugin)
         const port = await freePort()
         const adapted = command.replace('FOLDER', folder).replace('PORT', String(port))
         const [file = '', ...words] = adapted.split(' ')
