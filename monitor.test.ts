@@ -8779,53 +8779,20 @@ function flagForTimeouts(...limitsMs: number[]): string {
   return `--import=data:text/javascript,${encodeURIComponent(source)}`
 }
 
-/** Programs that are left as they are, and their exit statuses: null where the signal ends them. */
-const UNMODIFIED_ENDS: Record<string, [source: string, status: number | null]> = {
-  'with a signal listener of its own ends in its way': [
-    `${PLAIN_SERVER}
-    process.on('SIGTERM', () => server.close(() => process.exit(7)))`,
-    7
-  ],
-  'that calls start() before its server is there dies of the signal': [
-    `globalThis[Symbol.for('ftw-monitor.exports.1')].start()
-    ${PLAIN_SERVER}`,
-    null
-  ]
-}
-
-/** What a program does where the monitor is switched off: its answer at /ready. */
-const SWITCHED_OFF: Record<string, [env: Record<string, string>, answer: string, told?: string]> = {
-  'answers at the health path alone': [
-    { FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/ready' },
-    'OK\n'
-  ],
-  'does nothing without a health path': [{ FTW_MONITOR: '0' }, 'served'],
-  'answers at the health path that was meant': [
-    { FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: 'ready' },
-    'OK\n',
-    'ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH=ready: it must be a path, as /ready; uses /ready\n'
-  ],
-  'does nothing where the health path is none': [
-    { FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: 'https://example.org' },
-    'served'
-  ]
-}
-
 describeProcesses('The module', SIDE_BY_SIDE, () => {
   const copyOf = (name: string) => `${MODULE.href}?copy=${name}`
 
-  for (const [what, [source, status]] of Object.entries(UNMODIFIED_ENDS)) {
-    test(`with FTW_MONITOR=auto a program ${what}, and loses nothing`, async (t) => {
-      const env = { FTW_MONITOR_TIMEOUT_MS: '2500', HOST: '127.0.0.1' }
-      const { watched, port } = await bootUnmodified(t, source, env)
-      const page = getPage(port, '/slow1000')
-      await endUnderLoad(t, watched, { port, path: '/slow10' })
-      assert.equal((await page).body, 'served')
-      assert.equal(await watched.exit, status, watched.output)
-      assert.equal(watched.child.signalCode, status === null ? 'SIGTERM' : null)
-      assert.deepEqual(linesOfShutdown(watched.output), [])
-    })
-  }
+  test('with FTW_MONITOR=auto a program with a signal listener of its own ends in its way, and loses nothing', async (t) => {
+    const source = `${PLAIN_SERVER}
+      process.on('SIGTERM', () => server.close(() => process.exit(7)))`
+    const env = { FTW_MONITOR_TIMEOUT_MS: '2500', HOST: '127.0.0.1' }
+    const { watched, port } = await bootUnmodified(t, source, env)
+    const page = getPage(port, '/slow1000')
+    await endUnderLoad(t, watched, { port, path: '/slow10' })
+    assert.equal((await page).body, 'served')
+    assert.equal(await watched.exit, 7, watched.output)
+    assert.deepEqual(linesOfShutdown(watched.output), [])
+  })
 
   test(
     'with FTW_MONITOR=auto the first process of a container loses nothing, and ends with the status of the signal',
@@ -8896,36 +8863,28 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     ])
   })
 
-  /** Runs a program without a PORT, which tells what it is asked for; gives the port of its server. */
-  const runWithoutPort = async (t: TestContext, deed: string, flags: string[] = []) => {
+  test('with FTW_MONITOR=auto and no PORT the first server of HTTP is the instance, gets no request of ours before it has served one, and ends', async (t) => {
     const source = `
+      const other = require('node:net').createServer().listen(0, '127.0.0.1')
       const answer = ({ url }, response) => {
         print('asked for', url)
         response.end()
+        if (url === '/last') for (const each of [other, server]) each.close()
       }
       const server = require('node:http').createServer(answer)
-      ${deed}
       server.listen(0, '127.0.0.1', () => print('listens', server.address().port))`
-    const watched = runUnmodified(t, source, { env: { FTW_MONITOR_LISTEN: '127.0.0.1:0' }, flags })
+    const env = { FTW_MONITOR_LISTEN: '127.0.0.1:0' }
+    const watched = runUnmodified(t, source, { env, flags: [flagForPace(1 / 2)] })
     const place = /^listens (\d+)$/m
     await until(() => place.test(watched.output), 'it listens')
-    return { watched, port: Number(place.exec(watched.output)?.[1]) }
-  }
-
-  test('with FTW_MONITOR=auto and no PORT a server that waits for one request does not get ours', async (t) => {
-    const { watched, port } = await runWithoutPort(t, "server.on('request', () => server.close())")
+    const port = Number(place.exec(watched.output)?.[1])
     await pause(500)
-    await getPage(port, '/callback?code=1')
-    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
-    assert.deepEqual(watched.output.match(/asked for .*/g), ['asked for /callback?code=1'])
-  })
-
-  test('with FTW_MONITOR=auto and no PORT the first server of HTTP is the instance, and warmed up when it has served a request', async (t) => {
-    const deed = "require('node:net').createServer().listen(0, '127.0.0.1')"
-    const { watched, port } = await runWithoutPort(t, deed, [flagForPace(1 / 2)])
     await getPage(port, '/first')
     await until(() => watched.output.includes('is warm'), 'it is warm', 1_500)
-    assert.deepEqual(watched.output.match(/asked for .*/g), ['asked for /first', 'asked for /'])
+    await getPage(port, '/last')
+    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
+    const asked = watched.output.match(/(?<=asked for ).*/g)
+    assert.deepEqual(asked, ['/first', '/', '/last'])
   })
 
   test('with FTW_MONITOR=auto an instance on a Unix socket is found', async (t) => {
@@ -8938,26 +8897,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     await until(isHealthy, 'the verdict is OK')
   })
 
-  test('with FTW_MONITOR=auto nothing is done in a program that never listens, or serves no HTTP', async (t) => {
-    const { status, stdout, stderr } = await runUnmodifiedToEnd(
-      t,
-      `${TELL_OF_TRACES}
-      const main = async () => {
-        await new Promise((resolve) => setTimeout(resolve, 300))
-        print(traces())
-        const server = require('node:net').createServer().listen(0, '127.0.0.1')
-        await require('node:events').once(server, 'listening')
-        await new Promise((resolve) => server.close(resolve))
-        await new Promise((resolve) => setTimeout(resolve, 300))
-        print(traces())
-      }
-      main()`
-    )
-    assert.equal(stdout, `${NO_TRACES}\n${NO_TRACES}\n`)
-    assert.deepEqual([status, stderr], [0, ''])
-  })
-
-  test('with FTW_MONITOR=auto nothing is done in a worker thread but to say so, and nothing in child processes', async (t) => {
+  test('with FTW_MONITOR=auto nothing is done in a program that serves no HTTP, and in its child processes, and in a worker thread but to say so', async (t) => {
     const port = await freePort()
     const file = join(scratchFolder(t), 'worker.cjs')
     const end = `
@@ -8968,66 +8908,64 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     fs.writeFileSync(file, `${PRINT}\n${PLAIN_SERVER}\n${end}`)
     const { status, stdout, stderr } = await runUnmodifiedToEnd(
       t,
-      `const { Worker } = require('node:worker_threads')
+      `${TELL_OF_TRACES}
       const { spawnSync } = require('node:child_process')
-      const child = spawnSync(process.execPath, ['-e', 'console.log("child")'])
-      print(String(child.stdout) + String(child.stderr) + 'of a child')
-      new Worker(${JSON.stringify(file)}).on('exit', () => print('worker is over'))`,
+      const { once } = require('node:events')
+      const { Worker } = require('node:worker_threads')
+      const main = async () => {
+        await new Promise((resolve) => setTimeout(resolve, 300))
+        print(traces())
+        const server = require('node:net').createServer().listen(0, '127.0.0.1')
+        await once(server, 'listening')
+        await new Promise((resolve) => server.close(resolve))
+        await new Promise((resolve) => setTimeout(resolve, 300))
+        print(traces())
+        const child = spawnSync(process.execPath, ['-e', 'console.log("child")'])
+        print(String(child.stdout) + String(child.stderr) + 'of a child')
+        await once(new Worker(${JSON.stringify(file)}), 'exit')
+        print('worker is over')
+      }
+      main()`,
       { PORT: String(port) }
     )
     const expected = `child\nof a child\nlistens ${port}\nworker is over\n`
-    assert.deepEqual({ status, stdout }, { status: 0, stdout: expected })
+    assert.equal(stdout, `${NO_TRACES}\n${NO_TRACES}\n${expected}`)
     const line = `does nothing for the server at 127.0.0.1:${port}, since it is in a worker thread`
     assert.equal(stderr, `ftw-monitor ${line}: only the program itself can start() one there\n`)
+    assert.equal(status, 0)
   })
 
-  /** Runs a program with two servers elsewhere than PORT, which listens there, too; gives its
-   *  output after a while. */
-  const runBesideOthers = async (t: TestContext, msUntilServer: number) => {
-    const port = await freePort()
-    const watched = runUnmodified(
-      t,
-      `for (let count = 0; count < 2; count++) {
-        const other = require('node:http').createServer(() => {})
-        other.listen(0, '127.0.0.1', () => print('elsewhere', other.address().port))
-      }
-      setTimeout(() => {
-        ${PLAIN_SERVER}
-      }, ${msUntilServer})`,
-      { env: { PORT: String(port) }, flags: [flagForTimeouts(10_000)] }
-    )
-    await untilHealthy(port + 80)
-    await pause(300)
-    return { port, output: watched.output }
-  }
-
   test('with FTW_MONITOR=auto a server that listens elsewhere than PORT is told of once, if none listens at PORT', async (t) => {
-    const { port, output } = await runBesideOthers(t, 1_000)
-    const [, elsewhere] = /^elsewhere (\d+)$/m.exec(output) ?? []
-    const warning = `finds no server at PORT=${port}, but one at 127.0.0.1:${elsewhere}`
-    assert.deepEqual(output.match(/finds no server.*?:\d+/g), [warning])
-    const beside = await runBesideOthers(t, 0)
-    assert.doesNotMatch(beside.output, /finds no server/)
+    for (const msUntilServer of [1_000, 0]) {
+      const port = await freePort()
+      const watched = runUnmodified(
+        t,
+        `for (let count = 0; count < 2; count++) {
+          const other = require('node:http').createServer(() => {})
+          other.listen(0, '127.0.0.1', () => print('elsewhere', other.address().port))
+        }
+        setTimeout(() => {
+          ${PLAIN_SERVER}
+        }, ${msUntilServer})`,
+        { env: { PORT: String(port) }, flags: [flagForTimeouts(10_000)] }
+      )
+      await untilHealthy(port + 80)
+      await pause(300)
+      const [, elsewhere] = /^elsewhere (\d+)$/m.exec(watched.output) ?? []
+      const warning = `finds no server at PORT=${port}, but one at 127.0.0.1:${elsewhere}`
+      const told = watched.output.match(/finds no server.*?:\d+/g)
+      assert.deepEqual(told, msUntilServer > 0 ? [warning] : null)
+    }
   })
 
   test('a word that FTW_MONITOR does not know costs a warning', async (t) => {
-    const words = ['AUTO', 'off', ' ', 'autp', '1', 'on']
-    const script = `
-      Object.defineProperty(globalThis, Symbol.for('ftw-monitor.exports.1'), { get: () => undefined })
-      for (const word of ${JSON.stringify(words)}) {
-        process.env.FTW_MONITOR = word
-        await import(${JSON.stringify(copyOf(''))} + encodeURIComponent(word))
-      }`
-    const flags = ['--no-warnings', '--input-type=module', '-e', script]
     const values = 'it is auto, or 0, false, no or off'
-    const warnings = ['autp', '1', 'on'].map((word) => {
-      return `ftw-monitor cannot use FTW_MONITOR=${word}: ${values}\n`
-    })
-    assert.deepEqual(await runToEnd(t, process.execPath, flags), {
-      status: 0,
-      stdout: '',
-      stderr: warnings.join('')
-    })
+    for (const word of ['AUTO', 'off', ' ', 'autp', '1', 'on']) {
+      const isKnown = ['AUTO', 'off', ' '].includes(word)
+      const stderr = isKnown ? '' : `ftw-monitor cannot use FTW_MONITOR=${word}: ${values}\n`
+      const ended = await runUnmodifiedToEnd(t, '', { FTW_MONITOR: word })
+      assert.deepEqual(ended, { status: 0, stdout: '', stderr })
+    }
   })
 
   /** Has a program import two copies of its own, and say what becomes of it. */
@@ -9039,10 +8977,11 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     }
     main()`
 
-  test('a program that starts its server itself gets the monitor that runs by itself, and what it registers counts', async (t) => {
+  test('a program that starts its server itself gets the monitor that runs by itself, what it registers counts, and stop() of any copy ends it', async (t) => {
     const { watched, monitorPort } = await bootUnmodified(
       t,
       `${PLAIN_SERVER}
+      ${TELL_OF_TRACES}
       ${withCopies(`
         while (!(await one.health()).healthy) await pause(20)
         one.registerDatabase('main', { isConnected: () => true }).loads(3)
@@ -9051,7 +8990,11 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
         other.registerMetrics(() => 'own_metric 1')
         const address = await one.start(server)
         const again = await other.start({ server: [server] })
-        other.shutdownOnSignal({ cleanUp: () => print('cleaned up') })
+        process.once('SIGUSR2', async () => {
+          await other.stop()
+          server.close()
+          print(traces())
+        })
         print('address', address.port, again.port)`)}`
     )
     await until(() => watched.output.includes('address'), 'start() has an address')
@@ -9063,25 +9006,27 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.match(await ask(monitorPort, 'status\n'), /\/shop +warm/)
     assert.doesNotMatch(watched.output, /already|EADDRINUSE/)
     assert.equal(watched.output.match(/listening on/g)?.length, 1)
-    watched.child.kill('SIGTERM')
-    assert.equal(await watched.exit, 0)
-    assert.match(watched.output, /^cleaned up$/m)
+
+    watched.child.kill('SIGUSR2')
+    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
+    assert.match(watched.output, /"listeners":\[0,0\].*"isEmitOwn":false/)
   })
 
-  const OWN_STARTS: Record<string, string> = {
-    'before it listens': `
-      const started = one.start({ server, listen })
-      server.listen(process.env.PORT, '127.0.0.1')
+  test('a program that starts its server with options gets these, whenever it does, and ends by the signal', async (t) => {
+    const listens = "server.listen(process.env.PORT, '127.0.0.1')"
+    const scripts = [
+      `const started = one.start({ server, listen })
+      ${listens}
       await started`,
-    'when the monitor runs by itself': `
-      server.listen(process.env.PORT, '127.0.0.1')
+      `const started = one.start({ listen })
+      ${listens}
+      await started`,
+      `${listens}
       while (!(await one.health()).healthy) await pause(20)
       await pause(500)
       await one.start({ server, listen })`
-  }
-
-  for (const [when, script] of Object.entries(OWN_STARTS)) {
-    test(`a program that starts its server with options ${when} gets these`, async (t) => {
+    ]
+    for (const script of scripts) {
       const listen = await freePort()
       const port = await freePort()
       const source = withCopies(`
@@ -9094,25 +9039,9 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       assert.doesNotMatch(watched.output, /already/)
       watched.child.kill('SIGTERM')
       await watched.exit
+      assert.equal(watched.child.signalCode, 'SIGTERM')
       assert.match(watched.output, /shuts down after SIGTERM/, 'FTW_MONITOR=auto delays the signal')
-    })
-  }
-
-  test('stop() of any copy ends what runs by itself', async (t) => {
-    const { watched, monitorPort } = await bootUnmodified(
-      t,
-      `${PLAIN_SERVER}
-      ${TELL_OF_TRACES}
-      ${withCopies(`
-        while (!(await one.health()).healthy) await pause(20)
-        await pause(500)
-        await other.stop()
-        server.close()
-        print(traces())`)}`
-    )
-    await until(() => isRefused(monitorPort), 'the monitor has stopped')
-    assert.equal(await watched.exit, 0)
-    assert.match(watched.output, /"listeners":\[0,0\].*"isEmitOwn":false/)
+    }
   })
 
   test('all copies in a process are one, whichever is loaded first, by each function that is exported', async (t) => {
@@ -9151,13 +9080,12 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.equal(watched.stderr, '')
   })
 
-  const OTHER_COPIES: Record<string, [text: RegExp, replaced: string]> = {
-    'of another version': [/'\d+\.\d+\.\d+'/, "'0.9.0'"],
-    'without all that the later one has': [/shared\(\s*'untilHealthy'/, "shared('untilWell'"]
-  }
-
-  for (const [what, [text, replaced]] of Object.entries(OTHER_COPIES)) {
-    test(`a first copy ${what} is warned of once, by its file and version`, async (t) => {
+  test('a first copy of another version, or without all that the later one has, is warned of once, by its file and version', async (t) => {
+    const rows: [text: RegExp, replaced: string, versions: RegExp][] = [
+      [/'\d+\.\d+\.\d+'/, "'0.9.0'", /0\.9\.0.*1\.0\.0/],
+      [/shared\(\s*'untilHealthy'/, "shared('untilWell'", /1\.0\.0.*1\.0\.0/]
+    ]
+    for (const [text, replaced, versions] of rows) {
       const folder = scratchFolder(t)
       fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
       const file = join(folder, `first${EXTENSION}`)
@@ -9177,16 +9105,24 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       const [line = '', ...others] = stderr.trimEnd().split('\n')
       assert.deepEqual(others, [])
       for (const part of [file, PROGRAM]) assert.ok(line.includes(part), line)
-      assert.match(line, what.includes('version') ? /0\.9\.0.*1\.0\.0/ : /1\.0\.0.*1\.0\.0/)
-    })
-  }
+      assert.match(line, versions)
+    }
+  })
 
-  for (const [name, [env, answer, told = '']] of Object.entries(SWITCHED_OFF)) {
-    test(`preloaded into a program and switched off, it ${name}`, async (t) => {
+  test('preloaded into a program and switched off, it answers at the health path alone, if there is one', async (t) => {
+    const prefix = 'ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH'
+    const rows: [healthPath: string, answer: string, told: string][] = [
+      ['', 'served', ''],
+      ['/ready', 'OK\n', ''],
+      ['ready', 'OK\n', `${prefix}=ready: it must be a path, as /ready; uses /ready\n`],
+      ['https://example.org', 'served', '']
+    ]
+    const tell = 'process.once("SIGTERM", () => { print(traces()); process.exit(3) })'
+    const source = `${TELL_OF_TRACES}\n${PLAIN_SERVER}\n${tell}`
+    for (const [healthPath, answer, told] of rows) {
       const port = await freePort()
-      const tell = 'process.once("SIGTERM", () => { print(traces()); process.exit(3) })'
-      const source = `${TELL_OF_TRACES}\n${PLAIN_SERVER}\n${tell}`
-      const watched = runUnmodified(t, source, { env: { PORT: String(port), ...env } })
+      const env = { PORT: String(port), FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: healthPath }
+      const watched = runUnmodified(t, source, { env })
       await until(() => watched.stdout.includes('listens'), 'it listens')
       for (const path of ['/ready', '/ready?now']) {
         const { status, body } = await getPage(port, path)
@@ -9198,8 +9134,8 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       assert.equal(await inTime(watched.exit, 'it ends'), 3)
       assert.match(watched.stdout, /"listeners":\[0,0\]/)
       assert.equal(watched.stderr, told)
-    })
-  }
+    }
+  })
 
   test('a copy called ftw-monitor.mjs can be preloaded anywhere, and is the program, too', async (t) => {
     if (EXTENSION !== '.js') return t.skip('it is compiled')
