@@ -11669,222 +11669,158 @@ const CROSS_SITE = {
   Referer: 'https://evil.example/',
   'Sec-Fetch-Site': 'cross-site'
 }
-const AS_IMAGE = { ...CROSS_SITE, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
 
 /** What such a page would have run. */
 const ORDERS = 'drain\ndrain now\r\ninteractive\nown\nnear\nresume\n'
-const TEMPTING_PATHS = [
-  '/drain',
-  '/drain/now',
-  '/resume',
-  '/interactive',
-  '/quit',
-  '/own',
-  '/near',
-  '/%64rain',
-  '//drain',
-  '/./drain',
-  '/drain?',
-  '/drain%0A',
-  '/%0Adrain%0A',
-  '/@@warmup',
-  '/health_check',
-  '/'
-]
+const TEMPTING_PATHS =
+  '/drain /drain/now /resume /interactive /quit /own /near /%64rain //drain /./drain /drain? ' +
+  '/drain%0A /%0Adrain%0A /@@warmup /health_check /'
 
-/** An instance with commands of its own, and what tells whether anybody has changed it. */
-async function bootTempting(t: TestContext) {
-  let calls = 0
-  const count = () => {
-    calls++
+/** An instance all of whose parts throw secrets, until its database recovers. */
+async function bootSecretive(t: TestContext) {
+  const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
+  const fail = (): never => {
+    const error = new RangeError(`at ${url} /SECRET/path 10.0.0.7:5432`)
+    error.name = 'SECRETError'
+    throw Object.defineProperty(error, 'code', { value: 'SECRET' })
   }
-  const { monitor, port, instancePort } = await bootInstance(t, { performers: { '/': count } })
-  monitor.register('own', 'Own', count)
-  monitor.register('near', 'Near', count, { local: true })
-  calls = 0
-  const expectUnchanged = async (what: string) => {
-    assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
-    assert.equal(calls, 0, what)
-    assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
-    const client = { headers: { Connection: 'keep-alive' } }
-    const { headers } = await getPage(instancePort, '/', client)
-    assert.equal(headers.connection, 'keep-alive', what)
+  const failLater = async () => fail()
+  let isConnected: () => boolean = fail
+  const connections = () => [{ openedAt: 0, info: url }]
+  const { monitor, port, instancePort } = await bootInstance(t, {
+    handler: () => {},
+    databases: {
+      main: { isConnected: () => isConnected() },
+      spare: { optional: true, isConnected: failLater, connections: fail, figures: fail },
+      open: { isConnected: () => true, connections, figures: failLater }
+    },
+    performers: { '/': fail },
+    prepare: ({ register, registerCheck, registerMetrics }) => {
+      registerCheck('disk', fail, { optional: true })
+      registerMetrics(fail)
+      register('fails', 'Fails', fail, { http: true })
+      register('rejects', 'Rejects', failLater, { http: true })
+      register('odd', 'Returns no mode', (() => url) as () => void, { http: true })
+    },
+    until: 'started'
+  })
+  const inFlight = await converse(t, instancePort)
+  inFlight.say(headOf('/SECRET/path?SECRET'))
+  const hasFailed = async () => (await monitor.status()).warmup[0]?.status === 'failed'
+  await until(hasFailed, 'the warm-up has failed')
+  const recover = () => {
+    isConnected = () => true
   }
-  return { port, expectUnchanged }
+  return { port, recover }
 }
 
-/** An instance all of whose parts throw secrets, and what it replies to 192.0.2.2 and to this
- *  machine. */
-const TELLS_SECRETS = `
-  const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
-  const fail = () => {
-    const error = new RangeError('at ' + url + ' /SECRET/path 10.0.0.7:5432')
-    error.name = 'SECRETError'
-    error.code = 'SECRET'
-    throw error
-  }
-  let failOfMain = fail
-  monitor.registerDatabase('main', { isConnected: () => failOfMain() ?? true })
-  monitor.registerDatabase('spare', {
-    optional: true, isConnected: async () => fail(), connections: fail, figures: fail
-  })
-  monitor.registerDatabase('open', {
-    isConnected: () => true, connections: () => [{ openedAt: 0, info: url }], figures: async () => fail()
-  })
-  monitor.registerCheck('disk', fail, { optional: true })
-  monitor.registerWarmup('/', fail)
-  monitor.registerMetrics(fail)
-  monitor.register('fails', 'Fails', fail, { http: true })
-  monitor.register('rejects', 'Rejects', async () => fail(), { http: true })
-  monitor.register('odd', 'Returns no mode', () => url, { http: true })
-
-  const server = http.createServer(() => {}).listen(0, '127.0.0.1')
-  const logger = { info() {}, warn() {}, error() {} }
-  const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
-  const inFlight = net.connect(server.address().port, '127.0.0.1')
-  inFlight.write('GET /SECRET/path?SECRET HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n')
-  while ((await monitor.status()).warmup[0].status !== 'failed') await pause(20)
-
-  const askOne = (text, localAddress) => new Promise((resolve) => {
-    const socket = net.connect({ host: '127.0.0.1', port, localAddress }).setEncoding('utf8')
-    let reply = ''
-    socket.on('data', (part) => { reply += part })
-    socket.on('error', () => {})
-    socket.on('close', () => resolve([text, reply]))
-    socket.write(text)
-  })
-  const askEach = async (texts, address) => {
-    const askThem = (some) => Promise.all(some.map((text) => askOne(text, address)))
-    const replies = []
-    for (const waiting = [...texts]; waiting.length > 0; ) {
-      replies.push(...await askThem(waiting.splice(0, 50)))
-    }
-    return replies
-  }
-  const [, help] = await askOne('help\\n', '127.0.0.1')
-  const listed = Array.from(help.matchAll(/^  (\\S+) --/gm), ([, name]) => name)
-  const ending = listed.filter((name) => name !== 'interactive')
-  const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
-  const headOf = (path, ...headers) =>
-    ['GET ' + path + ' HTTP/1.1', 'Host: 192.0.2.1', 'Connection: close', ...headers, '', ''].join('\\r\\n')
-  const replies = { strangers: [], locals: [] }
-  const askAll = async (...args) => {
-    const paths = names.flatMap((name) => args.map((each) => '/' + name + each))
-    const lines = paths.map((path) => path.replaceAll('/', ' ').trim() + '\\n')
-    const texts = [
-      ...lines.filter((line) => line !== '\\n'),
-      ...paths.map((path) => headOf(path)),
-      headOf('/', 'Accept: text/html'),
-      headOf('/?pause', 'Accept: text/html', 'User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin'),
-      'interactive\\nmonitor 0 open\\nfails\\nstatus\\nquit\\n'
-    ]
-    const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
-    replies.strangers.push(...await askEach(texts, '192.0.2.2'))
-    replies.locals.push(...await askEach(safe, '127.0.0.1'))
-  }
-  await askAll('', '/main', '/open', '/0', '/0/spare', '/0/open')
-  failOfMain = () => {}
-  await askAll('')
-  process.stdout.write(JSON.stringify(replies), () => process.exit())`
-
 describeProcesses('Attacks and limits', PAIRWISE, () => {
-  test(
-    'no command and no path tells another machine what was thrown',
-    NEEDS_NAMESPACES,
-    async (t) => {
-      const network = 'ip addr add 192.0.2.2/32 dev lo'
-      const watched = runScript(t, { network, script: TELLS_SECRETS })
-      assert.equal(await watched.exit, 0, watched.output)
-      const { strangers, locals } = JSON.parse(watched.stdout) as Record<
-        'strangers' | 'locals',
-        [text: string, reply: string][]
-      >
-      assert.ok(strangers.length > 300, `${strangers.length} replies`)
-      for (const [text, reply] of strangers) {
-        const what = `${JSON.stringify(text)}: ${reply}`
-        assert.notEqual(reply, '', what)
-        assert.doesNotMatch(
-          reply,
-          /SECRET|127\.0\.0\.1 |10\.0\.0\.7|\.[cm]?[jt]s:\d|192\.0\.2\.2/,
-          what
-        )
-      }
-      const repliesTo = (replies: [string, string][], text: string) =>
-        replies.filter(([each]) => each === text).map(([, reply]) => reply)
-      assert.deepEqual(repliesTo(strangers, 'health_check\n'), [
-        "Error: Database 'main' failed.\n",
-        'Warmup failed\n'
-      ])
-      assert.deepEqual(repliesTo(strangers, 'fails\n'), Array(2).fill('Error: fails failed\n'))
-
-      // This machine is told, without the password.
-      const told = ['health_check', 'agent_check', 'status', 'fails', 'dbinfo open', 'monitor 0']
-      for (const line of told) {
-        const replies = repliesTo(locals, `${line}\n`)
-        assert.ok(replies.length > 0, line)
-        for (const reply of replies) assert.match(reply, /SECRET/, line)
-      }
-      for (const [text, reply] of locals) assert.doesNotMatch(reply, /user:/, text)
-    }
-  )
-
-  test('no request of a page of another origin changes an instance', async (t) => {
-    const { port, expectUnchanged } = await bootTempting(t)
-    const multipart = `--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n${ORDERS}--x--\r\n`
-    const forms: [string, PageOptions][] = [
-      ['GET', { headers: AS_IMAGE }],
-      ['HEAD', { headers: CROSS_SITE, method: 'HEAD' }],
-      [
-        'preflight',
-        {
-          headers: { ...CROSS_SITE, 'Access-Control-Request-Method': 'DRAIN' },
-          method: 'OPTIONS'
-        }
+  test('no command and no path tells a stranger what was thrown', async (t) => {
+    const { port, recover } = await bootSecretive(t)
+    const help = await ask(port, 'help\n')
+    const listed = Array.from(help.matchAll(/^  (\S+) --/gm), ([, name]) => name!)
+    const ending = listed.filter((name) => name !== 'interactive')
+    const strangers: (readonly [text: string, reply: string])[] = []
+    const locals: typeof strangers = []
+    const askAll = async (rest: string) => {
+      const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
+      const paths = names.map((name) => `/${name}${rest}`)
+      const lines = paths.map((path) => `${path.replaceAll('/', ' ').trim()}\n`)
+      const browser = ['User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin']
+      const texts = [
+        ...lines.filter((line) => line !== '\n'),
+        ...paths.map((path) => headOf(path, 'Connection: close')),
+        headOf('/', 'Connection: close', 'Accept: text/html'),
+        headOf('/?pause', 'Connection: close', 'Accept: text/html', ...browser),
+        'interactive\nmonitor 0 open\nfails\nstatus\nquit\n'
       ]
-    ]
-    for (const [type, body] of [
-      ['text/plain', ORDERS],
-      ['application/x-www-form-urlencoded', ORDERS],
-      ['multipart/form-data; boundary=x', multipart]
-    ] as const) {
-      const headers = { ...CROSS_SITE, 'Content-Type': type }
-      const chunked = { ...headers, 'Transfer-Encoding': 'chunked' }
-      forms.push([type, { headers, method: 'POST', body }])
-      forms.push([`chunked ${type}`, { headers: chunked, method: 'POST', body }])
+      const header = PROXY_HEADERS['version 1']!
+      const askOne = async (text: string) => [text, await askBehind(port, header, text)] as const
+      strangers.push(...(await Promise.all(texts.map(askOne))))
+      const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
+      const askHere = async (text: string) => [text, await ask(port, text)] as const
+      locals.push(...(await Promise.all(safe.map(askHere))))
     }
-    for (const path of TEMPTING_PATHS) {
-      for (const [form, options] of forms) {
+    for (const rest of ['', '/main', '/open', '/0', '/0/spare', '/0/open']) await askAll(rest)
+    recover()
+    await askAll('')
+
+    assert.ok(strangers.length > 300, `${strangers.length} replies`)
+    for (const [text, reply] of strangers) {
+      const what = `${JSON.stringify(text)}: ${reply}`
+      assert.notEqual(reply, '', what)
+      assert.doesNotMatch(reply, /SECRET|127\.0\.0\.1 |10\.0\.0\.7|\.[cm]?[jt]s:\d/, what)
+    }
+    const repliesTo = (replies: typeof strangers, text: string) => {
+      return replies.filter(([each]) => each === text).map(([, reply]) => reply)
+    }
+    assert.deepEqual(repliesTo(strangers, 'health_check\n'), [
+      "Error: Database 'main' failed.\n",
+      'Warmup failed\n'
+    ])
+    assert.deepEqual(repliesTo(strangers, 'fails\n'), Array(2).fill('Error: fails failed\n'))
+
+    // This machine is told, without the password.
+    const told = ['health_check', 'agent_check', 'status', 'fails', 'dbinfo open', 'monitor 0']
+    for (const line of told) {
+      const replies = repliesTo(locals, `${line}\n`)
+      assert.ok(replies.length > 0, line)
+      for (const reply of replies) assert.match(reply, /SECRET/, line)
+    }
+    for (const [text, reply] of locals) assert.doesNotMatch(reply, /user:/, text)
+  })
+
+  test('nothing that a page of another origin has a browser send changes an instance, whatever its length', async (t) => {
+    let calls = 0
+    const count = () => {
+      calls++
+    }
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: { '/': count } })
+    monitor.register('own', 'Own', count)
+    monitor.register('near', 'Near', count, { local: true })
+    calls = 0
+    const expectUnchanged = async (what: string) => {
+      assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
+      assert.equal(calls, 0, what)
+      assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
+      const client = { headers: { Connection: 'keep-alive' } }
+      const { headers } = await getPage(instancePort, '/', client)
+      assert.equal(headers.connection, 'keep-alive', what)
+    }
+
+    const image = { ...CROSS_SITE, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
+    const preflight = { ...CROSS_SITE, 'Access-Control-Request-Method': 'DRAIN' }
+    const form = { ...CROSS_SITE, 'Content-Type': 'text/plain' }
+    const chunked = { ...form, 'Transfer-Encoding': 'chunked' }
+    for (const path of TEMPTING_PATHS.split(' ')) {
+      for (const options of [
+        { headers: image },
+        { headers: preflight, method: 'OPTIONS' },
+        { headers: form, method: 'POST', body: ORDERS },
+        { headers: chunked, method: 'POST', body: ORDERS }
+      ]) {
         const { headers } = await getPage(port, path, options)
         const granted = Object.keys(headers).filter((name) => name.startsWith('access-control-'))
-        assert.deepEqual(granted, [], `${form} ${path}`)
+        assert.deepEqual(granted, [], path)
       }
       await expectUnchanged(path)
     }
-  })
 
-  test('no bytes that a browser sends are run as commands, whatever their length', async (t) => {
-    const { port, expectUnchanged } = await bootTempting(t)
     const lines = Object.entries(CROSS_SITE).map(([name, value]) => `${name}: ${value}`)
     const post = (path: string) =>
       headOf(path, ...lines, `Content-Length: ${ORDERS.length}`).replace('GET', 'POST') + ORDERS
-    const transcripts: Record<string, string> = {
-      'kept alive and pipelined': post('/').repeat(5),
-      'a beacon whose page is left': post('/'),
-      'a WebSocket':
-        headOf('/drain', ...lines, 'Connection: Upgrade', 'Upgrade: websocket') + ORDERS,
-      'TLS whose session is text': `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}`
-    }
+    const transcripts = [
+      post('/').repeat(5),
+      headOf('/drain', ...lines, 'Connection: Upgrade', 'Upgrade: websocket') + ORDERS,
+      `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}` // TLS whose session is text
+    ]
     for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
       const path = `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
-      transcripts[`GET of ${length} characters`] = headOf(path, ...lines)
-      transcripts[`POST of ${length} characters`] = post(path)
+      transcripts.push(headOf(path, ...lines), post(path))
     }
-    const sendOne = async (text: string) => {
+    for (const text of transcripts) {
       await ask(port, text, { end: true, limitMs: 500 }).catch(() => {}) // it may be reset
-    }
-    for (const [what, text] of Object.entries(transcripts)) {
-      await sendOne(text)
-      await expectUnchanged(what)
+      await expectUnchanged(text.slice(0, 100))
     }
   })
 
@@ -12022,41 +11958,6 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
   })
 
   test(
-    'a prober that takes 100 ms gets every answer in a connect flood from 127.0.0.2',
-    SLOW,
-    async (t) => {
-      const { port } = await bootProcess(t)
-      const flood = runScript(t, {
-        script: `
-        let connected = 0
-        const connect = () => {
-          const from = { host: '127.0.0.1', localAddress: '127.0.0.2' }
-          const socket = net.connect({ port: ${port}, ...from })
-          socket.on('error', () => {})
-          socket.on('close', connect)
-          socket.on('connect', () => {
-            connected++
-            if (connected % 1_000 === 0) print('flooding')
-          })
-        }
-        for (let each = 0; each < 600; each++) connect()`
-      })
-      await until(() => flood.output.includes('flooding'), 'the flood has begun')
-      const hasGoneOn = () => flood.output.split('flooding').length > 3
-      const replies: string[] = []
-      while (replies.length < 10 || !hasGoneOn()) {
-        const peer = await converse(t, port, { from: '127.0.0.1' })
-        await pause(100)
-        peer.socket.write('health_check\n')
-        await until(() => peer.isClosed, 'it is closed')
-        replies.push(peer.transcript)
-      }
-      assert.deepEqual(new Set(replies), new Set(['OK\n']))
-      assert.equal(flood.child.exitCode, null)
-    }
-  )
-
-  test(
     'without a free descriptor status(), metrics and monitor tell what they can',
     NEEDS_DESCRIPTORS,
     async (t) => {
@@ -12120,9 +12021,14 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
 })
 
 describeProcesses('Attacks and limits', ALONE, () => {
-  test('the 257th is answered: the address with the most loses what was idle longest', async (t) => {
+  test('the 257th is answered: the address with the most loses what was idle longest, else its oldest', async (t) => {
     const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM })
+    let hanging = 0
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    monitor.register('hang', '', () => {
+      hanging++
+      return hang()
+    })
     const many = (count: number, from: string) =>
       Promise.all(Array.from({ length: count }, () => converse(t, port, { from })))
     const interactive = (peer: Peer) => {
@@ -12140,39 +12046,17 @@ describeProcesses('Attacks and limits', ALONE, () => {
     await until(() => active.transcript.endsWith('OK\n'), 'it is answered')
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     await until(() => idle.isClosed, 'the one that was idle longest is closed')
-    assert.deepEqual(
-      [...modest, ...greedy, active].filter(({ isClosed }) => isClosed),
-      []
-    )
-  })
+    const others = [...modest, ...greedy]
+    assert.ok([active, ...others].every(({ isClosed }) => !isClosed))
 
-  test('where none is idle, the oldest of the address with the most makes room', async (t) => {
-    const timers = takeTimers(t)
-    let hanging = 0
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    monitor.register('hang', '', () => {
-      hanging++
-      return hang()
-    })
-    const begin = async (from: string) => {
-      const peer = await converse(t, port, { from })
-      peer.socket.write('hang\n')
-      return peer
-    }
-    const elder = await begin('127.0.0.1')
-    await until(() => hanging === 1, 'the first one runs')
-    timers.pass(1_000)
-    const oldest = await begin('127.0.0.2')
-    await until(() => hanging === 2, 'the second one runs')
-    timers.pass(1_000)
-    const rest = await Promise.all(Array.from({ length: HELD - 2 }, () => begin('127.0.0.2')))
-    await until(() => hanging === HELD, 'all run')
+    for (const { socket } of [active, ...others]) socket.write('hang\n')
+    await until(() => hanging === HELD - 1, 'all of them run')
+    const last = await converse(t, port, { from: '127.0.0.2' })
+    last.say('hang\n')
+    await until(() => hanging === HELD, 'none is idle')
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-    await until(() => oldest.isClosed, 'the oldest is closed')
-    assert.deepEqual(
-      [elder, ...rest].filter(({ isClosed }) => isClosed),
-      []
-    )
+    await until(() => active.isClosed, 'the oldest is closed')
+    assert.ok([last, ...others].every(({ isClosed }) => !isClosed))
   })
 })
 
@@ -12183,23 +12067,15 @@ const KNOWN_BYTES = [
   'health_check\n',
   'flow\n',
   'interactive\n',
-  'help\n',
-  '\n',
-  '\r\n',
+  '\r\n\n',
   'quit',
-  'dbinfo - 1\n',
-  'nope ',
-  'perf_metrics\n',
-  'GET /health_check HTTP/1.1\r\n',
-  'Host: a\r\n',
-  '\r\n\r\n',
+  'dbinfo - 1\nnope ',
+  'GET /health_check HTTP/1.1\r\nHost: a\r\n',
   'POST /%ff%00 HTTP/1.0\r\n',
   'Content-Length: 9\r\n\r\n',
-  'Connection: Upgrade\r\n',
   'Transfer-Encoding: chunked\r\n\r\nfff\r\n',
-  'Upgrade: h2c\r\n',
+  'Connection: Upgrade\r\nUpgrade: h2c\r\n',
   'Expect: 100-continue\r\n',
-  'GET / HTTP/1.1\r\n\r\n',
   'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
   'CONNECT a:1 HTTP/1.1\r\n\r\n',
   '\x16\x03\x01',
@@ -12245,47 +12121,15 @@ async function sendHostile(port: number, from: string, random: () => number): Pr
 
 describeProcesses('Endurance', TOGETHER, () => {
   test(
-    'the program gives a command that changes something up after 30 s of silence',
+    'without limits of its own a shutdown whose cleanUp hangs exits after 28 s',
     SLOW,
     async (t) => {
-      const silent = net.createServer((socket) => {
-        socket.on('error', () => {}).resume()
-      })
-      t.after(() => silent.close())
-      await once(silent.listen(0, '127.0.0.1'), 'listening')
-      const { status, stderr } = await runProgram(t, ['resume'], {
-        env: { FTW_MONITOR_LISTEN: `127.0.0.1:${portOf(silent)}` }
-      })
-      assert.equal(status, 2)
-      assert.match(stderr, /^ftw-monitor: [^\n]*30 s[^\n]*\n$/)
-    }
-  )
-
-  test(
-    'without limits of its own, a shutdown cuts requests after 25 s, and exits after 28 s',
-    SLOW,
-    async (t) => {
-      const cutOne = async () => {
-        const service = await bootService(t)
-        const answer = getPage(service.instancePort, '/stream', { limitMs: 90_000 })
-        answer.catch(() => {})
-        await service.hasSaid('asked for /stream')
-        const { status, ms, output } = await service.end('SIGTERM', 60_000)
-        await assert.rejects(answer)
-        const cut = 'ftw-monitor cuts 1 request that is still in flight after 25 s: GET /stream'
-        assert.deepEqual([status, linesOfShutdown(output)], [0, [cut]])
-        assert.ok(ms > 24_900, `${ms} ms`)
-      }
-      const exitOne = async () => {
-        const service = await bootService(t, {
-          script: 'options = { cleanUp: () => new Promise(() => {}) }'
-        })
-        const { status, ms, output } = await service.end('SIGTERM', 60_000)
-        const exits = 'ftw-monitor exits after 28 s; cleanUp did not finish'
-        assert.deepEqual([status, linesOfShutdown(output)], [1, [exits]])
-        assert.ok(ms > 27_900, `${ms} ms`)
-      }
-      await Promise.all([cutOne(), exitOne()])
+      const script = 'options = { cleanUp: () => new Promise(() => {}) }'
+      const service = await bootService(t, { script })
+      const { status, ms, output } = await service.end('SIGTERM', 60_000)
+      const exits = 'ftw-monitor exits after 28 s; cleanUp did not finish'
+      assert.deepEqual([status, linesOfShutdown(output)], [1, [exits]])
+      assert.ok(ms > 27_900, `${ms} ms`)
     }
   )
 })
