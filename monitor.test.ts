@@ -8182,8 +8182,9 @@ async function isReset(socket: net.Socket): Promise<boolean> {
 }
 
 describeInProcess('The wire: lines', TOGETHER, () => {
-  test('every row of the protocol is answered byte for byte', async (t) => {
+  test('every row of the protocol is answered byte for byte; a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
     const invalid = 'Invalid command \'nope\'\nTry "help".\n'
+    const line = (bytes: number) => 'health_check'.padEnd(bytes)
     const { port } = await bootInstance(t)
     await assertReplies(port, {
       'health_check\n': 'OK\n',
@@ -8198,11 +8199,18 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       'interactive\n\nquit\n': `${INTERACTIVE}${INTERACTIVE}Goodbye.\n`,
       '\n\r\n \nquit\n': 'Goodbye.\n', // nothing to repeat yet
       '\nhealth_check\n': 'OK\n',
-      'warmup_state\n': '1 0\n'
+      'warmup_state\n': '1 0\n',
+      [`${line(4_096)}\n`]: 'OK\n',
+      [`${'é'.repeat(2_048)}\n`]: /^Invalid command/,
+      [`${line(4_097)}\n`]: 'Line too long\n',
+      [line(4_097)]: 'Line too long\n',
+      [`${'é'.repeat(2_048)}x\n`]: 'Line too long\n',
+      ['\0'.repeat(9_999)]: 'Line too long\n',
+      [`interactive\n${line(4_096)}\n${line(4_097)}\nhealth_check\n`]: `${INTERACTIVE}OK\nLine too long\n`
     })
     // A line without its line feed is ended by the peer's FIN.
     const unended = {
-      health_check: 'OK\n',
+      [line(4_096)]: 'OK\n',
       quit: 'Goodbye.\n',
       '': '',
       '\n': '',
@@ -8233,22 +8241,6 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       [headOf('/slow/c')]: /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nc begins, c ends\n$/
     }
     await assertReplies(port, halves, { end: true })
-  })
-
-  test('a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
-    const { port } = await bootInstance(t, { performers: WARM })
-    const line = (bytes: number) => 'health_check'.padEnd(bytes)
-    assert.equal(await ask(port, line(4_096), { end: true }), 'OK\n')
-    await assertReplies(port, {
-      [`${line(4_096)}\n`]: 'OK\n',
-      [`${'é'.repeat(2_048)}\n`]: /^Invalid command/,
-      [`${line(4_097)}\n`]: 'Line too long\n',
-      [line(4_097)]: 'Line too long\n',
-      [`${'é'.repeat(2_048)}x\n`]: 'Line too long\n',
-      [' '.repeat(4_097)]: 'Line too long\n',
-      ['\0'.repeat(9_999)]: 'Line too long\n',
-      [`interactive\n${line(4_096)}\n${line(4_097)}\nhealth_check\n`]: `${INTERACTIVE}OK\nLine too long\n`
-    })
   })
 
   test('the next line or request waits until the last reply has been taken', async (t) => {
@@ -8605,30 +8597,6 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const soonMs = 4_000 // before a peer is closed for not closing after us
     await until(() => peers.every(({ isClosed }) => isClosed), 'all connections end', soonMs)
     await inTime(stopped, 'it is stopped', soonMs)
-  })
-
-  test('a request line is HTTP whatever its method, so that none is run as a command', async (t) => {
-    let calls = 0
-    const count: Command = () => {
-      calls++
-    }
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    monitor.register('change', '', count, { local: true })
-    const lines = [
-      'drain / HTTP/1.1',
-      'drain /x HTTP/1.0',
-      'drain  /  HTTP/1.1',
-      'Drain / http/1.1',
-      'change / HTTP/1.1',
-      'change\t/ HTTP/1.1 ',
-      'drain / HTTP/2.0',
-      'resume HTTP/1.1'
-    ]
-    for (const line of lines) {
-      const reply = await ask(port, `${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
-      assert.match(reply, /^HTTP\/1\.1 400 /, line)
-    }
-    assert.deepEqual([calls, await monitor.health()], [0, { healthy: true, reason: 'OK' }])
   })
 
   test('who bears a foreign name is served, but is a stranger', async (t) => {
@@ -11675,7 +11643,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     const help = await ask(port, 'help\n')
     const listed = Array.from(help.matchAll(/^  (\S+) --/gm), ([, name]) => name!)
     const ending = listed.filter((name) => name !== 'interactive')
-    const strangers: (readonly [text: string, reply: string])[] = []
+    const strangers: [text: string, reply: string][] = []
     const locals: typeof strangers = []
     const askAll = async (rest: string) => {
       const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
@@ -11689,12 +11657,12 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
         headOf('/?pause', 'Connection: close', 'Accept: text/html', ...browser),
         'interactive\nmonitor 0 open\nfails\nstatus\nquit\n'
       ]
-      const header = PROXY_HEADERS['version 1']!
-      const askOne = async (text: string) => [text, await askBehind(port, header, text)] as const
-      strangers.push(...(await Promise.all(texts.map(askOne))))
-      const safe = texts.filter((text) => !/^(drain|resume|warmup)/.test(text))
-      const askHere = async (text: string) => [text, await ask(port, text)] as const
-      locals.push(...(await Promise.all(safe.map(askHere))))
+      const askBoth = async (text: string) => {
+        strangers.push([text, await askBehind(port, PROXY_HEADERS['version 1']!, text)])
+        const isSafe = !/^(drain|resume|warmup)/.test(text)
+        if (isSafe) locals.push([text, await ask(port, text)])
+      }
+      await Promise.all(texts.map(askBoth))
     }
     for (const rest of ['', '/main', '/open', '/0', '/0/spare', '/0/open']) await askAll(rest)
     recover()
@@ -11769,6 +11737,17 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       headOf('/drain', ...lines, 'Connection: Upgrade', 'Upgrade: websocket') + ORDERS,
       `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}` // TLS whose session is text
     ]
+    for (const line of [
+      'drain / HTTP/1.1',
+      'drain /x HTTP/1.0',
+      'drain  /  HTTP/1.1',
+      'Drain / http/1.1',
+      'near\t/ HTTP/1.1 ',
+      'drain / HTTP/2.0',
+      'resume HTTP/1.1'
+    ]) {
+      transcripts.push(`${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
+    }
     for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
       const path = `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
       transcripts.push(headOf(path, ...lines), post(path))
@@ -11946,33 +11925,6 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       assert.doesNotMatch(text, /Error/)
     }
   )
-
-  test(
-    'idle connections without end do not use up 1,024 descriptors: both ports keep answering',
-    NEEDS_DESCRIPTORS,
-    async (t) => {
-      const total = IS_SLOW_WANTED ? 5_000 : 1_500
-      const { port, instancePort, watched } = await bootProcess(t, { descriptors: 1_024 })
-      const pid = watched.child.pid!
-      const sockets: net.Socket[] = []
-      t.after(() => {
-        for (const socket of sockets) socket.destroy()
-      })
-      while (sockets.length < total) {
-        await Promise.all(
-          Array.from({ length: 250 }, async () => {
-            const socket = connectTo(port, { allowHalfOpen: true })
-            socket.on('error', () => {})
-            sockets.push(socket)
-            await once(socket, 'connect')
-          })
-        )
-        assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-        assert.equal((await getPage(instancePort, '/')).status, 200)
-        assert.ok(descriptorsOf(pid) < 400, `${descriptorsOf(pid)} descriptors`)
-      }
-    }
-  )
 })
 
 describeProcesses('Attacks and limits', ALONE, () => {
@@ -12039,16 +11991,13 @@ const KNOWN_BYTES = [
 
 /** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
 function hostileBytes(random: () => number): Buffer {
-  const noise = () => {
+  const part = () => {
     const length = Math.floor(random() ** 3 * 600)
-    return Buffer.from(Array.from({ length }, () => Math.floor(random() * 256)))
+    const noise = Array.from({ length }, () => Math.floor(random() * 256))
+    const known = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
+    return random() < 0.5 ? Buffer.from(noise) : Buffer.from(known, 'latin1')
   }
-  const known = () => {
-    const text = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
-    return Buffer.from(text, 'latin1')
-  }
-  const length = Math.floor(random() * 6)
-  return Buffer.concat(Array.from({ length }, () => (random() < 0.5 ? noise() : known())))
+  return Buffer.concat(Array.from({ length: Math.floor(random() * 6) }, part))
 }
 
 /** Sends bytes in pieces, and resets the connection, in the middle of the reply or after the last
@@ -12090,16 +12039,6 @@ describeProcesses('Endurance', TOGETHER, () => {
 })
 
 describeProcesses('Endurance', ALONE, () => {
-  test('a route that never answers is given up, and the performers run', SLOW, async (t) => {
-    const port = await freePort()
-    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1' })
-    const monitor = await importMonitor(t)
-    monitor.registerWarmup('/', () => {})
-    await serve(t, () => {}, { host: '127.0.0.1', port })
-    await monitor.start({ logger: recorder() })
-    await untilHealthy(port + 80, 100_000)
-  })
-
   test('after many requests, aborted ones among them, none is counted in flight', async (t) => {
     const PIPELINED = 100
     const total = IS_SLOW_WANTED ? 100_000 : 3_000
@@ -12195,15 +12134,9 @@ describeProcesses('Endurance', ALONE, () => {
     async (t) => {
       const { port } = await bootProcess(t, MEASURED)
       const check = async (count: number) => {
-        let begun = 0
-        await Promise.all(
-          Array.from({ length: 32 }, async () => {
-            while (begun < count) {
-              begun++
-              assert.equal(await ask(port, 'health_check\n'), 'OK\n')
-            }
-          })
-        )
+        const askOn = () => askTimes(count / 32, port, 'health_check\n')
+        await Promise.all(Array.from({ length: 32 }, askOn))
+        assert.equal(await ask(port, 'health_check\n'), 'OK\n')
       }
       await check(20_000)
       const early = await askMemory(port)
