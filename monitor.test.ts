@@ -4754,13 +4754,13 @@ async function askRequests(port: number): Promise<number> {
 }
 
 describeInProcess('The health path', TOGETHER, () => {
-  test('the own port of the service answers GET and HEAD there, before the service sees it', async (t) => {
+  test('the own port of the service answers GET and HEAD there, before the service sees it, and its connection delays no end', async (t) => {
     const seen: string[] = []
     const handler: http.RequestListener = ({ method, url }, response) => {
       seen.push(`${method} ${url}`)
       response.end('own')
     }
-    const { port, instancePort } = await bootInstance(t, { ...READY, handler })
+    const { monitor, port, instancePort } = await bootInstance(t, { ...READY, handler })
     const before = await askRequests(port)
     for (const path of ['/ready', '/ready?', '/ready?verbose=1&a=/', 'http://a/ready']) {
       const { status, headers, body } = await getPage(instancePort, path)
@@ -4776,16 +4776,13 @@ describeInProcess('The health path', TOGETHER, () => {
     }
     assert.equal((await getPage(instancePort, '/ready', { method: 'POST' })).body, 'own')
     assert.deepEqual([seen.length, (await askRequests(port)) - before], [5, 5])
-  })
 
-  test('it is answered over https', needs('openssl'), async (t) => {
-    const server = await startListening(t, https.createServer(certify(t, 'localhost'), hello))
-    await bootInstance(t, { ...READY, server })
-    const body = await new Promise((resolve, reject) => {
-      const to = { port: portOf(server), path: '/ready', rejectUnauthorized: false, agent: false }
-      https.get(to, (answer) => void readAll(answer).then(resolve, reject)).on('error', reject)
-    })
-    assert.equal(body, 'OK\n')
+    const peer = await converse(t, instancePort)
+    peer.say(headOf('/ready'))
+    await until(() => peer.transcript.endsWith('OK\n'), 'it is answered')
+    const ms = await timeOf(monitor.shutdown({ timeoutMs: 60_000, exitAfterMs: 120_000 }))
+    assert.ok(ms < 4_500, `${ms} ms`) // five seconds after its last byte, half a head is given up
+    assert.ok(peer.isClosed)
   })
 
   for (const event of ['request', 'stream'] as const) {
@@ -4838,29 +4835,38 @@ describeInProcess('The health path', TOGETHER, () => {
     }
     for (const address of addresses) assert.ok(address.length < 110, address)
   })
-
-  test('the idle connection of a prober there does not delay the end', async (t) => {
-    const { monitor, instancePort } = await bootInstance(t, READY)
-    const peer = await converse(t, instancePort)
-    peer.say(headOf('/ready'))
-    await until(() => peer.transcript.endsWith('OK\n'), 'it is answered')
-    const ms = await timeOf(monitor.shutdown({ timeoutMs: 60_000, exitAfterMs: 120_000 }))
-    assert.ok(ms < 4_500, `${ms} ms`) // five seconds after its last byte, half a head is given up
-    assert.ok(peer.isClosed)
-  })
 })
 
 describeInProcess('The health path', ALONE, () => {
-  test('FTW_MONITOR_HEALTH_PATH names it, whatever its query, and the option beats that', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready?deep=1' })
-    const { instancePort, logger } = await bootInstance(t, { performers: WARM })
-    assert.equal((await getPage(instancePort, '/ready')).body, 'OK\n')
-    assert.equal((await getPage(instancePort, '/ready?deep=1')).body, 'OK\n')
-    assert.deepEqual(warningsOf(logger), [])
+  test('FTW_MONITOR_HEALTH_PATH names it, whatever its query; what is no path becomes one or none, with one warning, and the option beats that', async (t) => {
+    const rows: [text: string, outcome: string][] = [
+      ['/ready?deep=1', ''],
+      ['ready', 'uses /ready'],
+      ['//ready', 'uses /ready'],
+      ['ready?deep=1', 'uses /ready'],
+      ['/ready, /live', 'uses /ready'],
+      ['https://example.org/ready#now', 'uses /ready'],
+      ['https://example.org', 'there is none'],
+      ['/\u200b', 'there is none'],
+      ['//', 'there is none']
+    ]
+    for (const [text, outcome] of rows) {
+      setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text })
+      const { instancePort, logger } = await bootInstance(t, { performers: WARM })
+      const expected = outcome === 'there is none' ? 'hello' : 'OK\n'
+      assert.equal((await getPage(instancePort, '/ready?deep=1')).body, expected, text)
+      assert.equal((await getPage(instancePort, '/')).body, 'hello', text)
+      const shown = text.replace('\u200b', ' ')
+      const trouble = `cannot use FTW_MONITOR_HEALTH_PATH=${shown}: it must be a path, as /ready`
+      const warnings = outcome === '' ? [] : [`warn ftw-monitor ${trouble}; ${outcome}`]
+      assert.deepEqual(warningsOf(logger), warnings)
+    }
+
+    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready' })
     const options = { listen: LOOPBACK, healthPath: '/live' }
-    const other = await bootInstance(t, { performers: WARM, options })
-    assert.equal((await getPage(other.instancePort, '/live')).body, 'OK\n')
-    assert.equal((await getPage(other.instancePort, '/ready')).body, 'hello')
+    const { instancePort } = await bootInstance(t, { performers: WARM, options })
+    assert.equal((await getPage(instancePort, '/live')).body, 'OK\n')
+    assert.equal((await getPage(instancePort, '/ready')).body, 'hello')
   })
 
   test('where the monitor is switched off, the health path is green until the end', async (t) => {
@@ -4886,36 +4892,6 @@ describeInProcess('The health path', ALONE, () => {
       letGo()
       await answer
       await ended
-    }
-  })
-
-  for (const text of [
-    'ready',
-    '//ready',
-    'ready?deep=1',
-    '/ready, /live',
-    'https://example.org/ready#now'
-  ]) {
-    test(`FTW_MONITOR_HEALTH_PATH=${text} is taken for /ready, with one warning`, async (t) => {
-      setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text, FTW_MONITOR_CHECK: 'wrong' })
-      const options = { until: 'started', performers: WARM } as const
-      const { instancePort, logger } = await bootInstance(t, options)
-      const { status, body } = await getPage(instancePort, '/ready')
-      assert.deepEqual([status, body], [503, "Error: Check 'wrong' failed.\n"])
-      const warnings = warningsOf(logger).filter((line) => line.includes('HEALTH_PATH'))
-      const warning = `cannot use FTW_MONITOR_HEALTH_PATH=${text}: it must be a path, as /ready;`
-      assert.deepEqual(warnings, [`warn ftw-monitor ${warning} uses /ready`])
-    })
-  }
-
-  test('an FTW_MONITOR_HEALTH_PATH in which there is no path does not replace the home page', async (t) => {
-    for (const text of ['https://example.org', '/\u200b', '//']) {
-      setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: text })
-      const { instancePort, logger } = await bootInstance(t, { performers: WARM })
-      assert.equal((await getPage(instancePort, '/')).body, 'hello')
-      const [warning = '', ...others] = warningsOf(logger)
-      assert.ok(warning.endsWith(': it must be a path, as /ready; there is none'), warning)
-      assert.deepEqual(others, [])
     }
   })
 })
