@@ -5465,8 +5465,14 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.deepEqual([warningsOf(logger), errorsOf(logger)], [[], []])
   })
 
-  test('shutdown() called twice is one shutdown, and start() works again after it', async (t) => {
-    const { monitor, server } = await bootInstance(t, { until: 'started' })
+  test('shutdown() called twice is one shutdown, which aborts a warm-up that asks the instance itself, and start() works again after it', async (t) => {
+    const { server, held } = await serveHeld(t)
+    const hangs: WarmupPerformer = async ({ url, signal }) => {
+      await fetch(new URL('/held', url), { signal })
+    }
+    const setup = { server, performers: { '/': hangs }, until: 'started' } as const
+    const { monitor } = await bootInstance(t, setup)
+    await until(() => held.length === 1, 'the warm-up asks')
     let cleanUps = 0
     const cleanUp = async () => {
       await pause(700)
@@ -5476,41 +5482,14 @@ describeInProcess('Shutdown', TOGETHER, () => {
     const first = monitor.shutdown({ cleanUp }).then(() => ends.push('first'))
     const second = monitor.shutdown({ cleanUp }).then(() => ends.push('second'))
     assert.equal(cleanUps, 0)
-    await Promise.all([first, second])
+    await inTime(Promise.all([first, second]), 'both are over', 10_000) // not after 25 s
     await monitor.shutdown({ cleanUp })
     assert.deepEqual([cleanUps, ends], [1, ['first', 'second']])
     assert.equal(server.listening, false)
-    await bootInstance(t, { monitor, until: 'started' })
-    await untilVerdict(monitor)
+
+    await bootInstance(t, { monitor, performers: WARM })
     await monitor.shutdown({ cleanUp })
     assert.equal(cleanUps, 2)
-  })
-
-  test('nobody resumes or starts while the instance shuts down, and stop() costs no request, and no time', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, port, instancePort, logger } = await bootInstance(t, { server })
-    const agent = new http.Agent({ keepAlive: true })
-    t.after(() => agent.destroy())
-    const answer = getPage(instancePort, '/held', { agent })
-    await until(() => held.length === 1, 'a request is in flight')
-    const cleaned = latch()
-    const ended = monitor.shutdown({ onSignal: () => monitor.resume(), cleanUp: cleaned.open })
-    const refusal = 'Error: not resumed, since the instance is shutting down\n'
-    assert.equal(await ask(port, 'resume\n'), refusal)
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    await monitor.stop()
-    assert.equal(await monitor.start({ server, listen: LOOPBACK }), false)
-    await until(() => isRefused(instancePort), 'the server is closed')
-    void monitor.stop()
-    assert.equal(await isPendingFor(100, cleaned.opened), true)
-    letGo()
-    const { body, headers } = await answer
-    assert.deepEqual([body, headers.connection], ['late', 'close'])
-    await inTime(Promise.all([cleaned.opened, ended]), 'the shutdown is over', 10_000)
-    assert.deepEqual(warningsOf(logger), [
-      'warn ftw-monitor does not resume: the instance is shutting down',
-      'warn ftw-monitor does not start: the instance is shutting down'
-    ])
   })
 
   test(
@@ -5518,25 +5497,21 @@ describeInProcess('Shutdown', TOGETHER, () => {
     needs('openssl'),
     async (t) => {
       const { key, cert } = certify(t, 'localhost')
-      const handler = (_: unknown, response: { end: (text: string) => void }) =>
-        response.end('hello')
       const servers: Record<string, WebServer> = {
-        https: https.createServer({ key, cert }, handler),
-        http2: http2.createServer(handler),
-        https2: http2.createSecureServer({ key, cert, allowHTTP1: true }, handler)
+        https: https.createServer({ key, cert }),
+        http2: http2.createServer(),
+        https2: http2.createSecureServer({ key, cert, allowHTTP1: true })
       }
       const closeAll = async ([name, server]: [string, WebServer]) => {
         await startListening(t, server)
-        const monitor = await importMonitor(t)
-        monitor.registerWarmup('/', () => {})
-        await monitor.start({ server, listen: LOOPBACK, logger: recorder() })
-        const port = portOf(server)
-        const silent = await converse(t, port, { allowHalfOpen: true })
+        const setup = { server, performers: WARM, until: 'started' } as const
+        const { monitor, instancePort } = await bootInstance(t, setup)
+        const silent = await converse(t, instancePort, { allowHalfOpen: true })
         if (name === 'http2') {
-          const stubborn = await converse(t, port, { allowHalfOpen: true }) // it never ends its side
+          const stubborn = await converse(t, instancePort, { allowHalfOpen: true })
           stubborn.socket.write('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0')
           await until(() => stubborn.transcript !== '', 'the HTTP/2 session is open')
-          stubborn.socket.removeAllListeners('end')
+          stubborn.socket.removeAllListeners('end') // so that it never ends its side
         }
         const closed = once(server, 'close')
         await monitor.shutdown({
@@ -5544,10 +5519,8 @@ describeInProcess('Shutdown', TOGETHER, () => {
           cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
         })
         await inTime(closed, `${name} is closed`)
-        await until(
-          () => silent.isClosed || silent.socket.readableEnded,
-          'the silent one is closed'
-        )
+        const isOver = () => silent.isClosed || silent.socket.readableEnded
+        await until(isOver, 'the silent one is closed')
       }
       await Promise.all(Object.entries(servers).map(closeAll))
     }
@@ -5555,7 +5528,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
 
   for (const [kind, how] of Object.entries({ http: {}, https: needs('openssl') })) {
     test(`an answer over ${kind} that is read slowly comes whole`, how, async (t) => {
-      const body = Buffer.alloc(50 * 2 ** 20, 'x')
+      const body = Buffer.alloc(30 * 2 ** 20, 'x')
       const answer: http.RequestListener = (_, response) => response.end(body)
       const isSecure = kind === 'https'
       const server = isSecure
@@ -5565,19 +5538,15 @@ describeInProcess('Shutdown', TOGETHER, () => {
       const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
       const to = { host: '127.0.0.1', port: instancePort, agent: false, rejectUnauthorized: false }
       const request = isSecure ? https.get(to) : http.get(to)
-      request.on('error', () => {})
       const [response] = (await once(request, 'response')) as [http.IncomingMessage]
       let bytes = 0
-      const readInGulps = async () => {
-        let gulps = 0
+      const readSlowly = async () => {
         for await (const part of response) {
           bytes += (part as Buffer).length
-          if (bytes < (gulps + 1) * 2 ** 20) continue
-          gulps++
-          await pause(25)
+          await pause(1)
         }
       }
-      const done = readInGulps().catch(() => {})
+      const done = readSlowly().catch(() => {})
       await until(() => bytes > 2 ** 20, 'the answer has begun')
       await monitor.shutdown()
       await inTime(done, 'the answer is over')
@@ -5648,29 +5617,24 @@ describeInProcess('Shutdown', TOGETHER, () => {
   })
 
   test('a WebSocket over HTTP/2 is a request in flight until it is answered, and then has its goodbye', async (t) => {
-    const server = http2.createServer({ settings: { enableConnectProtocol: true } })
     const streams: http2.ServerHttp2Stream[] = []
+    const server = http2.createServer({ settings: { enableConnectProtocol: true } })
     server.on('stream', (stream: http2.ServerHttp2Stream) => {
       stream.on('error', () => {})
       streams.push(stream)
     })
     await startListening(t, server)
     const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
-    const session = await connectSession(t, instancePort)
-    assert.ok(session)
+    const session = (await connectSession(t, instancePort))!
     if (!session.remoteSettings.enableConnectProtocol) await once(session, 'remoteSettings')
-    const webSocket = session.request({
-      ':method': 'CONNECT',
-      ':protocol': 'websocket',
-      ':path': '/'
-    })
-    const answer = readAll(webSocket)
+    const head = { ':method': 'CONNECT', ':protocol': 'websocket', ':path': '/' }
+    const answer = readAll(session.request(head))
     await until(() => streams.length === 1, 'it is asked for')
-    const countAll = async () => {
+    const expectCounts = async (requests: number, upgraded: number) => {
       const { requestsInFlight, upgradedConnections } = await monitor.status()
-      return [requestsInFlight, upgradedConnections]
+      assert.deepEqual([requestsInFlight, upgradedConnections], [requests, upgraded])
     }
-    assert.deepEqual(await countAll(), [1, 0])
+    await expectCounts(1, 0)
     const cleaned = latch()
     const cleanUp = () => {
       cleaned.open()
@@ -5680,7 +5644,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
     await until(() => isRefused(instancePort), 'it accepts no more')
     assert.equal(await isPendingFor(300, cleaned.opened), true)
     streams[0]?.respond({ ':status': 200 })
-    await until(async () => (await countAll())[1] === 1, 'it is upgraded')
+    await expectCounts(0, 1)
     assert.equal(await inTime(answer, 'it hears the goodbye', 10_000), 'goodbye')
     await inTime(ended, 'the shutdown is over', 10_000) // not after 25 s
   })
@@ -5699,6 +5663,10 @@ describeInProcess('Shutdown', ALONE, () => {
       [{ onSignal: 'exit' }, TypeError],
       [{ reason: '' }, TypeError],
       [{ fall: 0 }, RangeError],
+      [{ minimumMs: -1 }, RangeError],
+      [{ minimumMs: NaN }, RangeError],
+      [{ minimumMs: '1500' }, TypeError],
+      [{ minimumMs: null }, TypeError],
       [{ timeoutMs: -1 }, RangeError],
       [{ timeoutMs: Infinity }, RangeError],
       [{ timeoutMs: '5000' }, TypeError],
@@ -5716,6 +5684,9 @@ describeInProcess('Shutdown', ALONE, () => {
         error instanceof Kind && error.message.startsWith('ftw-monitor: ')
       assert.throws(() => monitor.shutdownOnSignal(options as {}), isKind, what)
       await assert.rejects(monitor.shutdown(options as {}), isKind, what)
+    }
+    for (const minimumMs of [-1, '1500', null]) {
+      await assert.rejects(monitor.drain({ minimumMs } as DrainOptions), /minimumMs must/)
     }
     for (const signals of wrongSignals) {
       const options = { signals } as { signals: NodeJS.Signals[] }
@@ -5768,43 +5739,99 @@ describeInProcess('Shutdown', ALONE, () => {
     }
   })
 
-  test('half a head that never becomes whole is cut like a request, as the log says', async (t) => {
-    const { monitor, logger, instancePort } = await bootInstance(t, { performers: WARM })
-    const peer = await converse(t, instancePort)
-    peer.say('GET / HT')
-    await getPage(instancePort, '/') // by then it has come
-    await monitor.shutdown({ timeoutMs: 400 })
-    await until(() => peer.isClosed, 'it is cut')
-    const cut = 'warn ftw-monitor cuts 1 request that is still in flight after 0.4 s'
-    assert.deepEqual(warningsOf(logger), [cut])
+  test('half a head that never becomes whole is cut like a request, as the log says, after FTW_MONITOR_TIMEOUT_MS, and the option beats that', async (t) => {
+    const cutAfter = async (timeoutMs: string, options: ShutdownOptions) => {
+      setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: timeoutMs })
+      const { monitor, logger, instancePort } = await bootInstance(t, { performers: WARM })
+      const peer = await converse(t, instancePort)
+      peer.say('GET / HT')
+      await getPage(instancePort, '/') // by then it has come
+      await monitor.shutdown(options)
+      await until(() => peer.isClosed, 'it is cut')
+      return warningsOf(logger)
+    }
+    const cut = 'warn ftw-monitor cuts 1 request that is still in flight after'
+    assert.deepEqual(await cutAfter('300', {}), [`${cut} 0.3 s`])
+    assert.deepEqual(await cutAfter('60000', { timeoutMs: 400 }), [`${cut} 0.4 s`])
   })
 
-  test('upgraded connections that are closed delay no shutdown, though the application took our listeners off', async (t) => {
-    const server = await serve(t)
-    const upgraded = takeUpgradesBare(server)
-    const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const peer = await upgrade(t, portOf(server))
-    assert.equal((await monitor.status()).upgradedConnections, 1)
+  test('the instance serves for minimumMs or FTW_MONITOR_MINIMUM_MS, and the option comes first', async (t) => {
+    const serveUntilClosed = async (minimumMs: string, options: ShutdownOptions) => {
+      setEnvironment(t, { FTW_MONITOR_MINIMUM_MS: minimumMs })
+      const { monitor, instancePort } = await bootInstance(t, { performers: WARM })
+      const ended = monitor.shutdown(options)
+      const ms = await timeOf(until(() => isRefused(instancePort), 'the server is closed'))
+      assert.ok(ms > 990 && ms < 15_000, `closed after ${ms} ms`)
+      await ended
+    }
+    await serveUntilClosed('1000', {})
+    await serveUntilClosed('60000', { minimumMs: 1_000 })
+  })
+
+  test('nobody resumes, drains or starts while the instance shuts down, and stop() costs no request, no time and no listener of a signal', async (t) => {
+    const before = process.listenerCount('SIGTERM')
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, port, instancePort, logger } = await bootInstance(t, { server })
+    const agent = new http.Agent({ keepAlive: true })
+    t.after(() => agent.destroy())
+    const answer = getPage(instancePort, '/held', { agent })
+    await until(() => held.length === 1, 'a request is in flight')
+
+    const cleaned = latch()
+    monitor.shutdownOnSignal({ onSignal: () => monitor.resume(), cleanUp: cleaned.open })
+    const ended = monitor.shutdown({ reason: 'Restarts' })
+    const drained = monitor.drain({ reason: 'Drained by hand', minimumMs: 60_000 })
+    const refusal = 'Error: not resumed, since the instance is shutting down\n'
+    assert.equal(await ask(port, 'resume\n'), refusal)
+    assert.equal(await ask(port, 'health_check\n'), 'Restarts\n')
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    assert.equal(await monitor.start({ server, listen: LOOPBACK }), false)
+    await until(() => isRefused(instancePort), 'the server is closed')
+    void monitor.stop()
+    assert.equal(await isPendingFor(100, cleaned.opened), true)
+
+    letGo()
+    const { body, headers } = await answer
+    assert.deepEqual([body, headers.connection], ['late', 'close'])
+    await inTime(Promise.all([cleaned.opened, ended, drained]), 'the shutdown is over', 10_000)
+    assert.deepEqual(warningsOf(logger), [
+      'warn ftw-monitor does not resume: the instance is shutting down',
+      'warn ftw-monitor does not start: the instance is shutting down'
+    ])
+    assert.equal(process.listenerCount('SIGTERM'), before + 1)
+    await monitor.stop()
+    assert.equal(process.listenerCount('SIGTERM'), before)
+  })
+
+  test('a shutdown that its own onSignal and cleanUp await is over after five seconds more, with one warning', async (t) => {
     const clock = fakeClock(t)
-    const timers = takeTimers(t, ['setInterval', 'setTimeout'], clock)
-    upgraded[0]!.destroy()
-    await until(() => peer.isClosed, 'it is closed')
-    let cleanedAt = 0
-    let endedAt = 0
-    const cleanUp = () => {
-      cleanedAt = clock.now
+    const timers = takeTimers(t, ['setTimeout'], clock)
+    const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)
+    for (const isLate of [false, true]) {
+      const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+      const events: string[] = []
+      const awaitShutdown = (name: string) => async () => {
+        if (isLate) await nextTurn()
+        await monitor.shutdown()
+        events.push(name)
+      }
+      const beganAt = clock.now
+      const onSignal = awaitShutdown('onSignal')
+      void monitor.shutdown({ onSignal, cleanUp: awaitShutdown('cleanUp') }).then(() => {
+        events.push('all')
+      })
+      const isOver = async () => {
+        timers.pass(100)
+        await nextTurn()
+        return events.includes('all')
+      }
+      await until(isOver, 'the shutdown is over')
+      assert.deepEqual(events, ['onSignal', 'cleanUp', 'all'])
+      assert.ok(clock.now - beganAt < 15_000) // exitAfterMs are 28 s
+      assert.match(warningsOf(logger).join(), /^warn ftw-monitor resolves shutdown\(\) before/)
     }
-    const ended = monitor.shutdown({ cleanUp }).then(() => {
-      endedAt = clock.now
-    })
-    const isEnded = () => {
-      timers.pass(25)
-      return endedAt > 0
-    }
-    await until(isEnded, 'the shutdown is over')
-    await ended
-    const ms = endedAt - cleanedAt
-    assert.ok(ms < 1_000, `${ms} ms`) // what is open has two seconds to say goodbye
+    assert.equal(exit.mock.callCount(), 0)
   })
 
   test('a connection that came just before the end has a second for its first request', async (t) => {
@@ -5895,69 +5922,30 @@ describeInProcess('Shutdown', ALONE, () => {
 
   for (const kind of ['HTTP', 'HTTPS', 'HTTP/2']) {
     const how = kind === 'HTTPS' ? needs('openssl') : {}
-    test(
-      `over ${kind} the application hears before cleanUp that a request was cut`,
-      how,
-      async (t) => {
-        const events: string[] = []
-        const hold = (_: unknown, response: EventEmitter) => {
-          response.on('close', () => events.push('cut'))
-          events.push('begun')
-        }
-        let created: WebServer = http.createServer(hold)
-        if (kind === 'HTTPS') created = https.createServer(certify(t, 'localhost'), hold)
-        if (kind === 'HTTP/2') created = http2.createServer(hold)
-        const server = await startListening(t, created)
-        const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
-        if (kind === 'HTTP') getPage(instancePort, '/').catch(() => {})
-        if (kind === 'HTTPS') {
-          const to = { host: '127.0.0.1', port: instancePort, rejectUnauthorized: false }
-          https.get(to).on('error', () => {})
-        }
-        if (kind === 'HTTP/2') void askStream(await connectSession(t, instancePort))
-        await until(() => events.length === 1, 'a request is in flight')
-        await monitor.shutdown({ timeoutMs: 100, cleanUp: () => void events.push('cleaned up') })
-        assert.deepEqual(events, ['begun', 'cut', 'cleaned up'])
+    const title = `over ${kind} the application hears before cleanUp that a request was cut`
+    test(title, how, async (t) => {
+      const events: string[] = []
+      const hold = (_: unknown, response: EventEmitter) => {
+        response.on('close', () => events.push('cut'))
+        events.push('begun')
       }
-    )
+      let created: WebServer = http.createServer(hold)
+      if (kind === 'HTTPS') created = https.createServer(certify(t, 'localhost'), hold)
+      if (kind === 'HTTP/2') created = http2.createServer(hold)
+      const server = await startListening(t, created)
+      const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
+      const to = { host: '127.0.0.1', port: instancePort, rejectUnauthorized: false }
+      if (kind === 'HTTP') http.get(to).on('error', () => {})
+      if (kind === 'HTTPS') https.get(to).on('error', () => {})
+      if (kind === 'HTTP/2') void askStream(await connectSession(t, instancePort))
+      await until(() => events.length === 1, 'a request is in flight')
+      await monitor.shutdown({ timeoutMs: 100, cleanUp: () => void events.push('cleaned up') })
+      assert.deepEqual(events, ['begun', 'cut', 'cleaned up'])
+    })
   }
 })
 
 describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
-  test('shutdown() with some options takes the others from shutdownOnSignal', async (t) => {
-    const script = `
-      class Options {
-        timeoutMs = 300
-        exitAfterMs = 600
-        get name() { return 'its owner' }
-        onSignal() { print('not this one') }
-        cleanUp({ signal }) { print('cleaned up for', this.name, 'after', String(signal)) }
-      }
-      options = new Options()
-      process.on('uncaughtException', async () => {
-        await monitor.shutdown({
-          reason: 'crashed',
-          timeoutMs: 1_200,
-          onSignal: () => print('this one')
-        })
-        process.exit(1)
-      })
-      handle = () => setTimeout(() => { throw new Error('unexpected') }, 50)`
-    const service = await bootService(t, { script })
-    await probe(t, service.port)
-    const page = getPage(service.instancePort, '/').catch(codeOf)
-    await until(
-      async () => (await ask(service.port, 'health_check\n')) === 'crashed\n',
-      'it is red'
-    )
-    const { output, status } = await service.awaitEnd()
-    assert.equal(await page, 'ECONNRESET')
-    assert.match(output, /^this one$/m)
-    assert.match(output, /^cleaned up for its owner after undefined$/m)
-    assert.ok(!output.includes('not this one'), output)
-    assert.equal(status, 1)
-  })
-
   test('a cleanUp and an onSignal that fail, as methods of a class, are logged, and make the status 1', async (t) => {
     const script = `
       class Service {
@@ -5977,149 +5965,26 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     assert.match(output, /: broken, too\n +at /)
   })
 
-  test('what is in flight after FTW_MONITOR_TIMEOUT_MS is cut before cleanUp, as the log says, and the option beats it', async (t) => {
-    const endOne = async (script: string, seconds: number) => {
-      const service = await bootService(t, { env: { FTW_MONITOR_TIMEOUT_MS: '900' }, script })
-      const pages: Promise<void>[] = []
-      for (const path of ['/hang', '/stream']) {
-        const page = getPage(service.instancePort, path)
-        pages.push(assert.rejects(page, /aborted|hang up|ECONNRESET/))
-        await service.hasSaid(`asked for ${path}`)
-      }
-      const { status, ms, output } = await service.end()
-      const names = 'GET /hang, GET /stream'
-      const cut = `ftw-monitor cuts 2 requests that are still in flight after ${seconds} s: ${names}`
-      assert.deepEqual([status, linesOfShutdown(output)], [0, [cut]])
-      assertOrder(output, cut, 'cleaned up')
-      assert.ok(ms > seconds * 1_000 - 50 && ms < 10_000, `ended after ${ms} ms`)
-      await Promise.all(pages)
-    }
-    await Promise.all([endOne('', 0.9), endOne('options.timeoutMs = 1_400', 1.4)])
-  })
-
-  test('the instance serves for minimumMs or FTW_MONITOR_MINIMUM_MS after the signal, and the option comes first', async (t) => {
-    const setups: ServiceSetup[] = [
-      { env: { FTW_MONITOR_MINIMUM_MS: '1000' } },
-      { script: 'options.minimumMs = 1_000', env: { FTW_MONITOR_MINIMUM_MS: '60000' } }
-    ]
-    const endOne = async (setup: ServiceSetup) => {
-      const service = await bootService(t, setup)
-      const signalledAt = performance.now()
-      service.kill('SIGTERM')
-      await until(() => isRefused(service.instancePort), 'the server is closed')
-      const ms = performance.now() - signalledAt
-      assert.ok(ms > 990 && ms < 20_000, `closed after ${ms} ms`)
-      assert.equal((await service.awaitEnd()).status, 0)
-    }
-    await Promise.all(setups.map(endOne))
-  })
-
-  for (const [when, before] of Object.entries({ first: '', later: 'await pause(50)' })) {
-    test(`shutdown() in cleanUp costs a warning and five seconds, where it is called ${when}`, async (t) => {
-      const service = await bootService(t, {
-        flags: [QUICK_TIMEOUTS],
-        script: `
-        options.cleanUp = async () => {
-          ${before}
-          await monitor.shutdown()
-          cleanUp()
-        }`
-      })
-      const { status, output } = await service.end()
-      assert.match(output, /cleaned up/)
-      assert.match(service.watched.stderr, /^ftw-monitor .*(shutdown|cleanUp)/m) // a warning
-      assert.equal(status, 0) // exitAfterMs would make it 1
-    })
-  }
-
-  test('shutdown() needs no signal, and one that onSignal and cleanUp await later on does not wait for itself until exitAfterMs', async (t) => {
-    const service = startService(
-      t,
-      `
-      const awaitShutdown = (name) => async () => {
-        await pause(100)
-        await monitor.shutdown()
-        print(name, 'goes on')
-      }
-      await listen()
-      await begin()
-      await monitor.shutdown({
-        timeoutMs: 500,
-        exitAfterMs: 2_500,
-        onSignal: awaitShutdown('onSignal'),
-        cleanUp: awaitShutdown('cleanUp')
-      })
-      print('all done')`
-    )
-    const { status, output } = await service.awaitEnd()
-    assertOrder(output, 'onSignal goes on', 'all done')
-    assertOrder(output, 'cleanUp goes on', 'all done')
-    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-  })
-
-  test('a shutdown closes all servers, and each request finishes', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        const other = http.createServer((request, response) => handle(request, response))
-        listen = async () => {
-          await listening(server)
-          print('other', await listening(other), '')
-        }
-        begin = () => monitor.start({ server: [server, other], listen: LOOPBACK })`
-    })
-    const [, otherPort] = /^other (\d+) $/m.exec(service.watched.output) ?? []
-    const pages = [
-      getPage(service.instancePort, '/slow300'),
-      getPage(Number(otherPort), '/slow1500')
-    ]
-    await service.hasSaid('asked for /slow1500')
-    const { status, output } = await service.end()
-    const bodies = (await Promise.all(pages)).map(({ body }) => body)
-    assert.deepEqual(bodies, ['served', 'served'])
-    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-  })
-
-  test('a warm-up that asks the service itself is aborted by a signal', async (t) => {
-    const service = await bootService(t, {
-      script: `
-        monitor.registerWarmup('/', async ({ url, signal }) => {
-          signal.addEventListener('abort', () => print('warm-up aborted'))
-          await fetch(new URL('/hang', url), { signal })
-        })
-        options.onSignal = () => print('told')`
-    })
-    await service.hasSaid('asked for /hang')
-    const { status, ms, output } = await service.end()
-    assertOrder(output, 'warm-up aborted', 'cleaned up')
-    assert.match(output, /^told$/m)
-    assert.deepEqual([status, linesOfShutdown(output)], [0, []])
-    assert.ok(ms < 10_000, `ended after ${ms} ms`) // not after 25 s
-  })
-
-  test('requests on connections that came while the event loop was blocked are served, not reset', async (t) => {
-    const service = await bootService(t, { script: BLOCKS })
+  test('requests on connections that came while the event loop was blocked are served, not reset, and so is one on an idle connection', async (t) => {
+    const boot = () => bootService(t, { script: BLOCKS })
+    const [service, quiet] = await Promise.all([boot(), boot()])
     service.kill('SIGTERM')
     await service.hasSaid('blocks')
     const post = { method: 'POST', body: 'a=1' }
     const pages = [1, 2, 3, 4, 5].map(() => getPage(service.instancePort, '/', post))
     const outcomes = await Promise.all(pages.map((page) => page.then(({ body }) => body, codeOf)))
     assert.deepEqual(outcomes, Array(5).fill('served'))
-    assert.equal((await service.awaitEnd()).status, 0)
-  })
 
-  // By itself: another request would put the end off.
-  test('a request on an idle connection that came while the event loop was blocked is served', async (t) => {
-    const service = await bootService(t, { script: BLOCKS })
-    const peer = await converse(t, service.instancePort)
+    const peer = await converse(t, quiet.instancePort) // alone: another request would put the end off
     peer.say(headOf('/first'))
     await until(() => peer.transcript.endsWith('served'), 'the first is served')
-    service.kill('SIGTERM')
-    await service.hasSaid('blocks')
+    quiet.kill('SIGTERM')
+    await quiet.hasSaid('blocks')
     peer.transcript = ''
     peer.say(headOf('/second'))
     await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
     assert.match(peer.transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
-    assert.equal((await service.awaitEnd()).status, 0)
+    for (const { awaitEnd } of [service, quiet]) assert.equal((await awaitEnd()).status, 0)
   })
 
   test('no stream of many connections is lost by a SIGTERM', async (t) => {
@@ -6169,32 +6034,27 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
   })
 
   test('auto: a shutdown() that a signal listener calls cuts what is late, and ends WebSockets', async (t) => {
-    const { watched, port } = await bootUnmodified(
-      t,
-      `
-      const http = require('node:http')
-      const server = http.createServer(({ url }, response) => {
-        if (url !== '/hang') return response.end()
+    const program = `
+      handle = (_, response) => {
         response.on('close', () => print('is over'))
         print('asked for /hang')
+      }
+      server.on('upgrade', (_, socket) => {
+        socket.on('error', () => {}).write(${JSON.stringify(UPGRADED)})
       })
-      server.on('upgrade', (request, socket) => {
-        socket.on('error', () => {})
-        socket.write('HTTP/1.1 101 Switching Protocols\\r\\n\\r\\n')
-      })
-      server.listen(process.env.PORT, '127.0.0.1')
       process.on('SIGTERM', () => {
         const monitor = globalThis[Symbol.for('ftw-monitor.exports.1')]
-        void monitor.shutdown({ timeoutMs: 300, cleanUp: () => print('cleaned up') })
-      })`,
-      { FTW_MONITOR_TIMEOUT_MS: '300' }
-    )
+        void monitor.shutdown({ timeoutMs: 300, cleanUp })
+      })`
+    const env = { FTW_MONITOR_TIMEOUT_MS: '300' }
+    const life = startLife(t, 'auto', { program, env })
+    const port = await life.isReady()
     const answer = getPage(port, '/hang').catch(codeOf)
     const peer = await upgradeTo(port)
-    await until(() => watched.output.includes('asked for /hang'), 'a request is in flight')
-    watched.child.kill('SIGTERM')
-    assert.equal(await inTime(watched.exit, `the end of ${watched.output}`), 0)
-    assertOrder(watched.output, 'cuts 1 request', 'is over', 'cleaned up')
+    await life.hasSaid('asked for /hang')
+    life.watched.child.kill('SIGTERM')
+    assert.equal((await life.awaitEnd()).exitCode, 0)
+    assertOrder(life.watched.output, 'cuts 1 request', 'is over', 'cleaned up')
     assert.equal(await answer, 'ECONNRESET')
     assert.ok(peer.endedAt > 0, 'the WebSocket is ended')
   })
