@@ -6199,61 +6199,47 @@ const LATE_STARTS: Record<string, { script: string; reports: RegExp[] }> = {
 }
 
 describeInProcess('Signals', ALONE, () => {
-  test('shutdownOnSignal() listens once, however often it is called, until stop(), and shutdown() takes its latest options', async (t) => {
+  test('shutdownOnSignal() listens once, however often it is called, until stop(), also where the monitor gives up, and shutdown() takes the options that it lacks from the latest', async (t) => {
     const before = listenersOf(process)
     const counts = () => {
       const all = ['SIGTERM', 'SIGINT', 'SIGUSR2']
       return all.map((name) => process.listenerCount(name) - (before[name] ?? 0))
     }
+    setEnvironment(t, { PORT: 'abc' })
     const monitor = await importMonitor(t)
     monitor.shutdownOnSignal({ cleanUp: () => assert.fail('it was replaced') })
     assert.deepEqual(counts(), [1, 1, 0])
+    assert.equal(await monitor.start({ logger: recorder() }), false)
+    assert.deepEqual(counts(), [1, 1, 0])
+
+    setEnvironment(t, {})
     await bootInstance(t, { monitor, until: 'started' })
     monitor.shutdownOnSignal()
     assert.deepEqual(counts(), [1, 1, 0])
-    let cleanUps = 0
-    const cleanUp = () => {
-      cleanUps++
+    const events: string[] = []
+    class Options {
+      signals: NodeJS.Signals[] = ['SIGUSR2', 'SIGUSR2']
+      exitAfterMs = 600 // less than the timeoutMs that is given to shutdown()
+      timeoutMs = 300
+      #name = 'its owner'
+      onSignal() {
+        events.push('not this one')
+      }
+      cleanUp({ signal }: { signal: NodeJS.Signals | undefined }) {
+        events.push(`cleaned up for ${this.#name} after ${signal}`)
+      }
     }
-    monitor.shutdownOnSignal({ signals: ['SIGUSR2', 'SIGUSR2'], cleanUp })
+    monitor.shutdownOnSignal(new Options())
     assert.deepEqual(counts(), [0, 0, 1])
-    const mistyped: object = { cleanup: cleanUp }
-    await assert.rejects(monitor.shutdown(mistyped), {
-      name: 'TypeError',
-      message: /no option cleanup/
-    })
-    await monitor.shutdown()
-    assert.equal(cleanUps, 1)
+    const mistyped: object = { cleanup: () => {} }
+    const expected = { name: 'TypeError', message: /no option cleanup/ }
+    await assert.rejects(monitor.shutdown(mistyped), expected)
+    await monitor.shutdown({ timeoutMs: 1_200, onSignal: () => void events.push('this one') })
+    assert.deepEqual(events, ['this one', 'cleaned up for its owner after undefined'])
     assert.deepEqual(counts(), [0, 0, 1])
     await monitor.stop()
     assert.deepEqual(counts(), [0, 0, 0])
     assert.deepEqual(listenersOf(process), before)
-  })
-
-  test('stop() takes no listener off the signals during a shutdown', async (t) => {
-    const before = process.listenerCount('SIGTERM')
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, instancePort } = await bootInstance(t, { server, until: 'started' })
-    monitor.shutdownOnSignal()
-    const answer = getPage(instancePort, '/held')
-    await until(() => held.length === 1, 'a request is in flight')
-    const ended = monitor.shutdown()
-    await monitor.stop()
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
-    letGo()
-    await Promise.all([answer, ended])
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
-    await monitor.stop()
-    assert.equal(process.listenerCount('SIGTERM'), before)
-  })
-
-  test('a monitor that gives up takes no listener off the signals', async (t) => {
-    const before = process.listenerCount('SIGTERM')
-    setEnvironment(t, { PORT: 'abc' })
-    const monitor = await importMonitor(t)
-    monitor.shutdownOnSignal()
-    assert.equal(await monitor.start({ logger: recorder() }), false)
-    assert.equal(process.listenerCount('SIGTERM'), before + 1)
   })
 })
 
@@ -6353,10 +6339,11 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     assert.deepEqual(heardIn(output), ['on SIGTERM 15 late'])
   })
 
-  test('a signal that comes again changes nothing, and is logged once', async (t) => {
+  test('a SIGINT that comes from no terminal waits for probers, and a signal that comes again changes nothing, and is logged once', async (t) => {
     const service = await bootService(t, {
       script: `${TELLS_OF_SIGNAL}; options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']`
     })
+    await probe(t, service.port, 250)
     const page = getPage(service.instancePort, '/slow2500')
     await service.hasSaid('asked for /slow2500')
     service.kill('SIGINT')
@@ -6371,6 +6358,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     const { status, output } = await service.awaitEnd()
     assert.equal((await page).body, 'served')
     assert.equal(status, 0, output)
+    assert.match(output, /^ftw-monitor drains: waits for 127\.0\.0\.1 /m)
     assert.match(output, /cleaned up/)
     assert.equal(output.match(/^told /gm)?.length, 1, output)
     assert.equal(linesOfRepeat(output).length, 1, output)
@@ -6421,15 +6409,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     const watched = runScript(t, { script, flags: ['--expose-gc'] })
     assert.equal(await watched.exit, 0, watched.output)
     assert.equal(watched.output, 'collected true 1\n')
-  })
-
-  test('a SIGINT that comes from no terminal waits for probers', async (t) => {
-    const service = await bootService(t)
-    await probe(t, service.port, 250)
-    const { status, ms, output } = await service.end('SIGINT')
-    assert.equal(status, 0)
-    assert.match(output, /^ftw-monitor drains: waits for 127\.0\.0\.1 /m)
-    assert.ok(ms > 500, `ended after ${ms} ms`)
   })
 
   test(
