@@ -5366,17 +5366,6 @@ describeInProcess('Draining', ALONE, () => {
 
 // --- Shutdown ------------------------------------------------------------------------------------
 
-/** Has a server upgrade connections; gives the server's ends of them. */
-function takeUpgrades(server: net.Server): net.Socket[] {
-  const upgraded: net.Socket[] = []
-  server.on('upgrade', (_, socket: net.Socket) => {
-    socket.on('error', () => {})
-    socket.write(UPGRADED)
-    upgraded.push(socket)
-  })
-  return upgraded
-}
-
 /** Sends requests regardless of the answers, each on a connection of its own, until one is refused;
  *  every other one is a POST. */
 function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: number) {
@@ -5386,26 +5375,23 @@ function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: n
     isStopped = true
   })
 
-  const sendOne = async () => {
+  const sendOne = async (options: PageOptions) => {
     load.sent++
-    const method = load.sent % 2 === 0 ? 'POST' : 'GET'
-    const body = method === 'POST' ? 'a=1' : ''
-    try {
-      const { status } = await getPage(port, path, { method, body })
-      if (status === 200) load.served++
-      else load.failures.push(`${method} ${status}`)
-    } catch (error) {
-      const isRefusal = codeOf(error) === 'ECONNREFUSED'
-      if (isRefusal) load.refusedAt ||= performance.now()
-      else load.failures.push(`${method} ${codeOf(error)}`)
-      if (isRefusal) load.sent--
+    const outcome = await getPage(port, path, options).then(({ status }) => String(status), codeOf)
+    if (outcome === '200') {
+      load.served++
+    } else if (outcome === 'ECONNREFUSED') {
+      load.refusedAt ||= performance.now()
+      load.sent--
+    } else {
+      load.failures.push(outcome)
     }
   }
 
   const sendAll = async () => {
     const all: Promise<void>[] = []
     while (!isStopped && load.refusedAt === 0) {
-      all.push(sendOne())
+      all.push(sendOne(all.length % 2 === 0 ? {} : { method: 'POST', body: 'a=1' }))
       await pause(everyMs)
     }
     await Promise.all(all)
@@ -5423,10 +5409,7 @@ const QUICK_TIMEOUTS = `--import=data:text/javascript,${encodeURIComponent(`
 describeInProcess('Shutdown', TOGETHER, () => {
   test('shutdown() does one thing after the other, so that no request meets a closed pool', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
-    const upgraded = takeUpgrades(server)
     const { monitor, port, instancePort, logger } = await bootInstance(t, { server })
-    const webSocket = await upgradeTo(instancePort)
-    t.after(() => webSocket.socket.destroy())
     const answer = getPage(instancePort, '/held')
     await until(() => held.length === 1, 'a request is in flight')
     const events: string[] = []
@@ -5438,8 +5421,6 @@ describeInProcess('Shutdown', TOGETHER, () => {
       cleanUp: async ({ signal }) => {
         const verdict = await ask(port, 'health_check\n')
         events.push(`cleanUp ${signal}, listening ${server.listening}, ${verdict.trim()}`)
-        for (const socket of upgraded) socket.end('goodbye')
-        webSocket.socket.end()
       }
     })
     assert.deepEqual(events, ['onSignal undefined, listening true'])
@@ -5451,7 +5432,6 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.equal((await answer).body, 'late')
     await ended
     assert.deepEqual(events.slice(1), ['cleanUp undefined, listening true, Deploying'])
-    assert.equal(webSocket.text, 'goodbye')
     assert.ok(await isRefused(port))
     assert.deepEqual([warningsOf(logger), errorsOf(logger)], [[], []])
   })
@@ -5517,33 +5497,25 @@ describeInProcess('Shutdown', TOGETHER, () => {
     }
   )
 
-  for (const [kind, how] of Object.entries({ http: {}, https: needs('openssl') })) {
-    test(`an answer over ${kind} that is read slowly comes whole`, how, async (t) => {
-      const body = Buffer.alloc(30 * 2 ** 20, 'x')
-      const answer: http.RequestListener = (_, response) => response.end(body)
-      const isSecure = kind === 'https'
-      const server = isSecure
-        ? https.createServer(certify(t, 'localhost'), answer)
-        : http.createServer(answer)
-      await startListening(t, server)
-      const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
-      const to = { host: '127.0.0.1', port: instancePort, agent: false, rejectUnauthorized: false }
-      const request = isSecure ? https.get(to) : http.get(to)
-      const [response] = (await once(request, 'response')) as [http.IncomingMessage]
-      let bytes = 0
-      const readSlowly = async () => {
-        for await (const part of response) {
-          bytes += (part as Buffer).length
-          await pause(1)
-        }
+  test('an answer that is read slowly comes whole', async (t) => {
+    const body = Buffer.alloc(30 * 2 ** 20, 'x')
+    const handler: http.RequestListener = (_, response) => response.end(body)
+    const { monitor, instancePort } = await bootInstance(t, { performers: WARM, handler })
+    const request = http.get({ host: '127.0.0.1', port: instancePort, agent: false })
+    const [response] = (await once(request, 'response')) as [http.IncomingMessage]
+    let bytes = 0
+    const readSlowly = async () => {
+      for await (const part of response) {
+        bytes += (part as Buffer).length
+        await pause(1)
       }
-      const done = readSlowly().catch(() => {})
-      await until(() => bytes > 2 ** 20, 'the answer has begun')
-      await monitor.shutdown()
-      await inTime(done, 'the answer is over')
-      assert.equal(bytes, body.length)
-    })
-  }
+    }
+    const done = readSlowly().catch(() => {})
+    await until(() => bytes > 2 ** 20, 'the answer has begun')
+    await monitor.shutdown()
+    await inTime(done, 'the answer is over')
+    assert.equal(bytes, body.length)
+  })
 
   test('an idle session is told once to go elsewhere, while it may still open streams, before it is closed', async (t) => {
     const server = await startListening(
@@ -5568,7 +5540,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
     needs('openssl'),
     async (t) => {
       const server = https.createServer(certify(t, 'localhost'))
-      const upgraded = takeUpgrades(server)
+      const upgraded = takeUpgradesBare(server)
       await startListening(t, server)
       const peer = await upgradeBy(
         tls.connect({ port: portOf(server), host: '127.0.0.1', rejectUnauthorized: false })
@@ -5584,7 +5556,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
     const server = await serve(t)
-    const upgraded = takeUpgrades(server)
+    const upgraded = takeUpgradesBare(server)
     const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
     const peer = await upgradeTo(instancePort)
     t.after(() => peer.socket.destroy())
@@ -5595,12 +5567,14 @@ describeInProcess('Shutdown', TOGETHER, () => {
     let cleanedAt = 0
     const cleanUp = () => {
       cleanedAt = performance.now()
+      upgraded[0]?.write('goodbye')
       return until(() => closedAt > 0, 'the connection is closed while cleanUp waits')
     }
     await monitor.shutdown({ cleanUp })
     await until(() => peer.endedAt > 0, 'the client has seen the end')
     const endedAfterMs = peer.endedAt - cleanedAt
     const closedAfterMs = closedAt - cleanedAt
+    assert.equal(peer.text, 'goodbye')
     assert.ok(endedAfterMs > 990, `ended after ${endedAfterMs} ms`)
     assert.ok(closedAfterMs > 1_990, `closed after ${closedAfterMs} ms`)
     assert.ok(endedAfterMs < closedAfterMs, `${endedAfterMs} ms, ${closedAfterMs} ms`)
@@ -5644,28 +5618,27 @@ describeInProcess('Shutdown', ALONE, () => {
   test('wrong options of a shutdown are refused, and change nothing', async (t) => {
     const { monitor, server, port } = await bootInstance(t)
     const before = listenersOf(process)
+    const wrongValues: Record<string, unknown[]> = {
+      cleanUp: ['close'],
+      cleanup: [() => {}],
+      onSignal: ['exit'],
+      reason: [''],
+      fall: [0],
+      minimumMs: [-1, NaN, '1500', null],
+      timeoutMs: [-1, Infinity, '5000'],
+      exitAfterMs: [25_000, NaN, '30000', 2 ** 31]
+    }
     const wrong: [options: unknown, kind: typeof TypeError][] = [
       [null, TypeError],
       [7, TypeError],
       [() => {}, TypeError],
-      [{ cleanUp: 7 }, TypeError],
-      [{ cleanup: () => {} }, TypeError],
-      [{ onSignal: 'exit' }, TypeError],
-      [{ reason: '' }, TypeError],
-      [{ fall: 0 }, RangeError],
-      [{ minimumMs: -1 }, RangeError],
-      [{ minimumMs: NaN }, RangeError],
-      [{ minimumMs: '1500' }, TypeError],
-      [{ minimumMs: null }, TypeError],
-      [{ timeoutMs: -1 }, RangeError],
-      [{ timeoutMs: Infinity }, RangeError],
-      [{ timeoutMs: '5000' }, TypeError],
-      [{ exitAfterMs: 25_000 }, RangeError],
-      [{ exitAfterMs: NaN }, RangeError],
-      [{ exitAfterMs: '30000' }, TypeError],
-      [{ exitAfterMs: 2 ** 31 }, RangeError],
       [{ timeoutMs: 5_000, exitAfterMs: 5_000 }, RangeError]
     ]
+    for (const [name, values] of Object.entries(wrongValues)) {
+      for (const value of values) {
+        wrong.push([{ [name]: value }, typeof value === 'number' ? RangeError : TypeError])
+      }
+    }
     const wrongNames = ['SIGKILL', 'SIGSTOP', 'SIGTREM', 'TERM', 15]
     const wrongSignals = [[], 'SIGTERM', null, ...wrongNames.map((name) => [name])]
     for (const [options, Kind] of wrong) {
