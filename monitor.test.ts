@@ -6117,10 +6117,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
         env: { FTW_MONITOR_LISTEN: 'nonsense' },
         script: 'begin = () => monitor.start(server)'
       },
-      'a monitor that cannot use PORT': {
-        env: { PORT: 'abc' },
-        script: 'begin = () => monitor.start()'
-      },
       'no monitor': { script: 'begin = () => {}' }
     }
     const endOne = async ([what, setup]: [string, ServiceSetup], index: number) => {
