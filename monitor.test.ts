@@ -5741,29 +5741,25 @@ describeInProcess('Shutdown', ALONE, () => {
     const clock = fakeClock(t)
     const timers = takeTimers(t, ['setTimeout'], clock)
     const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)
-    for (const isLate of [false, true]) {
-      const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-      const events: string[] = []
-      const awaitShutdown = (name: string) => async () => {
-        if (isLate) await nextTurn()
-        await monitor.shutdown()
-        events.push(name)
-      }
-      const beganAt = clock.now
-      const onSignal = awaitShutdown('onSignal')
-      void monitor.shutdown({ onSignal, cleanUp: awaitShutdown('cleanUp') }).then(() => {
-        events.push('all')
-      })
-      const isOver = async () => {
-        timers.pass(100)
-        await nextTurn()
-        return events.includes('all')
-      }
-      await until(isOver, 'the shutdown is over')
-      assert.deepEqual(events, ['onSignal', 'cleanUp', 'all'])
-      assert.ok(clock.now - beganAt < 15_000) // exitAfterMs are 28 s
-      assert.match(warningsOf(logger).join(), /^warn ftw-monitor resolves shutdown\(\) before/)
+    const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const events: string[] = []
+    const awaitShutdown = (name: string) => async () => {
+      await nextTurn()
+      await monitor.shutdown()
+      events.push(name)
     }
+    const beganAt = clock.now
+    const callbacks = { onSignal: awaitShutdown('onSignal'), cleanUp: awaitShutdown('cleanUp') }
+    void monitor.shutdown(callbacks).then(() => events.push('all'))
+    const isOver = async () => {
+      timers.pass(100)
+      await nextTurn()
+      return events.includes('all')
+    }
+    await until(isOver, 'the shutdown is over')
+    assert.deepEqual(events, ['onSignal', 'cleanUp', 'all'])
+    assert.ok(clock.now - beganAt < 15_000) // exitAfterMs are 28 s
+    assert.match(warningsOf(logger).join(), /^warn ftw-monitor resolves shutdown\(\) before/)
     assert.equal(exit.mock.callCount(), 0)
   })
 
@@ -5822,32 +5818,28 @@ describeInProcess('Shutdown', ALONE, () => {
   test('at exitAfterMs those parts of a shutdown are named that are not done, and no others', async (t) => {
     const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
     const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)
-    for (const hanging of [['cleanUp'], ['onSignal', 'cleanUp']]) {
-      const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-      const gate = latch()
-      const part = (name: string) => (hanging.includes(name) ? gate.opened : undefined)
-      let isCleaned = false
-      const cleanUp = () => {
-        isCleaned = true
-        return part('cleanUp')
-      }
-      const limits = { timeoutMs: 1_000, exitAfterMs: 60_000 }
-      const ended = monitor.shutdown({ ...limits, onSignal: () => part('onSignal'), cleanUp })
-      const isCleanedAfterAll = async () => {
-        timers.pass(100)
-        await nextTurn()
-        return isCleaned
-      }
-      await until(isCleanedAfterAll, 'cleanUp is called')
-      await nextTurn()
-      timers.pass(60_000)
-      assert.deepEqual(exit.mock.calls.at(-1)?.arguments, [1])
-      exit.mock.resetCalls()
-      const lines = [`error ftw-monitor exits after 60 s; ${hanging.join(', ')} did not finish`]
-      assert.deepEqual(errorsOf(logger), lines)
-      gate.open()
-      await inTime(ended, 'the shutdown is over')
+    const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const gate = latch()
+    let isCleaned = false
+    const cleanUp = () => {
+      isCleaned = true
+      return gate.opened
     }
+    const limits = { timeoutMs: 1_000, exitAfterMs: 60_000 }
+    const ended = monitor.shutdown({ ...limits, onSignal: () => gate.opened, cleanUp })
+    const isCleanedAfterAll = async () => {
+      timers.pass(100)
+      await nextTurn()
+      return isCleaned
+    }
+    await until(isCleanedAfterAll, 'cleanUp is called')
+    await nextTurn()
+    timers.pass(60_000)
+    assert.deepEqual(exit.mock.calls.at(-1)?.arguments, [1])
+    const line = 'error ftw-monitor exits after 60 s; onSignal, cleanUp did not finish'
+    assert.deepEqual(errorsOf(logger), [line])
+    gate.open()
+    await inTime(ended, 'the shutdown is over')
   })
 
   for (const kind of ['HTTP', 'HTTPS', 'HTTP/2']) {
