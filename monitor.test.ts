@@ -6181,7 +6181,10 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     const { status, output } = await service.awaitEnd()
     assert.equal((await page).body, 'served')
     assert.equal(status, 0, output)
-    assert.match(output, /^ftw-monitor drains: waits for 127\.0\.0\.1 /m)
+    assert.match(
+      output,
+      /^ftw-monitor drains: waits for 127\.0\.0\.1 \(asks every 0\.\d s\), at most 20 s$/m
+    )
     assert.match(output, /cleaned up/)
     assert.equal(output.match(/^told /gm)?.length, 1, output)
     assert.equal(linesOfRepeat(output).length, 1, output)
