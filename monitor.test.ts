@@ -4785,26 +4785,25 @@ describeInProcess('The health path', TOGETHER, () => {
     assert.ok(peer.isClosed)
   })
 
-  for (const event of ['request', 'stream'] as const) {
-    test(`it is answered over HTTP/2 where the service listens for ${event}`, async (t) => {
-      let seen = 0
-      const count = () => {
-        seen++
-      }
+  test('it is answered over HTTP/2, also where the service listens for streams', async (t) => {
+    let seen = 0
+    const count = () => {
+      seen++
+    }
+    for (const event of ['request', 'stream']) {
       const server = await startListening(t, http2.createServer().on(event, count))
       const { port } = await bootInstance(t, { ...READY, server })
       const before = await askRequests(port)
       const session = await connectSession(t, portOf(server))
-      const askOnce = async (method: string) => {
+      for (const [method, reply] of Object.entries({ GET: 'OK\n', HEAD: '' })) {
         const stream = session!.request({ ':path': '/ready?a', ':method': method })
         const [headers] = await once(stream, 'response')
-        return `${headers[':status']} ${headers['cache-control']} ${await readAll(stream)}`
+        const answer = [headers[':status'], headers['cache-control'], await readAll(stream)]
+        assert.deepEqual(answer, [200, 'no-store', reply])
       }
-      assert.equal(await askOnce('GET'), '200 no-store OK\n')
-      assert.equal(await askOnce('HEAD'), '200 no-store ')
       assert.deepEqual([seen, (await askRequests(port)) - before], [0, 0])
-    })
-  }
+    }
+  })
 
   test('who asks there is a stranger, and is told the category alone', async (t) => {
     const databases = { main: { isConnected: () => Promise.reject(new Error('secret')) } }
@@ -4813,23 +4812,30 @@ describeInProcess('The health path', TOGETHER, () => {
     assert.deepEqual([status, body], [503, "Error: Database 'main' failed.\n"])
   })
 
-  test('a prober there is an address together with its User-Agent, and none who comes through a proxy', async (t) => {
-    const { monitor, instancePort } = await bootInstance(t, READY)
+  test('a prober there is an address together with its User-Agent, and none who comes through a proxy, nor a browser, but a balancer that claims to be like Mozilla', async (t) => {
+    const { monitor, port, instancePort } = await bootInstance(t, READY)
     for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
       const { body } = await getPage(instancePort, '/ready', { headers: { [name]: '10.1.1.1' } })
       assert.equal(body, 'OK\n', name)
     }
+    const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+    await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
+    await askTimes(3, port, `${head}User-Agent: Mozilla/5.0 (X11)\r\n\r\n`) // without TLS
     assert.deepEqual((await monitor.status()).probers, [])
+    await inTime(monitor.drain(), 'drained')
+    monitor.resume()
 
+    const cloudflare = 'Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; pool-id: 1)'
+    await getPage(port, '/health_check', { headers: { 'User-Agent': cloudflare } })
     const evil = `evil${EVIL.replaceAll(/[^ -~]/g, '')}${'x'.repeat(200)}`
-    const agents = [{ 'User-Agent': 'one/1.0' }, { 'User-Agent': 'other' }, { 'User-Agent': evil }]
-    for (const headers of [...agents, ...agents]) {
-      await getPage(instancePort, '/ready', { headers })
+    const agents = ['one/1.0', 'other', evil, cloudflare]
+    for (const agent of [...agents, ...agents]) {
+      await getPage(instancePort, '/ready', { headers: { 'User-Agent': agent } })
     }
     await getPage(instancePort, '/ready')
     const { probers } = await monitor.status()
     const addresses = probers.map(({ address }) => address)
-    assert.equal(addresses.length, 4)
+    assert.equal(addresses.length, 6)
     for (const agent of ['one/1.0', 'other', 'no User-Agent']) {
       assert.ok(addresses.includes(`127.0.0.1 (${agent})`), addresses.join())
     }
