@@ -4909,24 +4909,6 @@ async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise
   await askTimes(times, port, 'health_check\n', { from })
 }
 
-describeInProcess('Probers', TOGETHER, () => {
-  test('a browser is no prober that drain waits for, but a balancer that claims to be like Mozilla is', async (t) => {
-    const { monitor, port, instancePort } = await bootInstance(t, READY)
-    const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
-    await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
-    await askTimes(3, port, `${head}User-Agent: Mozilla/5.0 (X11)\r\n\r\n`) // without TLS
-    assert.deepEqual((await monitor.status()).probers, [])
-    await inTime(monitor.drain(), 'drained')
-
-    monitor.resume()
-    const agent = 'Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; pool-id: 1)'
-    const headers = { 'User-Agent': agent }
-    await getPage(port, '/health_check', { headers })
-    await getPage(instancePort, '/ready', { headers })
-    assert.equal((await monitor.status()).probers.length, 2)
-  })
-})
-
 describeInProcess('Probers', ALONE, () => {
   test('of more than 64 addresses the one that asks least often makes room', async (t) => {
     const timers = takeTimers(t)
