@@ -5261,40 +5261,36 @@ describeInProcess('Draining', ALONE, () => {
     }
   })
 
-  test('the command `drain` goes on waiting for a quiet moment, and says that requests keep coming', async (t) => {
-    const { port, instancePort } = await bootInstance(t, { performers: WARM })
+  test('the command `drain` goes on waiting for a quiet moment, and says that requests keep coming; after 25 s it gives up, and says what it waited for', async (t) => {
+    const { port, instancePort, finishRequest } = await bootWithRequest(t)
     const clock = fakeClock(t)
-    const talk = await drainByLine(t, port)
+    const first = await drainByLine(t, port)
+    clock.now += 24_900
+    await pause(100) // for it to look at the clock more than once
+    assert.match(first.transcript, /^(Draining: .*\n)+$/)
+    clock.now += 100
+    await until(() => first.isClosed, 'it gives up')
+    const waited = /\nNot drained after 25 s: 0 of 0 probers know, 1 request in flight\n$/
+    assert.match(first.transcript, waited)
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+
+    await finishRequest()
+    await ask(port, 'resume\n')
+    const second = await drainByLine(t, port)
     for (let request = 0; request < 30; request++) {
       await getPage(instancePort, '/')
       clock.now += 90 // in sum longer than a shutdown would wait
       await pause(20)
     }
-    await until(() => talk.transcript.includes('requests keep coming'), 'it says so')
-    assert.equal(talk.isClosed, false)
-    assert.doesNotMatch(talk.transcript, /Drained/)
+    await until(() => second.transcript.includes('requests keep coming'), 'it says so')
+    assert.equal(second.isClosed, false)
+    assert.doesNotMatch(second.transcript, /Drained/)
     const isDrainedLater = () => {
       clock.now += 50
-      return talk.isClosed
+      return second.isClosed
     }
     await until(isDrainedLater, 'it is drained')
-    assert.match(talk.transcript, /\nDrained\n$/)
-  })
-
-  test('the command `drain` gives up after 25 s, and says what it waited for', async (t) => {
-    takeTimers(t)
-    const { port, finishRequest } = await bootWithRequest(t)
-    const clock = fakeClock(t)
-    const talk = await drainByLine(t, port)
-    clock.now += 24_900
-    await pause(100) // for it to look at the clock more than once
-    assert.match(talk.transcript, /^(Draining: .*\n)+$/)
-    clock.now += 100
-    await until(() => talk.isClosed, 'it gives up')
-    const waited = /\nNot drained after 25 s: 0 of 0 probers know, 1 request in flight\n$/
-    assert.match(talk.transcript, waited)
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-    await finishRequest()
+    assert.match(second.transcript, /\nDrained\n$/)
   })
 
   test('a drain is over when the server has closed, since nobody can be told then', async (t) => {
