@@ -5863,15 +5863,16 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
         const end = performance.now() + 500
         while (performance.now() < end);
       }`
-    const boot = () => bootService(t, { script })
-    const [service, quiet] = await Promise.all([boot(), boot()])
+    const service = await bootService(t, { script })
     service.kill('SIGTERM')
     await service.hasSaid('blocks')
     const post = { method: 'POST', body: 'a=1' }
     const pages = [1, 2, 3, 4, 5].map(() => getPage(service.instancePort, '/', post))
     const outcomes = await Promise.all(pages.map((page) => page.then(({ body }) => body, codeOf)))
     assert.deepEqual(outcomes, Array(5).fill('served'))
+    assert.equal((await service.awaitEnd()).status, 0)
 
+    const quiet = await bootService(t, { script })
     const peer = await converse(t, quiet.instancePort) // alone: another request would put the end off
     peer.say(headOf('/first'))
     await until(() => peer.transcript.endsWith('served'), 'the first is served')
@@ -5881,7 +5882,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     peer.say(headOf('/second'))
     await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
     assert.match(peer.transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
-    for (const { awaitEnd } of [service, quiet]) assert.equal((await awaitEnd()).status, 0)
+    assert.equal((await quiet.awaitEnd()).status, 0)
   })
 
   test('no stream of many connections is lost by a SIGTERM', async (t) => {
