@@ -2338,6 +2338,18 @@ function takeUpgradesBare(server: net.Server): net.Socket[] {
 }
 
 describeInProcess('The application', TOGETHER, () => {
+  test('an upgraded connection whose listeners the application takes off is counted until it is closed', async (t) => {
+    const server = await serve(t)
+    const upgraded = takeUpgradesBare(server)
+    const { monitor } = await bootInstance(t, { performers: WARM, server })
+    const count = async () => (await monitor.status()).upgradedConnections
+    const peer = await upgradeTo(portOf(server))
+    t.after(() => peer.socket.destroy())
+    assert.equal(await count(), 1)
+    upgraded[0]!.destroy()
+    await until(async () => (await count()) === 0, 'it is forgotten', 5_000)
+  })
+
   test('a server whose emit cannot be wrapped costs one warning, and may listen after start()', async (t) => {
     const monitor = await importMonitor(t)
     const server = http.createServer(hello)
