@@ -2628,8 +2628,8 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     }
   })
 
-  test('of pipelined requests all are answered, and only the last closes', async (t) => {
-    const { server, held } = await serveHeld(t)
+  test('of pipelined requests all are answered, and only the last closes; after resume() none does, also of those from before', async (t) => {
+    const { server, held, letGo } = await serveHeld(t)
     const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
     const isDrainedBefore = [true, true, false]
     for (const [round, isDrained] of isDrainedBefore.entries()) {
@@ -2655,7 +2655,19 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     await askThree(used)
     await monitor.drain({ timeoutMs: 0 })
     await askThree(used)
-    await askThree(await converse(t, portOf(server)))
+    const peer = await converse(t, portOf(server))
+    await askThree(peer)
+
+    monitor.resume()
+    peer.transcript = ''
+    peer.say(headOf('/held'))
+    await until(() => held.length === 1, 'a request is in flight')
+    await monitor.drain({ timeoutMs: 0 })
+    monitor.resume()
+    letGo()
+    peer.say(headOf('/'))
+    await until(() => peer.transcript.endsWith('served'), 'it is served')
+    assert.doesNotMatch(peer.transcript, /^Connection: close/m)
   })
 
   test('an upload that is answered before its body has come gets the answer, though the server closes meanwhile', async (t) => {
@@ -2676,20 +2688,6 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     peer.socket.end()
     const answer = peer.transcript.replace(/^(Date|Connection|Keep-Alive): .*\r\n/gm, '')
     assert.equal(answer, 'HTTP/1.1 401 Unauthorized\r\nContent-Length: 7\r\n\r\nnot you')
-  })
-
-  test('after resume() clients stay, also those whose request is from before the drain', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const peer = await converse(t, portOf(server))
-    peer.say(headOf('/held'))
-    await until(() => held.length === 1, 'a request is in flight')
-    await monitor.drain({ timeoutMs: 0 })
-    monitor.resume()
-    letGo()
-    peer.say(headOf('/'))
-    await until(() => peer.transcript.endsWith('served'), 'it is served')
-    assert.doesNotMatch(peer.transcript, /^Connection: close/m)
   })
 })
 
