@@ -3002,14 +3002,11 @@ const ANSWERS: [isConnected: () => unknown, trouble: string][] = [
   [async () => true, ''],
   [() => false, 'disconnected'],
   [async () => false, 'disconnected'],
-  ...NEITHER.flatMap((value): [() => unknown, string][] => {
+  ...NEITHER.map((value): [() => unknown, string] => {
     const kind = value === null ? 'null' : typeof value
-    const trouble = `disconnected: isConnected() returned a value of type ${kind}, not true`
-    return [
-      [() => value, trouble],
-      [async () => value, trouble]
-    ]
+    return [() => value, `disconnected: isConnected() returned a value of type ${kind}, not true`]
   }),
+  [async () => 1, 'disconnected: isConnected() returned a value of type number, not true'],
   [thrower, 'failed: trap'],
   [() => Promise.reject(new TypeError('bad password')), 'failed: bad password'],
   [() => Promise.reject('only text'), 'failed: only text'],
@@ -3017,22 +3014,18 @@ const ANSWERS: [isConnected: () => unknown, trouble: string][] = [
   [() => Promise.reject(new AggregateError(REFUSED, 'no host')), 'failed: no host'],
   [() => Promise.reject(new AggregateError([])), 'failed: AggregateError'],
   [() => trapped(['then']), 'failed: trap'],
-  [() => ({ then: thrower }), 'failed: trap'],
-  [() => new Proxy({}, TRAPS), 'failed: trap'],
   [() => ({ then: (_: unknown, reject: Function) => reject(new Error('no')) }), 'failed: no'],
-  [() => ({ then: (resolve: Function) => resolve({ then: thrower }) }), 'failed: trap'],
-  [() => ({ then: (resolve: Function) => [false, true].map((is) => resolve(is)) }), 'disconnected'],
   [hang, 'timed out'],
-  [() => ({ then() {} }), 'timed out'],
-  [() => ({ then: (resolve: Function) => resolve(hang()) }), 'timed out']
+  [() => ({ then() {} }), 'timed out']
 ]
+
+/** What a check may answer to pass. */
+const PASSING = [undefined, null, 0, '', true, 'text']
 
 /** What a check may do when it is asked, and what the status says of it. */
 const CHECKS: [check: () => unknown, trouble: string][] = [
-  ...[undefined, null, 0, '', true, 'text'].flatMap((value): [() => unknown, string][] => [
-    [() => value, ''],
-    [async () => value, '']
-  ]),
+  ...PASSING.map((value): [() => unknown, string] => [() => value, '']),
+  [async () => 0, ''],
   [() => false, 'failed'],
   [async () => false, 'failed'],
   [thrower, 'failed: trap'],
@@ -3061,7 +3054,7 @@ async function reasonsOf(monitor: Monitor): Promise<string[]> {
 const RECORDED_BOOT = ['Instance is booting', 'Warmup in progress', 'OK']
 
 describeInProcess('Changes of the verdict', ALONE, () => {
-  test('an instance that nobody asks tells of its boot, a warm-up and a drain, and asks its database only then', async (t) => {
+  test('an instance that nobody asks tells of its boot, a warm-up and a drain, and asks its database only then; a shutdown is told phase by phase, and nothing as healthy any more', async (t) => {
     const timers = takeTimers(t)
     const isConnected = t.mock.fn(() => true)
     const { monitor, port, logger } = await bootUnasked(t, { databases: { main: { isConnected } } })
@@ -3090,47 +3083,11 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const warmedUp = ['Warmup in progress', 'OK']
     const reasons = [...RECORDED_BOOT, ...warmedUp, 'Moving house', 'OK']
     assert.deepEqual(await reasonsOf(monitor), reasons)
-  })
 
-  test('a database that is down after the boot is told though nobody asks, with a warm-up or without', async (t) => {
-    const main = { isConnected: () => Promise.reject(new Error('no route')) }
-    for (const value of ['on', 'off']) {
-      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
-      const { logger } = await bootUnasked(t, { databases: { main } })
-      const red = "warn ftw-monitor is red: Database 'main' failed: no route"
-      assert.deepEqual(changesLogged(logger), [red])
-    }
-  })
-
-  test('a server that closes, and listens again, is recorded when that happens', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    const { monitor, logger, instancePort: port } = await bootUnasked(t, { server })
-    const lastChange = () => changesLogged(logger).at(-1)
-    const answer = getPage(port, '/held')
-    await until(() => held.length > 0, 'a request is in flight')
-    server.close()
-    const red = 'info ftw-monitor is red: Instance is shutting down'
-    await until(() => lastChange() === red, 'it is told before it is closed')
-    letGo()
-    await answer
-    await until(() => !server.listening && logger.lines.at(-1)?.includes('closed'), 'it is closed')
-
-    await startListening(t, server, { host: '127.0.0.1', port })
-    await until(() => lastChange()?.includes('is healthy again after'), 'it is green again')
-    const reasons = [...RECORDED_BOOT, 'Instance is shutting down', ...RECORDED_BOOT]
-    assert.deepEqual(await reasonsOf(monitor), reasons)
-  })
-
-  test('a shutdown is told phase by phase, and nothing as healthy once it has begun', async (t) => {
-    const timers = takeTimers(t)
-    let isThere = true
-    const { monitor, logger } = await bootInstance(t, { performers: WARM })
-    monitor.registerCheck('flag', () => isThere)
     timers.pass(1_000)
-    isThere = false
+    isConnected.mock.mockImplementationOnce(() => false)
     await monitor.health()
-    isThere = true
-    await monitor.health() // which is to be told a second later
+    await monitor.health() // OK, which is to be told a second later
     const seen = logger.lines.length
     const ended = monitor.shutdown()
     timers.pass(2_000)
@@ -3146,6 +3103,48 @@ describeInProcess('Changes of the verdict', ALONE, () => {
       'info ftw-monitor shutdown: done after N s'
     ])
     assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  })
+
+  test('a database that is down after the boot is told though nobody asks, with a warm-up or without', async (t) => {
+    const main = { isConnected: () => Promise.reject(new Error('no route')) }
+    for (const value of ['on', 'off']) {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value })
+      const { logger } = await bootUnasked(t, { databases: { main } })
+      const red = "warn ftw-monitor is red: Database 'main' failed: no route"
+      assert.deepEqual(changesLogged(logger), [red])
+    }
+  })
+
+  test('a server that closes aborts a warm-up within a second though nobody asks; it begins anew when it listens again, and both are recorded', async (t) => {
+    const timers = takeTimers(t)
+    const { server, held, letGo } = await serveHeld(t)
+    const { monitor, logger, port, instancePort } = await bootUnasked(t, { server })
+    const lastChange = () => changesLogged(logger).at(-1)
+    const signals: AbortSignal[] = []
+    monitor.registerWarmup('/shop', ({ signal }) => {
+      signals.push(signal)
+      return signals.length === 1 ? hang() : undefined
+    })
+    const answer = getPage(instancePort, '/held')
+    await until(() => held.length === 1 && signals.length === 1, 'both run')
+    server.close()
+    timers.pass(1_000)
+    assert.equal(signals[0]?.aborted, true)
+    assert.equal(lastChange(), 'info ftw-monitor is red: Instance is shutting down')
+    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
+    letGo()
+    await answer
+    await until(() => !server.listening && logger.lines.at(-1)?.includes('closed'), 'it is closed')
+
+    await startListening(t, server, { host: '127.0.0.1', port: instancePort })
+    const isHealthyTold = () => {
+      timers.pass(1_000)
+      return lastChange()?.includes('is healthy again after')
+    }
+    await until(isHealthyTold, 'it is green again')
+    assert.equal(signals.length, 2)
+    const reasons = [...RECORDED_BOOT, 'Instance is shutting down', ...RECORDED_BOOT]
+    assert.deepEqual(await reasonsOf(monitor), reasons)
   })
 
   test('each change that a check sees is one line in the log, but at most one a second, with its reason and how long it was red', async (t) => {
@@ -3217,10 +3216,9 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const [, ...rows] = (await ask(port, 'status\n')).split(/\n(?=since )/)
     assert.equal(rows.length, 10)
     assert.ok(rows[0]?.startsWith(latest), rows.join())
-    const { checks } = JSON.parse((await getPage(port, '/status')).body)
-    assert.equal(checks['verdict:age'].length, 10)
-    const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
-    assert.equal(page.body.split('<th scope="row">since').length - 1, 10)
+    assert.equal((await askHealthJson(port)).json.checks['verdict:age'].length, 10)
+    const { body } = await openPage(port)
+    assert.equal(body.split('<th scope="row">since').length - 1, 10)
   })
 
   test('a fault of our own is logged once a minute, and the application serves', async (t) => {
@@ -3244,23 +3242,18 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     monitor.registerCheck('mail', () => false, { optional: true })
     monitor.registerCheck('disk', () => true)
-    const green = await getPage(port, '/status')
-    assert.deepEqual([green.status, JSON.parse(green.body).status], [200, 'warn'])
-
     monitor.registerCheck('queue', () => Promise.reject(new Error('no broker')))
     const text = await ask(port, 'status\n')
     assert.match(text, /^check {6}mail {3,}failed \(optional\)$/m)
     assert.match(text, /^check {6}disk {3,}passes, answered in \d+ ms$/m)
     assert.match(text, /^check {6}queue {3,}failed: no broker$/m)
-    const { checks } = JSON.parse((await getPage(port, '/status')).body)
-    const rows: Record<string, string>[] = checks['check:responseTime']
-    const shown = rows.map(
-      (row) => `${row['componentType']} ${row['componentId']} ${row['status']}`
-    )
-    assert.deepEqual(shown, ['component mail warn', 'component disk pass', 'component queue fail'])
+    const { json } = await askHealthJson(port)
+    const rows: Record<string, string>[] = json.checks['check:responseTime']
+    const shown = rows.map(({ componentId, status }) => `${componentId} ${status}`)
+    assert.deepEqual(shown, ['mail warn', 'disk pass', 'queue fail'])
     assert.equal(rows[2]?.['output'], 'failed: no broker')
-    const page = await getPage(port, '/', { headers: { Accept: 'text/html' } })
-    assert.match(page.body, /<tr class="fail"><th scope="row">check<td>queue<td>failed: no broker/)
+    const { body } = await openPage(port)
+    assert.match(body, /<tr class="fail"><th scope="row">check<td>queue<td>failed: no broker/)
     const { answeredMs: _, ...last } = (await monitor.status()).checks[2]!
     const known = { name: 'queue', passing: false, trouble: 'failed: no broker' }
     assert.deepEqual(last, { ...known, optional: false, pendingSeconds: -1 })
@@ -3284,28 +3277,21 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
   })
 
   test('a wrong check, site or performer is a TypeError that says so', async (t) => {
-    const monitor: object = await importMonitor(t)
-    const { registerCheck, registerWarmup } = monitor as Record<
-      string,
-      (...args: unknown[]) => void
-    >
-    const check = () => true
-    const wrong: [args: unknown[], message: RegExp][] = [
-      [[], /a check has a name/],
-      [['two words', check], /a check has a name without white space/],
-      [['disk'], /a check is a function/],
-      [['disk', { check }], /a check is a function/],
-      [['disk', check, null], /a check takes an object with any of optional/],
-      [['disk', check, { optional: 1 }], /optional is true or false/]
+    const { registerCheck, registerWarmup } = await importMonitor(t)
+    const nothing = () => {}
+    const rows: [register: Function, args: unknown[], message: RegExp][] = [
+      [registerCheck, [], /a check has a name/],
+      [registerCheck, ['two words', nothing], /a check has a name without white space/],
+      [registerCheck, ['disk', { check: nothing }], /a check is a function/],
+      [registerCheck, ['disk', nothing, null], /a check takes an object with any of optional/],
+      [registerCheck, ['disk', nothing, { optional: 1 }], /optional is true or false/],
+      [registerWarmup, ['/'], /a warm-up performer is a function/]
     ]
-    for (const [args, message] of wrong) {
-      assert.throws(() => registerCheck!(...args), { name: 'TypeError', message })
-    }
     for (const site of ['', 'shop', '/a b', undefined, 42]) {
-      assert.throws(() => registerWarmup!(site, () => {}), TypeError)
+      rows.push([registerWarmup, [site, nothing], /a site is/])
     }
-    for (const performer of [undefined, 'performer']) {
-      assert.throws(() => registerWarmup!('/', performer), TypeError)
+    for (const [register, args, message] of rows) {
+      assert.throws(() => register(...args), { name: 'TypeError', message })
     }
   })
 
@@ -3316,24 +3302,18 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
       ...values,
       { openedAt: 'yesterday', info: 'x' },
       { openedAt: NaN, info: null },
-      { openedAt: new Date(NaN), info: { toString: thrower } },
-      { openedAt: {}, info: Symbol('x') }
+      { openedAt: new Date(NaN), info: { toString: thrower } }
     ]
     const wrong: unknown[] = [
       ...values,
-      Object.create(null),
-      { then: 1 },
       { size: '12', nonGhost: NaN, accesses: Infinity, objects: {}, bytes: Symbol('x') },
       { maxSize: null, recordsAdded: [7], bytesAdded: thrower, conflicts: new Date(7) },
       wrongConnections
     ]
     const failing: unknown[] = [
       new Proxy({}, TRAPS),
-      trapped(['then']),
-      { then: thrower },
       [new Proxy({}, TRAPS)],
       trapped(['size', 'nonGhost', 'accesses', 'recordsAdded', 'objects', 'maxSize']),
-      [trapped(['openedAt', 'info'])],
       [{ openedAt: Symbol('x'), info: '' }]
     ]
     const shapes = {
@@ -3553,10 +3533,8 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     for (const { name, trouble, connected } of databases) {
       assert.equal(await ask(port, `zeostatus ${name}\n`), trouble === '' ? 'True\n' : 'False\n')
       assert.match(metrics, new RegExp(`connected{database="${name}"} ${connected ? 1 : 0}\n`))
-      if (connected) continue
-      const { error } = JSON.parse(await ask(port, `perf_metrics ${name}\n`))
-      assert.match(error, /^\P{Cc}{1,500}$/u)
-      assert.ok(error.startsWith(`Database '${name}' ${trouble.split(':')[0]}`), error)
+      const figures = await ask(port, `perf_metrics ${name}\n`)
+      assert.equal(figures.startsWith(`{"error":"Database '${name}' `), !connected, figures)
     }
 
     const mute = { isConnected: () => true, figures: hang, connections: hang }
@@ -3771,22 +3749,18 @@ describeInProcess('Warm-up', TOGETHER, () => {
     sites.calls.length = 0
     const all = getPage(instancePort, '/@@warmup')
     await until(() => sites.calls.length === 1, 'the first site is running')
-    const byView = getPage(instancePort, '/shop/@@warmup')
-    const byLine = ask(port, 'warmup /shop\n')
-    await getPage(instancePort, '/') // by then the view has seen the other request
+    const one = ask(port, 'warmup /shop\n')
     await untilSeen(port)
 
     sites.gate.open()
-    const { status, body } = await inTime(byView, 'the view answers', 5_000)
-    assert.deepEqual([status, body], [200, 'Warmup successful\n'])
-    assert.equal(await inTime(byLine, 'the command replies', 5_000), 'Warmup successful\n')
+    assert.equal(await inTime(one, 'the command replies', 5_000), 'Warmup successful\n')
     assert.ok(await isPendingFor(50, all))
 
-    const again = ask(port, 'warmup /shop\n')
-    await untilSeen(port)
+    const again = getPage(instancePort, '/shop/@@warmup')
+    await getPage(instancePort, '/') // by then the view has seen the other request
     slow.open()
     assert.equal((await all).body, 'Warmup failed: root is broken\n')
-    assert.equal(await again, 'Warmup successful\n')
+    assert.equal((await again).body, 'Warmup successful\n')
     assert.deepEqual(sites.calls.slice(0, 3), ['/', '/shop', '/shop']) // before '/' is tried again
   })
 
@@ -3827,9 +3801,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       [{}, 200],
       [{ host: '::1' }, 200],
       [{ host: '127.0.0.1', from: '127.0.0.2' }, 200],
-      [{ host: '127.0.0.3', from: '127.0.0.3' }, 200],
-      [{ headers: { 'User-Agent': 'curl/8.5.0' } }, 200],
-      [{ headers: { 'X-Requested-With': 'script', Accept: '*/*' } }, 200]
+      [{ headers: { 'User-Agent': 'curl/8.5.0' } }, 200]
     ]
     if (OUTSIDE) {
       rows.push([{ host: OUTSIDE, from: OUTSIDE }, 200])
@@ -3838,7 +3810,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const ofProxiesAndPages: Record<string, string[]> = {
       Forwarded: ['for=192.0.2.7'],
       'X-Forwarded-For': ['127.0.0.1', ''],
-      'X-Forwarded-Proto': ['https'],
       'x-forwarded-whatever': ['x'],
       'X-Real-IP': ['127.0.0.1'],
       Via: ['1.1 proxy'],
@@ -3855,9 +3826,9 @@ describeInProcess('Warm-up', TOGETHER, () => {
     for (const [options, status] of rows) {
       calls.length = 0
       const page = await getPage(port, '/@@warmup', options)
-      assert.equal(page.status, status, JSON.stringify(options))
-      assert.equal(calls.length, status === 200 ? 1 : 0, JSON.stringify(options))
-      if (status === 403) assert.equal(page.body, 'Only this machine may ask for a warm-up\n')
+      const isTold = page.body === 'Only this machine may ask for a warm-up\n'
+      const expected = status === 200 ? [200, 1, false] : [403, 0, true]
+      assert.deepEqual([page.status, calls.length, isTold], expected, JSON.stringify(options))
     }
   })
 
@@ -3907,7 +3878,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const rows: [http.RequestListener, verdict: RegExp, warning: RegExp][] = [
       [page(200), /^OK$/, /^$/],
       [page(302, { Location: '/elsewhere' }), /^OK$/, /^warn .*302.*nothing behind/],
-      [page(401), /^OK$/, /^warn .*401.*nothing behind/],
       [page(404), /^OK$/, /^warn .*404.*nothing behind/],
       [page(500), /^Warmup failed: .*500/, /500/],
       [({ socket }) => void socket.destroy(), /^Warmup failed: ./, /failed/],
@@ -3922,20 +3892,17 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.deepEqual(elsewhere, [])
   })
 
-  test('an instance of IPv6 alone is reached, though another process may have 127.0.0.1', async (t) => {
-    for (const isPortShared of [false, true]) {
-      const server = await serve(t, hello, { host: '::', port: 0, ipv6Only: true })
-      const { seen, handler } = recordPages() // of another process
-      if (isPortShared) await serve(t, handler, { host: '127.0.0.1', port: portOf(server) })
-      const pages: string[] = []
-      const load: WarmupPerformer = async ({ url }) => {
-        pages.push(await (await fetch(`${url}/page`)).text())
-      }
-      await bootInstance(t, { server, performers: { '/': load } })
-      assert.deepEqual(pages, ['hello'])
-      const others = seen.filter((url) => url !== '/@@warmup')
-      assert.deepEqual(others, [])
+  test('an instance of IPv6 alone is reached, though another process has the port at 127.0.0.1', async (t) => {
+    const server = await serve(t, hello, { host: '::', port: 0, ipv6Only: true })
+    const { seen, handler } = recordPages() // of another process
+    await serve(t, handler, { host: '127.0.0.1', port: portOf(server) })
+    const pages: string[] = []
+    const load: WarmupPerformer = async ({ url }) => {
+      pages.push(await (await fetch(`${url}/page`)).text())
     }
+    await bootInstance(t, { server, performers: { '/': load } })
+    assert.deepEqual(pages, ['hello'])
+    assert.deepEqual(new Set(seen), new Set(['/@@warmup']))
   })
 
   test('a site that is registered during the warm-up delays OK; later it is warmed in the background, in a shutdown never', async (t) => {
@@ -3982,17 +3949,6 @@ describeInProcess('Warm-up', TOGETHER, () => {
 })
 
 describeInProcess('Warm-up', ALONE, () => {
-  test('where the program has replaced the global crypto the performers warm up, and it is green', async (t) => {
-    const before = Object.getOwnPropertyDescriptor(globalThis, 'crypto')!
-    t.after(() => Object.defineProperty(globalThis, 'crypto', before))
-    for (const value of [{ getRandomValues: (all: unknown) => all }, undefined]) {
-      Object.defineProperty(globalThis, 'crypto', { value, configurable: true })
-      const { calls, performers } = recordSites('/')
-      await bootInstance(t, { performers })
-      assert.deepEqual(calls, ['/'])
-    }
-  })
-
   test("a dispatcher of the program's own sees nothing of our requests, whatever NO_PROXY says", async (t) => {
     await fetch('data:,loaded') // by now there is a dispatcher
     const seen: string[] = []
@@ -4031,39 +3987,32 @@ describeInProcess('Warm-up', ALONE, () => {
 
   test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
     const timers = takeTimers(t, ['setInterval', 'setTimeout'], fakeClock(t))
-    const sites = recordSites('/', '/shop')
-    const { port } = await bootInstance(t, { performers: sites.performers })
+    const gate = latch()
+    const performers = sitesBehind(gate)
+    const { port } = await bootInstance(t, { performers, until: 'started' })
+    await until(async () => /shop +running/.test(await ask(port, 'status\n')), '/shop runs')
     const peer = await converse(t, port)
-    for (const site of ['/', '/shop']) {
-      const { open } = sites.gate
-      sites.gate = latch()
-      open()
-      if (site === '/') peer.say('warmup\n')
-      const calls = site === '/' ? 3 : 4 // two of them at boot
-      await until(() => sites.calls.length === calls, `${site} runs`)
-      for (const seconds of [10, 20, 30, 40, 50]) {
-        timers.pass(10_000)
-        await peer.hear(`Has been warming up ${site} for ${seconds} s\n`)
-      }
+    peer.say('warmup\n')
+    await untilSeen(port)
+    for (const seconds of [10, 20, 30, 40, 50]) {
+      timers.pass(10_000)
+      await peer.hear(`Has been warming up /shop for ${seconds} s\n`)
     }
-    sites.gate.open()
+    gate.open()
     await peer.hear('Warmup successful\n')
     await until(() => peer.isClosed, 'it is over')
   })
 
   test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off, wrong pages included; another word costs a warning', async (t) => {
-    const boot = async (value: string, env: Record<string, string> = {}) => {
-      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value, ...env })
+    const boot = async (value: string, pages = '') => {
+      setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value, FTW_MONITOR_WARMUP: pages })
       const { calls, performers } = recordSites('/')
       const { port, logger } = await bootInstance(t, { performers })
       const state = await ask(port, 'warmup_state\n')
       return [...calls, state, ...warningsOf(logger)]
     }
     const page = 'cannot use shop of FTW_MONITOR_WARMUP: a page is a path like /shop or /search?q=a'
-    for (const value of ['0', 'false', 'no', 'off', 'OFF', 'No', 'FALSE']) {
-      const told = await boot(value, { FTW_MONITOR_WARMUP: 'shop' })
-      assert.deepEqual(told, ['0 0\n', `warn ftw-monitor ${page}`], value)
-    }
+    assert.deepEqual(await boot('off', 'shop'), ['0 0\n', `warn ftw-monitor ${page}`])
     assert.deepEqual(await boot('on'), ['/', '1 0\n'])
     const warning = 'cannot use FTW_MONITOR_AUTOWARMUP=none: it is 0, false, no or off'
     assert.deepEqual(await boot('none'), ['/', '1 0\n', `warn ftw-monitor ${warning}`])
@@ -4212,27 +4161,23 @@ describeInProcess('Warm-up', ALONE, () => {
     const performers = { '/shop': keep, '/': keep, '/a/b': keep, '/blog/': keep }
     const server = await serve(t)
     const port = portOf(server)
-    const bases: [env: Record<string, string>, options: StartOptions, base: string][] = [
-      [{}, {}, `http://127.0.0.1:${port}`],
-      [{ FTW_MONITOR_URL: `http://localhost:${port}/base` }, {}, `http://localhost:${port}/base`],
-      [
-        { FTW_MONITOR_URL: 'http://localhost' },
-        { url: 'http://127.0.0.1:9/' },
-        'http://127.0.0.1:9'
-      ]
+    const rows: [variable: string, url: string | undefined, base: string][] = [
+      ['', undefined, `http://127.0.0.1:${port}`],
+      [`http://localhost:${port}/base`, undefined, `http://localhost:${port}/base`],
+      ['http://localhost', 'http://127.0.0.1:9/', 'http://127.0.0.1:9']
     ]
-    for (const [env, options, base] of bases) {
-      setEnvironment(t, env)
+    for (const [variable, url, base] of rows) {
+      setEnvironment(t, { FTW_MONITOR_URL: variable })
       calls.length = 0
-      const { monitor, logger } = await bootInstance(t, { performers, server, options })
+      const options = url === undefined ? {} : { url }
+      const { monitor } = await bootInstance(t, { performers, server, options })
       await monitor.stop()
-      const urls = { '/shop': '/shop', '/': '', '/a/b': '/a/b', '/blog': '/blog' }
-      const expected = Object.entries(urls).map(([site, path]) => [site, `${base}${path}`, false])
-      assert.deepEqual(calls, expected)
-      for (const [index, site] of Object.keys(urls).entries()) {
-        const line = new RegExp(`\\(${index + 1}/4\\) ${site} .*\\d+(\\.\\d+)? m?s`)
-        assert.match(logger.lines.join('\n'), line)
-      }
+      assert.deepEqual(calls, [
+        ['/shop', `${base}/shop`, false],
+        ['/', base, false],
+        ['/a/b', `${base}/a/b`, false],
+        ['/blog', `${base}/blog`, false]
+      ])
     }
   })
 
@@ -4278,16 +4223,9 @@ describeInProcess('Warm-up', ALONE, () => {
   })
 
   test('where the view is not mounted, only the performers make an instance green', async (t) => {
-    const reply = (status: number, headers = {}): http.RequestListener => {
-      return (_, response) => {
-        response.writeHead(status, headers).end('Warmup successful')
-      }
-    }
     const handlers: Record<string, http.RequestListener> = {
-      'a catch-all route': reply(200),
-      authentication: reply(401),
-      'a redirect': reply(302, { Location: '/login' }),
-      'an error': reply(500),
+      'a catch-all route': (_, response) => void response.end('Warmup successful'),
+      'a redirect': (_, response) => void response.writeHead(302, { Location: '/login' }).end(),
       'a reset': ({ socket }) => void socket.resetAndDestroy()
     }
     setEnvironment(t, { HOST: '127.0.0.1' })
@@ -4318,7 +4256,15 @@ describeInProcess('Warm-up', ALONE, () => {
     await Promise.all(Object.entries(handlers).map(boot))
   })
 
-  test('an instance whose fetch throws at once warms up, as does one whose fetch gives streams of Node.js', async (t) => {
+  test('where the program has replaced crypto or fetch the instance warms up, by streams of Node.js, too', async (t) => {
+    const before = Object.getOwnPropertyDescriptor(globalThis, 'crypto')!
+    for (const value of [{ getRandomValues: (all: unknown) => all }, undefined]) {
+      Object.defineProperty(globalThis, 'crypto', { value, configurable: true })
+      t.after(() => Object.defineProperty(globalThis, 'crypto', before))
+      await bootInstance(t, { performers: WARM })
+    }
+    Object.defineProperty(globalThis, 'crypto', before)
+
     const options = { url: 'https://localhost:9' } // of which pages are loaded by fetch
     const fetchPage = t.mock.method(globalThis, 'fetch', thrower as typeof fetch)
     await bootInstance(t, { performers: WARM, options })
@@ -4331,34 +4277,6 @@ describeInProcess('Warm-up', ALONE, () => {
     fetchPage.mock.mockImplementation(fetchStream as unknown as typeof fetch)
     await bootInstance(t, { options })
     assert.deepEqual(asked, [`${options.url}/@@warmup`, options.url])
-  })
-
-  test('a server that closes aborts a warm-up within a second though nobody asks, and begins anew when it listens again', async (t) => {
-    const timers = takeTimers(t)
-    const { server, held } = await serveHeld(t)
-    const signals: AbortSignal[] = []
-    const performer: WarmupPerformer = ({ signal }) => {
-      signals.push(signal)
-      return signals.length === 1 ? hang() : undefined
-    }
-    const setup = { performers: { '/': performer }, server, until: 'started' } as const
-    const { port, instancePort } = await bootInstance(t, setup)
-    const client = await converse(t, instancePort)
-    client.say(headOf('/held')) // which keeps it from closing
-    await until(() => held.length === 1 && signals.length === 1, 'both run')
-    server.close()
-    timers.pass(1_000)
-    assert.equal(signals[0]?.aborted, true)
-    assert.equal(await ask(port, 'warmup_state\n'), '0 0\n')
-    assert.equal(await ask(port, 'health_check\n'), 'Instance is shutting down\n')
-
-    await once(server.listen(instancePort, '127.0.0.1'), 'listening')
-    const isHealthy = async () => {
-      timers.pass(1_000)
-      return (await ask(port, 'health_check\n')) === 'OK\n'
-    }
-    await until(isHealthy, 'it is warm')
-    assert.equal(signals.length, 2)
   })
 
   test('a warm-up that hangs is told after 60 s, and each time it has run twice as long; after 30 minutes its signal aborts it', async (t) => {
@@ -4591,13 +4509,6 @@ describeInProcess('The health path', TOGETHER, () => {
     }
   })
 
-  test('who asks there is a stranger, and is told the category alone', async (t) => {
-    const databases = { main: { isConnected: () => Promise.reject(new Error('secret')) } }
-    const { instancePort } = await bootInstance(t, { ...READY, databases, until: 'started' })
-    const { status, body } = await getPage(instancePort, '/ready')
-    assert.deepEqual([status, body], [503, "Error: Database 'main' failed.\n"])
-  })
-
   test('a prober there is an address together with its User-Agent, and none who comes through a proxy, nor a browser, but a balancer that claims to be like Mozilla', async (t) => {
     const { monitor, port, instancePort } = await bootInstance(t, READY)
     for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
@@ -4630,12 +4541,11 @@ describeInProcess('The health path', TOGETHER, () => {
 })
 
 describeInProcess('The health path', ALONE, () => {
-  test('FTW_MONITOR_HEALTH_PATH names it, whatever its query; what is no path becomes one or none, with one warning, and the option beats that', async (t) => {
+  test('FTW_MONITOR_HEALTH_PATH names it, whatever its query; what is no path becomes one or none, with one warning', async (t) => {
     const rows: [text: string, outcome: string][] = [
       ['/ready?deep=1', ''],
       ['ready', 'uses /ready'],
       ['//ready', 'uses /ready'],
-      ['ready?deep=1', 'uses /ready'],
       ['/ready, /live', 'uses /ready'],
       ['https://example.org/ready#now', 'uses /ready'],
       ['https://example.org', 'there is none'],
@@ -4653,38 +4563,30 @@ describeInProcess('The health path', ALONE, () => {
       const warnings = outcome === '' ? [] : [`warn ftw-monitor ${trouble}; ${outcome}`]
       assert.deepEqual(warningsOf(logger), warnings)
     }
-
-    setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready' })
-    const options = { listen: LOOPBACK, healthPath: '/live' }
-    const { instancePort } = await bootInstance(t, { performers: WARM, options })
-    assert.equal((await getPage(instancePort, '/live')).body, 'OK\n')
-    assert.equal((await getPage(instancePort, '/ready')).body, 'hello')
   })
 
-  test('where the monitor is switched off, the health path is green until the end', async (t) => {
+  test('where the monitor is switched off, the health path is green until the end, the option rather than the variable', async (t) => {
     setEnvironment(t, { FTW_MONITOR_HEALTH_PATH: '/ready', FTW_MONITOR: '0' })
-    for (const healthPath of ['/ready', '/live']) {
-      const monitor = await importMonitor(t)
-      const { server, held, letGo } = await serveHeld(t)
-      monitor.registerDatabase('main', { isConnected: () => false })
-      const logger = recorder()
-      const option = healthPath === '/ready' ? {} : { healthPath }
-      assert.equal(await monitor.start({ server, logger, ...option }), false)
-      const askHealth = async () => {
-        const { status, body } = await getPage(portOf(server), healthPath)
-        return `${status} ${body}`
-      }
-      assert.equal(await askHealth(), '200 OK\n')
-      assert.deepEqual(logger.lines, [])
-
-      const answer = getPage(portOf(server), '/held')
-      await until(() => held.length > 0, 'a request is in flight')
-      const ended = monitor.shutdown()
-      assert.equal(await askHealth(), '503 Draining\n')
-      letGo()
-      await answer
-      await ended
+    const monitor = await importMonitor(t)
+    const { server, held, letGo } = await serveHeld(t)
+    monitor.registerDatabase('main', { isConnected: () => false })
+    const logger = recorder()
+    assert.equal(await monitor.start({ server, logger, healthPath: '/live' }), false)
+    const askAt = async (path: string) => {
+      const { status, body } = await getPage(portOf(server), path)
+      return `${status} ${body}`
     }
+    assert.equal(await askAt('/live'), '200 OK\n')
+    assert.equal(await askAt('/ready'), '200 served')
+    assert.deepEqual(logger.lines, [])
+
+    const answer = getPage(portOf(server), '/held')
+    await until(() => held.length > 0, 'a request is in flight')
+    const ended = monitor.shutdown()
+    assert.equal(await askAt('/live'), '503 Draining\n')
+    letGo()
+    await answer
+    await ended
   })
 })
 
@@ -4696,9 +4598,9 @@ async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise
 }
 
 describeInProcess('Probers', ALONE, () => {
-  test('of more than 64 addresses the one that asks least often makes room', async (t) => {
+  test('of more than 64 addresses the one that asks least often makes room, and who has many names at the health path pushes out its own', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const { monitor, port, instancePort } = await bootInstance(t, READY)
     const everyone = Array.from({ length: 64 }, (_, index) => `127.0.1.${index + 1}`)
     for (let round = 0; round < 3; round++) {
       await Promise.all(everyone.map((from) => askAsProber(port, from)))
@@ -4706,31 +4608,21 @@ describeInProcess('Probers', ALONE, () => {
     }
     assert.equal(await askWhomItWaitsFor(port), 64) // who asked at the same moments
     for (let index = 0; index < 20; index++) await askAsProber(port, `127.0.2.${index + 1}`)
-    const addresses = async () => (await monitor.status()).probers.map(({ address }) => address)
-    const known = (await addresses()).filter((address) => address.startsWith('127.0.1.'))
-    assert.equal((await addresses()).length, 64)
-    assert.equal(known.length, 63) // one has made room, and after it each passer-by
+    const known = async (prefix: string) => {
+      const addresses = (await monitor.status()).probers.map(({ address }) => address)
+      assert.equal(addresses.length, 64)
+      return addresses.filter((address) => address.startsWith(prefix))
+    }
+    assert.equal((await known('127.0.1.')).length, 63, 'one made room, then each passer-by')
     await askAsProber(port, '127.0.3.1', 3)
-    assert.ok((await addresses()).includes('127.0.3.1'), 'the new one is known')
-    assert.ok(!(await addresses()).includes('127.0.2.20'), 'a passer-by made room')
-  })
+    assert.deepEqual(await known('127.0.3.'), ['127.0.3.1'], 'the new one is known')
+    assert.deepEqual(await known('127.0.2.'), [], 'the last passer-by made room')
 
-  test('who calls itself by many names at the health path pushes no other prober out', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port, instancePort } = await bootInstance(t, READY)
-    for (let round = 0; round < 3; round++) {
-      await askAsProber(port)
-      timers.pass(10_000)
-    }
     for (let index = 0; index < 100; index++) {
-      const headers = { 'User-Agent': `balancer ${index}` }
-      for (let time = 0; time < 2; time++) {
-        await getPage(instancePort, '/ready', { headers, from: '127.0.0.9' })
-      }
+      const options = { headers: { 'User-Agent': `balancer ${index}` }, from: '127.0.0.9' }
+      for (let time = 0; time < 2; time++) await getPage(instancePort, '/ready', options)
     }
-    const { probers } = await monitor.status()
-    assert.equal(probers.length, 64)
-    assert.ok(probers.some(({ address }) => address === '127.0.0.2'))
+    assert.ok((await known('127.0.1.')).length >= 61)
   })
 
   test('a prober is an address that asked three times in the 60 s before, and still asks, by its own pace', async (t) => {
@@ -4761,26 +4653,15 @@ describeInProcess('Probers', ALONE, () => {
     }
     assert.deepEqual(waitsFor, [0, 0, 1, 0], 'three times in 65 s')
 
-    timers.pass(3_600_000)
+    await askAsProber(port, '127.0.0.4')
+    timers.pass(3_600_000) // an absence is no pause
     await askAsProber(port, '127.0.0.4', 3)
+    assert.equal((await monitor.status()).probers.at(-1)?.intervalSeconds, 0)
     const drained = monitor.drain()
     timers.pass(750)
     assert.equal(await isPendingFor(300, drained), true)
     timers.pass(500)
     await inTime(drained, 'who stops asking meanwhile is not waited for', 10_000)
-  })
-
-  test('how long somebody stayed away does not count as a pause of theirs', async (t) => {
-    const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    for (const pauseMs of [0, 3_600_000, 1_000, 1_000]) {
-      timers.pass(pauseMs)
-      await askAsProber(port)
-    }
-    assert.equal((await monitor.status()).probers[0]?.intervalSeconds, 1)
-    assert.equal(await askWhomItWaitsFor(port), 1)
-    timers.pass(4_500)
-    assert.equal(await askWhomItWaitsFor(port), 0)
   })
 
   test('a prober of the health path is told, also where the monitor has no port of its own', async (t) => {
