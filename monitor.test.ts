@@ -4708,22 +4708,6 @@ describeInProcess('Draining', TOGETHER, () => {
     await peers[0]?.hear('still here')
   })
 
-  test('drain() takes minimumMs at least, and its time-out where a request is in flight, or requests keep coming', async (t) => {
-    const { monitor, instancePort, finishRequest } = await bootWithRequest(t)
-    const expectTime = async (options: DrainOptions, atLeastMs: number) => {
-      const ms = await timeOf(monitor.drain(options))
-      assert.ok(ms > atLeastMs - 10 && ms < 10_000, `${ms} ms`)
-      assert.equal((await monitor.health()).reason, 'Draining')
-      monitor.resume()
-    }
-    await expectTime({ timeoutMs: 400 }, 400)
-    await finishRequest()
-    await expectTime({ minimumMs: 500 }, 500)
-    const traffic = askUntilOver(t, 10, () => getPage(instancePort, '/'))
-    await until(() => traffic.answers > 3, 'there is traffic')
-    await expectTime({ timeoutMs: 400 }, 400)
-  })
-
   test('drain() while the server is closed holds when it listens again', async (t) => {
     const { monitor, server, port, instancePort } = await bootInstance(t, { performers: WARM })
     await close(server)
@@ -4807,7 +4791,7 @@ describeInProcess('Draining', ALONE, () => {
     }
   })
 
-  test('the command `drain` goes on waiting for a quiet moment, and says that requests keep coming; after 25 s it gives up, and says what it waited for', async (t) => {
+  test('after 25 s the command `drain` gives up, and says what it waited for, also that requests keep coming', async (t) => {
     const { port, instancePort, finishRequest } = await bootWithRequest(t)
     const clock = fakeClock(t)
     const first = await drainByLine(t, port)
@@ -4831,12 +4815,6 @@ describeInProcess('Draining', ALONE, () => {
     await until(() => second.transcript.includes('requests keep coming'), 'it says so')
     assert.equal(second.isClosed, false)
     assert.doesNotMatch(second.transcript, /Drained/)
-    const isDrainedLater = () => {
-      clock.now += 50
-      return second.isClosed
-    }
-    await until(isDrainedLater, 'it is drained')
-    assert.match(second.transcript, /\nDrained\n$/)
   })
 
   test('a drain is over when the server has closed, since nobody can be told then', async (t) => {
@@ -4849,7 +4827,7 @@ describeInProcess('Draining', ALONE, () => {
     await inTime(drained, 'it is drained', 10_000) // not after 25 s
   })
 
-  test('drain() waits for nobody where nobody asked, nor for requests it cannot see', async (t) => {
+  test('drain() waits for nobody where nobody asked, nor for requests it cannot see, but for minimumMs', async (t) => {
     const monitor = await importMonitor(t)
     const { server, held, letGo } = await serveHeld(t)
     hide(server)
@@ -4861,6 +4839,7 @@ describeInProcess('Draining', ALONE, () => {
     const answer = getPage(portOf(server), '/held')
     await until(() => held.length === 1, 'a request is in flight')
     await inTime(monitor.drain(), 'it is drained without a server', 10_000) // not after 25 s
+    assert.ok((await timeOf(monitor.drain({ minimumMs: 500 }))) >= 490)
     letGo()
     await answer
   })
@@ -4922,13 +4901,11 @@ describeInProcess('Shutdown', TOGETHER, () => {
       await pause(700)
       verdicts.push(await ask(port, 'health_check\n').catch(codeOf))
     }
-    const ends: string[] = []
-    const first = monitor.shutdown({ cleanUp }).then(() => ends.push('first'))
-    const second = monitor.shutdown({ cleanUp }).then(() => ends.push('second'))
-    assert.equal(verdicts.length, 0)
-    await inTime(Promise.all([first, second]), 'both are over', 10_000) // not after 25 s
+    const first = monitor.shutdown({ cleanUp })
+    await inTime(monitor.shutdown({ cleanUp }), 'the second is over', 10_000) // not after 25 s
+    assert.deepEqual(verdicts, ['Draining\n'])
+    await inTime(first, 'the first is over')
     await monitor.shutdown({ cleanUp })
-    assert.deepEqual([verdicts, ends], [['Draining\n'], ['first', 'second']])
     assert.equal(server.listening, false)
 
     await bootInstance(t, { monitor, performers: WARM })
@@ -4937,7 +4914,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
   })
 
   test(
-    'shutdown() closes https and http2 servers, whatever state their connections are in',
+    'shutdown() closes https and http2 servers, whatever state their connections are in, and before cleanUp the application hears that a request was cut',
     needs('openssl'),
     async (t) => {
       const { key, cert } = certify(t, 'localhost')
@@ -4947,21 +4924,33 @@ describeInProcess('Shutdown', TOGETHER, () => {
         https2: http2.createSecureServer({ key, cert, allowHTTP1: true })
       }
       const closeAll = async ([name, server]: [string, WebServer]) => {
+        const events: string[] = []
+        server.on('request', (_: unknown, response: EventEmitter) => {
+          response.on('close', () => events.push('cut'))
+          events.push('begun')
+        })
         await startListening(t, server)
         const setup = { server, performers: WARM, until: 'started' } as const
         const { monitor, instancePort } = await bootInstance(t, setup)
         const silent = await converse(t, instancePort, { allowHalfOpen: true })
-        if (name === 'http2') {
+        const to = { host: '127.0.0.1', port: instancePort, rejectUnauthorized: false }
+        if (name !== 'http2') {
+          https.get(to).on('error', () => {})
+        } else {
           const stubborn = await converse(t, instancePort, { allowHalfOpen: true })
           stubborn.socket.write('PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0')
           await until(() => stubborn.transcript !== '', 'the HTTP/2 session is open')
           stubborn.socket.removeAllListeners('end') // so that it never ends its side
+          void askStream(await connectSession(t, instancePort))
         }
+        await until(() => events.length === 1, 'a request is in flight')
         const closed = once(server, 'close')
-        await monitor.shutdown({
-          timeoutMs: 1_500, // a handshake of TLS that never begins is waited for
-          cleanUp: () => promisify(server.close.bind(server))().catch(() => {})
-        })
+        const cleanUp = async () => {
+          events.push('cleaned up')
+          await promisify(server.close.bind(server))().catch(() => {})
+        }
+        await monitor.shutdown({ timeoutMs: 500, cleanUp })
+        assert.deepEqual(events, ['begun', 'cut', 'cleaned up'], name)
         await inTime(closed, `${name} is closed`)
         const isOver = () => silent.isClosed || silent.socket.readableEnded
         await until(isOver, 'the silent one is closed')
@@ -4971,23 +4960,17 @@ describeInProcess('Shutdown', TOGETHER, () => {
   )
 
   test('an answer that is read slowly comes whole', async (t) => {
-    const body = Buffer.alloc(30 * 2 ** 20, 'x')
+    const body = 'x'.repeat(30 * 2 ** 20)
     const handler: http.RequestListener = (_, response) => response.end(body)
     const { monitor, instancePort } = await bootInstance(t, { performers: WARM, handler })
-    const request = http.get({ host: '127.0.0.1', port: instancePort, agent: false })
-    const [response] = (await once(request, 'response')) as [http.IncomingMessage]
-    let bytes = 0
-    const readSlowly = async () => {
-      for await (const part of response) {
-        bytes += (part as Buffer).length
-        await pause(1)
-      }
-    }
-    const done = readSlowly().catch(() => {})
-    await until(() => bytes > 2 ** 20, 'the answer has begun')
-    await monitor.shutdown()
-    await inTime(done, 'the answer is over')
-    assert.equal(bytes, body.length)
+    const socket = connectTo(instancePort, {})
+    socket.write(headOf('/', 'Connection: close'))
+    await once(socket, 'readable') // and reads no more for a while
+    const ended = monitor.shutdown()
+    await pause(700)
+    const answer = await readAll(socket)
+    assert.equal(answer.length - answer.indexOf('\r\n\r\n') - 4, body.length)
+    await inTime(ended, 'the shutdown is over')
   })
 
   test('an idle session is told once to go elsewhere, while it may still open streams, before it is closed', async (t) => {
@@ -5054,19 +5037,15 @@ describeInProcess('Shutdown', TOGETHER, () => {
   })
 
   test('a WebSocket over HTTP/2 is a request in flight until it is answered, and then has its goodbye', async (t) => {
-    const streams: http2.ServerHttp2Stream[] = []
     const server = http2.createServer({ settings: { enableConnectProtocol: true } })
-    server.on('stream', (stream: http2.ServerHttp2Stream) => {
-      stream.on('error', () => {})
-      streams.push(stream)
-    })
+    const asked = once(server, 'stream')
     await startListening(t, server)
     const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
     const session = (await connectSession(t, instancePort))!
     if (!session.remoteSettings.enableConnectProtocol) await once(session, 'remoteSettings')
     const head = { ':method': 'CONNECT', ':protocol': 'websocket', ':path': '/' }
     const answer = readAll(session.request(head))
-    await until(() => streams.length === 1, 'it is asked for')
+    const [stream] = (await inTime(asked, 'it is asked for')) as [http2.ServerHttp2Stream]
     const expectCounts = async (requests: number, upgraded: number) => {
       const { requestsInFlight, upgradedConnections } = await monitor.status()
       assert.deepEqual([requestsInFlight, upgradedConnections], [requests, upgraded])
@@ -5075,12 +5054,12 @@ describeInProcess('Shutdown', TOGETHER, () => {
     const cleaned = latch()
     const cleanUp = () => {
       cleaned.open()
-      streams[0]?.end('goodbye')
+      stream.end('goodbye')
     }
     const ended = monitor.shutdown({ cleanUp })
     await until(() => isRefused(instancePort), 'it accepts no more')
     assert.equal(await isPendingFor(300, cleaned.opened), true)
-    streams[0]?.respond({ ':status': 200 })
+    stream.respond({ ':status': 200 })
     await expectCounts(0, 1)
     assert.equal(await inTime(answer, 'it hears the goodbye', 10_000), 'goodbye')
     await inTime(ended, 'the shutdown is over', 10_000) // not after 25 s
@@ -5121,9 +5100,7 @@ describeInProcess('Shutdown', ALONE, () => {
       assert.throws(() => monitor.shutdownOnSignal(options as {}), isKind, what)
       await assert.rejects(monitor.shutdown(options as {}), isKind, what)
     }
-    for (const minimumMs of [-1, '1500', null]) {
-      await assert.rejects(monitor.drain({ minimumMs } as DrainOptions), /minimumMs must/)
-    }
+    await assert.rejects(monitor.drain({ minimumMs: -1 }), /minimumMs must/)
     for (const signals of wrongSignals) {
       const options = { signals } as ShutdownOptions
       assert.throws(() => monitor.shutdownOnSignal(options), TypeError, String(signals))
@@ -5355,30 +5332,6 @@ describeInProcess('Shutdown', ALONE, () => {
     gate.open()
     await inTime(ended, 'the shutdown is over')
   })
-
-  for (const kind of ['HTTP', 'HTTPS', 'HTTP/2']) {
-    const how = kind === 'HTTPS' ? needs('openssl') : {}
-    const title = `over ${kind} the application hears before cleanUp that a request was cut`
-    test(title, how, async (t) => {
-      const events: string[] = []
-      const hold = (_: unknown, response: EventEmitter) => {
-        response.on('close', () => events.push('cut'))
-        events.push('begun')
-      }
-      let created: WebServer = http.createServer(hold)
-      if (kind === 'HTTPS') created = https.createServer(certify(t, 'localhost'), hold)
-      if (kind === 'HTTP/2') created = http2.createServer(hold)
-      const server = await startListening(t, created)
-      const { monitor, instancePort } = await bootInstance(t, { server, performers: WARM })
-      const to = { host: '127.0.0.1', port: instancePort, rejectUnauthorized: false }
-      if (kind === 'HTTP') http.get(to).on('error', () => {})
-      if (kind === 'HTTPS') https.get(to).on('error', () => {})
-      if (kind === 'HTTP/2') void askStream(await connectSession(t, instancePort))
-      await until(() => events.length === 1, 'a request is in flight')
-      await monitor.shutdown({ timeoutMs: 100, cleanUp: () => void events.push('cleaned up') })
-      assert.deepEqual(events, ['begun', 'cut', 'cleaned up'])
-    })
-  }
 })
 
 describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
@@ -5529,17 +5482,16 @@ describeProcesses('Shutdown', ALONE, () => {
 
 const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal)"
 
-/** What the monitor said of a signal that came again. */
-function linesOfRepeat(output: string): string[] {
-  return output.split('\n').filter((line) => /^ftw-monitor got \w+ again/.test(line))
-}
-
 const hear = (name: string) =>
   `(...args) => print('heard', '${name}', ...args, isOpen ? 'early' : 'late')`
 const heardIn = (output: string) => output.match(/(?<=^heard ).*/gm) ?? []
 
 describeInProcess('Signals', ALONE, () => {
-  test('shutdownOnSignal() listens once, however often it is called, until stop(), also where the monitor gives up, and shutdown() takes the options that it lacks from the latest', async (t) => {
+  test('shutdownOnSignal() listens once, however often it is called, until stop(), which gives the listeners of others back as they were, also where the monitor gives up, and shutdown() takes the options that it lacks from the latest', async (t) => {
+    const [hear, hearOnce] = [() => {}, () => {}]
+    process.on('SIGTERM', hear).once('SIGTERM', hearOnce)
+    t.after(() => process.off('SIGTERM', hear).off('SIGTERM', hearOnce))
+    const rawBefore = process.rawListeners('SIGTERM')
     const before = listenersOf(process)
     const counts = () => {
       const all = ['SIGTERM', 'SIGINT', 'SIGUSR2']
@@ -5549,6 +5501,7 @@ describeInProcess('Signals', ALONE, () => {
     const monitor = await importMonitor(t)
     monitor.shutdownOnSignal({ cleanUp: () => assert.fail('it was replaced') })
     assert.deepEqual(counts(), [1, 1, 0])
+    assert.notEqual(process.rawListeners('SIGTERM')[0], rawBefore[0])
     assert.equal(await monitor.start({ logger: recorder() }), false)
     assert.deepEqual(counts(), [1, 1, 0])
 
@@ -5571,6 +5524,7 @@ describeInProcess('Signals', ALONE, () => {
     }
     monitor.shutdownOnSignal(new Options())
     assert.deepEqual(counts(), [0, 0, 1])
+    assert.deepEqual(process.rawListeners('SIGTERM'), rawBefore)
     const mistyped: object = { cleanup: () => {} }
     const expected = { name: 'TypeError', message: /no option cleanup/ }
     await assert.rejects(monitor.shutdown(mistyped), expected)
@@ -5603,7 +5557,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
         ...setup,
         script: `
           ${setup.script ?? ''}
-          options.onSignal = ({ signal }) => print('told', signal)
+          ${TELLS_OF_SIGNAL}
           options.cleanUp = async ({ signal }) => {
             cleanUp()
             await pause(50)
@@ -5617,7 +5571,8 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       assert.equal((await page).body, 'served', what)
       assert.equal(status, 0, `${what}: ${output}`)
       assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
-      assert.deepEqual([linesOfShutdown(output), linesOfRepeat(output)], [[], []], what)
+      assert.deepEqual(linesOfShutdown(output), [], what)
+      assert.doesNotMatch(output, / again/, what)
       assert.ok(ms < 10_000, `${what}: ended after ${ms} ms`) // not after 25 s
     }
     await Promise.all(Object.entries(setups).map(endOne))
@@ -5655,31 +5610,16 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('where a program removes all listeners of a signal, we go on hearing it, and one that comes after that is told after us', async (t) => {
+  test('a SIGINT that comes from no terminal waits for probers, and one that comes again changes nothing, and is logged once, though the program removes all listeners; whoever listens after that is told after us', async (t) => {
     const service = await bootService(t, {
       script: `
-        process.on('SIGTERM', () => print('heard one that was removed'))
-        options.onSignal = () => {
-          process.removeAllListeners('SIGTERM')
-          process.on('SIGTERM', ${hear('on')})
-          print('removed')
+        options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']
+        process.on('SIGINT', () => print('heard one that was removed'))
+        options.onSignal = ({ signal }) => {
+          process.removeAllListeners(signal)
+          process.on(signal, ${hear('on')})
+          print('told', signal)
         }`
-    })
-    const page = getPage(service.instancePort, '/slow600')
-    await service.hasSaid('asked for /slow600')
-    service.kill('SIGTERM')
-    await service.hasSaid('removed')
-    const { status, output } = await service.end()
-    assert.equal((await page).body, 'served')
-    assert.equal(status, 0, output)
-    assert.match(output, /got SIGTERM again; it is shutting down already/)
-    assert.match(output, /cleaned up/)
-    assert.deepEqual(heardIn(output), ['on SIGTERM 15 late'])
-  })
-
-  test('a SIGINT that comes from no terminal waits for probers, and a signal that comes again changes nothing, and is logged once', async (t) => {
-    const service = await bootService(t, {
-      script: `${TELLS_OF_SIGNAL}; options.signals = ['SIGTERM', 'SIGINT', 'SIGHUP', 'SIGTERM']`
     })
     await probe(t, service.port, 250)
     const page = getPage(service.instancePort, '/slow2500')
@@ -5702,8 +5642,8 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     )
     assert.match(output, /cleaned up/)
     assert.equal(output.match(/^told /gm)?.length, 1, output)
-    assert.equal(linesOfRepeat(output).length, 1, output)
-    assert.doesNotMatch(output, /ends at once/)
+    assert.equal(output.match(/^ftw-monitor got \w+ again/gm)?.length, 1, output)
+    assert.deepEqual(heardIn(output), ['on SIGINT 2 late'])
   })
 
   test('a SIGINT more than a second after a SIGTERM ends the process at once with 130, says so, and takes the file of a Unix socket along', async (t) => {
@@ -5776,8 +5716,12 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('whoever listened for a signal, and whoever listens after shutdownOnSignal(), hears of it after cleaning, in order, as ever', async (t) => {
+  test('a signal of which shutdownOnSignal() knows nothing is heard at once; whoever listened for one of its own, and whoever listens after it, hears of that after cleaning, in order, as ever, also where the program itself emits it', async (t) => {
     const script = `
+      process.on('SIGUSR2', (signal) => {
+        print('heard', signal, isOpen ? 'early' : 'late')
+        process.emit('SIGTERM', 'SIGTERM', 15)
+      })
       process.on('uncaughtException', ({ message }) => print('heard', message))
       process.on('SIGTERM', () => { throw new Error('broken') })
       process.on('SIGTERM', ${hear('on before')})
@@ -5793,9 +5737,10 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
         }
         return await beginBefore()
       }`
-    const service = await bootService(t, { script })
-    const { status, output } = await service.endWhileServing(service.instancePort, '/slow300')
-    assert.deepEqual(heardIn(output), [
+    const { instancePort, endWhileServing } = await bootService(t, { script })
+    const ending = await endWhileServing(instancePort, '/slow300', { signal: 'SIGUSR2' })
+    assert.deepEqual(heardIn(ending.output), [
+      'SIGUSR2 early',
       'prependOnceListener SIGTERM 15 late',
       'prependListener SIGTERM 15 late',
       'broken',
@@ -5805,54 +5750,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       'addListener SIGTERM 15 late',
       'once SIGTERM 15 late'
     ])
-    assert.equal(status, 0, output)
-  })
-
-  test('a signal of which shutdownOnSignal() knows nothing is heard at once, and what a program emits for itself is held back', async (t) => {
-    const script = `
-      process.on('SIGINT', ${hear('on')})
-      process.on('SIGUSR2', (signal) => {
-        print('heard', signal, isOpen ? 'early' : 'late')
-        process.emit('SIGINT', 'SIGINT', 2)
-      })`
-    const service = await bootService(t, { script })
-    const { instancePort, endWhileServing } = service
-    const { status, output } = await endWhileServing(instancePort, '/slow300', {
-      signal: 'SIGUSR2'
-    })
-    assert.deepEqual(heardIn(output), ['SIGUSR2 early', 'on SIGINT 2 late'])
-    assert.equal(status, 0, output)
-  })
-
-  test('stop() gives all listeners back as they were, each hears at once, and where nobody listened a signal ends the process as ever', async (t) => {
-    const script = `
-      import { isDeepStrictEqual } from 'node:util'
-      process.on('SIGTERM', ${hear('on')})
-      process.once('SIGTERM', ${hear('once')})
-      const look = () => [
-        process.listeners('SIGTERM'),
-        process.rawListeners('SIGTERM'),
-        process.listenerCount('SIGINT'),
-        Object.getOwnPropertyDescriptor(process, 'emit')?.value
-      ]
-      const before = look()
-      monitor.shutdownOnSignal(options)
-      await listen()
-      await begin()
-      await monitor.stop()
-      print('stopped', isDeepStrictEqual(look(), before))`
-    const service = startService(t, script)
-    await service.hasSaid('stopped true')
-    service.kill('SIGTERM')
-    await service.hasSaid('heard once')
-    service.kill('SIGTERM')
-    const { watched } = service
-    const isHeardTwice = () => watched.output.match(/heard on SIGTERM 15 early/g)?.length === 2
-    await until(isHeardTwice, 'both signals are heard')
-    assert.equal(watched.output.match(/heard once/g)?.length, 1)
-    service.kill('SIGINT')
-    await service.awaitEnd()
-    assert.equal(watched.child.signalCode, 'SIGINT')
+    assert.equal(ending.status, 0, ending.output)
   })
 
   test('a start() that comes after the signal, and one that waited for listen(), resolves to false', async (t) => {
@@ -5966,8 +5864,7 @@ describeInProcess('The command table', TOGETHER, () => {
   })
 
   test('a command that answers or fails after its connection is gone harms nobody', async (t) => {
-    const server = await serve(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM, server })
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
     const resume: (() => void)[] = []
     const answerLate: Command = async (connection, outcome) => {
       await new Promise<void>((resolve) => resume.push(resolve))
@@ -5976,16 +5873,12 @@ describeInProcess('The command table', TOGETHER, () => {
       return outcome as 'quit'
     }
     monitor.register('late', '', answerLate, { http: true })
-    const begin = async (text: string) => {
-      const peer = await converse(t, port)
-      peer.say(text)
-      await until(() => resume.length > 0, 'it runs')
-      return peer
-    }
     for (const outcome of ['interactive', 'quit', 'more', 'fails']) {
       for (const text of [`late ${outcome}\n`, headOf(`/late/${outcome}`)]) {
         for (const end of ['resetAndDestroy', 'destroy', 'end'] as const) {
-          const peer = await begin(text)
+          const peer = await converse(t, port)
+          peer.say(text)
+          await until(() => resume.length > 0, 'it runs')
           peer.socket[end]()
           await untilSeen(port)
           resume.pop()!()
@@ -5994,11 +5887,7 @@ describeInProcess('The command table', TOGETHER, () => {
         }
       }
     }
-    const hung = await begin('late fails\n')
-    await monitor.stop()
-    resume.pop()!()
-    await until(() => hung.isClosed, 'stop has closed it')
-    await bootInstance(t, { monitor, server })
+    assert.equal(await ask(port, 'health_check\n'), 'OK\n')
   })
 
   test('with local: socket what a forwarder on this machine brings is a stranger', async (t) => {
@@ -6034,8 +5923,6 @@ describeInProcess('The command table', ALONE, () => {
       assert.deepEqual([status, body], [500, reply])
       assert.equal(headers['content-type'], 'text/plain; charset=utf-8')
       assert.equal(await ask(port, 'PROXY UNKNOWN\r\nodd\n'), 'Error: odd failed\n')
-      const page = await ask(port, `PROXY UNKNOWN\r\n${headOf('/odd', 'Connection: close')}`)
-      assert.ok(page.endsWith('\r\n\r\nError: odd failed\n'), page)
       return reply
     }
     const replies: [error: unknown, text: string][] = [
