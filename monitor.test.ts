@@ -6219,9 +6219,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   })
 
   test('metrics is text that Prometheus reads: databases and requests, each with help and type', async (t) => {
-    const { server, held, letGo } = await serveHeld(t)
-    server.prependListener('request', (request, response) => {
-      if (request.url === '/broken') response.statusCode = 500
+    const server = await serve(t, ({ url }, response) => {
+      response.writeHead(url === '/broken' ? 500 : 200).end()
     })
     const monitor = await importMonitor(t)
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
@@ -6236,12 +6235,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const { port, instancePort } = await bootInstance(t, setup)
     await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
     for (const path of ['/', '/', '/broken']) await getPage(instancePort, path)
-    const answer = getPage(instancePort, '/held')
-    await until(() => held.length === 1, 'a request is in flight')
 
     const { headers, body } = await getPage(port, '/metrics')
-    letGo()
-    await answer
     assert.match(headers['content-type'] ?? '', /^text\/plain; version=0\.0\.4\b/)
     const samples = readSamples(body)
     const expected = {
@@ -6256,8 +6251,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       'ftw_monitor_database_loads_total{database="main"}': 5,
       'ftw_monitor_database_stores_total{database="main"}': 2,
       'ftw_monitor_database_connections_total{database="main"}': 1,
-      ftw_monitor_http_requests_in_flight: 1,
-      ftw_monitor_http_requests_total: 4,
+      ftw_monitor_http_requests_in_flight: 0,
+      ftw_monitor_http_requests_total: 3,
       ftw_monitor_http_errors_total: 1
     }
     assert.deepEqual({ ...samples, ...expected }, samples)
@@ -6398,47 +6393,31 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     const fail = () => {
       throw new Error(text)
     }
+    const connections = () => [{ openedAt: 0, info: `for ${url}` }]
     const { monitor, port, instancePort, logger } = await bootInstance(t, {
       handler: () => {},
-      databases: {
-        main: { isConnected: fail },
-        [url]: {
-          isConnected: () => true,
-          optional: true,
-          connections: () => [{ openedAt: 0, info: `for ${url}` }],
-          figures: fail
-        }
-      },
+      databases: { main: { isConnected: fail }, [url]: { isConnected: () => true, connections } },
       performers: { '/': fail },
-      prepare: ({ register, registerMetrics, registerCheck }) => {
-        register('own', '', fail, { http: true })
-        registerMetrics(fail)
-        registerCheck('disk', fail)
-      },
+      prepare: ({ register }) => register('own', '', fail),
       until: 'started'
     })
-    const hanging = connectTo(instancePort, {})
-    t.after(() => hanging.destroy())
-    hanging.write(headOf('//user:hunter2@host/path'))
+    const hanging = await converse(t, instancePort)
+    hanging.say(headOf('//user:hunter2@host/path'))
     await until(async () => (await askMonitor(port, '0')).count === 1, 'a request is in flight')
     await until(async () => (await ask(port, 'status\n')).includes('failed after'), 'it failed')
-
-    const expectIn = async (isInNone: RegExp) => {
-      const lines = ['health_check', 'agent_check', 'status', 'metrics', 'own', 'perf_metrics']
-      const others = ['monitor 0', `monitor 0 ${url}`, `dbinfo ${url}`, url, `help ${url}`]
-      const replies = [...lines, ...others].map((line) => ask(port, `${line}\n`))
-      const pages = ['', ...lines].map((name) => openPage(port, { path: `/${name}` }))
-      const bodies = (await Promise.all(pages)).map((page) => page.body)
-      const { reason, warmup } = await monitor.status()
-      const shown = [...(await Promise.all(replies)), ...bodies, reason, warmup[0]!.failure]
-      assert.doesNotMatch(shown.join('\n'), isInNone)
-    }
     await assertReplies(port, {
       'health_check\n':
         "Error: Database 'main' failed: cannot connect to postgres://***@db.internal/shop\n",
       [`monitor 0 ${url}\n`]: /for postgres:\/\/\*\*\*@db\.internal/,
       'monitor 0\n': / GET \/\/\*\*\*@host\/path\n$/
     })
+
+    const expectIn = async (isInNone: RegExp) => {
+      const lines = ['status', 'metrics', 'own', `dbinfo ${url}`, url, `help ${url}`]
+      const shown = await Promise.all(lines.map((line) => ask(port, `${line}\n`)))
+      const { body } = await openPage(port)
+      assert.doesNotMatch([...shown, body].join('\n'), isInNone)
+    }
     await expectIn(/hunter2|user:/)
 
     // However the text is cut, half a password is one, too.
@@ -6450,7 +6429,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     await expectIn(/(?<!s)hu|user:/) // shut
     void monitor.drain({ reason: `as ${url} says` })
     assert.equal(await ask(port, 'health_check\n'), 'as postgres://***@db.internal/shop says\n')
-    await expectIn(/hunter2|user:/)
     assert.doesNotMatch(logger.lines.join('\n'), /hunter2|user:/)
   })
 
@@ -6517,11 +6495,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       // A page that refreshes itself, as Chromium sends it.
       [all, { ...browser, 'Sec-Fetch-Site': 'none' }],
       [all, { ...browser, 'Sec-Fetch-Site': 'same-origin' }],
-      [little, { Host: 'rebound.example' }],
       [little, { Host: 'rebound.example', 'Sec-Fetch-Site': 'same-origin' }],
-      [little, { 'X-Forwarded-For': '10.0.0.5' }],
       [little, { 'X-Forwarded-For': '10.0.0.5', 'Sec-Fetch-Site': 'same-origin' }],
-      [little, { Via: '1.1 proxy' }],
       [little, { ...browser, 'Sec-Fetch-Site': 'cross-site' }],
       [little, { ...browser, 'Sec-Fetch-Site': 'same-site' }],
       [little, browser]
@@ -6529,6 +6504,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     for (const [expected, headers] of answers) {
       assert.equal(await told({ headers }), expected, JSON.stringify(headers))
     }
+    assert.match(await ask(port, 'GET /monitor/0 HTTP/1.0\r\n\r\n'), / GET \/held\n$/)
 
     if (OUTSIDE === undefined) return t.diagnostic(NEEDS_OUTSIDE.skip ?? '')
     assert.equal(
@@ -6548,23 +6524,17 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(await ask(port, 'health_check\n'), 'Warmup failed: secret\n')
   })
 
-  test('livez is 200 as long as the event loop turns; readyz is a health_check, and counts as one', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const both = async () => {
-      const [live, ready] = await Promise.all([getPage(port, '/livez'), getPage(port, '/readyz')])
-      return [live.status, ready.status, ready.body]
-    }
+  test('who asks for readyz is a prober, who asks for livez, the status or the page is none', async (t) => {
+    const { port } = await bootInstance(t, { performers: WARM })
     for (let time = 0; time < 3; time++) {
       for (const path of ['/status', '/livez']) await getPage(port, path)
       for (const line of ['status\n', 'livez\n']) await ask(port, line)
       await openPage(port)
     }
     assert.equal(await askWhomItWaitsFor(port), 0)
-    for (let time = 0; time < 3; time++) assert.deepEqual(await both(), [200, 200, 'OK\n'])
+    for (let time = 0; time < 3; time++) await getPage(port, '/readyz')
     assert.equal(await askWhomItWaitsFor(port), 1)
     assert.equal(await ask(port, 'readyz\n'), 'OK\n')
-    void monitor.drain()
-    assert.deepEqual(await both(), [200, 503, 'Draining\n'])
   })
 
   test("registerMetrics adds the service's own metrics, whose families replace ours, and of OpenMetrics what Prometheus knows", async (t) => {
@@ -6827,15 +6797,10 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     const figures = ['eventLoop:lag', 'answers:count', 'answers:errors', 'answers:meanTime']
     const observed = figures.map((name) => json.checks[name]?.[0]?.observedValue)
     assert.deepEqual([json.status, ...observed], ['pass', 0.2, 3, 1, 150])
-    const openChart = async () => {
-      const { body } = await openPage(port)
-      const [, points = ''] = /<polyline class="requests" points="([\d., ]+)"/.exec(body) ?? []
-      const [, now = ''] = /<figcaption>Now: ([^]*)<\/figcaption>/.exec(body) ?? []
-      return { points, now: now.replace(/<[^>]*>/g, '') }
-    }
-    const { points, now } = await openChart()
-    assert.match(points, /^(\d+\.5,99\.0 ){10}119\.8,74\.5$/)
-    assert.match(now, /^loop \d+\u00a0% busy,\n3\u00a0requests a second$/)
+    const { body } = await openPage(port)
+    assert.match(body, /<polyline class="requests" points="(\d+\.5,99\.0 ){10}119\.8,74\.5"/)
+    const now = /Now: loop \d+\u00a0% busy,\n3\u00a0requests a second$/m
+    assert.match(body.replace(/<[^>]*>/g, ''), now)
 
     timers.stall(1_200)
     timers.pass(0)
@@ -6846,7 +6811,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     timers.pass(2_500)
     assert.deepEqual(await told(), nothing)
     timers.pass(200_000)
-    assert.equal((await openChart()).points.split(' ').length, 120)
+    assert.match((await openPage(port)).body, / class="requests" points="([\d.,]+ ?){120}"/)
   })
 
   test('of blocks of the event loop the log tells at most once in ten seconds, but of a longer one at once, with what was in flight, and not while it boots', async (t) => {
@@ -6949,8 +6914,11 @@ function askBehind(where: number | string, header: Buffer, text: string): Promis
 }
 
 describeInProcess('The wire: PROXY headers', TOGETHER, () => {
-  test('bytes that come one by one are answered as those that come at once, also behind a PROXY header', async (t) => {
+  test('bytes that come one by one are answered as those that come at once, also behind a PROXY header, but who sends that is a stranger', async (t) => {
     const { port } = await bootInstance(t, { performers: WARM })
+    const path = join(scratchFolder(t), 'monitor')
+    const other = await importMonitor(t)
+    await other.start({ server: await serve(t), listen: { path }, logger: recorder() })
     const dialogue = 'interactive\nnope\n\nlivez\r\nquit\n'
     const requests = headOf('/livez') + headOf('/livez', 'Connection: close')
     const askSlowly = async (bytes: Buffer) => {
@@ -6968,6 +6936,10 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
       const answer = `${INTERACTIVE}${invalid}${invalid}Alive\nGoodbye.\n`
       assert.equal(await askBehind(port, header, dialogue), answer)
       assert.equal(await askSlowly(Buffer.concat([header, Buffer.from(dialogue)])), answer)
+      const resumed = header.length > 0 ? 'resume is for this machine only\n' : 'Resumed\n'
+      for (const where of [port, path]) {
+        assert.equal(await askBehind(where, header, 'resume\n'), resumed)
+      }
       const whole = Buffer.concat([header, Buffer.from(requests)])
       for (const page of [await ask(port, whole), await askSlowly(whole)]) {
         assert.equal(page.match(/^HTTP\/1\.1 200 OK\r\n/gm)?.length, 2, page)
@@ -6975,32 +6947,6 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
       }
     }
     await Promise.all([Buffer.of(), ...Object.values(PROXY_HEADERS)].map(expectSame))
-  })
-
-  test('who sends a PROXY header is no local asker, whatever it says, also on a Unix socket', async (t) => {
-    const path = join(scratchFolder(t), 'monitor')
-    const who: Command = (connection) => {
-      connection.write(`${connection.local} ${connection.remoteAddress}\n`)
-    }
-    const prepare = ({ register }: Monitor) => register('who', '', who, { http: true })
-    const { port } = await bootInstance(t, { prepare })
-    const other = await importMonitor(t)
-    prepare(other)
-    await other.start({ server: await serve(t), listen: { path }, logger: recorder() })
-    for (const [where, address] of [
-      [port, '127.0.0.1'],
-      [path, 'undefined']
-    ] as const) {
-      assert.equal(await ask(where, 'who\n'), `true ${address}\n`)
-      assert.equal(await ask(where, 'resume\n'), 'Resumed\n')
-      for (const header of Object.values(PROXY_HEADERS)) {
-        assert.equal(await askBehind(where, header, 'who\n'), `false ${address}\n`)
-        const page = await askBehind(where, header, headOf('/who', 'Connection: close'))
-        assert.ok(page.endsWith(`\r\n\r\nfalse ${address}\n`), page)
-        const refusal = 'resume is for this machine only\n'
-        assert.equal(await askBehind(where, header, 'resume\n'), refusal)
-      }
-    }
   })
 
   test('a wrong PROXY header or a second one is refused in one line; what only begins like one is a line, or HTTP', async (t) => {
@@ -7171,19 +7117,21 @@ describeInProcess('The wire: lines', TOGETHER, () => {
     assert.equal((await ask(port, 'mib 1\n')).length, MIB)
     assert.equal((await getPage(port, '/mib/1')).body.length, MIB)
 
-    for (const text of ['endless\n', headOf('/endless'), 'mib 8\n', headOf('/mib/8')]) {
-      written = 0
+    const askPaused = (text: string) => {
       const socket = connectTo(port, {}).pause()
       socket.write(text)
-      if (text.includes('endless')) {
-        await until(() => written >= 64 * MIB, 'the command has ended')
-      } else {
-        await untilSeen(port)
-        await monitor.stop()
-        await bootInstance(t, { monitor, options: { listen: { host: '127.0.0.1', port } } })
-      }
+      return socket
+    }
+    for (const text of ['endless\n', headOf('/endless')]) {
+      written = 0
+      const socket = askPaused(text)
+      await until(() => written >= 64 * MIB, 'the command has ended')
       assert.equal(await isReset(socket), true, text)
     }
+    const sockets = ['mib 8\n', headOf('/mib/8')].map(askPaused)
+    await untilSeen(port)
+    await monitor.stop()
+    for (const socket of sockets) assert.equal(await isReset(socket), true)
   })
 })
 
@@ -7317,7 +7265,7 @@ describeInProcess('The wire: lines', ALONE, () => {
 // --- The wire: HTTP ------------------------------------------------------------------------------
 
 describeInProcess('The wire: HTTP', TOGETHER, () => {
-  test('over HTTP the verdict is 200 or 503, help 200 in every state, and nothing cached; HEAD has no body, other methods get 405', async (t) => {
+  test('over HTTP the verdict is 200 or 503, help and livez 200 in every state, and nothing cached; HEAD has no body, other methods get 405', async (t) => {
     let connected = true
     const gate = latch()
     const { monitor, port } = await bootInstance(t, {
@@ -7339,7 +7287,8 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const help = await ask(port, 'help\n')
     assert.doesNotMatch(help, /page|readyz|livez/)
     const expectVerdict = async (verdict: string) => {
-      assert.equal(await askBoth('/health_check'), verdict)
+      for (const path of ['/health_check', '/readyz']) assert.equal(await askBoth(path), verdict)
+      assert.equal(await askBoth('/livez'), '200 Alive\n')
       assert.match(await askBoth('/nope'), /^404 /)
       for (const headers of [{}, { Accept: '*/*' }, { Accept: 'application/json' }]) {
         assert.equal(await askBoth('/', { headers }), `200 ${help}`, verdict)
@@ -7366,11 +7315,8 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
     const count: Command = () => {
       calls++
     }
-    const echo: Command = async (connection, ...words) => {
-      for (const word of words) {
-        connection.write(`<${word}>`)
-        await nextTurn()
-      }
+    const echo: Command = (connection, ...words) => {
+      connection.write(words.map((word) => `<${word}>`).join(''))
     }
     const { monitor, port } = await bootInstance(t)
     monitor.register('own', 'Own', count)
@@ -7381,8 +7327,7 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
       '/echo/a%20b/%C3%BC%2F/c': /\r\n\r\n<a b><ü\/><c>$/,
       '/gr%C3%B6%C3%9Fe': /\r\n\r\nXL$/,
       '/help/echo': /\r\n\r\nHelp for echo:\n\nEcho\n/,
-      'http://localhost:8160/health_check': /^HTTP\/1\.1 200 [^]+\r\n\r\nOK\n$/,
-      'HTTP://elsewhere/health_check': /^HTTP\/1\.1 200 [^]+\r\n\r\nOK\n$/,
+      'HTTP://elsewhere:8160/health_check': /^HTTP\/1\.1 200 [^]+\r\n\r\nOK\n$/,
       'https://[::1]:8160/echo/a/b%20c?d': /\r\n\r\n<a><b c>$/,
       'http://localhost:8160': /\r\n\r\nSupported commands:\n/,
       'http://localhost:8160?pause': /\r\n\r\nSupported commands:\n/,
@@ -7459,29 +7404,6 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
         assert.ok(line.startsWith(`HTTP/1.1 ${status} `), `${status}: ${line}`)
       }
     }
-  })
-
-  test('who bears a foreign name is served, but is a stranger', async (t) => {
-    const fail = () => Promise.reject(new Error('secret host 10.0.0.9'))
-    const { monitor, port, instancePort } = await bootInstance(t, {
-      databases: { cache: { optional: true, isConnected: fail } },
-      options: { url: 'http://shop.example' },
-      until: 'started'
-    })
-    const who: Command = (connection) => connection.write(`local: ${connection.local}\n`)
-    monitor.register('who', '', who, { http: true })
-    const names = { ...NAMES_OF_HOSTS, [`shop.example:${instancePort}`]: 200 }
-    for (const [host, status] of Object.entries(names)) {
-      const isHere = status === 200
-      const get = (path: string) => getPage(port, path, { headers: { Host: host } })
-      assert.equal((await get('/who')).body, `local: ${isHere}\n`, host)
-      assert.equal((await get('/health_check')).status, 503, host)
-      for (const path of ['/help', '/metrics', '/perf_metrics', '/monitor/0', '/livez']) {
-        assert.equal((await get(path)).status, 200, `${path} for ${host}`)
-      }
-      assert.equal((await get('/status')).body.includes('10.0.0.9'), isHere, host)
-    }
-    assert.match(await ask(port, 'GET /who HTTP/1.0\r\n\r\n'), /\r\n\r\nlocal: true\n$/)
   })
 })
 
@@ -7881,30 +7803,20 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
   })
 
   test('preloaded into a program and switched off, it answers at the health path alone, if there is one', async (t) => {
-    const prefix = 'ftw-monitor cannot use FTW_MONITOR_HEALTH_PATH'
-    const rows: [healthPath: string, answer: string, told: string][] = [
-      ['', 'served', ''],
-      ['/ready', 'OK\n', ''],
-      ['ready', 'OK\n', `${prefix}=ready: it must be a path, as /ready; uses /ready\n`],
-      ['https://example.org', 'served', '']
-    ]
     const tell = 'process.once("SIGTERM", () => { print(traces()); process.exit(3) })'
     const source = `${TELL_OF_TRACES}\n${PLAIN_SERVER}\n${tell}`
-    for (const [healthPath, answer, told] of rows) {
+    for (const [healthPath, answer] of Object.entries({ '': 'served', '/ready': 'OK\n' })) {
       const port = await freePort()
       const env = { PORT: String(port), FTW_MONITOR: 'off', FTW_MONITOR_HEALTH_PATH: healthPath }
       const watched = runUnmodified(t, source, { env })
       await until(() => watched.stdout.includes('listens'), 'it listens')
-      for (const path of ['/ready', '/ready?now']) {
-        const { status, body } = await getPage(port, path)
-        assert.deepEqual([status, body], [200, answer])
-      }
+      assert.equal((await getPage(port, '/ready?now')).body, answer)
       assert.equal((await getPage(port, '/@@warmup')).body, 'served')
       assert.ok(await isRefused(port + 80))
       watched.child.kill()
       assert.equal(await inTime(watched.exit, 'it ends'), 3)
       assert.match(watched.stdout, /"listeners":\[0,0\]/)
-      assert.equal(watched.stderr, told)
+      assert.equal(watched.stderr, '')
     }
   })
 
