@@ -6089,14 +6089,13 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.match(await ask(port, 'status\n'), /^draining   .*, 0 of 0 probers know$/m)
   })
 
-  test('text and page tell the verdict, and what it comes from, in a line for each, and metrics the times', async (t) => {
+  test('the text tells the verdict, and what it comes from, in a line for each, and metrics the times', async (t) => {
     const gate = latch()
-    let isConnected = true
     const { monitor, port, instancePort } = await bootInstance(t, {
       databases: {
         main: { isConnected: () => true },
         cache: { isConnected: () => false, optional: true },
-        search: { isConnected: () => isConnected }
+        search: { isConnected: () => true }
       },
       performers: sitesBehind(gate),
       until: 'started'
@@ -6129,19 +6128,9 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     ]
     assert.equal(lines.length, expected.length, lines.join('\n'))
     for (const [index, line] of lines.entries()) assert.match(line, expected[index]!)
-
-    // On the page what will pass by itself is amber, what is broken red and first of all.
-    assert.match((await openPage(port)).body, /<title>… [^]*<h1 class="warn">Warmup in progress</)
-    gate.open()
-    await untilHealthy(port)
-    isConnected = false
-    const { body } = await openPage(port)
-    assert.match(body, /<title>✗ [^]*<h1 class="fail">Error: Database /)
-    const [broken = '', optional = ''] = rowsOfPage(body)
-    assert.match(`${broken}\n${optional}`, /^database\|search\|.*\ndatabase\|cache\|/)
   })
 
-  test("agent_check, in words that are not the operator's, /status and metrics tell each state; what is optional only warns", async (t) => {
+  test("agent_check, in words that are not the operator's, /status, metrics and page tell each state; what is optional only warns", async (t) => {
     const gate = latch()
     let isConnected = true
     const { monitor, port, instancePort } = await bootInstance(t, {
@@ -6161,20 +6150,20 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       const current = states.filter((name) => samples[name] === 1)
       assert.deepEqual(current, [`ftw_monitor_state{state="${state}"}`])
       assert.equal(samples['ftw_monitor_healthy'], state === 'healthy' ? 1 : 0)
-      return `${state}, ${status} ${json.status} ${json.output}: ${line}`
+      const { body } = await openPage(port)
+      const [, sign, grade] = /<title>(.) [^]*<h1 class="(\w+)">/.exec(body) ?? []
+      return `${state}, ${sign} ${grade}, ${status} ${json.status} ${json.output}: ${line}`
     }
     await untilVerdict(monitor, 'Warmup in progress')
-    assert.equal(
-      await told(),
-      'warming_up, 503 fail Warmup in progress: down #Warmup in progress\n'
-    )
+    const warming = 'Warmup in progress: down #Warmup in progress\n'
+    assert.equal(await told(), `warming_up, … warn, 503 fail ${warming}`)
     gate.open()
     await untilVerdict(monitor)
-    assert.match(await told(), /^healthy, 200 pass undefined: up ([1-9]\d|100)%\n$/)
+    assert.match(await told(), /^healthy, ✓ pass, 200 pass undefined: up ([1-9]\d|100)%\n$/)
 
     monitor.registerDatabase('cache', { isConnected: () => false, optional: true })
     monitor.registerDatabase('silent', { isConnected: hang, optional: true })
-    assert.match(await told(), /^healthy, 200 warn undefined: up \d+%\n$/)
+    assert.match(await told(), /^healthy, ✓ pass, 200 warn undefined: up \d+%\n$/)
     const text = await ask(port, 'status\n')
     assert.match(text, /^OK\n[^]*^database   silent +no answer for \d+ s \(optional\)$/m)
     const { json } = await askHealthJson(port)
@@ -6185,11 +6174,13 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
 
     isConnected = false
     const reason = "Error: Database 'main' disconnected."
-    assert.equal(await told(), `dependency_failed, 503 fail ${reason}: down #${reason}\n`)
+    assert.equal(await told(), `dependency_failed, ✗ fail, 503 fail ${reason}: down #${reason}\n`)
+    const [broken = '', optional = ''] = rowsOfPage((await openPage(port)).body)
+    assert.match(`${broken}\n${optional}`, /^database\|main\|.*\ndatabase\|cache\|/)
     const figures = '{"error":"Database \'main\' disconnected."}\n'
     assert.equal(await ask(port, 'perf_metrics\n'), figures)
     void monitor.drain({ reason: 'Warmup failed' })
-    assert.equal(await told(), 'draining, 503 fail Warmup failed: stopped #Warmup failed\n')
+    assert.equal(await told(), 'draining, … warn, 503 fail Warmup failed: stopped #Warmup failed\n')
     const { changes } = await monitor.status()
     assert.equal(
       changes.map(({ state, grade }) => `${state} ${grade}`).join(', '),
@@ -6206,7 +6197,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     monitor.registerDatabase('we"ird\\', { isConnected: () => false })
     monitor.registerDatabase('lost', { isConnected: hang, optional: true })
     monitor.registerCheck('mail', () => false, { optional: true })
-    monitor.registerCheck('disk', () => true)
     activity.loads(5)
     activity.stores(2)
     activity.connections()
@@ -6226,7 +6216,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       'ftw_monitor_database_connected{database="we\\"ird\\\\"}': 0,
       'ftw_monitor_database_connected{database="lost",optional="true"}': 0,
       'ftw_monitor_check_passing{check="mail",optional="true"}': 0,
-      'ftw_monitor_check_passing{check="disk"}': 1,
       'ftw_monitor_database_loads_total{database="main"}': 5,
       'ftw_monitor_database_stores_total{database="main"}': 2,
       'ftw_monitor_database_connections_total{database="main"}': 1,
@@ -7528,16 +7517,6 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.deepEqual(asked, ['/first', '/', '/last'])
   })
 
-  test('with FTW_MONITOR=auto an instance on a Unix socket is found', async (t) => {
-    const folder = scratchFolder(t)
-    const instance = join(folder, 'web')
-    const monitor = join(folder, 'monitor')
-    runUnmodified(t, PLAIN_SERVER, { env: { PORT: instance, FTW_MONITOR_LISTEN: monitor } })
-    // The path is there before anybody listens.
-    const isHealthy = async () => (await ask(monitor, 'health_check\n').catch(codeOf)) === 'OK\n'
-    await until(isHealthy, 'the verdict is OK')
-  })
-
   test('with FTW_MONITOR=auto nothing is done in a program that serves no HTTP, and in its child processes, and in a worker thread but to say so', async (t) => {
     const port = await freePort()
     const file = join(scratchFolder(t), 'worker.cjs')
@@ -7670,9 +7649,6 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const listens = "server.listen(process.env.PORT, '127.0.0.1')"
     const scripts = [
       `const started = one.start({ server, listen })
-      ${listens}
-      await started`,
-      `const started = one.start({ listen })
       ${listens}
       await started`,
       `${listens}
