@@ -8642,11 +8642,9 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`health_check 'app 1=localhost:${one}'`]: 'health_check\n',
       [`health_check ${one}`]: 'health_check\n',
       [`health_check --port=${one}`]: 'health_check\n',
-      [`drain app1=${one}`]: 'drain\n',
       [`'drain app1=${one} until noon'`]: 'drain until noon\n',
       [`drain 127.0.0.1:${one} 'from 12:30 -' 13:30`]: 'drain from 12:30 - 13:30\n',
       [`drain app1=${one} -- --odd a=1 5`]: 'drain --odd a=1 5\n',
-      [`drain --port ${one} release 42`]: 'drain release 42\n',
       [`drain app1=${one} -- ticket:42x`]: 'drain ticket:42x\n',
       [`drain --port ${one} -- ${other}`]: `drain ${other}\n`,
       [`warmup ${one} /shop?a=1`]: 'warmup /shop?a=1\n',
@@ -8737,10 +8735,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
 
   test('`ftw-monitor status` of several instances prints a line for each, or JSON, and nothing raw of what a monitor says', async (t) => {
     const page = replyStatus({ error: 'not found' }, 'application/json')
-    const ports: Record<string, number> = {
-      nobody: await freePort(),
-      other: await fakeInstance(t, page)
-    }
+    const ports: Record<string, number> = { nobody: await freePort() }
+    ports['other'] = await fakeInstance(t, page)
     for (const [name, reply] of Object.entries(FLEET)) {
       ports[name] = await fakeInstance(t, replyStatus(reply))
     }
@@ -8828,8 +8824,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
 
   test('the first line of drain names the instance, changes are printed once a second, and Not drained is status 1', async (t) => {
     const port = await fakeInstance(t, (socket) => {
-      const counts = Array.from({ length: 29 }, (_, index) => index + 1)
-      for (const count of counts) {
+      for (let count = 1; count <= 29; count++) {
         socket.write(`Draining: 0 of 1 probers know, ${count} requests in flight\n`)
       }
       const knows = 'Draining: 1 of 2 probers know\nDraining: 2 of 2 probers know\n'
@@ -9444,29 +9439,25 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test("the README's alerts fire, and not for a drain", needs('promtool'), async (t) => {
-    const scrape = async ({
-      connected = true,
-      mail = true,
-      isDrained = false,
-      performers = WARM
-    } = {}) => {
-      const databases = { main: { isConnected: () => connected } }
-      const { monitor, port } = await bootInstance(t, { databases, performers, until: 'started' })
+    const scrape = async ({ main = true, mail = true, drained = false, sites = WARM } = {}) => {
+      const databases = { main: { isConnected: () => main } }
+      const setup = { databases, performers: sites, until: 'started' } as const
+      const { monitor, port } = await bootInstance(t, setup)
       const isWarm = async () => (await ask(port, 'warmup_state\n')) === '1 0\n'
-      if (performers === WARM) await until(isWarm, 'it is warm')
+      if (sites === WARM) await until(isWarm, 'it is warm')
       monitor.registerCheck('mail', () => mail, { optional: true })
-      if (isDrained) void monitor.drain()
+      if (drained) void monitor.drain()
       return readSamples(await ask(port, 'metrics\n'))
     }
     const healthy = await scrape()
     const scrapes: Record<string, Record<string, number | string>> = {
       healthy,
-      drained: await scrape({ connected: false, isDrained: true }),
-      broken: await scrape({ connected: false }),
+      drained: await scrape({ main: false, drained: true }),
+      broken: await scrape({ main: false }),
       'without-mail': await scrape({ mail: false }),
-      failed: await scrape({ performers: { '/': () => Promise.reject(new Error('no stock')) } }),
+      failed: await scrape({ sites: { '/': () => Promise.reject(new Error('no stock')) } }),
       hung: {
-        ...(await scrape({ performers: { '/': () => {}, '/shop': hang } })),
+        ...(await scrape({ sites: { '/': () => {}, '/shop': hang } })),
         'ftw_monitor_warmup_seconds{site="/shop"}': '0+60x30',
         'ftw_monitor_warmup_seconds{site="/"}': 2
       },
@@ -9607,9 +9598,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     server.on('request', () => {
       arrivals++
     })
-    const first = await bootInstance(t, { server })
+    const { monitor, ...first } = await bootInstance(t, { server })
     const second = await bootInstance(t, { server: (await serveHeld(t)).server })
-    const { monitor } = first
     const haproxy = await balance(t, [first, second])
     await haproxy.untilState('app1', /^UP$/)
     const untilTold = async (text: RegExp) => {
