@@ -70,14 +70,14 @@ function isPartWanted(wanted: string): boolean {
   return TEST_PART === '' || TEST_PART === wanted
 }
 
-function describeInProcess(name: string, how: SuiteOptions, suite: () => void): void {
+function describeInProcess(name: string, how: typeof ALONE, suite: () => void): void {
   if (isPartWanted(currentPart)) void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
 }
 
 /** The suites that start processes, each as a function which declares it to Node's runner. */
 const suitesOfProcesses = { besideOthers: [] as (() => void)[], alone: [] as (() => void)[] }
 
-function describeProcesses(name: string, how: SuiteOptions, suite: () => void): void {
+function describeProcesses(name: string, how: typeof ALONE, suite: () => void): void {
   const declare = () => void describe(name, { ...how, timeout: SUITE_LIMIT_MS }, suite)
   if (how === ALONE) suitesOfProcesses.alone.push(declare)
   else suitesOfProcesses.besideOthers.push(declare)
@@ -93,10 +93,7 @@ function describeAllProcesses(): void {
   for (const declare of suitesOfProcesses.alone) declare()
 }
 
-interface SuiteOptions {
-  /** How many tests run beside each other. */
-  concurrency: number
-}
+// How many tests of a suite run beside each other.
 
 /** For a suite whose tests change nothing that belongs to the whole process. */
 const TOGETHER = { concurrency: 6 }
@@ -104,10 +101,8 @@ const TOGETHER = { concurrency: 6 }
 const PAIRWISE = { concurrency: 2 }
 /** The same for those which wait more than they work. */
 const SIDE_BY_SIDE = { concurrency: 3 }
-/**
- * For a suite whose tests set the environment, the clock or the timers, which belong to the whole
- * process, or measure times that neighbours would stretch.
- */
+/** For a suite whose tests set the environment, the clock or the timers, which belong to the whole
+ *  process, or measure times that neighbours would stretch. */
 const ALONE = { concurrency: 1 }
 
 /** A parent of a node_modules with express, pg, ws and others, which the package itself does without. */
@@ -139,10 +134,6 @@ const OUTSIDE = Object.values(networkInterfaces())
   .flat()
   .find((each) => each?.family === 'IPv4' && !each.internal)?.address
 const NEEDS_OUTSIDE = OUTSIDE ? {} : { skip: 'this machine has no address but loopback' }
-
-const HARD_LIMIT = Number(spawnSync('sh', ['-c', 'ulimit -Hn'], { encoding: 'utf8' }).stdout)
-const NEEDS_DESCRIPTORS =
-  HARD_LIMIT < 5_500 ? { skip: `5,000 clients need more than ${HARD_LIMIT} descriptors` } : {}
 
 /** In a network of its own a process may do without IPv6, and get addresses later. */
 const NETWORK = ['-rn', 'sh', '-c', 'ip link set lo up && eval "$0" && exec "$@"']
@@ -210,8 +201,9 @@ function hang(): Promise<never> {
   return new Promise(() => {})
 }
 
-/** Asks in turn, with a pause after each answer, until told to stop; rejects as the asking does. */
-function keepAsking(everyMs: number, askOnce: () => Promise<unknown>) {
+/** Asks in turn, with a pause after each answer, until told to stop, or until the test is over; an
+ *  asking that fails is the last, and stop() tells how. */
+function keepAsking(t: TestContext, everyMs: number, askOnce: () => Promise<unknown>) {
   let isStopped = false
   const askInTurn = async () => {
     while (!isStopped) {
@@ -226,14 +218,8 @@ function keepAsking(everyMs: number, askOnce: () => Promise<unknown>) {
   }
   const asker = { answers: 0, stop }
   const done = askInTurn()
-  done.catch(() => {}) // stop() tells the failure
-  return asker
-}
-
-/** Asks in turn until the test is over, or until an asking fails, as when what is asked has ended. */
-function askUntilOver(t: TestContext, everyMs: number, askOnce: () => Promise<unknown>) {
-  const asker = keepAsking(everyMs, askOnce)
-  t.after(() => void asker.stop().catch(() => {}))
+  done.catch(() => {})
+  t.after(() => void stop())
   return asker
 }
 
@@ -242,10 +228,8 @@ function askUntilOver(t: TestContext, everyMs: number, askOnce: () => Promise<un
 /** What the module reads of the environment, and what it warns of. */
 const VARIABLES = /^(PORT|HOST|HOSTNAME|FTW_MONITOR(_.+)?|npm_package_(name|version))$/
 
-/**
- * What colours, translates, widens or re-routes what programs print. Node's runner itself sets
- * FORCE_COLOR where its own output is a terminal.
- */
+/** What colours, translates, widens or re-routes what programs print. Node's runner itself sets
+ *  FORCE_COLOR where its own output is a terminal. */
 const OF_THE_TERMINAL =
   /^(FORCE_COLOR|NO_COLOR|NODE_DISABLE_COLORS|COLORTERM|CLICOLOR(_FORCE)?|COLUMNS|LINES)$/
 const OF_PROGRAMS =
@@ -269,13 +253,6 @@ function setEnvironment(t: TestContext, variables: Record<string, string>): void
   }
 }
 
-/** Has the monitor's intervals run faster, and so all that it does later. */
-function quicken(t: TestContext, pace: number): void {
-  const setForReal = setInterval
-  const setFaster = (callback: () => void, ms: number) => setForReal(callback, ms / pace)
-  t.mock.method(globalThis, 'setInterval', setFaster as typeof setInterval)
-}
-
 /** The clock that the module reads, set by hand; in milliseconds, whole ones to add up exactly. */
 function fakeClock(t: TestContext) {
   const clock = { now: Math.ceil(performance.now()) }
@@ -290,11 +267,9 @@ interface Timer {
   dueAtMs: number
 }
 
-/**
- * The module's timers, moved by hand: `pass` lets so much time pass at once, in which each is called
- * as often as its period says, in the order of time. They are its intervals, and where `kinds` says
- * so its timeouts: without these, drain() and the like go on by themselves. The clock moves along.
- */
+/** The module's timers, moved by hand: `pass` lets so much time pass at once, in which each is called
+ *  as often as its period says, in the order of time. They are its intervals, and where `kinds` says
+ *  so its timeouts: without these, drain() and the like go on by themselves. The clock moves along. */
 function takeTimers(
   t: TestContext,
   kinds: ('setInterval' | 'setTimeout')[] = ['setInterval'],
@@ -344,23 +319,12 @@ function takeTimers(
     const [, timer] = findNext() ?? assert.fail('there is no timer')
     clock.now = timer.dueAtMs + ms
   }
-  /** How many timers there are. */
-  const count = () => timers.size
-  return { pass, stall, count }
+  return { pass, stall, count: () => timers.size }
 }
 
 // The copies in a process are one. Here each is to have a state of its own, so that none may find
 // what the first one has left for the others.
 Object.defineProperty(globalThis, Symbol.for('ftw-monitor.exports.1'), { get: () => undefined })
-
-function standStill(ms: number): void {
-  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms)
-}
-
-/** Has this process use the CPU all the time, as it would on a machine that is not busy. */
-function computeAlways(t: TestContext): void {
-  t.mock.method(process, 'cpuUsage', () => ({ user: performance.now() * 1_000, system: 0 }))
-}
 
 function listenersOf(emitter: NodeJS.EventEmitter): Record<string, number> {
   const counts = emitter.eventNames().map((name) => [String(name), emitter.listenerCount(name)])
@@ -382,11 +346,7 @@ const hello: http.RequestListener = (_, response) => {
 const LOOPBACK = { host: '127.0.0.1', port: 0 }
 
 /** An HTTP server that listens, on a free port of loopback unless told otherwise. */
-async function serve(
-  t: TestContext,
-  handler = hello,
-  where: net.ListenOptions = LOOPBACK
-): Promise<http.Server> {
+async function serve(t: TestContext, handler = hello, where: net.ListenOptions = LOOPBACK) {
   return await startListening(t, http.createServer(handler), where)
 }
 
@@ -405,8 +365,7 @@ async function startListening<Server extends net.Server>(
 /** Hides a server from a monitor that was not given it, as one of another process is hidden: what
  *  keeps no process alive is not taken for the instance. */
 function hide<Server extends net.Server>(server: Server): Server {
-  server.unref()
-  return server
+  return server.unref()
 }
 
 /** A server whose requests to /held wait until they are let go. */
@@ -450,8 +409,7 @@ async function freePort(): Promise<number> {
   for (;;) {
     const port = FIRST_PORT + Math.floor(Math.random() * (PORTS_OF_PART - 100))
     if (givenPorts.has(port) || givenPorts.has(port + 80)) continue
-    givenPorts.add(port)
-    givenPorts.add(port + 80)
+    givenPorts.add(port).add(port + 80)
     if ((await isFree(port)) && (await isFree(port + 80))) return port
   }
 }
@@ -472,8 +430,8 @@ async function occupy(t: TestContext, port: number): Promise<net.Server> {
 }
 
 /** A folder of its own, removed after the test. */
-function scratchFolder(t: TestContext, prefix = 'ftw-monitor-'): string {
-  const folder = fs.mkdtempSync(join(tmpdir(), prefix))
+function scratchFolder(t: TestContext): string {
+  const folder = fs.mkdtempSync(join(tmpdir(), 'ftw-monitor-'))
   t.after(() => fs.rmSync(folder, { recursive: true, force: true }))
   return folder
 }
@@ -483,10 +441,9 @@ function certify(t: TestContext, name: string) {
   const folder = scratchFolder(t)
   const keyFile = join(folder, 'key.pem')
   const certFile = join(folder, 'cert.pem')
-  const kind = '-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2'.split(' ')
+  const kind = ['-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes']
   const subject = ['-subj', `/CN=${name}`, '-addext', `subjectAltName=DNS:${name}`]
-  const files = ['-keyout', keyFile, '-out', certFile]
-  const words = ['req', ...kind, ...subject, ...files]
+  const words = ['req', ...kind, ...subject, '-keyout', keyFile, '-out', certFile]
   const { status, stderr } = spawnSync('openssl', words, { encoding: 'utf8' })
   assert.equal(status, 0, stderr)
   return { keyFile, certFile, key: fs.readFileSync(keyFile), cert: fs.readFileSync(certFile) }
@@ -540,8 +497,8 @@ interface InstanceSetup {
   logger?: Logger
   /** What start() is told besides: by default, to listen on a free port of loopback. */
   options?: StartOptions
-  /** Whether to wait for OK, as by default, or for the address alone. */
-  until?: 'healthy' | 'started'
+  /** To wait for the address alone, and not for OK. */
+  until?: 'started'
 }
 
 /** An instance with its monitor, whose port is `port`. */
@@ -598,6 +555,7 @@ interface LineOptions {
   host?: string
   /** The local address to connect from. */
   from?: string
+  allowHalfOpen?: boolean
 }
 
 interface AskOptions extends LineOptions {
@@ -607,7 +565,7 @@ interface AskOptions extends LineOptions {
 }
 
 /** A connection to a port, or to the path of a Unix socket. */
-function connectTo(where: number | string, options: LineOptions & { allowHalfOpen?: boolean }) {
+function connectTo(where: number | string, options: LineOptions) {
   const { host = '127.0.0.1', from, allowHalfOpen = false } = options
   if (typeof where === 'string') return net.connect({ path: where, allowHalfOpen })
   if (from === undefined) return net.connect({ port: where, host, allowHalfOpen })
@@ -615,11 +573,7 @@ function connectTo(where: number | string, options: LineOptions & { allowHalfOpe
 }
 
 /** Sends text, and gives all that comes back until the other side closes (or `limitMs` is over). */
-async function ask(
-  where: number | string,
-  text: string | Buffer,
-  options: AskOptions = {}
-): Promise<string> {
+async function ask(where: number | string, text: string | Buffer, options: AskOptions = {}) {
   const { end = false, limitMs = 20_000 } = options
   const socket = connectTo(where, options).setEncoding('utf8')
   let transcript = ''
@@ -641,33 +595,19 @@ async function ask(
   }
 }
 
-async function askTimes(
-  count: number,
-  port: number,
-  text: string,
-  options: AskOptions & { everyMs?: number } = {}
-) {
-  for (let time = 0; time < count; time++) {
-    if (time > 0 && options.everyMs) await pause(options.everyMs)
-    await ask(port, text, options)
-  }
+async function askTimes(count: number, port: number, text: string, options: AskOptions = {}) {
+  for (let time = 0; time < count; time++) await ask(port, text, options)
 }
 
 /** A connection that stays open, on which lines go back and forth. */
-async function converse(
-  t: TestContext,
-  where: number | string,
-  options: LineOptions & { allowHalfOpen?: boolean } = {}
-) {
+async function converse(t: TestContext, where: number | string, options: LineOptions = {}) {
   const socket = connectTo(where, options).setNoDelay().setEncoding('utf8')
   const peer = {
     socket,
     /** What has come since the last `hear`. */
     transcript: '',
     isClosed: false,
-    say: (text: string) => {
-      socket.write(text)
-    },
+    say: (text: string) => void socket.write(text),
     hear: async (text: string) => {
       const what = `hear ${JSON.stringify(text)}`
       await until(() => peer.transcript.length >= text.length, what)
@@ -694,8 +634,8 @@ async function untilSeen(port: number): Promise<void> {
   await askTimes(5, port, 'quit\n')
 }
 
-async function isRefused(port: number, host = '127.0.0.1'): Promise<boolean> {
-  const socket = connectTo(port, { host })
+async function isRefused(port: number): Promise<boolean> {
+  const socket = connectTo(port, {})
   const outcome: unknown = await once(socket, 'connect').catch(codeOf)
   socket.destroy()
   return outcome === 'ECONNREFUSED'
@@ -709,13 +649,11 @@ function codeOf(error: unknown): string {
 
 // Helpers: the clients for HTTP and HTTP/2
 
-interface PageOptions extends LineOptions {
+/** An agent keeps connections alive; without one, each request has a connection of its own. */
+interface PageOptions extends LineOptions, Pick<http.RequestOptions, 'agent' | 'socketPath'> {
   method?: string
   headers?: Record<string, string>
   body?: string
-  /** Keeps connections alive; without one, each request has a connection of its own. */
-  agent?: http.Agent
-  socketPath?: string
   limitMs?: number
 }
 
@@ -762,31 +700,23 @@ async function connectSession(t: TestContext, port: number) {
 }
 
 /** What becomes of a stream: its body, or `elsewhere` where the session takes no more. */
-function askStream(session: http2.ClientHttp2Session | undefined): Promise<string> {
-  if (!session) return Promise.resolve('elsewhere')
-  return new Promise((resolve) => {
-    let stream: http2.ClientHttp2Stream
-    try {
-      stream = session.request({ ':path': '/' })
-    } catch {
-      return resolve('elsewhere') // by the GOAWAY that has come
-    }
-    let outcome = ''
-    stream.setEncoding('utf8').on('data', (part: string) => {
-      outcome += part
-    })
-    stream.on('error', (error) => {
-      outcome = `${codeOf(error)} ${error.message}`
-    })
-    const tell = () => {
-      // Node's client refuses the streams itself that it has not sent when it reads a GOAWAY.
-      const isStreamRefused = stream.rstCode === http2.constants.NGHTTP2_REFUSED_STREAM
-      const isUnsent = isStreamRefused && lastStreamOf.get(session) === ALL_STREAMS
-      resolve(isUnsent ? 'elsewhere' : outcome)
-    }
-    stream.on('close', () => setTimeout(tell, 20)) // by then the session has told of its GOAWAY
-    stream.end()
+async function askStream(session: http2.ClientHttp2Session | undefined): Promise<string> {
+  if (!session || session.closed || session.destroyed) return 'elsewhere' // by its GOAWAY
+  const stream = session.request({ ':path': '/' })
+  let outcome = ''
+  stream.setEncoding('utf8').on('data', (part: string) => {
+    outcome += part
   })
+  stream.on('error', (error) => {
+    outcome = `${codeOf(error)} ${error.message}`
+  })
+  stream.end()
+  await new Promise((resolve) => stream.on('close', resolve))
+  await pause(20) // by then the session has told of its GOAWAY
+  // Node's client refuses the streams itself that it has not sent when it reads a GOAWAY.
+  const isStreamRefused = stream.rstCode === http2.constants.NGHTTP2_REFUSED_STREAM
+  const isUnsent = isStreamRefused && lastStreamOf.get(session) === ALL_STREAMS
+  return isUnsent ? 'elsewhere' : outcome
 }
 
 // Helpers: processes
@@ -823,12 +753,9 @@ async function runToEnd(
   words: string[],
   options: ProcessOptions & { input?: string } = {}
 ) {
-  const { input = '', ...others } = options
-  const watched = watch(t, program, words, others)
-  watched.child.stdin?.end(input)
-  const status = await watched.exit
-  const { stdout, stderr } = watched
-  return { status, stdout, stderr }
+  const watched = watch(t, program, words, options)
+  watched.child.stdin?.end(options.input ?? '')
+  return { status: await watched.exit, stdout: watched.stdout, stderr: watched.stderr }
 }
 
 /** The words by which Node.js runs ftw-monitor's program, from another file where one is given. */
@@ -840,25 +767,12 @@ function startProgram(t: TestContext, words: string[], env: Record<string, strin
   return watch(t, process.execPath, programWords(words), { env })
 }
 
-/** Runs ftw-monitor's program to its end, and gives its exit status and what it printed. */
-async function runProgram(
-  t: TestContext,
-  words: string[],
-  options: ProcessOptions & { input?: string; file?: string } = {}
-) {
-  const { file, ...others } = options
-  const env = { HOST: '127.0.0.1', ...options.env }
-  return await runToEnd(t, process.execPath, programWords(words, file), { ...others, env })
-}
-
 interface ProcessSetup extends ProcessOptions {
   script?: string
   /** Of Node.js. */
   flags?: string[]
-  /** How many descriptors the process may have. */
-  descriptors?: number
-  /** A command of the shell that sets up a network of the process's own. */
-  network?: string
+  /** What runs Node.js: a program, and its first words. */
+  under?: string[]
   /** Whether it runs in a terminal. */
   terminal?: boolean
 }
@@ -868,7 +782,7 @@ const PRINT = "const print = (...words) => process.stdout.write(words.join(' ') 
 
 /** A process of its own that runs a script, in which `monitor` is the module. */
 function runScript(t: TestContext, setup: ProcessSetup) {
-  const { script = '', flags = [], descriptors, network, terminal = false, ...options } = setup
+  const { script = '', flags = [], under = [], terminal = false, ...options } = setup
   const source = `
     import http from 'node:http'
     import net from 'node:net'
@@ -876,17 +790,11 @@ function runScript(t: TestContext, setup: ProcessSetup) {
     import * as monitor from ${JSON.stringify(MODULE.href)}
     ${PRINT}
     ${script}`
-  const words = [...flags, '--input-type=module', '-e', source]
-  if (network !== undefined) {
-    return watch(t, 'unshare', [...NETWORK, network, process.execPath, ...words], options)
-  }
-  if (terminal) {
-    const command = ['exec', ...[process.execPath, ...words].map(quote)].join(' ')
-    return watch(t, 'script', ['-qec', command, '/dev/null'], options)
-  }
-  if (descriptors === undefined) return watch(t, process.execPath, words, options)
-  const limited = ['-c', `ulimit -n ${descriptors}; exec "$@"`, 'sh', process.execPath, ...words]
-  return watch(t, 'sh', limited, options)
+  const node = [process.execPath, ...flags, '--input-type=module', '-e', source]
+  const [program = '', ...words] = terminal
+    ? ['script', '-qec', ['exec', ...node.map(quote)].join(' '), '/dev/null']
+    : [...under, ...node]
+  return watch(t, program, words, options)
 }
 
 /** A word as the shell takes it. */
@@ -903,12 +811,10 @@ function flagForPace(pace: number): string {
 }
 
 /** An instance in a process of its own; the script has `server`, and may answer its requests. */
-async function bootProcess(t: TestContext, setup: ProcessSetup & { name?: string } = {}) {
-  const { name = '', script = '', ...options } = setup
-  const env = { NAME: name, ...options.env }
+async function bootProcess(t: TestContext, setup: ProcessSetup) {
   const whole = `
     const server = http.createServer()
-    ${script}
+    ${setup.script ?? ''}
     const hello = (_, response) => response.end('hello')
     if (server.listenerCount('request') === 0) server.on('request', hello)
     server.listen(0, '127.0.0.1')
@@ -916,13 +822,11 @@ async function bootProcess(t: TestContext, setup: ProcessSetup & { name?: string
     const { port } = await monitor.start({ server, listen: { host: '127.0.0.1', port: 0 }, logger })
     while (!(await monitor.health()).healthy) await pause(20) // who asks may count as a prober
     print('ports', port, server.address().port)`
-  const watched = runScript(t, { ...options, env, script: whole })
-  await until(
-    () => /^ports \d+ \d+\n/m.test(watched.output),
-    'the instance is healthy, and tells its ports'
-  )
-  const [, port, instancePort] = /^ports (\d+) (\d+)\n/m.exec(watched.output) ?? []
-  return { name, watched, port: Number(port), instancePort: Number(instancePort) }
+  const watched = runScript(t, { ...setup, script: whole })
+  const ports = /^ports (\d+) (\d+)\n/m
+  await until(() => ports.test(watched.output), 'the instance is healthy, and tells its ports')
+  const [, port, instancePort] = ports.exec(watched.output) ?? []
+  return { watched, port: Number(port), instancePort: Number(instancePort) }
 }
 
 /** For an instance that can be asked for its memory, and for a reply of 64 KiB. */
@@ -944,12 +848,6 @@ async function askMemory(port: number): Promise<number> {
 }
 
 // Helpers: services that end
-
-interface ServiceSetup extends Omit<ProcessSetup, 'descriptors' | 'network'> {
-  /** May replace the service's `handle`, `server` and `options`, `begin`, which starts the monitor,
-   *  and `listen`, which shutdownOnSignal() comes before. */
-  script?: string
-}
 
 /** What the programs of services and of the law have in common; it comes behind the imports. */
 const OPEN_UNTIL_CLEANED = `
@@ -984,8 +882,9 @@ const SERVICE_PARTS = `
   let listen = () => listening(server)
   monitor.registerWarmup('/', () => {})`
 
-/** A service that shuts down on a signal. */
-async function bootService(t: TestContext, setup: ServiceSetup = {}) {
+/** A service that shuts down on a signal. A script may replace its `handle`, `server` and `options`,
+ *  `begin`, which starts the monitor, and `listen`, which shutdownOnSignal() comes before. */
+async function bootService(t: TestContext, setup: ProcessSetup = {}) {
   const script = `
     ${setup.script ?? ''}
     monitor.shutdownOnSignal(options)
@@ -1005,7 +904,7 @@ async function bootService(t: TestContext, setup: ServiceSetup = {}) {
 }
 
 /** Runs a service whose script does all by itself. */
-function startService(t: TestContext, script: string, setup: ServiceSetup = {}) {
+function startService(t: TestContext, script: string, setup: ProcessSetup = {}) {
   const flags = ['--no-warnings', ...(setup.flags ?? [])]
   const watched = runScript(t, { ...setup, flags, script: `${SERVICE_PARTS}\n${script}` })
 
@@ -1040,16 +939,8 @@ function startService(t: TestContext, script: string, setup: ServiceSetup = {}) 
 
 /** Asks for the verdict until the test is over, and waits until the instance takes us for a prober. */
 async function probe(t: TestContext, port: number, everyMs = 100): Promise<void> {
-  const prober = askUntilOver(t, everyMs, () => ask(port, 'health_check\n'))
+  const prober = keepAsking(t, everyMs, () => ask(port, 'health_check\n'))
   await until(() => prober.answers >= 4, 'it is a prober')
-}
-
-/** Fails unless these texts stand in an output, one after the other. */
-function assertOrder(output: string, ...texts: string[]): void {
-  const places = texts.map((text) => output.indexOf(text))
-  const inOrder = places.toSorted((one, other) => one - other)
-  const isInOrder = places.every((place, index) => place >= 0 && place === inOrder[index])
-  assert.ok(isInOrder, `not in the order ${texts.join(' < ')}: ${output}`)
 }
 
 /** What the monitor has said since the signal, without its last words, which are always the same. */
@@ -1058,11 +949,7 @@ function linesOfShutdown(output: string): string[] {
 }
 
 /** An upgraded connection, whose client answers nothing and never ends it. */
-async function upgradeTo(port: number) {
-  return upgradeBy(connectTo(port, { allowHalfOpen: true }))
-}
-
-async function upgradeBy(socket: net.Socket) {
+async function upgradeTo(port: number, socket = connectTo(port, { allowHalfOpen: true })) {
   const peer = { socket, text: '', endedAt: 0 }
   socket.on('data', (part) => {
     peer.text += String(part)
@@ -1077,10 +964,8 @@ async function upgradeBy(socket: net.Socket) {
   return peer
 }
 
-/**
- * Ends an instance under keep-alive load, which goes on until it is refused, with a prober by agent
- * check: none of its requests may fail.
- */
+/** Ends an instance under keep-alive load, which goes on until it is refused, with a prober by agent
+ *  check: none of its requests may fail. */
 async function endUnderLoad(
   t: TestContext,
   watched: ReturnType<typeof watch>,
@@ -1088,66 +973,47 @@ async function endUnderLoad(
 ) {
   const { port, path } = load
   const answers: string[] = []
-  askUntilOver(t, 100, async () => answers.push(await ask(port + 80, 'agent_check\n')))
+  keepAsking(t, 100, async () => answers.push(await ask(port + 80, 'agent_check\n')))
   const agent = new http.Agent({ keepAlive: true })
   t.after(() => agent.destroy())
-  const failed: string[] = []
-  let served = 0
+  const outcomes: unknown[] = []
   const askOn = async () => {
     for (;;) {
       try {
         const { status } = await getPage(port, path, { agent })
-        if (status >= 400) failed.push(String(status))
-        else served++
+        outcomes.push(status)
       } catch (error) {
         if ((error as NodeJS.ErrnoException).syscall === 'connect') return
-        failed.push(codeOf(error))
+        outcomes.push(codeOf(error))
       }
       await pause(20) // else the kernel might reset what it has accepted and the server has not
     }
   }
   const askers = Array.from({ length: 4 }, askOn)
-  await until(() => answers.length >= 4 && served > 8, 'it is probed, and serves')
+  await until(() => answers.length >= 4 && outcomes.length > 8, 'it is probed, and serves')
   watched.child.kill('SIGTERM')
   await inTime(Promise.all(askers), `it refuses requests: ${watched.output}`, 40_000)
   await inTime(watched.exit, `it ends: ${watched.output}`)
-  const told = answers.filter((answer) => answer.startsWith('stopped'))
-  assert.ok(told.length > 0, 'its prober is told')
-  assert.deepEqual(failed, [])
+  assert.ok(
+    answers.some((answer) => answer.startsWith('stopped')),
+    'its prober is told'
+  )
+  assert.deepEqual(new Set(outcomes), new Set([200]))
 }
 
 // Helpers: what commands reply, read as their users do
 
 /** Asks for `monitor AGE …`, and reads the reply as zc.z3monitor's probes do. */
-async function askMonitor(port: number, words: string, from?: string) {
-  const reply = await ask(port, `monitor ${words}\n`, from === undefined ? {} : { from })
+async function askMonitor(port: number, words: string) {
+  const reply = await ask(port, `monitor ${words}\n`)
   assert.match(reply, /^-?\d+\nVmRSS:\t[ \d]{7}\d kB\n(\d+\.\d .+\n)*$/)
   const [count, memory, ...lines] = reply.trimEnd().split('\n')
-  const [label, kilobytes, unit] = memory!.split(/\s+/)
-  assert.deepEqual([label, unit], ['VmRSS:', 'kB'])
+  const [, kilobytes] = memory!.split(/\s+/)
   const open = lines.map((line) => ({
     age: Number(line.split(' ', 1)[0]),
     info: line.slice(line.indexOf(' ') + 1)
   }))
   return { count: Number(count), rss: Number(kilobytes), open }
-}
-
-/** Asks for a reply of numbers, and reads them as Munin's plug-ins do: by a split at blanks. */
-async function askNumbers(port: number, line: string): Promise<number[]> {
-  const reply = await ask(port, `${line}\n`)
-  assert.match(reply, /^-?\d+( -?\d+)*\n$/)
-  return reply.split(/\s/).slice(0, -1).map(Number)
-}
-
-const NO_CACHE = { size: -1, ngsize: -1, max_size: -1 }
-const NO_DB = {
-  loads: -1,
-  stores: -1,
-  connections: -1,
-  conflicts: -1,
-  unresolved_conflicts: -1,
-  total_objs: -1,
-  size_in_bytes: -1
 }
 
 /** Asks for the figures, and holds the reply to its shape: one line, the keys in their order. */
@@ -1160,8 +1026,8 @@ async function askPerfMetrics(port: number, words = '') {
   )
   assert.deepEqual(groups, [
     'instance: uptime pid',
-    `cache: ${Object.keys(NO_CACHE).join(' ')}`,
-    `db: ${Object.keys(NO_DB).join(' ')}`,
+    'cache: size ngsize max_size',
+    'db: loads stores connections conflicts unresolved_conflicts total_objs size_in_bytes',
     'memory: rss uss pss heap_used heap_total external array_buffers',
     'cpu: user system',
     'loop: utilization',
@@ -1180,14 +1046,6 @@ function readSamples(text: string): Record<string, number> {
   return Object.fromEntries(samples)
 }
 
-/** What agent_check leaves to an instance, in per cent. */
-async function askShare(port: number): Promise<number> {
-  const reply = await ask(port, 'agent_check\n')
-  const [, percent] = /^up (\d+)%\n$/.exec(reply) ?? []
-  assert.ok(Number(percent) >= 10 && Number(percent) <= 100, reply)
-  return Number(percent)
-}
-
 /** Who `drain` waits for, by its first line; the instance is in service again after that. */
 async function askWhomItWaitsFor(port: number): Promise<number> {
   const socket = connectTo(port, {}).setEncoding('utf8')
@@ -1198,26 +1056,6 @@ async function askWhomItWaitsFor(port: number): Promise<number> {
   const [, count] = /^Draining: 0 of (\d+) probers know/.exec(line) ?? []
   return Number(count)
 }
-
-/** Three sites of which the first is warm, the second runs until the gate opens, the third waits. */
-function sitesBehind(gate: { opened: Promise<void> }): Record<string, WarmupPerformer> {
-  return { '/': () => {}, '/shop': () => gate.opened, '/search': () => {} }
-}
-
-// Helpers: an instance that is busy
-
-/** Answers with its name, and has the event loop busy between /busy and /relax. */
-const BUSY = `
-  let busy = false
-  const work = () => {
-    for (const end = performance.now() + 20; performance.now() < end;);
-    if (busy) setTimeout(work, 1)
-  }
-  server.on('request', ({ url }, response) => {
-    if (url === '/busy' && !busy) setTimeout(work)
-    if (url === '/busy' || url === '/relax') busy = url === '/busy'
-    response.end(process.env.NAME)
-  })`
 
 // Helpers: what strangers and a careless host do
 
@@ -1230,10 +1068,8 @@ const EVIL = 'a\x1b[31mred\x07\u009b2J\u202eright to left\u2028line\0nul\rreturn
 const FORGED: Record<string, string> = {
   OK: 'OK',
   'O\\0K': 'O\0K',
-  'O\\nK': 'O\nK',
   OOKK: 'OOKK',
   'OK on a line': 'no\nOK\n',
-  'an escaped O': 'O\x1b[0mK',
   'a soft hyphen': 'O\u00adK',
   'a line separator': 'O\u2028K',
   'OK at the limit': `${'x'.repeat(457)}${'OK'.repeat(30)}`,
@@ -1245,16 +1081,7 @@ const thrower = () => {
 }
 
 /** A handler for a Proxy which fails whatever is done with it. */
-const TRAPS = {
-  get: thrower,
-  has: thrower,
-  getPrototypeOf: thrower,
-  getOwnPropertyDescriptor: thrower,
-  ownKeys: thrower,
-  set: thrower,
-  apply: thrower,
-  construct: thrower
-}
+const TRAPS = Object.fromEntries(Reflect.ownKeys(Reflect).map((name) => [name, thrower]))
 
 /** An object some of whose properties fail as soon as they are read. */
 function trapped(names: string[], target: object = {}): object {
@@ -1271,18 +1098,12 @@ const THROWN: Record<string, unknown> = {
   error: new Error('boom'),
   text: 'boom',
   nothing: undefined,
-  null: null,
-  bigint: 42n,
   symbol: Symbol('boom'),
-  function: thrower,
   bare: Object.create(null),
   getters: trapped(['stack', 'name', 'message', 'cause', 'code', 'then', 'toString']),
   proxy: new Proxy({}, TRAPS),
-  proxiedError: new Proxy(new Error('boom'), TRAPS),
-  errorWithGetters: trapped(['stack', 'name', 'message', 'cause', 'code'], new Error('boom')),
   errorWithName: trapped(['name'], new Error('boom')),
   errorWithStack: trapped(['stack'], new Error('boom')),
-  errorWithMessage: trapped(['message'], new Error('boom')),
   oddError: Object.assign(new Error(), {
     name: Symbol('name'),
     message: { toString: thrower },
@@ -1297,26 +1118,19 @@ const NAMES_OF_HOSTS: Record<string, number> = {
   localhost: 200,
   'LocalHost:8080': 200,
   '127.0.0.1': 200,
-  '127.0.0.1:8080': 200,
   '10.1.2.3:80': 200,
   '[::1]': 200,
-  '[::1]:8080': 200,
   '[::ffff:127.0.0.1]:8080': 200,
-  '[0:0:0:0:0:0:0:1]': 200,
   '[FE80::1]:8080': 200,
-  'shop.example': 200,
   'SHOP.example:1': 200,
   'evil.example': 403,
   'evil.example:8080': 403,
   'shop.example.evil.example': 403,
   'localhost.evil.example': 403,
   notlocalhost: 403,
-  '127.0.0.1.evil.example': 403,
   '127.0.0.1.nip.io:8080': 403,
   '[evil.example]': 403,
-  'evil.example:80:80': 403,
   'evil.example:localhost': 403,
-  '@localhost': 403,
   'evil.example@localhost': 403,
   'localhost/evil.example': 403
 }
@@ -1325,10 +1139,8 @@ const NAMES_OF_HOSTS: Record<string, number> = {
 function seeded(seed: number): () => number {
   let state = seed
   return () => {
-    state = (state + 0x6d2b79f5) | 0
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0
+    return state / 2 ** 32
   }
 }
 
@@ -2143,7 +1955,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
         }`
     })
     const { status, output } = await service.end('SIGTERM', 10_000)
-    assertOrder(output, 'signalled long ago', 'cleaned up')
+    assert.deepEqual(output.match(/long ago|cleaned up/g), ['long ago', 'cleaned up'])
     assert.match(output, /^ftw-monitor .*\bserver\b/m)
     assert.equal(status, 0, output)
   })
@@ -2219,11 +2031,11 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     const older = await run('older')
     await run('newer')
     const verdicts: string[] = []
-    const prober = askUntilOver(t, 50, async () => {
+    const prober = keepAsking(t, 50, async () => {
       verdicts.push(await ask(port + 80, 'health_check\n').catch(codeOf))
     })
     const bodies = new Set<string>()
-    const visitor = askUntilOver(t, 5, async () => bodies.add((await getPage(port, '/')).body))
+    const visitor = keepAsking(t, 5, async () => bodies.add((await getPage(port, '/')).body))
     await until(() => prober.answers >= 4 && bodies.size === 2, 'both serve')
 
     older.child.kill('SIGTERM') // whoever probes cannot be told, so it waits for nobody
@@ -3347,7 +3159,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     code = 200
     await untilVerdict(monitor)
     const verdict = monitor.health()
-    standStill(2_000)
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2_000)
     assert.equal((await verdict).reason, 'OK', 'none is late where the application has blocked')
   })
 
@@ -3425,7 +3237,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
       for (const seconds of [1, 10, 300, 3600]) {
         const counted = history.filter(({ at }) => clock.now - at < seconds * 1_000)
         const sum = counted.reduce((all, each) => all + each.loads, 0)
-        assert.deepEqual(await askNumbers(port, `dbinfo - ${seconds}`), [sum, 0, 0, -1, -1])
+        assert.equal(await ask(port, `dbinfo - ${seconds}\n`), `${sum} 0 0 -1 -1\n`)
       }
     }
   })
@@ -3447,7 +3259,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     const before = await askMemory(port)
     await ask(port, 'count\n')
     const grown = (await askMemory(port)) - before
-    assert.deepEqual(await askNumbers(port, 'dbinfo main 3600'), [2_000_000, 0, 0, -1, -1])
+    assert.equal(await ask(port, 'dbinfo main 3600\n'), '2000000 0 0 -1 -1\n')
     assert.ok(grown < 100_000, `${grown} bytes more`)
   })
 
@@ -3737,9 +3549,11 @@ describeInProcess('Warm-up', TOGETHER, () => {
       [{ host: '::1' }, 200],
       [{ host: '127.0.0.1', from: '127.0.0.2' }, 200],
       [{ headers: { 'User-Agent': 'curl/8.5.0' } }, 200],
-      [{ headers: { Host: `shop.example:${port}` } }, 200],
-      [{ headers: { Host: 'evil.example' } }, 403]
+      [{ headers: { Host: `shop.example:${port}` } }, 200]
     ]
+    for (const [name, status] of Object.entries(NAMES_OF_HOSTS)) {
+      rows.push([{ headers: { Host: name } }, status])
+    }
     if (OUTSIDE) {
       rows.push([{ host: OUTSIDE, from: OUTSIDE }, 200])
       rows.push([{ host: '127.0.0.1', from: OUTSIDE }, 403])
@@ -3918,7 +3732,8 @@ describeInProcess('Warm-up', ALONE, () => {
   test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
     const timers = takeTimers(t, ['setInterval', 'setTimeout'], fakeClock(t))
     const gate = latch()
-    const { port } = await bootInstance(t, { performers: sitesBehind(gate), until: 'started' })
+    const performers = { '/': () => {}, '/shop': () => gate.opened }
+    const { port } = await bootInstance(t, { performers, until: 'started' })
     await until(async () => /shop +running/.test(await ask(port, 'status\n')), '/shop runs')
     const peer = await converse(t, port)
     peer.say('warmup\n')
@@ -4012,7 +3827,9 @@ describeInProcess('Warm-up', ALONE, () => {
   })
 
   test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
-    quicken(t, 5)
+    const setForReal = setInterval
+    const setFaster = (act: () => void, ms: number) => setForReal(act, ms / 5)
+    t.mock.method(globalThis, 'setInterval', setFaster as typeof setInterval)
     let isByHand = false
     const performers = {
       '/broken': () => Promise.reject(new Error('broken')),
@@ -4983,9 +4800,9 @@ describeInProcess('Shutdown', TOGETHER, () => {
       const server = https.createServer(certify(t, 'localhost'))
       const upgraded = takeUpgradesBare(server)
       await startListening(t, server)
-      const peer = await upgradeBy(
-        tls.connect({ port: portOf(server), host: '127.0.0.1', rejectUnauthorized: false })
-      )
+      const port = portOf(server)
+      const socket = tls.connect({ port, host: '127.0.0.1', rejectUnauthorized: false })
+      const peer = await upgradeTo(port, socket)
       t.after(() => peer.socket.destroy())
       const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
       const cleanUp = () => void upgraded[0]?.write('goodbye')
@@ -5467,7 +5284,7 @@ describeInProcess('Signals', ALONE, () => {
 
 describeProcesses('Signals', SIDE_BY_SIDE, () => {
   test('at SIGTERM or SIGINT a service serves what is in flight, cleans up, and ends with 0, with or without a monitor', async (t) => {
-    const setups: Record<string, ServiceSetup> = {
+    const setups: Record<string, ProcessSetup> = {
       'a monitor': {},
       'a channel to the process that started it, as under PM2': {
         script: "process.on('message', () => {})",
@@ -5480,7 +5297,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       },
       'no monitor': { script: 'begin = () => {}' }
     }
-    const endOne = async ([what, setup]: [string, ServiceSetup], index: number) => {
+    const endOne = async ([what, setup]: [string, ProcessSetup], index: number) => {
       const service = await bootService(t, {
         ...setup,
         script: `
@@ -6059,8 +5876,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     assert.equal(await place(), url)
     assert.equal((await askMetrics(port))['ftw_monitor_state{state="warmup_failed"}'], 1)
     const { cache, db, http: counts } = await askPerfMetrics(port)
-    const noCounts = { in_flight: -1, requests: -1, errors: -1 }
-    assert.deepEqual([cache, db, counts], [NO_CACHE, NO_DB, noCounts])
+    const figures = [cache, db, counts].flatMap((group) => Object.values(group))
+    assert.deepEqual(new Set(figures), new Set([-1]))
     assert.doesNotMatch(await ask(port, 'metrics\n'), /ftw_monitor_http|ftw_monitor_database| -1$/m)
     assert.match(await ask(port, 'status\n'), /^last 30 s  longest lag [\d.]+ m?s$/m)
     assert.doesNotMatch((await openPage(port)).body, /requests? a second|class="requests"/)
@@ -6097,7 +5914,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
         cache: { isConnected: () => false, optional: true },
         search: { isConnected: () => true }
       },
-      performers: sitesBehind(gate),
+      performers: { '/': () => {}, '/shop': () => gate.opened, '/search': () => {} },
       until: 'started'
     })
     await untilVerdict(monitor, 'Warmup in progress')
@@ -6629,7 +6446,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     const utilization = async () => (await askPerfMetrics(port)).loop.utilization as number
     timers.pass(1_000)
     assert.equal(await utilization(), -1)
-    assert.equal(await askShare(port), 100)
+    assert.equal(await ask(port, 'agent_check\n'), 'up 100%\n')
     assert.doesNotMatch(await ask(port, 'metrics\n'), /eventloop_utilization/)
     assert.deepEqual(errorsOf(logger), [])
 
@@ -6639,11 +6456,11 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     timers.pass(1_000)
     assert.equal(await utilization(), 1)
     assert.equal(await utilization(), 1, 'whoever asks')
-    assert.equal(await askShare(port), 10)
+    assert.equal(await ask(port, 'agent_check\n'), 'up 10%\n')
     loop.idle += 450
     timers.pass(1_000)
     assert.equal(await utilization(), 0.25)
-    assert.equal(await askShare(port), 75)
+    assert.equal(await ask(port, 'agent_check\n'), 'up 75%\n')
     timers.pass(10_000)
     loop.idle += 150
     timers.pass(1_000)
@@ -6766,7 +6583,8 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
 
     server.listen(LOOPBACK)
     await untilVerdict(monitor)
-    computeAlways(t)
+    // As on a machine where the CPU is ours whenever we want it.
+    t.mock.method(process, 'cpuUsage', () => ({ user: performance.now() * 1_000, system: 0 }))
     const expectTold = (...texts: string[]) => {
       const told = warningsOf(logger).map((line) => line.replace(/^.*monitor noticed /, ''))
       assert.deepEqual(told, texts)
@@ -7721,8 +7539,8 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     runUnmodified(t, PLAIN_SERVER, { file, env: { PORT: String(port) } })
     await untilHealthy(port + 80)
     const words = ['health_check', '--port', String(port)]
-    const env = { FTW_MONITOR: 'auto', NODE_OPTIONS: `--import=${file}` }
-    const result = await runProgram(t, words, { env, file })
+    const env = { HOST: '127.0.0.1', FTW_MONITOR: 'auto', NODE_OPTIONS: `--import=${file}` }
+    const result = await runToEnd(t, process.execPath, programWords(words, file), { env })
     assert.deepEqual(result, { status: 0, stdout: 'OK\n', stderr: '' })
   })
 })
@@ -8102,7 +7920,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     await life.hasSaid('asked for /slow3500')
     const outcomes: string[] = []
     const askers = ports.map((port) => {
-      return askUntilOver(t, 10, async () => {
+      return keepAsking(t, 10, async () => {
         outcomes.push(await getPage(port, '/slow200').then(({ body }) => body, codeOf))
       })
     })
@@ -8465,7 +8283,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     }
     const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}`, NODE_OPTIONS: '' }
     const run = (name: string) => {
-      return runProgram(t, ['health_check'], { env, file: join(folder, name) })
+      const words = programWords(['health_check'], join(folder, name))
+      return runToEnd(t, process.execPath, words, { env })
     }
     for (const [name, stdout] of Object.entries(printed)) {
       assert.deepEqual(await run(name), { status: 0, stdout, stderr: '' }, name)
@@ -8802,7 +8621,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     await untilSaid(/^\d+\.\d s .*ECONNREFUSED.*\n$/)
     await bootInstance(t, {
       databases: { main: { isConnected: () => isConnected } },
-      performers: sitesBehind(gate),
+      performers: { '/': () => {}, '/shop': () => gate.opened, '/search': () => {} },
       options: { listen: { host: '127.0.0.1', port: port + 80 } },
       until: 'started'
     })
@@ -9020,7 +8839,7 @@ function keepLoading(t: TestContext, port: number, clients: PageOptions[]) {
     else if (page.status !== 200) failed.push(`${page.status} ${page.body}`)
     else served.set(page.body, (served.get(page.body) ?? 0) + 1)
   }
-  const askers = clients.map((client) => keepAsking(5, () => askOnce(client)))
+  const askers = clients.map((client) => keepAsking(t, 5, () => askOnce(client)))
   const stop = async () => {
     await Promise.all(askers.map((asker) => asker.stop()))
   }
@@ -9283,7 +9102,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           else setTimeout(() => response.end('served'), url === '/slow' ? 2_000 : 0)
         })`
     })
-    const prober = askUntilOver(t, 100, () => ask(port, 'health_check\n'))
+    const prober = keepAsking(t, 100, () => ask(port, 'health_check\n'))
     await until(() => prober.answers >= 3, 'somebody probes')
     const slow = getPage(instancePort, '/slow')
     const crash = getPage(instancePort, '/crash')
@@ -9414,7 +9233,20 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test('HAProxy weights a busy instance least', { ...SLOW, ...needs('haproxy') }, async (t) => {
-    const instance = await bootProcess(t, { script: BUSY, flags: [flagForPace(25)] })
+    const instance = await bootProcess(t, {
+      flags: [flagForPace(25)],
+      script: `
+        let isBusy = false
+        const work = () => {
+          for (const end = performance.now() + 20; performance.now() < end;);
+          if (isBusy) setTimeout(work, 1)
+        }
+        server.on('request', ({ url }, response) => {
+          isBusy = url === '/busy'
+          if (isBusy) work()
+          response.end()
+        })`
+    })
     const { stateOf } = await balance(t, [instance])
     const untilWeight = async (weight: RegExp) => {
       const isThere = async () => weight.test((await stateOf('app1'))['weight'] ?? '')
@@ -9694,7 +9526,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       process.exit()`
     for (const isDisabled of [1, 0]) {
       const network = `sysctl -qw net.ipv6.conf.all.disable_ipv6=${isDisabled}`
-      const instance = runScript(t, { script, env: { HOST: '::' }, network })
+      const under = ['unshare', ...NETWORK, network]
+      const instance = runScript(t, { script, env: { HOST: '::' }, under })
       await inTime(instance.exit, 'it ends', 60_000)
       const advice = /(?<=EADDRNOTAVAIL).*(?=; tries every second; )|(?<=second; ).*/g
       assert.deepEqual(instance.output.replace(advice, '').split('\n'), [
@@ -9879,7 +9712,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     // Many more slow queries than the pool has connections.
     const reply = () => ask(port + 80, 'health_check\n')
     const reasons = new Set<string>()
-    const prober = keepAsking(50, async () => reasons.add(await reply()))
+    const prober = keepAsking(t, 50, async () => reasons.add(await reply()))
     const pages = await Promise.all(Array.from({ length: 25 }, () => getPage(port, '/')))
     await prober.stop()
     assert.deepEqual([...reasons], ['OK\n'])
@@ -9909,14 +9742,10 @@ describeProcesses('Real programs', ALONE, () => {
 
 // --- Attacks and limits --------------------------------------------------------------------------
 
-/** How many connections a monitor holds. */
-const HELD = 256
-
 /** What a browser says of a page of another origin. */
 const CROSS_SITE = {
   'User-Agent': 'Mozilla/5.0',
   Origin: 'https://evil.example',
-  Referer: 'https://evil.example/',
   'Sec-Fetch-Site': 'cross-site'
 }
 
@@ -9970,24 +9799,23 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     const help = await ask(port, 'help\n')
     const listed = Array.from(help.matchAll(/^  (\S+) --/gm), ([, name]) => name!)
     const ending = listed.filter((name) => name !== 'interactive')
-    const strangers: [text: string, reply: string][] = []
-    const locals: typeof strangers = []
+    const asked: { text: string; stranger: string; local: string }[] = []
     const askAll = async (rest: string) => {
       const names = [...ending, 'readyz', 'livez', '', '@@warmup', 'nope']
       const paths = names.map((name) => `/${name}${rest}`)
-      const lines = paths.map((path) => `${path.replaceAll('/', ' ').trim()}\n`)
+      const lines = paths.map((path) => path.replaceAll('/', ' ').trim()).filter(Boolean)
       const browser = ['User-Agent: Mozilla/5.0', 'Sec-Fetch-Site: same-origin']
       const texts = [
-        ...lines.filter((line) => line !== '\n'),
+        ...lines.map((line) => `${line}\n`),
         ...paths.map((path) => headOf(path, 'Connection: close')),
         headOf('/', 'Connection: close', 'Accept: text/html'),
         headOf('/?pause', 'Connection: close', 'Accept: text/html', ...browser),
         'interactive\nmonitor 0 open\nfails\nstatus\nquit\n'
       ]
       const askBoth = async (text: string) => {
-        strangers.push([text, await askBehind(port, PROXY_HEADERS['version 1']!, text)])
+        const stranger = await askBehind(port, PROXY_HEADERS['version 1']!, text)
         const isSafe = !/^(drain|resume|warmup)/.test(text)
-        if (isSafe) locals.push([text, await ask(port, text)])
+        asked.push({ text, stranger, local: isSafe ? await ask(port, text) : '' })
       }
       await Promise.all(texts.map(askBoth))
     }
@@ -9995,29 +9823,25 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     recover()
     await askAll('')
 
-    assert.ok(strangers.length > 300, `${strangers.length} replies`)
-    for (const [text, reply] of strangers) {
-      const what = `${JSON.stringify(text)}: ${reply}`
-      assert.notEqual(reply, '', what)
-      assert.doesNotMatch(reply, /SECRET|127\.0\.0\.1 |10\.0\.0\.7|\.[cm]?[jt]s:\d/, what)
+    assert.ok(asked.length > 300, `${asked.length} replies`)
+    for (const { text, stranger, local } of asked) {
+      const what = `${JSON.stringify(text)}: ${stranger}`
+      assert.notEqual(stranger, '', what)
+      assert.doesNotMatch(stranger, /SECRET|127\.0\.0\.1 |10\.0\.0\.7|\.[cm]?[jt]s:\d/, what)
+      assert.doesNotMatch(local, /user:/, text)
     }
-    const repliesTo = (replies: typeof strangers, text: string) => {
-      return replies.filter(([each]) => each === text).map(([, reply]) => reply)
-    }
-    assert.deepEqual(repliesTo(strangers, 'health_check\n'), [
-      "Error: Database 'main' failed.\n",
-      'Warmup failed\n'
-    ])
-    assert.deepEqual(repliesTo(strangers, 'fails\n'), Array(2).fill('Error: fails failed\n'))
+    const repliesTo = (line: string) => asked.filter(({ text }) => text === `${line}\n`)
+    const strangersTold = (line: string) => repliesTo(line).map(({ stranger }) => stranger)
+    const verdicts = ["Error: Database 'main' failed.\n", 'Warmup failed\n']
+    assert.deepEqual(strangersTold('health_check'), verdicts)
+    assert.deepEqual(strangersTold('fails'), Array(2).fill('Error: fails failed\n'))
 
     // This machine is told, without the password.
     const told = ['health_check', 'agent_check', 'status', 'fails', 'dbinfo open', 'monitor 0']
     for (const line of told) {
-      const replies = repliesTo(locals, `${line}\n`)
-      assert.ok(replies.length > 0, line)
-      for (const reply of replies) assert.match(reply, /SECRET/, line)
+      assert.ok(repliesTo(line).length > 0, line)
+      for (const { local } of repliesTo(line)) assert.match(local, /SECRET/, line)
     }
-    for (const [text, reply] of locals) assert.doesNotMatch(reply, /user:/, text)
   })
 
   test('nothing that a page of another origin has a browser send changes an instance, whatever its length', async (t) => {
@@ -10038,20 +9862,17 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       assert.equal(headers.connection, 'keep-alive', what)
     }
 
-    const image = { ...CROSS_SITE, 'Sec-Fetch-Mode': 'no-cors', 'Sec-Fetch-Dest': 'image' }
     const preflight = { ...CROSS_SITE, 'Access-Control-Request-Method': 'DRAIN' }
-    const form = { ...CROSS_SITE, 'Content-Type': 'text/plain' }
-    const chunked = { ...form, 'Transfer-Encoding': 'chunked' }
+    const chunked = { ...CROSS_SITE, 'Transfer-Encoding': 'chunked' }
     for (const path of TEMPTING_PATHS.split(' ')) {
       for (const options of [
-        { headers: image },
+        { headers: CROSS_SITE },
         { headers: preflight, method: 'OPTIONS' },
-        { headers: form, method: 'POST', body: ORDERS },
+        { headers: CROSS_SITE, method: 'POST', body: ORDERS },
         { headers: chunked, method: 'POST', body: ORDERS }
       ]) {
         const { headers } = await getPage(port, path, options)
-        const granted = Object.keys(headers).filter((name) => name.startsWith('access-control-'))
-        assert.deepEqual(granted, [], path)
+        assert.doesNotMatch(Object.keys(headers).join(), /access-control-/, path)
       }
       await expectUnchanged(path)
     }
@@ -10059,26 +9880,24 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     const lines = Object.entries(CROSS_SITE).map(([name, value]) => `${name}: ${value}`)
     const post = (path: string) =>
       headOf(path, ...lines, `Content-Length: ${ORDERS.length}`).replace('GET', 'POST') + ORDERS
-    const transcripts = [
-      post('/').repeat(5),
-      headOf('/drain', ...lines, 'Connection: Upgrade', 'Upgrade: websocket') + ORDERS,
-      `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}` // TLS whose session is text
-    ]
-    for (const line of [
+    const almostHttp = [
       'drain / HTTP/1.1',
-      'drain /x HTTP/1.0',
       'drain  /  HTTP/1.1',
       'drain / http/1.1',
       'near\t/ HTTP/1.1 ',
       'drain / HTTP/2.0',
       'resume HTTP/1.1'
-    ]) {
-      transcripts.push(`${line}\r\nHost: example.com\r\n\r\ndrain\r\n`)
-    }
-    for (const length of [4_000, 4_090, 4_096, 4_097, 9_000, 20_000, 200_000]) {
-      const path = `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
-      transcripts.push(headOf(path, ...lines), post(path))
-    }
+    ]
+    const longPaths = [4_000, 4_090, 9_000, 200_000].map(
+      (length) => `/drain/${'%0Adrain%0A'.repeat(length / 10)}`
+    )
+    const transcripts = [
+      post('/').repeat(5),
+      headOf('/drain', ...lines, 'Connection: Upgrade', 'Upgrade: websocket') + ORDERS,
+      `\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n${ORDERS}`, // TLS whose session is text
+      ...almostHttp.map((line) => `${line}\r\nHost: example.com\r\n\r\ndrain\r\n`),
+      ...longPaths.flatMap((path) => [headOf(path, ...lines), post(path)])
+    ]
     for (const text of transcripts) {
       await ask(port, text, { end: true, limitMs: 500 }).catch(() => {}) // it may be reset
       await expectUnchanged(text.slice(0, 100))
@@ -10103,17 +9922,14 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     const stack = `Error: x\nforged\n    at ${EVIL}\n${EVIL}`
     const echo = (_: unknown, ...words: unknown[]) => fail(new Error(words.join(' ')))
     monitor.register('echo', '', echo, { http: true })
-    monitor.register('later', '', async (_, ...words) => echo(_, ...words), { http: true })
     monitor.register('thrown', '', () => fail(forged))
     monitor.register('named', '', () => fail(Object.assign(new Error('x'), { name: forged })))
     monitor.register('stacked', '', () => fail(Object.assign(new Error('x'), { stack })))
     const hasFailed = () => logger.lines.some((line) => line.includes('tries again'))
     await until(hasFailed, 'the warm-up has failed')
 
-    for (const name of ['echo', 'later']) {
-      const head = headOf(`/${name}/${encodeURIComponent(forged)}`, 'Connection: close')
-      assert.doesNotMatch((await ask(port, head)).replace(/[\r\n]/g, ''), UNSAFE)
-    }
+    const head = headOf(`/echo/${encodeURIComponent(forged)}`, 'Connection: close')
+    assert.doesNotMatch((await ask(port, head)).replace(/[\r\n]/g, ''), UNSAFE)
     const evil = EVIL.replace(/[\u2028\r]/g, '')
     const texts = ['nope', 'echo ', 'help ', 'dbinfo ', 'dbinfo main ', 'monitor ', 'interactive ']
     const failing = ['thrown', 'named', 'stacked']
@@ -10124,15 +9940,11 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       assert.doesNotMatch(reply.replace(/[\n\t]/g, ''), UNSAFE, line)
       assert.doesNotMatch(reply, /^(ftw-monitor )?forged/m, line)
     }
-    assert.equal(errorsOf(logger).length, 5)
+    assert.equal(errorsOf(logger).length, 4)
     for (const logged of logger.lines) {
-      const [first, ...frames] = logged.split('\n')
-      assert.doesNotMatch(first!, UNSAFE)
-      for (const frame of frames) {
-        assert.doesNotMatch(frame, UNSAFE)
-        assert.match(frame, /^ +at /)
-        assert.doesNotMatch(frame, /forged/, logged)
-      }
+      const [first = '', ...frames] = logged.split('\n')
+      for (const line of [first, ...frames]) assert.doesNotMatch(line, UNSAFE)
+      for (const frame of frames) assert.match(frame, /^ +at (?!forged)/, logged)
     }
   })
 
@@ -10165,53 +9977,56 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       ['interactive\n', 'big\n'],
       ['', headOf('/help')]
     ] as const) {
-      const peers = await Promise.all(Array.from({ length: 4 }, () => converse(t, port)))
-      for (const peer of peers) {
-        peer.socket.pause().write(beginning)
-        void pour(peer, request.repeat(10_000), 20_000_000)
-      }
+      const peer = await converse(t, port)
+      peer.socket.pause().write(beginning)
+      void pour(peer, request.repeat(10_000), 20_000_000)
       let taken = -1
       const isStuck = async () => {
         const earlier = taken
         for (let turn = 0; turn < 5; turn++) await untilSeen(port)
-        const bytes = peers.map(({ socket }) => socket.bytesWritten - socket.writableLength)
-        taken = bytes.reduce((sum, each) => sum + each)
+        taken = peer.socket.bytesWritten - peer.socket.writableLength
         return taken === earlier
       }
       await until(isStuck, `no more ${request} is taken`)
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
       const bytes = await grown()
-      assert.ok(bytes < peers.length * 1_500_000, `${bytes} bytes more`)
-      for (const { socket } of peers) socket.destroy()
+      assert.ok(bytes < 3_000_000, `${bytes} bytes more`)
+      peer.socket.destroy()
     }
   })
 
-  test(
-    'without a free descriptor status(), metrics and monitor tell what they can',
-    NEEDS_DESCRIPTORS,
-    async (t) => {
-      const { port } = await bootProcess(t, {
-        descriptors: 200,
-        script: `
-          import * as fs from 'node:fs'
-          monitor.register('fill', '', async (peer) => {
-            try {
-              for (;;) fs.openSync('/dev/null')
-            } catch {}
-            const { residentMemoryBytes, healthy } = await monitor.status()
-            peer.write('memory ' + residentMemoryBytes + ', healthy ' + healthy + '\\n')
-          })`
-      })
-      const text = await ask(port, 'interactive\nfill\nmonitor\nmetrics\nquit\n')
-      assert.match(text, /\nmemory -1, healthy true\n0\nVmRSS:\t/)
-      assert.match(text, /\nftw_monitor_healthy 1\n/)
-      assert.doesNotMatch(text, /Error/)
-    }
-  )
+  test('without a free descriptor status(), metrics and monitor tell what they can', async (t) => {
+    const { port } = await bootProcess(t, {
+      under: ['sh', '-c', 'ulimit -n 200; exec "$@"', 'sh'],
+      script: `
+        import * as fs from 'node:fs'
+        monitor.register('fill', '', async (peer) => {
+          try {
+            for (;;) fs.openSync('/dev/null')
+          } catch {}
+          const { residentMemoryBytes, healthy } = await monitor.status()
+          peer.write('memory ' + residentMemoryBytes + ', healthy ' + healthy + '\\n')
+        })`
+    })
+    const text = await ask(port, 'interactive\nfill\nmonitor\nmetrics\nquit\n')
+    assert.match(text, /\nmemory -1, healthy true\n0\nVmRSS:\t/)
+    assert.match(text, /\nftw_monitor_healthy 1\n/)
+    assert.doesNotMatch(text, /Error/)
+  })
+
+  test('a shutdown whose cleanUp hangs exits after 28 s by default', SLOW, async (t) => {
+    const script = 'options = { cleanUp: () => new Promise(() => {}) }'
+    const service = await bootService(t, { script })
+    const { status, ms, output } = await service.end('SIGTERM', 60_000)
+    const exits = 'ftw-monitor exits after 28 s; cleanUp did not finish'
+    assert.deepEqual([status, linesOfShutdown(output)], [1, [exits]])
+    assert.ok(ms > 27_900, `${ms} ms`)
+  })
 })
 
 describeProcesses('Attacks and limits', ALONE, () => {
   test('the 257th is answered: the address with the most loses what was idle longest, else its oldest', async (t) => {
+    const HELD = 256 // is how many connections a monitor holds
     const timers = takeTimers(t)
     let hanging = 0
     const { monitor, port } = await bootInstance(t, { performers: WARM })
@@ -10221,15 +10036,13 @@ describeProcesses('Attacks and limits', ALONE, () => {
     })
     const many = (count: number, from: string) =>
       Promise.all(Array.from({ length: count }, () => converse(t, port, { from })))
-    const interactive = (peer: Peer) => {
-      peer.socket.write('interactive\n')
-      return until(() => peer.transcript.endsWith('exit.\n'), 'it is interactive')
-    }
     const modest = await many(100, '127.0.0.1')
     await untilSeen(port)
     timers.pass(1_000)
     const [active, idle] = (await many(2, '127.0.0.2')) as [Peer, Peer]
-    await Promise.all([active, idle].map(interactive))
+    await untilSeen(port)
+    active.say('interactive\n')
+    await until(() => active.transcript.endsWith('exit.\n'), 'it is interactive')
     timers.pass(1_000)
     const greedy = await many(HELD - 102, '127.0.0.2')
     active.socket.write('health_check\n')
@@ -10257,34 +10070,19 @@ const KNOWN_BYTES = [
   'flow\n',
   'interactive\nhealth_check\n',
   '\r\n\nquit',
-  'dbinfo - 1\nnope ',
   'GET /health_check HTTP/1.1\r\nHost: a\r\n',
-  'POST /%ff%00 HTTP/1.0\r\n',
   'Content-Length: 9\r\n\r\n',
   'Transfer-Encoding: chunked\r\n\r\nfff\r\n',
   'Connection: Upgrade\r\nUpgrade: h2c\r\n',
-  'Expect: 100-continue\r\n',
   'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
   'CONNECT a:1 HTTP/1.1\r\n\r\n',
   '\x16\x03\x01',
   'GET /../..//help?%0a HTTP/1.1\r\n\r\n'
 ]
 
-/** What a stranger might send: noise, beginnings of commands and heads, and noise in between. */
-function hostileBytes(random: () => number): Buffer {
-  const part = () => {
-    const length = Math.floor(random() ** 3 * 600)
-    const noise = Array.from({ length }, () => Math.floor(random() * 256))
-    const known = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
-    return random() < 0.5 ? Buffer.from(noise) : Buffer.from(known, 'latin1')
-  }
-  return Buffer.concat(Array.from({ length: Math.floor(random() * 6) }, part))
-}
-
-/** Sends bytes in pieces, and resets the connection, in the middle of the reply or after the last
- *  piece, or takes what comes until its end. */
+/** Sends noise and known bytes, piece by piece, and resets the connection, in the middle of the reply
+ *  or after the last piece, or takes what comes until its end. */
 async function sendHostile(port: number, from: string, random: () => number): Promise<void> {
-  const bytes = hostileBytes(random)
   const socket = connectTo(port, { from })
   const closed = new Promise((resolve) => socket.on('close', resolve))
   socket.on('error', () => {})
@@ -10292,32 +10090,18 @@ async function sendHostile(port: number, from: string, random: () => number): Pr
   socket.resume()
   const fate = random()
   if (fate < 0.25) socket.once('data', () => socket.resetAndDestroy())
-  let sent = 0
-  while (sent < bytes.length && !socket.destroyed) {
-    const end = sent + 1 + Math.floor(random() * bytes.length)
-    const piece = bytes.subarray(sent, end)
-    await new Promise((resolve) => socket.write(piece, resolve))
-    sent = end
+  for (let pieces = Math.floor(random() * 8); pieces > 0 && !socket.destroyed; pieces--) {
+    const length = Math.floor(random() ** 3 * 600)
+    const noise = Array.from({ length }, () => Math.floor(random() * 256))
+    const known = KNOWN_BYTES[Math.floor(random() * KNOWN_BYTES.length)]!
+    const bytes = Buffer.from(random() < 0.5 ? noise : known)
+    const end = Math.ceil(bytes.length * random() * 2) // half of them are cut short
+    await new Promise((resolve) => socket.write(bytes.subarray(0, end), resolve))
   }
   if (fate > 0.5) socket.resetAndDestroy()
   else socket.end()
   await closed
 }
-
-describeProcesses('Endurance', TOGETHER, () => {
-  test(
-    'without limits of its own a shutdown whose cleanUp hangs exits after 28 s',
-    SLOW,
-    async (t) => {
-      const script = 'options = { cleanUp: () => new Promise(() => {}) }'
-      const service = await bootService(t, { script })
-      const { status, ms, output } = await service.end('SIGTERM', 60_000)
-      const exits = 'ftw-monitor exits after 28 s; cleanUp did not finish'
-      assert.deepEqual([status, linesOfShutdown(output)], [1, [exits]])
-      assert.ok(ms > 27_900, `${ms} ms`)
-    }
-  )
-})
 
 describeProcesses('Endurance', ALONE, () => {
   test('after many requests, aborted ones among them, none is counted in flight', async (t) => {
