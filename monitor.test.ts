@@ -5464,8 +5464,9 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       })
       process.on('uncaughtException', ({ message }) => print('heard', message))
       process.on('SIGTERM', () => { throw new Error('broken') })
-      process.on('SIGTERM', ${hear('on before')})
-      process.once('SIGTERM', ${hear('once before')})
+      const before = ${hear('before')}
+      process.on('SIGTERM', before)
+      process.once('SIGTERM', before)
       const takenOff = ${hear('nothing')}
       process.on('SIGTERM', takenOff)
       options.onSignal = () => process.off('SIGTERM', takenOff)
@@ -5484,8 +5485,8 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       'prependOnceListener SIGTERM 15 late',
       'prependListener SIGTERM 15 late',
       'broken',
-      'on before SIGTERM 15 late',
-      'once before SIGTERM 15 late',
+      'before SIGTERM 15 late',
+      'before SIGTERM 15 late',
       'on SIGTERM 15 late',
       'addListener SIGTERM 15 late',
       'once SIGTERM 15 late'

@@ -3571,7 +3571,9 @@ class Signals {
     for (const [name, own] of this.#listeners) {
       for (const listener of process.rawListeners(name) as SignalListener[]) {
         const original = this.#heldBack.get(listener)
-        if (original) replaceListener(name, listener, original)
+        if (!original) continue
+        process.off(name, listener) // first, for the same reason
+        process.on(name, original)
       }
       process.off(name, own)
     }
@@ -3589,12 +3591,15 @@ class Signals {
     if (!own || areHeldBack) return
 
     const originals = new Map<NamedListener, SignalListener>()
+    // All first, or eleven would cost a warning of Node.js; from the last one on, since off(f) takes
+    // the last that is f or once(f).
+    for (const listener of others.slice().reverse()) process.off(name, listener)
     for (const listener of others) {
       const original = this.#heldBack.get(listener) ?? listener
       const place: NamedListener = () => {}
       this.#heldBack.set(place, original)
       originals.set(place, original)
-      replaceListener(name, listener, place)
+      process.on(name, place)
     }
     // Not before, or off() would have taken it for the original.
     for (const [place, original] of originals) place.listener = unwrapped(original)
@@ -3634,11 +3639,6 @@ class Signals {
     for (const other of others) process.nextTick(other.bind(process), name, number)
     return others.length > 0
   }
-}
-
-function replaceListener(name: NodeJS.Signals, from: SignalListener, to: SignalListener): void {
-  process.off(name, from) // first, or eleven listeners would cost a warning of Node.js
-  process.on(name, to)
 }
 
 /** Those which `process.listeners()` returns. */
