@@ -3826,24 +3826,6 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(seen, ['/shop/', '/search/?next=/a/', '/?a=1,2&b=3'])
   })
 
-  test('a site that failed stays red when the retry begins during a warm-up by hand', async (t) => {
-    const setForReal = setInterval
-    const setFaster = (act: () => void, ms: number) => setForReal(act, ms / 5)
-    t.mock.method(globalThis, 'setInterval', setFaster as typeof setInterval)
-    let isByHand = false
-    const performers = {
-      '/broken': () => Promise.reject(new Error('broken')),
-      '/slow': () => (isByHand ? pause(300) : undefined)
-    }
-    const { monitor, instancePort } = await bootInstance(t, { performers, until: 'started' })
-    await untilVerdict(monitor, /^Warmup failed/)
-    isByHand = true
-    const { status, body } = await getPage(instancePort, '/@@warmup')
-    assert.deepEqual([status, body], [500, 'Warmup failed: /broken: broken\n'])
-    await pause(100)
-    assert.equal((await monitor.health()).healthy, false)
-  })
-
   test('the failed sites alone are tried again, after a pause that doubles, and at once when a database is back', async (t) => {
     const timers = takeTimers(t)
     let isConnected = true
@@ -9633,6 +9615,25 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       assert.ok(ms > 1_990, `${ms} ms`)
     })
   }
+
+  test("WebSockets of ws get the README's goodbye", needsPackage('ws'), async (t) => {
+    const goodbye = readmeBlock('js', 'webSockets.clients').replace(
+      'shutdownOnSignal',
+      'options = '
+    )
+    const script = `
+      import { WebSocketServer } from 'ws'
+      const webSockets = new WebSocketServer({ server })
+      const pool = { end: cleanUp }
+      ${goodbye}`
+    const service = await bootService(t, { cwd: PACKAGES!, script })
+    const { WebSocket } = createRequire(`${PACKAGES}/`)('ws')
+    const client = new WebSocket(`ws://127.0.0.1:${service.instancePort}`)
+    const closed = once(client, 'close')
+    await once(client, 'open')
+    const { status, output } = await service.end()
+    assert.deepEqual([status, (await closed)[0]], [0, 1001], output)
+  })
 
   for (const [command, status, lastWords = /^/] of UNMODIFIED) {
     const [name = ''] = command.split('/')
