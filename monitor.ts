@@ -3591,8 +3591,8 @@ class Signals {
     if (!own || areHeldBack) return
 
     const originals = new Map<NamedListener, SignalListener>()
-    // All first, or eleven would cost a warning of Node.js; from the last one on, since off(f) takes
-    // the last that is f or once(f).
+    // Before the places are added, or eleven would cost a warning of Node.js; from the last one on,
+    // since off(f) takes the last that is f or once(f).
     for (const listener of others.slice().reverse()) process.off(name, listener)
     for (const listener of others) {
       const original = this.#heldBack.get(listener) ?? listener
