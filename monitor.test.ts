@@ -8702,12 +8702,14 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     for (const [name, rest] of Object.entries(rows)) {
       rows[name] = `cannot ask 127.0.0.1:${port + 80}: no answer within ${rest}`
     }
-    const tunnel = await fakeInstance(t, (socket) => socket.end())
-    for (const name of ['health_check', 'livez', 'resume', 'queue']) {
-      rows[`${name} --port ${tunnel}`] = `cannot ask 127.0.0.1:${tunnel + 80}: no answer`
-    }
     const flags = [flagForTimeouts(2_000, 30_000)]
     await assertFailures(t, rows, { env: { PORT: String(port) }, flags })
+
+    const tunnel = await fakeInstance(t, (socket) => socket.end())
+    const lines = ['health_check', 'livez', 'resume', 'queue'].map((name) => {
+      return [`${name} --port ${tunnel}`, `cannot ask 127.0.0.1:${tunnel + 80}: no answer`]
+    })
+    await assertFailures(t, Object.fromEntries(lines) as Record<string, string>)
   })
 })
 
