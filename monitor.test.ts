@@ -9106,7 +9106,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   test("the README's rolling restart kills what hangs, waits for what warms up, and stops at what dies", async (t) => {
     const ports = [await freePort(), await freePort()] as const
     const [first, second] = ports
-    t.after(() => void spawnSync('kill', ['-KILL', ...ports.map(pidOf)])) // before they are gone
+    const killAll = () => spawnSync('sh', ['-c', `kill -KILL ${ports.map(pidOf).join(' ')}`])
+    t.after(() => void killAll()) // before the files of their ids are gone
     const folder = scratchFolder(t)
     const pidOf = (port: number) => fs.readFileSync(join(folder, `${port}.pid`), 'utf8').trim()
     const hung = watch(t, 'sh', ['-c', "trap '' TERM; echo hangs; exec sleep 1000"])
