@@ -1323,6 +1323,7 @@ class Traffic {
   #connectionsSoFar = 0
   /** The last socket that was announced as one of HTTP/2. */
   #newestCarrier: net.Socket | undefined
+  /** Of HTTP/1. Who answers asks it at that moment, since a drain may have ended meanwhile. */
   isSendingElsewhere = false
   #isSendingSessionsElsewhere = false
   /** `refusing`: accepts no connection. `closing`: closes those that are quiet, too. `over`: what
@@ -3572,7 +3573,7 @@ class Signals {
       for (const listener of process.rawListeners(name) as SignalListener[]) {
         const original = this.#heldBack.get(listener)
         if (!original) continue
-        process.off(name, listener) // first, for the same reason
+        process.off(name, listener) // first, or eleven would cost a warning of Node.js
         process.on(name, original)
       }
       process.off(name, own)
@@ -3591,8 +3592,7 @@ class Signals {
     if (!own || areHeldBack) return
 
     const originals = new Map<NamedListener, SignalListener>()
-    // Before the places are added, or eleven would cost a warning of Node.js; from the last one on,
-    // since off(f) takes the last that is f or once(f).
+    // First, as above; from the last one on, since off(f) takes the last that is f or once(f).
     for (const listener of others.slice().reverse()) process.off(name, listener)
     for (const listener of others) {
       const original = this.#heldBack.get(listener) ?? listener
