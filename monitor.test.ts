@@ -4,11 +4,12 @@
 // Where does my test go? Into the suite of its subject, below `// --- The verdict` and the like. A
 // subject has up to three suites: your test runs ALONE if it touches what belongs to the whole
 // process (the environment, the clock, timers), PAIRWISE or SIDE_BY_SIDE if it starts processes, else
-// TOGETHER with others. Its name is a sentence about one behaviour. A table for one subject stands above
-// its suites, a helper for several among the helpers, which come first. Do not wait for a limit of the
-// module, nor measure one: move the clock (fakeClock) and its timers (takeTimers). For an event, poll
-// (until). What needs a program says so: `needs('openssl')`; what takes many seconds is SLOW. What
-// starts processes has a busy machine around it: up to six tests at a time, and the other parts.
+// TOGETHER with others. Its name is a sentence about a behaviour, or about several that one instance
+// goes through. A table for one subject stands above its suites, a helper for several among the
+// helpers, which come first. Do not wait for a limit of the module, nor measure one: move the clock
+// (fakeClock) and its timers (takeTimers). For an event, poll (until). What needs a program says so:
+// `needs('openssl')`; what takes many seconds is SLOW. What starts processes has a busy machine around
+// it: up to six tests at a time, and the other parts.
 //
 // `node --test --test-name-pattern='The verdict' monitor.test.ts` runs one subject.
 
@@ -1166,6 +1167,150 @@ async function upgrade(t: TestContext, port: number): Promise<Peer> {
   return peer
 }
 
+// Helpers: what several subjects share
+
+/** Has a server upgrade connections of which we hear no more; gives its ends of them. */
+function takeUpgradesBare(server: net.Server): net.Socket[] {
+  const upgraded: net.Socket[] = []
+  server.on('upgrade', (_, socket: net.Socket) => {
+    socket.removeAllListeners()
+    socket.on('error', () => {})
+    socket.write(UPGRADED)
+    upgraded.push(socket)
+  })
+  return upgraded
+}
+
+/** How many requests the instance has begun to serve. */
+async function askRequests(port: number): Promise<number> {
+  return (await askMetrics(port))['ftw_monitor_http_requests_total'] ?? NaN
+}
+
+async function askMetrics(port: number): Promise<Record<string, number>> {
+  return readSamples(await ask(port, 'metrics\n'))
+}
+
+/** The page that a browser gets at the monitor's root. */
+function openPage(port: number, options: PageOptions & { path?: string } = {}) {
+  const { path = '/', headers = {}, ...others } = options
+  return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
+}
+
+/** Asks for /status, and holds it to the health check response format. */
+async function askHealthJson(port: number, options: PageOptions = {}) {
+  const { status, headers, body } = await getPage(port, '/status', options)
+  assert.equal(headers['content-type'], 'application/health+json')
+  const json = JSON.parse(body)
+  const checks = Object.values<Record<string, unknown>[]>(json.checks).flat()
+  for (const { status: grade, observedValue, observedUnit, time } of checks) {
+    assert.match(String(grade), /^(pass|warn|fail)$/)
+    assert.equal(typeof observedValue, 'number')
+    assert.match(String(observedUnit), /^\w+$/)
+    assert.equal(new Date(String(time)).toISOString(), time)
+  }
+  return { status, json }
+}
+
+/** The reasons of the last changes, in their order. */
+async function reasonsOf(monitor: Monitor): Promise<string[]> {
+  return (await monitor.status()).changes.map(({ reason }) => reason)
+}
+
+/** Performers of these sites: they keep who is called, wait for the gate, and fail as they are told. */
+function recordSites(...sites: string[]) {
+  const record = {
+    calls: [] as string[],
+    gate: latch(),
+    /** What goes wrong with a site. */
+    failures: {} as Record<string, unknown>,
+    performers: {} as Record<string, WarmupPerformer>
+  }
+  record.gate.open()
+  for (const each of sites) {
+    record.performers[each] = async ({ site }) => {
+      record.calls.push(site)
+      await record.gate.opened
+      if (site in record.failures) throw record.failures[site]
+    }
+  }
+  return record
+}
+
+const READY = { options: { listen: LOOPBACK, healthPath: '/ready' }, performers: WARM }
+
+/** Asks for the verdict as a prober does, so many times from this address. */
+async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise<void> {
+  await askTimes(times, port, 'health_check\n', { from })
+}
+
+/** Sends requests regardless of the answers, each on a connection of its own, until one is refused;
+ *  every other one is a POST. */
+function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: number) {
+  const load = { sent: 0, served: 0, refusedAt: 0, failures: [] as string[] }
+  let isStopped = false
+  t.after(() => {
+    isStopped = true
+  })
+
+  const sendOne = async (options: PageOptions) => {
+    const outcome = await getPage(port, path, options).then(({ status }) => String(status), codeOf)
+    if (outcome === 'ECONNREFUSED') {
+      load.refusedAt ||= performance.now()
+      return
+    }
+    load.sent++
+    if (outcome === '200') load.served++
+    else load.failures.push(outcome)
+  }
+
+  const sendAll = async () => {
+    const all: Promise<void>[] = []
+    while (!isStopped && load.refusedAt === 0) {
+      all.push(sendOne(all.length % 2 === 0 ? {} : { method: 'POST', body: 'a=1' }))
+      await pause(everyMs)
+    }
+    await Promise.all(all)
+  }
+  return { load, done: sendAll() }
+}
+
+const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal)"
+
+const INTERACTIVE = 'Interactive mode on.  Use "quit" To exit.\n'
+
+/** Sends each text on a connection of its own; what comes back until the end must be as given. */
+async function assertReplies(
+  where: number | string,
+  replies: Record<string, string | RegExp>,
+  options: AskOptions = {}
+): Promise<void> {
+  for (const [text, expected] of Object.entries(replies)) {
+    const reply = await ask(where, text, options)
+    if (typeof expected === 'string') assert.equal(reply, expected, JSON.stringify(text))
+    else assert.match(reply, expected, JSON.stringify(text))
+  }
+}
+
+/** For a process whose timeouts of these lengths are over a hundred times as soon. */
+function flagForTimeouts(...limitsMs: number[]): string {
+  const source = `
+    const timeout = setTimeout
+    const isQuick = (ms) => [${limitsMs.join()}].includes(ms)
+    globalThis.setTimeout = (act, ms, ...rest) => timeout(act, isQuick(ms) ? ms / 100 : ms, ...rest)`
+  return `--import=data:text/javascript,${encodeURIComponent(source)}`
+}
+
+/** The first block of the README in this language that has this text. */
+function readmeBlock(language: string, text = ''): string {
+  const blocks = README_TEXT.matchAll(/^```(\w*)\n([^]*?)^```$/gm)
+  const found = [...blocks].find(
+    ([, kind, block = '']) => kind === language && block.includes(text)
+  )
+  const [, , block] = found ?? []
+  assert.ok(block !== undefined, `${language} with ${text}`)
+  return block
+}
+
 // --- Start and stop ------------------------------------------------------------------------------
 
 describeInProcess('Start and stop', TOGETHER, () => {
@@ -2052,18 +2197,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
 
 // --- The application -----------------------------------------------------------------------------
 
-/** Has a server upgrade connections of which we hear no more; gives its ends of them. */
-function takeUpgradesBare(server: net.Server): net.Socket[] {
-  const upgraded: net.Socket[] = []
-  server.on('upgrade', (_, socket: net.Socket) => {
-    socket.removeAllListeners()
-    socket.on('error', () => {})
-    socket.write(UPGRADED)
-    upgraded.push(socket)
-  })
-  return upgraded
-}
-
 describeInProcess('The application', TOGETHER, () => {
   test('an upgraded connection whose listeners the application takes off is counted until it is closed', async (t) => {
     const server = await serve(t)
@@ -2858,11 +2991,6 @@ async function bootUnasked(t: TestContext, setup: InstanceSetup = {}) {
   return instance
 }
 
-/** The reasons of the last changes, in their order. */
-async function reasonsOf(monitor: Monitor): Promise<string[]> {
-  return (await monitor.status()).changes.map(({ reason }) => reason)
-}
-
 const RECORDED_BOOT = ['Instance is booting', 'Warmup in progress', 'OK']
 
 describeInProcess('Changes of the verdict', ALONE, () => {
@@ -3388,26 +3516,6 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
 // --- Warm-up -------------------------------------------------------------------------------------
 
 currentPart = 'warm-up'
-
-/** Performers of these sites: they keep who is called, wait for the gate, and fail as they are told. */
-function recordSites(...sites: string[]) {
-  const record = {
-    calls: [] as string[],
-    gate: latch(),
-    /** What goes wrong with a site. */
-    failures: {} as Record<string, unknown>,
-    performers: {} as Record<string, WarmupPerformer>
-  }
-  record.gate.open()
-  for (const each of sites) {
-    record.performers[each] = async ({ site }) => {
-      record.calls.push(site)
-      await record.gate.opened
-      if (site in record.failures) throw record.failures[site]
-    }
-  }
-  return record
-}
 
 describeInProcess('Warm-up', TOGETHER, () => {
   test('/@@warmup and the command warmup warm every site, or one; others are not found, and a POST does nothing', async (t) => {
@@ -4133,13 +4241,6 @@ describeInProcess('Warm-up', PAIRWISE, () => {
 
 // --- The health path -----------------------------------------------------------------------------
 
-const READY = { options: { listen: LOOPBACK, healthPath: '/ready' }, performers: WARM }
-
-/** How many requests the instance has begun to serve. */
-async function askRequests(port: number): Promise<number> {
-  return (await askMetrics(port))['ftw_monitor_http_requests_total'] ?? NaN
-}
-
 describeInProcess('The health path', TOGETHER, () => {
   test('the own port of the service answers GET and HEAD there, before the service sees it, and its connection delays no end', async (t) => {
     const seen: string[] = []
@@ -4269,11 +4370,6 @@ describeInProcess('The health path', ALONE, () => {
 })
 
 // --- Probers -------------------------------------------------------------------------------------
-
-/** Asks for the verdict as a prober does, so many times from this address. */
-async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise<void> {
-  await askTimes(times, port, 'health_check\n', { from })
-}
 
 describeInProcess('Probers', ALONE, () => {
   test('of more than 64 addresses the one that asks least often makes room, and who has many names at the health path pushes out its own', async (t) => {
@@ -4632,44 +4728,6 @@ describeInProcess('Draining', ALONE, () => {
 })
 
 // --- Shutdown ------------------------------------------------------------------------------------
-
-/** Sends requests regardless of the answers, each on a connection of its own, until one is refused;
- *  every other one is a POST. */
-function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: number) {
-  const load = { sent: 0, served: 0, refusedAt: 0, failures: [] as string[] }
-  let isStopped = false
-  t.after(() => {
-    isStopped = true
-  })
-
-  const sendOne = async (options: PageOptions) => {
-    const outcome = await getPage(port, path, options).then(({ status }) => String(status), codeOf)
-    if (outcome === 'ECONNREFUSED') {
-      load.refusedAt ||= performance.now()
-      return
-    }
-    load.sent++
-    if (outcome === '200') load.served++
-    else load.failures.push(outcome)
-  }
-
-  const sendAll = async () => {
-    const all: Promise<void>[] = []
-    while (!isStopped && load.refusedAt === 0) {
-      all.push(sendOne(all.length % 2 === 0 ? {} : { method: 'POST', body: 'a=1' }))
-      await pause(everyMs)
-    }
-    await Promise.all(all)
-  }
-  return { load, done: sendAll() }
-}
-
-/** Has the timeouts of seconds that are the monitor's pass ten times as fast; those of programs come
- *  by node:timers. */
-const QUICK_TIMEOUTS = `--import=data:text/javascript,${encodeURIComponent(`
-  const { setTimeout } = globalThis
-  globalThis.setTimeout = (act, ms, ...rest) => setTimeout(act, ms < 3_000 ? ms : ms / 10, ...rest)
-`)}`
 
 describeInProcess('Shutdown', TOGETHER, () => {
   test('shutdown() called twice is one shutdown, which aborts a warm-up that asks the instance itself, and start() works again after it', async (t) => {
@@ -5206,8 +5264,6 @@ describeProcesses('Shutdown', ALONE, () => {
 
 // --- Signals -------------------------------------------------------------------------------------
 
-const TELLS_OF_SIGNAL = "options.onSignal = ({ signal }) => print('told', signal)"
-
 const hear = (name: string) =>
   `(...args) => print('heard', '${name}', ...args, isOpen ? 'early' : 'late')`
 const heardIn = (output: string) => output.match(/(?<=^heard ).*/gm) ?? []
@@ -5508,21 +5564,6 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
 
 // --- The command table ---------------------------------------------------------------------------
 
-const INTERACTIVE = 'Interactive mode on.  Use "quit" To exit.\n'
-
-/** Sends each text on a connection of its own; what comes back until the end must be as given. */
-async function assertReplies(
-  where: number | string,
-  replies: Record<string, string | RegExp>,
-  options: AskOptions = {}
-): Promise<void> {
-  for (const [text, expected] of Object.entries(replies)) {
-    const reply = await ask(where, text, options)
-    if (typeof expected === 'string') assert.equal(reply, expected, JSON.stringify(text))
-    else assert.match(reply, expected, JSON.stringify(text))
-  }
-}
-
 describeInProcess('The command table', TOGETHER, () => {
   test('what a command answers decides what follows on its connection, but not over HTTP', async (t) => {
     const answerMode: Command = (connection, mode, when) => {
@@ -5804,12 +5845,6 @@ describeInProcess('Commands', TOGETHER, () => {
 
 // --- Figures, metrics and status -----------------------------------------------------------------
 
-/** The page that a browser gets at the monitor's root. */
-function openPage(port: number, options: PageOptions & { path?: string } = {}) {
-  const { path = '/', headers = {}, ...others } = options
-  return getPage(port, path, { headers: { Accept: 'text/html', ...headers }, ...others })
-}
-
 /** The cells of each row of the page, without their markup; `▢` stands for a bar, and a blank for one
  *  that does not break. */
 function rowsOfPage(body: string): string[] {
@@ -5821,25 +5856,6 @@ function rowsOfPage(body: string): string[] {
       .replaceAll(/<td[^>]*>/g, '|')
       .replaceAll('\u00a0', ' ')
   )
-}
-
-/** Asks for /status, and holds it to the health check response format. */
-async function askHealthJson(port: number, options: PageOptions = {}) {
-  const { status, headers, body } = await getPage(port, '/status', options)
-  assert.equal(headers['content-type'], 'application/health+json')
-  const json = JSON.parse(body)
-  const checks = Object.values<Record<string, unknown>[]>(json.checks).flat()
-  for (const { status: grade, observedValue, observedUnit, time } of checks) {
-    assert.match(String(grade), /^(pass|warn|fail)$/)
-    assert.equal(typeof observedValue, 'number')
-    assert.match(String(observedUnit), /^\w+$/)
-    assert.equal(new Date(String(time)).toISOString(), time)
-  }
-  return { status, json }
-}
-
-async function askMetrics(port: number): Promise<Record<string, number>> {
-  return readSamples(await ask(port, 'metrics\n'))
 }
 
 describeInProcess('Figures, metrics and status', TOGETHER, () => {
@@ -7205,15 +7221,6 @@ const TELL_OF_TRACES = `
   }`
 const NO_TRACES = JSON.stringify({ listeners: [0, 0], open: [], isEmitOwn: false })
 
-/** For a process whose timeouts of these lengths are over a hundred times as soon. */
-function flagForTimeouts(...limitsMs: number[]): string {
-  const source = `
-    const timeout = setTimeout
-    const isQuick = (ms) => [${limitsMs.join()}].includes(ms)
-    globalThis.setTimeout = (act, ms, ...rest) => timeout(act, isQuick(ms) ? ms / 100 : ms, ...rest)`
-  return `--import=data:text/javascript,${encodeURIComponent(source)}`
-}
-
 describeProcesses('The module', SIDE_BY_SIDE, () => {
   test('with FTW_MONITOR=auto a program with a signal listener of its own ends in its way, and loses nothing', async (t) => {
     const source = `${PLAIN_SERVER}
@@ -7529,6 +7536,13 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
 })
 
 // --- Never worse than without us -----------------------------------------------------------------
+
+/** Has the timeouts of seconds that are the monitor's pass ten times as fast; those of programs come
+ *  by node:timers. */
+const QUICK_TIMEOUTS = `--import=data:text/javascript,${encodeURIComponent(`
+  const { setTimeout } = globalThis
+  globalThis.setTimeout = (act, ms, ...rest) => setTimeout(act, ms < 3_000 ? ms : ms / 10, ...rest)
+`)}`
 
 // Whatever a program does without us, it does with us; it only does it later, or better. So most of
 // these programs are lived several times: without us, with FTW_MONITOR=auto, and with calls of their
@@ -8902,17 +8916,6 @@ const TRANSCRIPT = [...CONSOLES]
   .flatMap(([, block = '']) => [...block.matchAll(NC_COMMAND)])
   .map(([, command = '', reply = '']) => ({ command, reply }))
   .filter(({ command }) => /health_check|warmup_state/.test(command))
-
-/** The first block of the README in this language that has this text. */
-function readmeBlock(language: string, text = ''): string {
-  const blocks = README_TEXT.matchAll(/^```(\w*)\n([^]*?)^```$/gm)
-  const found = [...blocks].find(
-    ([, kind, block = '']) => kind === language && block.includes(text)
-  )
-  const [, , block] = found ?? []
-  assert.ok(block !== undefined, `${language} with ${text}`)
-  return block
-}
 
 const NEXT_ENVIRONMENT = { NEXT_TELEMETRY_DISABLED: '1', NODE_ENV: 'production' }
 
