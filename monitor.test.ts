@@ -2631,6 +2631,8 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
     const isSent = () => peer.socket.writableLength === 0 && peer.transcript.endsWith('not you')
     await until(() => peer.isClosed || isSent(), 'it is over')
     assert.equal(peer.isClosed, false, 'it is not reset')
+    const ms = await timeOf(until(() => peer.socket.readableEnded, 'its connection is ended'))
+    assert.ok(ms < 3_000, `${ms} ms`) // its body is no half a head, which would have five seconds
     peer.socket.end()
     const answer = peer.transcript.replace(/^(Date|Connection|Keep-Alive): .*\r\n/gm, '')
     assert.equal(answer, 'HTTP/1.1 401 Unauthorized\r\nContent-Length: 7\r\n\r\nnot you')
@@ -2846,6 +2848,37 @@ describeInProcess('The verdict', ALONE, () => {
       for (const from of [us, stranger]) await expectReplies(from, 'new disk', 'stopped')
     }
   )
+
+  test('where nothing listens the log says so, of a server after 10 s, of a port after 20, and nowhere else', async (t) => {
+    setEnvironment(t, { HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
+    const timers = takeTimers(t)
+    const begin = async (instance: StartOptions) => {
+      const logger = recorder()
+      const monitor = await importMonitor(t)
+      void monitor.start({ listen: LOOPBACK, logger, ...instance })
+      return { logger, monitor }
+    }
+    const there = portOf(hide(await serve(t)))
+    const port = await freePort()
+    const of = [
+      { server: http.createServer() },
+      { server: await serve(t) },
+      { port },
+      { port: there }
+    ]
+    const begun = await Promise.all(of.map(begin))
+    await untilVerdict(begun[3]!.monitor)
+    const seenAfter = (ms: number) => {
+      timers.pass(ms)
+      return begun.map(({ logger }) => warningsOf(logger).join('\n'))
+    }
+    const unheard = 'warn ftw-monitor waits for the server to listen'
+    const unseen = `warn ftw-monitor finds nothing at http://127.0.0.1:${port}`
+    assert.deepEqual(seenAfter(9_500), ['', '', '', ''])
+    assert.deepEqual(seenAfter(500), [unheard, '', '', ''])
+    assert.deepEqual(seenAfter(9_500), [unheard, '', '', ''])
+    assert.deepEqual(seenAfter(500), [unheard, '', unseen, ''])
+  })
 
   test('with PORT alone, the first check after the server has closed is red, until it listens again', async (t) => {
     const timers = takeTimers(t)
@@ -3695,6 +3728,24 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
+  test(
+    'over https on a port that fetch refuses, a performer has to warm up',
+    needs('openssl'),
+    async (t) => {
+      const refused = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]
+      const isFreeOf = await Promise.all(refused.map(isFree))
+      const port = refused.find((_, index) => isFreeOf[index])
+      if (!port) return t.skip('all such ports are in use')
+      const listener = https.createServer(certify(t, 'localhost'), hello)
+      const server = await startListening(t, listener, { host: '127.0.0.1', port })
+      const { monitor } = await bootInstance(t, { server, until: 'started' })
+      const advice = 'bad port for fetch; register a warm-up performer that does without it'
+      await untilVerdict(monitor, `Warmup failed: ${advice}`)
+      monitor.registerWarmup('/', () => {})
+      await untilVerdict(monitor)
+    }
+  )
+
   test('an instance that speaks HTTP/2 alone is green when it accepts, after one warning; its :authority counts', async (t) => {
     const instance = http2.createServer(() => assert.fail('no request of ours can be read'))
     const server = await startListening(t, instance)
@@ -3755,8 +3806,9 @@ describeInProcess('Warm-up', TOGETHER, () => {
     const load: WarmupPerformer = async ({ url }) => {
       pages.push(await (await fetch(`${url}/page`)).text())
     }
-    await bootInstance(t, { server, performers: { '/': load } })
+    const { monitor } = await bootInstance(t, { server, performers: { '/': load } })
     assert.deepEqual(pages, ['hello'])
+    assert.equal((await monitor.status()).url, `http://[::1]:${portOf(server)}`)
   })
 
   test('of sites that fail with long texts no line in the log is long', async (t) => {
@@ -4990,6 +5042,20 @@ describeInProcess('Shutdown', ALONE, () => {
     for (const { transcript } of [first, later]) {
       assert.match(transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
     }
+  })
+
+  test('half a head is waited for until five seconds after its last byte', SLOW, async (t) => {
+    const { monitor, instancePort } = await bootInstance(t, { performers: WARM })
+    const peer = await converse(t, instancePort)
+    peer.say('GET / HT')
+    await getPage(instancePort, '/') // by then it has come
+    const ended = timeOf(monitor.shutdown())
+    await pause(1_000) // a slow client
+    peer.say('TP/1.1')
+    const ms = await ended
+    assert.ok(ms > 6_900 && ms < 12_000, `${ms} ms`) // a second later it is taken for quiet
+    assert.equal(peer.transcript, '')
+    assert.ok(peer.isClosed)
   })
 
   test('FTW_MONITOR_MINIMUM_MS holds, an option goes before FTW_MONITOR_TIMEOUT_MS, and half a head is cut like a request, as the log says', async (t) => {
