@@ -500,12 +500,17 @@ interface InstanceSetup {
   options?: StartOptions
   /** To wait for the address alone, and not for OK. */
   until?: 'started'
+  /** Whether the test causes an internal error. */
+  isFaulty?: boolean
 }
+
+const INTERNAL_ERROR = /has an internal error/
 
 /** An instance with its monitor, whose port is `port`. */
 async function bootInstance(t: TestContext, setup: InstanceSetup = {}) {
   const { databases = {}, performers = {}, prepare, handler, options } = setup
   const record = recorder()
+  if (!setup.isFaulty) t.after(() => assert.doesNotMatch(record.lines.join('\n'), INTERNAL_ERROR))
   const logger = setup.logger ?? record
   const monitor = setup.monitor ?? (await importMonitor(t))
   const server = setup.server ?? (await serve(t, handler))
@@ -744,6 +749,7 @@ function watch(t: TestContext, program: string, words: string[], options: Proces
   t.after(async () => {
     child.kill('SIGKILL')
     await watched.exit
+    assert.doesNotMatch(watched.output, INTERNAL_ERROR)
   })
   return watched
 }
@@ -1540,7 +1546,7 @@ describeInProcess('Start and stop', TOGETHER, () => {
     await until(() => held.length > 0, 'a request is in flight')
     server.close()
     assert.equal(await ask(second + 80, 'health_check\n'), 'Instance is shutting down\n')
-    await once(server.listen(first, local), 'listening')
+    await once(server.listen(first), 'listening')
     await untilHealthy(first + 80)
     letGo()
     assert.equal((await answer).body, 'late')
@@ -1624,6 +1630,8 @@ describeInProcess('Start and stop', ALONE, () => {
     server.listen(port, '127.0.0.1')
     assert.ok(typeof (await started) === 'object')
     assert.equal(warningsOf(logger).length, 1)
+    await monitor.stop()
+    assert.equal(timers.count(), 0)
   })
 })
 
@@ -2351,7 +2359,11 @@ describeInProcess('The application', TOGETHER, () => {
     const failing = (await import(file)) as Monitor
     t.after(() => failing.stop())
     const { server, held, letGo } = await serveHeld(t)
-    const { monitor, instancePort, logger } = await bootInstance(t, { monitor: failing, server })
+    const { monitor, instancePort, logger } = await bootInstance(t, {
+      monitor: failing,
+      server,
+      isFaulty: true
+    })
     const answer = getPage(instancePort, '/held')
     await until(() => held.length === 1, 'a request is in flight')
     assert.equal((await monitor.status()).requestsInFlight, 1)
@@ -3176,7 +3188,8 @@ describeInProcess('Changes of the verdict', ALONE, () => {
   })
 
   test('a fault of our own is logged once a minute, and the application serves', async (t) => {
-    const { server, instancePort, logger } = await bootInstance(t, { performers: WARM })
+    const setup = { performers: WARM, isFaulty: true }
+    const { server, instancePort, logger } = await bootInstance(t, setup)
     const clock = fakeClock(t)
     const countFaultsAfter = (ms: number) => {
       clock.now += ms
@@ -3933,10 +3946,15 @@ describeInProcess('Warm-up', ALONE, () => {
     setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: '0' })
     const sites = recordSites('/first', '/broken', '/odd', '/last')
     sites.failures = { '/broken': new Error('no such template'), '/odd': 'no error at all' }
-    const { monitor, port, instancePort } = await bootInstance(t, { performers: sites.performers })
+    const { performers } = sites
+    const { monitor, port, instancePort, logger } = await bootInstance(t, { performers })
     const stages = async () => (await monitor.status()).warmup.map(({ status }) => status).join(' ')
     assert.equal((await getPage(instancePort, '/first/@@warmup')).status, 200)
     assert.equal(await stages(), 'warm off off off')
+    assert.match(
+      logger.lines.at(-1) ?? '',
+      /^info ftw-monitor \(1\/4\) \/first is warm after \d\.\d s$/
+    )
     sites.gate = latch()
     sites.calls.length = 0
     const page = getPage(instancePort, '/@@warmup')
@@ -5765,6 +5783,7 @@ describeInProcess('The command table', ALONE, () => {
       [new RangeError('boom x y'), 'RangeError: boom x y\n'],
       [new Error('two\nlines\r\nand\0more'), 'Error: two lines  and more\n'],
       [new TypeError(''), 'TypeError: '],
+      ['no error at all', 'Error: no error at all\n'],
       ...Object.values(THROWN).map((error): [unknown, string] => [error, ''])
     ]
     for (const [error, text] of replies) {
@@ -6386,6 +6405,7 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       'stock{size="big"} +Inf'
     ]
     const counter = ['# TYPE process_cpu_seconds counter', 'process_cpu_seconds_total 1.5']
+    const bare = ['sold 1', 'process_cpu_seconds_total 1.5']
     const rows: [given: string[], taken: string[]][] = [
       [[...own, '', '# a comment', '# TYPE orders gauge', 'orders 2'], own],
       [
@@ -6398,7 +6418,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
         ],
         ['# TYPE stock counter', 'stock_total 1 1700000000000', 'sold{kind="# {x} 1"} 2']
       ],
-      [counter, counter] // which replaces ours, whose name has a _total more
+      [counter, counter], // which replaces ours, whose name has a _total more
+      [bare, bare]
     ]
     for (const [lines, taken] of rows) {
       given = lines
