@@ -836,12 +836,13 @@ async function bootProcess(t: TestContext, setup: ProcessSetup) {
   return { watched, port: Number(port), instancePort: Number(instancePort) }
 }
 
-/** For an instance that can be asked for its memory, and for a reply of 64 KiB. */
+/** For an instance that can be asked for its memory, for a reply of 64 KiB, and for none. */
 const MEASURED = {
   flags: ['--expose-gc'],
   script: `
     monitor.registerWarmup('/', () => {})
     monitor.register('big', '', (peer) => peer.write('x'.repeat(65_536)))
+    monitor.register('never', '', () => new Promise(() => {}))
     const measure = () => {
       globalThis.gc()
       const { heapUsed, external } = process.memoryUsage()
@@ -10077,6 +10078,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
 
     for (const [beginning, request] of [
       ['interactive\n', 'big\n'],
+      ['interactive\nnever\n', 'health_check\n'],
       ['', headOf('/help')]
     ] as const) {
       const peer = await converse(t, port)
