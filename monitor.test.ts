@@ -5257,23 +5257,38 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
   })
 
   test('requests on connections that came while the event loop was blocked are served, not reset, and so is one on an idle connection', async (t) => {
-    const script = `
-      options.onSignal = async () => {
-        await pause(60)
-        print('blocks')
-        const end = performance.now() + 500
-        while (performance.now() < end);
-      }`
-    const service = await bootService(t, { script })
+    const folder = scratchFolder(t)
+    const bootBlocking = (file: string) => {
+      const script = `
+        const { existsSync } = await import('node:fs')
+        options.onSignal = async () => {
+          await pause(60)
+          print('blocks')
+          const startedAtMs = performance.now() // in half a second all else is due
+          const isSent = () => existsSync(${JSON.stringify(file)})
+          const isWaiting = (ms) => ms < 500 || (ms < 10_000 && !isSent())
+          while (isWaiting(performance.now() - startedAtMs));
+        }`
+      return bootService(t, { script })
+    }
+    const isOver = ({ isClosed, transcript }: Peer) => isClosed || transcript.endsWith('served')
+    const served = /^HTTP\/1\.1 200 OK\r\n[^]*served$/
+
+    const isSent = join(folder, 'sent')
+    const service = await bootBlocking(isSent)
     service.kill('SIGTERM')
     await service.hasSaid('blocks')
-    const post = { method: 'POST', body: 'a=1' }
-    const pages = [1, 2, 3, 4, 5].map(() => getPage(service.instancePort, '/', post))
-    const outcomes = await Promise.all(pages.map((page) => page.then(({ body }) => body, codeOf)))
-    assert.deepEqual(outcomes, Array(5).fill('served'))
+    const connect = () => converse(t, service.instancePort)
+    const peers = await Promise.all([connect(), connect(), connect(), connect(), connect()])
+    const post = headOf('/', 'Content-Length: 3').replace('GET', 'POST')
+    for (const peer of peers) peer.say(`${post}a=1`)
+    fs.writeFileSync(isSent, '')
+    await until(() => peers.every(isOver), 'all are over')
+    for (const { transcript } of peers) assert.match(transcript, served)
     assert.equal((await service.awaitEnd()).status, 0)
 
-    const quiet = await bootService(t, { script })
+    const isSecondSent = join(folder, 'second')
+    const quiet = await bootBlocking(isSecondSent)
     const peer = await converse(t, quiet.instancePort) // alone: another request would put the end off
     peer.say(headOf('/first'))
     await until(() => peer.transcript.endsWith('served'), 'the first is served')
@@ -5281,8 +5296,9 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     await quiet.hasSaid('blocks')
     peer.transcript = ''
     peer.say(headOf('/second'))
-    await until(() => peer.isClosed || peer.transcript.endsWith('served'), 'it is over')
-    assert.match(peer.transcript, /^HTTP\/1\.1 200 OK\r\n[^]*served$/)
+    fs.writeFileSync(isSecondSent, '')
+    await until(() => isOver(peer), 'it is over')
+    assert.match(peer.transcript, served)
     assert.equal((await quiet.awaitEnd()).status, 0)
   })
 
