@@ -504,6 +504,7 @@ interface InstanceSetup {
   isFaulty?: boolean
 }
 
+/** What no test may cause unseen. */
 const INTERNAL_ERROR = /has an internal error/
 
 /** An instance with its monitor, whose port is `port`. */
@@ -1633,6 +1634,30 @@ describeInProcess('Start and stop', ALONE, () => {
     assert.equal(warningsOf(logger).length, 1)
     await monitor.stop()
     assert.equal(timers.count(), 0)
+  })
+
+  test('where nothing listens at a port the log says so after 20 s, and never of what listens', async (t) => {
+    setEnvironment(t, { HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
+    const timers = takeTimers(t)
+    const begin = async (instance: StartOptions) => {
+      const logger = recorder()
+      const monitor = await importMonitor(t)
+      void monitor.start({ listen: LOOPBACK, logger, ...instance })
+      return { logger, monitor }
+    }
+    const port = await freePort()
+    const there = await begin({ port: portOf(hide(await serve(t))) })
+    const nowhere = await begin({ port })
+    const given = await begin({ server: await serve(t) })
+    await untilVerdict(there.monitor)
+    const all = [there, nowhere, given]
+    const warningsAfter = (ms: number) => {
+      timers.pass(ms)
+      return all.flatMap(({ logger }) => warningsOf(logger))
+    }
+    assert.deepEqual(warningsAfter(19_500), [])
+    const warning = `warn ftw-monitor finds nothing at http://127.0.0.1:${port}`
+    assert.deepEqual(warningsAfter(500), [warning])
   })
 })
 
@@ -2861,37 +2886,6 @@ describeInProcess('The verdict', ALONE, () => {
       for (const from of [us, stranger]) await expectReplies(from, 'new disk', 'stopped')
     }
   )
-
-  test('where nothing listens the log says so, of a server after 10 s, of a port after 20, and nowhere else', async (t) => {
-    setEnvironment(t, { HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: 'off' })
-    const timers = takeTimers(t)
-    const begin = async (instance: StartOptions) => {
-      const logger = recorder()
-      const monitor = await importMonitor(t)
-      void monitor.start({ listen: LOOPBACK, logger, ...instance })
-      return { logger, monitor }
-    }
-    const there = portOf(hide(await serve(t)))
-    const port = await freePort()
-    const of = [
-      { server: http.createServer() },
-      { server: await serve(t) },
-      { port },
-      { port: there }
-    ]
-    const begun = await Promise.all(of.map(begin))
-    await untilVerdict(begun[3]!.monitor)
-    const seenAfter = (ms: number) => {
-      timers.pass(ms)
-      return begun.map(({ logger }) => warningsOf(logger).join('\n'))
-    }
-    const unheard = 'warn ftw-monitor waits for the server to listen'
-    const unseen = `warn ftw-monitor finds nothing at http://127.0.0.1:${port}`
-    assert.deepEqual(seenAfter(9_500), ['', '', '', ''])
-    assert.deepEqual(seenAfter(500), [unheard, '', '', ''])
-    assert.deepEqual(seenAfter(9_500), [unheard, '', '', ''])
-    assert.deepEqual(seenAfter(500), [unheard, '', unseen, ''])
-  })
 
   test('with PORT alone, the first check after the server has closed is red, until it listens again', async (t) => {
     const timers = takeTimers(t)
@@ -5258,6 +5252,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
 
   test('requests on connections that came while the event loop was blocked are served, not reset, and so is one on an idle connection', async (t) => {
     const folder = scratchFolder(t)
+    /** It blocks until there is a file, which tells that all has been sent. */
     const bootBlocking = (file: string) => {
       const script = `
         const { existsSync } = await import('node:fs')
@@ -5274,21 +5269,21 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     const isOver = ({ isClosed, transcript }: Peer) => isClosed || transcript.endsWith('served')
     const served = /^HTTP\/1\.1 200 OK\r\n[^]*served$/
 
-    const isSent = join(folder, 'sent')
-    const service = await bootBlocking(isSent)
+    const sentFile = join(folder, 'sent')
+    const service = await bootBlocking(sentFile)
     service.kill('SIGTERM')
     await service.hasSaid('blocks')
     const connect = () => converse(t, service.instancePort)
     const peers = await Promise.all([connect(), connect(), connect(), connect(), connect()])
     const post = headOf('/', 'Content-Length: 3').replace('GET', 'POST')
     for (const peer of peers) peer.say(`${post}a=1`)
-    fs.writeFileSync(isSent, '')
+    fs.writeFileSync(sentFile, '')
     await until(() => peers.every(isOver), 'all are over')
     for (const { transcript } of peers) assert.match(transcript, served)
     assert.equal((await service.awaitEnd()).status, 0)
 
-    const isSecondSent = join(folder, 'second')
-    const quiet = await bootBlocking(isSecondSent)
+    const secondFile = join(folder, 'second')
+    const quiet = await bootBlocking(secondFile)
     const peer = await converse(t, quiet.instancePort) // alone: another request would put the end off
     peer.say(headOf('/first'))
     await until(() => peer.transcript.endsWith('served'), 'the first is served')
@@ -5296,7 +5291,7 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
     await quiet.hasSaid('blocks')
     peer.transcript = ''
     peer.say(headOf('/second'))
-    fs.writeFileSync(isSecondSent, '')
+    fs.writeFileSync(secondFile, '')
     await until(() => isOver(peer), 'it is over')
     assert.match(peer.transcript, served)
     assert.equal((await quiet.awaitEnd()).status, 0)
@@ -10067,7 +10062,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
     }
   })
 
-  test('a line of 100 MiB, and a client that never reads, cost the host no memory', async (t) => {
+  test('a line of 100 MiB, a client that never reads, and lines behind a command that hangs cost the host no memory', async (t) => {
     const { port } = await bootProcess(t, MEASURED)
     const before = await askMemory(port)
     const grown = async () => (await askMemory(port)) - before

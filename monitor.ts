@@ -850,7 +850,7 @@ function monitorEndpoint({ listen }: CheckedStartOptions, bound: Bound): net.Lis
   const host = given.host ?? bound.address
   const port = given.port ?? (bound.port ?? NaN) + PORT_OFFSET
   if (!isPort(port)) failWith('finds no port at the instance port + 80: set FTW_MONITOR_LISTEN')
-  return { exclusive: true, port, host: host || undefined }
+  return { exclusive: true, port, host: host || undefined } // none is all addresses
 }
 
 function endpointInEnvironment(): Endpoint {
@@ -3659,7 +3659,7 @@ function unwrapped(raw: NamedListener): SignalListener {
 function endProcess(shutdownOfSignal: Shutdown, othersMs: number): void {
   shutdownOfSignal.unrefServers()
   const closeServers = (): void => shutdownOfSignal.closeServers()
-  process.once('beforeExit', closeServers) // the others have done what they had to do
+  process.once('beforeExit', closeServers) // nobody has anything left to do
   process.once('exit', closeServers) // also what begins to listen now
   const end = (): void => {
     closeServers()

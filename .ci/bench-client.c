@@ -8,8 +8,7 @@
 // must be in the body of their answer.
 //
 // It always waits for the connection that was asked first, since servers answer in about that
-// order. That takes fewer system calls than to poll all connections, and keeps the client the
-// faster one of the two.
+// order: to look at all of them would make the client the slower one of the two.
 
 #include <arpa/inet.h>
 #include <err.h>
