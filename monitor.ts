@@ -232,7 +232,7 @@ const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const SHORT_TURN_MS = 0.2 // of the event loop: a turn with nothing to do takes a tenth of that
 const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
-const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
+const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, where nobody asks
 
 // Of the verdict
 const ANSWER_MS = 900 // for a database or a check; Kubernetes waits for one second
@@ -394,7 +394,7 @@ interface Extension {
   /** The monitor begins its life. */
   onBegin?(): void
   /** The monitor begins to tick, or has ticked. */
-  onTick?(isFirst: boolean): void
+  onTick?(): void
   /** The clock stops. */
   onClose?(): void
   /** The instance's server listens. */
@@ -616,7 +616,7 @@ class Monitor {
   #wait(): void {
     this.state = 'waiting'
     tellIfRed(this)
-    this.extensions.tell((each) => each.onTick?.(true))
+    this.extensions.tell((each) => each.onTick?.())
     this.clock.start(() => this.#tick())
     this.clock.schedule(LISTEN_WARNING_MS, () => {
       if (this.state === 'waiting') log('warn', 'waits for the server to listen')
@@ -662,7 +662,7 @@ class Monitor {
 
   #tick(): void {
     this.probers.onTick()
-    this.extensions.tell((each) => each.onTick?.(false))
+    this.extensions.tell((each) => each.onTick?.())
     this.#advance()
     // A page that hangs in its warm-up would keep alive a process that has closed its server.
     if (this.isInstanceClosing) {
@@ -670,7 +670,6 @@ class Monitor {
       tellIfRed(this)
     }
     this.listener?.enforceLimits()
-    this.traffic.forgetEndedRequests()
     this.traffic.forgetClosedConnections()
   }
 
@@ -1380,13 +1379,13 @@ class Traffic {
   }
 
   get requestsInFlight(): number {
-    this.forgetEndedRequests()
+    this.#forgetEndedRequests()
     return this.#inFlight.size
   }
 
   /** Connections of WebSockets and the like: no request is in flight there. */
   get upgradedConnections(): number {
-    this.forgetEndedRequests()
+    this.#forgetEndedRequests()
     let count = 0
     for (const { state, upgradedStreams } of this.#clients.values()) {
       count += state === 'upgraded' ? 1 : upgradedStreams.size
@@ -1396,7 +1395,7 @@ class Traffic {
 
   /** What is being served, the oldest first. */
   get openRequests(): Iterable<RequestInFlight> {
-    this.forgetEndedRequests()
+    this.#forgetEndedRequests()
     return this.#inFlight.values()
   }
 
@@ -1423,7 +1422,7 @@ class Traffic {
   }
 
   /** Some responses never get their 'close', and an answered upgrade has no event. */
-  forgetEndedRequests(): void {
+  #forgetEndedRequests(): void {
     for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
       if (isUpgradeAnswered?.()) {
         attemptOwn(() => this.#requestEnded(key, 0))
@@ -1602,7 +1601,7 @@ class Traffic {
     this.#inFlight.set(key, { startedAtMs: performance.now(), line, client })
     client.requestBegins(key)
     this.requests++
-    if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetEndedRequests() // where nothing ticks
+    if (this.requests % REQUESTS_PER_SWEEP === 0) this.#forgetEndedRequests() // where nobody asks
   }
 
   #requestEnded(key: object, statusCode: number, upload?: http.IncomingMessage): void {
@@ -6195,9 +6194,11 @@ function loadOf(owner: Monitor): Load {
 }
 
 extend((owner) => ({
-  onTick(isFirst) {
-    if (isFirst) loadByMonitor.delete(owner)
-    else loadOf(owner).measure()
+  onTick() {
+    loadOf(owner).measure()
+  },
+  onClose() {
+    loadByMonitor.delete(owner)
   }
 }))
 
