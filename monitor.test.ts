@@ -688,8 +688,8 @@ const ALL_STREAMS = 2 ** 31 - 1
 const lastStreamOf = new WeakMap<http2.ClientHttp2Session, number>()
 
 /** An HTTP/2 session; gives `undefined` where the connection is refused. */
-async function connectSession(t: TestContext, port: number) {
-  const session = http2.connect(`http://127.0.0.1:${port}`)
+async function connectSession(t: TestContext, port: number, scheme = 'http') {
+  const session = http2.connect(`${scheme}://127.0.0.1:${port}`, { rejectUnauthorized: false })
   t.after(() => session.destroy())
   try {
     await once(session, 'connect')
@@ -3342,6 +3342,16 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal((await verdict).reason, 'OK', 'none is late where the application has blocked')
   })
 
+  test('what FTW_MONITOR_CHECK names and is no page is a check that fails, unless code has one of its name', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: 'shop basket' })
+    const { monitor } = await bootInstance(t, {
+      performers: WARM,
+      prepare: ({ registerCheck }) => registerCheck('shop', () => true),
+      until: 'started'
+    })
+    await untilVerdict(monitor, /^Error: Check 'basket' failed: cannot be used: /)
+  })
+
   test('a page that is to be checked fails where HTTP/2 alone is spoken', async (t) => {
     setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
     const server = await startListening(t, http2.createServer())
@@ -4617,6 +4627,17 @@ describeInProcess('Draining', TOGETHER, () => {
     await expectReason("Error: Database 'main' disconnected.")
   })
 
+  test('who asks as a drain ends hears what a database says then', async (t) => {
+    let isConnected = true
+    const databases = { main: { isConnected: () => isConnected } }
+    const { monitor } = await bootInstance(t, { databases, performers: WARM })
+    await monitor.drain()
+    isConnected = false
+    const asked = monitor.health()
+    monitor.resume()
+    assert.equal((await asked).reason, "Error: Database 'main' disconnected.")
+  })
+
   test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
     const monitor = await importMonitor(t)
     const server = await serve(t)
@@ -4918,23 +4939,31 @@ describeInProcess('Shutdown', TOGETHER, () => {
     await inTime(ended, 'the shutdown is over')
   })
 
-  test('an idle session is told once to go elsewhere, while it may still open streams, before it is closed', async (t) => {
-    const server = await startListening(
-      t,
-      http2.createServer((_, response) => response.end('served'))
-    )
-    const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const session = await connectSession(t, portOf(server))
-    assert.ok(session)
-    assert.equal(await askStream(session), 'served')
-    const told: number[] = []
-    session.on('goaway', (_code, lastStream) => told.push(lastStream))
-    const closed = once(session, 'close')
-    await inTime(monitor.shutdown(), 'the shutdown is over')
-    await inTime(closed, 'the session is closed')
-    assert.equal(told[0], ALL_STREAMS)
-    assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
-  })
+  test(
+    'an idle session is told once to go elsewhere, while it may still open streams, before it is closed',
+    needs('openssl'),
+    async (t) => {
+      const answer = (_: unknown, response: http2.Http2ServerResponse) => response.end('served')
+      const servers = {
+        http: http2.createServer(answer),
+        https: http2.createSecureServer(certify(t, 'localhost'), answer)
+      }
+      for (const [scheme, server] of Object.entries(servers)) {
+        await startListening(t, server)
+        const { monitor } = await bootInstance(t, { server, performers: WARM })
+        const session = await connectSession(t, portOf(server), scheme)
+        assert.ok(session)
+        assert.equal(await askStream(session), 'served')
+        const told: number[] = []
+        session.on('goaway', (_code, lastStream) => told.push(lastStream))
+        const closed = once(session, 'close')
+        await inTime(monitor.shutdown(), 'the shutdown is over')
+        await inTime(closed, 'the session is closed')
+        assert.equal(told[0], ALL_STREAMS)
+        assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
+      }
+    }
+  )
 
   test(
     'a connection by TLS from before start() is left to cleanUp, which may have a goodbye for it',
@@ -4979,10 +5008,36 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.ok(endedAfterMs < closedAfterMs - 500, `${endedAfterMs} ms, ${closedAfterMs} ms`)
   })
 
+  test('a shutdown names the probers that ask too rarely to be told in time, and says when it has not told all', async (t) => {
+    const tooRarely =
+      /^info ftw-monitor 127\.0\.0\.1 asks every 0\.\d s: too rarely to be told in time$/
+    const late =
+      /^warn ftw-monitor Not drained after 1\.6 s: 0 of 1 probers know, 0 requests in flight$/
+    const rows: [timeoutMs: number, expected: RegExp][] = [
+      [500, tooRarely],
+      [2_000, late]
+    ]
+    const shutDown = async ([timeoutMs, expected]: (typeof rows)[number]) => {
+      const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
+      await ask(port, 'health_check\n')
+      for (let asks = 1; asks < 3; asks++) {
+        await pause(600)
+        await ask(port, 'health_check\n')
+      }
+      await monitor.shutdown({ timeoutMs })
+      const told = logger.lines.filter((line) => tooRarely.test(line) || late.test(line))
+      assert.equal(told.length, 1, logger.lines.join('\n'))
+      assert.match(told[0] ?? '', expected)
+    }
+    await Promise.all(rows.map(shutDown))
+  })
+
   test('the kernel is told to accept no more before the server closes', async (t) => {
     const server = await serve(t)
     const { monitor } = await bootInstance(t, { server, performers: WARM })
-    const { _handle: handle } = server as unknown as { _handle: { listen(backlog: number): number } }
+    const { _handle: handle } = server as unknown as {
+      _handle: { listen(backlog: number): number }
+    }
     const backlogs = t.mock.method(handle, 'listen').mock
     await monitor.shutdown()
     assert.deepEqual(backlogs.calls[0]?.arguments, [0])
@@ -5002,7 +5057,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
     const cleaned = latch()
     const cleanUp = () => {
       cleaned.open()
-      stream.end('goodbye')
+      stream.write('goodbye')
     }
     const ended = monitor.shutdown({ cleanUp })
     await until(() => isRefused(instancePort), 'it accepts no more')
@@ -6708,11 +6763,22 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.deepEqual(await told(), nothing)
     timers.pass(200_000)
     assert.match((await openPage(port)).body, / class="requests" points="([\d.,]+ ?){120}"/)
-    for (const [requests, scale] of [[10, 10], [11, 20], [21, 50], [51, 100]] as const) {
+    for (const [requests, scale] of [
+      [10, 10],
+      [11, 20],
+      [21, 50],
+      [51, 100]
+    ] as const) {
       await Promise.all(Array.from({ length: requests }, () => getPage(portOf(server), '/0')))
       timers.pass(1_000)
       const label = `<span class="requests">${scale}\u00a0requests a second</span>`
       assert.ok((await openPage(port)).body.includes(label), label)
+    }
+    const upFor = async () => /, up (\d+ \w+)/.exec(await ask(port, 'status\n'))?.[1]
+    const rows = { 119: '119 s', 120: '2 min', 7_199: '119 min', 7_200: '2 h', 172_800: '2 days' }
+    for (const [seconds, text] of Object.entries(rows)) {
+      t.mock.method(process, 'uptime', () => Number(seconds))
+      assert.equal(await upFor(), text)
     }
   })
 
