@@ -2549,6 +2549,9 @@ const FORMS: Record<string, Form> = {
   '426': { head: [426, { Connection: 'keep-alive, Upgrade', Upgrade: 'websocket' }] },
   HEAD: { head: [200, { 'Content-Length': 2 }] },
   'HTTP/1.0 that keeps alive': { head: [200, { 'Content-Length': 2 }] },
+  'a body that is read to its end': (response) => {
+    response.req.resume().on('end', () => response.end('ok'))
+  },
   'an upload that nobody reads': {},
   'an upload that the application closes': (response) => {
     response.shouldKeepAlive = false
@@ -2560,6 +2563,7 @@ const FORMS: Record<string, Form> = {
 const REQUESTS: Record<string, string> = {
   HEAD: headOf('/').replace('GET', 'HEAD'),
   'HTTP/1.0 that keeps alive': 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n',
+  'a body that is read to its end': `${headOf('/', 'Content-Length: 5')}hello`,
   'an upload that nobody reads': `${headOf('/', 'Content-Length: 5').replace('GET', 'POST')}hello`,
   'an upload that the application closes': `${headOf('/', 'Content-Length: 9').replace('GET', 'PUT')}half`
 }
@@ -3189,6 +3193,15 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     assert.equal((await askHealthJson(port)).json.checks['verdict:age'].length, 10)
     const { body } = await openPage(port)
     assert.equal(body.split('<th scope="row">since').length - 1, 10)
+    const marks = body.matchAll(/<rect class="\w+" x="([\d.]+)" width="([\d.]+)"/g)
+    const ends = Array.from(marks, ([, x, width]) => [Number(x), Number(x) + Number(width)])
+    assert.equal(ends.length, 10)
+    for (const [index, [, end = 0]] of ends.entries()) {
+      assert.ok(
+        Math.abs(end - (ends[index + 1]?.[0] ?? 120)) < 0.11,
+        'each ends where the next begins'
+      )
+    }
   })
 
   test('a fault of our own is logged once a minute, and the application serves', async (t) => {
@@ -4518,6 +4531,7 @@ describeInProcess('Probers', ALONE, () => {
       waitsFor.push(await askWhomItWaitsFor(port))
     }
     assert.deepEqual(waitsFor, [0, 0, 1, 0], 'three times in 65 s')
+    assert.equal((await monitor.status()).probers[0]?.intervalSeconds, 21.65)
 
     await askAsProber(port, '127.0.0.4')
     timers.pass(3_600_000) // an absence is no pause
@@ -8877,6 +8891,38 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     )
     assert.equal(await askWhomItWaitsFor(port + 80), 0)
   })
+
+  test('`ftw-monitor status --watch` prints the status once a second, also while the instance is away, and ends by Ctrl-C, or when nobody reads, with its verdict', async (t) => {
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
+    const [read, unread] = [0, 1].map(() => startProgram(t, ['status', '--watch'], env))
+    const isGreenTwice = () =>
+      read!.stdout.split(/^OK$/m).length > 2 && /^OK$/m.test(unread!.stdout)
+    await until(isGreenTwice, 'it is green')
+    unread!.child.stdout?.destroy()
+    assert.equal(await inTime(unread!.exit, 'it ends'), 0)
+    await monitor.stop()
+    const refused = `cannot ask 127.0.0.1:${port}: connect ECONNREFUSED`
+    await until(() => read!.stdout.includes(refused), 'nobody answers')
+    read!.child.kill('SIGINT')
+    assert.equal(await inTime(read!.exit, 'it ends'), 1)
+  })
+
+  test(
+    'in a terminal `status --watch` writes over what it has printed, long rows included',
+    needs('script'),
+    async (t) => {
+      const reply = `OK\n${'long '.repeat(20)}\nshort\n`
+      const port = await fakeInstance(t, (socket) => socket.end(reply))
+      const words = [
+        process.execPath,
+        ...programWords(['status', '--watch', '--port', String(port)])
+      ]
+      const env = { HOST: '127.0.0.1' }
+      const watched = watch(t, 'script', ['-qec', words.join(' '), '/dev/null'], { env })
+      await until(() => watched.stdout.split('\x1b[4A\x1b[JOK').length > 2, 'it is renewed')
+    }
+  )
 
   test('the first line of drain names the instance, changes are printed once a second, and Not drained is status 1', async (t) => {
     const port = await fakeInstance(t, (socket) => {

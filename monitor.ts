@@ -3548,14 +3548,7 @@ class Signals {
     this.release()
     this.options = options
     for (const name of new Set(names)) {
-      const listener: SignalListener = (_, number) => {
-        const hear = (): void => this.#onSignal({ name, number }, options)
-        // tsx has a hidden listener in its child, and kills the child if that does not answer
-        // within 60 ms: so it comes before all that we do.
-        const isSomebodyHidden = process.rawListeners(name).length > shownListeners(name).length
-        if (isSomebodyHidden) setImmediate(hear)
-        else hear()
-      }
+      const listener: SignalListener = (_, number) => this.#onSignal({ name, number }, options)
       this.#listeners.set(name, listener)
       process.on(name, listener)
       this.#holdBack(name)
