@@ -2128,24 +2128,32 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.deepEqual(output.match(/^.* (true|false)$/gm), told, output)
   })
 
-  test('where the instance accepts at PORT, but its server is not found, cleanUp waits until timeoutMs, and the log says why', async (t) => {
+  test('where the instance accepts at PORT, but its server is not found, cleanUp waits until it is closed, at most until timeoutMs, and the log says why', async (t) => {
     const elsewhere = await serve(t)
-    const service = await bootService(t, {
-      env: { PORT: String(portOf(elsewhere)), HOST: '127.0.0.1' },
-      script: `
-        options.timeoutMs = 1_500
-        options.onSignal = () => setTimeout(print, 1_400, 'signalled long ago')
-        listen = () => {}
-        setInterval(() => {}, 1_000) // an instance of another process keeps nobody alive
-        begin = async () => {
-          await monitor.start({ listen: LOOPBACK })
-          await monitor.untilHealthy()
-        }`
-    })
+    const boot = (limits: string) =>
+      bootService(t, {
+        env: { PORT: String(portOf(elsewhere)), HOST: '127.0.0.1' },
+        script: `
+          ${limits}
+          options.onSignal = () => setTimeout(print, 1_400, 'signalled long ago')
+          listen = () => {}
+          setInterval(() => {}, 1_000) // an instance of another process keeps nobody alive
+          begin = async () => {
+            await monitor.start({ listen: LOOPBACK })
+            await monitor.untilHealthy()
+          }`
+      })
+    const service = await boot('options.timeoutMs = 1_500')
     const { status, output } = await service.end('SIGTERM', 10_000)
     assert.deepEqual(output.match(/long ago|cleaned up/g), ['long ago', 'cleaned up'])
     assert.match(output, /^ftw-monitor .*\bserver\b/m)
     assert.equal(status, 0, output)
+
+    const patient = await boot('Object.assign(options, { timeoutMs: 60_000, exitAfterMs: 90_000 })')
+    const ended = patient.end('SIGTERM', 10_000)
+    await patient.hasSaid('waits 60 s for requests that it cannot see')
+    await close(elsewhere)
+    assert.equal((await ended).status, 0)
   })
 
   test('a server that listens later is neither counted nor drained, but has time of its own for its requests, and may be asked by what is in flight', async (t) => {
