@@ -5032,7 +5032,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
 
   test('a shutdown names the probers that ask too rarely to be told in time, and says when it has not told all', async (t) => {
     const tooRarely =
-      /^info ftw-monitor 127\.0\.0\.1 asks every 0\.\d s: too rarely to be told in time$/
+      /^info ftw-monitor 127\.0\.0\.1 asks every \d\.\d s: too rarely to be told in time$/
     const late =
       /^warn ftw-monitor Not drained after 1\.6 s: 0 of 1 probers know, 0 requests in flight$/
     const rows: [timeoutMs: number, expected: RegExp][] = [
@@ -7143,6 +7143,16 @@ describeInProcess('The wire: lines', ALONE, () => {
     await talk.hear('Goodbye.\n')
   })
 
+  test('in interactive mode no reply waits until the client acknowledges the one before', async (t) => {
+    const set = t.mock.method(net.Socket.prototype, 'setNoDelay').mock
+    const { port } = await bootInstance(t, { performers: WARM })
+    const talk = await converse(t, port)
+    talk.say('interactive\n')
+    await talk.hear(INTERACTIVE)
+    const ofServer = set.calls.filter((call) => (call.this as net.Socket).localPort === port)
+    assert.equal(ofServer.length, 1)
+  })
+
   test('a command has 30 s to answer, over lines for each word, not less; then its time-out is told and closed', async (t) => {
     const timers = takeTimers(t)
     const finish: (() => void)[] = []
@@ -9018,6 +9028,16 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       return [`${name} --port ${tunnel}`, `cannot ask 127.0.0.1:${tunnel + 80}: no answer`]
     })
     await assertFailures(t, Object.fromEntries(lines) as Record<string, string>)
+
+    const nobody = await freePort()
+    const place = `127.0.0.1:${nobody + 80}`
+    const refused = `cannot ask ${place}: connect ECONNREFUSED ${place}`
+    const rule = 'an instance is named by its own port; its monitor is 80 higher'
+    await assertFailures(t, {
+      [`PORT=${nobody} health_check`]: `${refused} (name the instance: --port N)`,
+      [`health_check --port ${nobody}`]: `${refused} (${rule})`,
+      [`FTW_MONITOR_LISTEN=${place} health_check`]: refused
+    })
   })
 })
 
