@@ -1892,7 +1892,8 @@ describeInProcess('Listening', TOGETHER, () => {
     assert.equal(await other.start({ server, listen: { port }, logger: recorder() }), false)
     await other.stop()
     await bootInstance(t, { monitor: other, server })
-    for (const words of [[{ port, host: '127.0.0.2' }], [0], [{ fd: 2 }], [], [() => {}]]) {
+    const places = [[{ port, host: '127.0.0.2' }], [port, '127.0.0.3'], [0], [{ fd: 2 }], []]
+    for (const words of [...places, [() => {}]]) {
       const second = net.createServer().on('error', () => {})
       closeLater(t, second)
       Reflect.apply(second.listen, second, words)
@@ -5250,29 +5251,35 @@ describeInProcess('Shutdown', ALONE, () => {
     assert.equal(process.listenerCount('SIGTERM'), before + 1)
   })
 
-  test('a shutdown that its own onSignal and cleanUp await is over after five seconds more, with one warning', async (t) => {
+  test('a shutdown that its own onSignal and cleanUp await is over after five seconds more, or half of what is left until exitAfterMs, with one warning', async (t) => {
     const clock = fakeClock(t)
     const timers = takeTimers(t, ['setTimeout'], clock)
     const exit = t.mock.method(process, 'exit', (() => {}) as typeof process.exit)
-    const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
-    const events: string[] = []
-    const awaitShutdown = (name: string) => async () => {
-      await nextTurn()
-      await monitor.shutdown()
-      events.push(name)
+    const rows: [limits: ShutdownOptions, atMostMs: number][] = [
+      [{}, 10_000],
+      [{ timeoutMs: 1_000, exitAfterMs: 4_000 }, 3_500]
+    ]
+    for (const [limits, atMostMs] of rows) {
+      const { monitor, logger } = await bootInstance(t, { performers: WARM, until: 'started' })
+      const events: string[] = []
+      const awaitShutdown = (name: string) => async () => {
+        await nextTurn()
+        await monitor.shutdown()
+        events.push(name)
+      }
+      const beganAt = clock.now
+      const callbacks = { onSignal: awaitShutdown('onSignal'), cleanUp: awaitShutdown('cleanUp') }
+      void monitor.shutdown({ ...limits, ...callbacks }).then(() => events.push('all'))
+      const isOver = async () => {
+        timers.pass(100)
+        await nextTurn()
+        return events.includes('all')
+      }
+      await until(isOver, 'the shutdown is over')
+      assert.deepEqual(events, ['onSignal', 'cleanUp', 'all'])
+      assert.ok(clock.now - beganAt < atMostMs, `${clock.now - beganAt} ms`)
+      assert.match(warningsOf(logger).join(), /^warn ftw-monitor resolves shutdown\(\) before/)
     }
-    const beganAt = clock.now
-    const callbacks = { onSignal: awaitShutdown('onSignal'), cleanUp: awaitShutdown('cleanUp') }
-    void monitor.shutdown(callbacks).then(() => events.push('all'))
-    const isOver = async () => {
-      timers.pass(100)
-      await nextTurn()
-      return events.includes('all')
-    }
-    await until(isOver, 'the shutdown is over')
-    assert.deepEqual(events, ['onSignal', 'cleanUp', 'all'])
-    assert.ok(clock.now - beganAt < 10_000) // half of exitAfterMs are 14 s
-    assert.match(warningsOf(logger).join(), /^warn ftw-monitor resolves shutdown\(\) before/)
     assert.equal(exit.mock.callCount(), 0)
   })
 
