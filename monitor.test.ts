@@ -1837,6 +1837,8 @@ describeInProcess('Addresses', ALONE, () => {
     })
     const { monitor, logger } = await bootInstance(t)
     monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
+    setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '28000' })
+    monitor.shutdownOnSignal({ exitAfterMs: 28_000 })
     setEnvironment(t, { FTW_MONITOR_TIMEOUT_MS: '2147482000' })
     monitor.shutdownOnSignal()
     setEnvironment(t, {})
@@ -1846,6 +1848,7 @@ describeInProcess('Addresses', ALONE, () => {
     assert.deepEqual(warningsOf(logger), [
       `warn ftw-monitor does not know ${unknown.join(', ')}`,
       'warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=60000: uses 25000 ms, since exitAfterMs is 28000',
+      'warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=28000: uses 25000 ms, since exitAfterMs is 28000',
       `warn ftw-monitor cannot use FTW_MONITOR_TIMEOUT_MS=2147482000: ${range}; uses 25000`,
       'warn ftw-monitor cannot serve for minimumMs of 20001: timeoutMs of 25000 leaves 20000 ms for that; raise timeoutMs'
     ])
@@ -3199,7 +3202,12 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     const [, ...rows] = (await ask(port, 'status\n')).split(/\n(?=since )/)
     assert.equal(rows.length, 10)
     assert.ok(rows[0]?.startsWith(latest), rows.join())
-    assert.equal((await askHealthJson(port)).json.checks['verdict:age'].length, 10)
+    const seenAt = Date.now()
+    const later = t.mock.method(Date, 'now', () => seenAt + 100_000)
+    const ages = (await askHealthJson(port)).json.checks['verdict:age']
+    later.mock.restore()
+    assert.equal(ages.length, 10)
+    for (const { observedValue } of ages) assert.ok(Math.abs(observedValue - 105) < 5)
     const { body } = await openPage(port)
     assert.equal(body.split('<th scope="row">since').length - 1, 10)
     const marks = body.matchAll(/<rect class="\w+" x="([\d.]+)" width="([\d.]+)"/g)
@@ -4733,7 +4741,9 @@ describeInProcess('Draining', TOGETHER, () => {
     const { monitor, port } = await bootInstance(t, { server, performers: WARM })
     const session = await connectSession(t, portOf(server))
     let told = 0
-    session!.on('goaway', () => told++)
+    session!.on('goaway', () => {
+      told++
+    })
     await askTimes(3, port, 'agent_check\n')
     const drained = monitor.drain()
     for (let streams = 0; streams < 2; streams++) {
@@ -9012,6 +9022,13 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     }
     const half = await ask(port, 'drain', { end: true })
     assert.match(half, /\nDrained\n$/)
+
+    const begun = await fakeInstance(t, (socket) => socket.write('Draining: 0 probers\n'))
+    const stopped = startProgram(t, ['drain', '--port', String(begun)], { HOST: '127.0.0.1' })
+    await until(() => stopped.stdout !== '', 'it has begun')
+    stopped.child.kill('SIGINT')
+    await stopped.exit
+    assert.equal(stopped.stderr, '', 'it has its answer')
   })
 
   test('an instance that hangs is given two seconds for a check, and 30 for what may be carried out; no reply is no success', async (t) => {
