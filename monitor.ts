@@ -232,7 +232,7 @@ const LISTEN_WARNING_MS = 10_000 // by then somebody awaits start(server) before
 const RECEIVING_MS = 5_000 // since the last byte of half a head: its client may be gone
 const SHORT_TURN_MS = 0.2 // of the event loop: a turn with nothing to do takes a tenth of that
 const FIRST_REQUEST_MS = 1_000 // since a connection came: a busy client may send only now
-const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, where nobody asks
+const REQUESTS_PER_SWEEP = 1_000 // of requests that have ended without an event, without a monitor
 
 // Of the verdict
 const ANSWER_MS = 900 // for a database or a check; Kubernetes waits for one second
@@ -670,6 +670,7 @@ class Monitor {
       tellIfRed(this)
     }
     this.listener?.enforceLimits()
+    this.traffic.forgetEndedRequests() // with what their responses hold
     this.traffic.forgetClosedConnections()
   }
 
@@ -1379,13 +1380,13 @@ class Traffic {
   }
 
   get requestsInFlight(): number {
-    this.#forgetEndedRequests()
+    this.forgetEndedRequests()
     return this.#inFlight.size
   }
 
   /** Connections of WebSockets and the like: no request is in flight there. */
   get upgradedConnections(): number {
-    this.#forgetEndedRequests()
+    this.forgetEndedRequests()
     let count = 0
     for (const { state, upgradedStreams } of this.#clients.values()) {
       count += state === 'upgraded' ? 1 : upgradedStreams.size
@@ -1395,7 +1396,7 @@ class Traffic {
 
   /** What is being served, the oldest first. */
   get openRequests(): Iterable<RequestInFlight> {
-    this.#forgetEndedRequests()
+    this.forgetEndedRequests()
     return this.#inFlight.values()
   }
 
@@ -1422,7 +1423,7 @@ class Traffic {
   }
 
   /** Some responses never get their 'close', and an answered upgrade has no event. */
-  #forgetEndedRequests(): void {
+  forgetEndedRequests(): void {
     for (const [key, { client, isUpgradeAnswered }] of this.#inFlight) {
       if (isUpgradeAnswered?.()) {
         attemptOwn(() => this.#requestEnded(key, 0))
@@ -1601,7 +1602,7 @@ class Traffic {
     this.#inFlight.set(key, { startedAtMs: performance.now(), line, client })
     client.requestBegins(key)
     this.requests++
-    if (this.requests % REQUESTS_PER_SWEEP === 0) this.#forgetEndedRequests() // where nobody asks
+    if (this.requests % REQUESTS_PER_SWEEP === 0) this.forgetEndedRequests() // where nothing ticks
   }
 
   #requestEnded(key: object, statusCode: number, upload?: http.IncomingMessage): void {
