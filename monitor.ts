@@ -6192,7 +6192,7 @@ extend((owner) => ({
     loadOf(owner).measure()
   },
   onClose() {
-    loadByMonitor.delete(owner)
+    loadByMonitor.delete(owner) // nothing is measured until the clock begins again
   }
 }))
 
@@ -6818,7 +6818,7 @@ class LoadHistory {
   }
 }
 
-/** The history of each load, which the monitor makes anew whenever its clock begins. */
+/** The history of each load. It begins with the clock of the monitor, and goes with the load. */
 const loadHistories = new WeakMap<Load, LoadHistory>()
 
 extend((owner) => ({
