@@ -7088,34 +7088,13 @@ describeInProcess('The wire: lines', TOGETHER, () => {
     await assertReplies(port, halves, { end: true })
   })
 
-  test('the next line or request waits until the last reply has been taken', async (t) => {
-    const reply = 'x'.repeat(1_000_000)
+  test('the next line or request waits until the last reply has been taken; 1 MiB may be left unsent, with more the client is cut off, by a reset that no end looks like', async (t) => {
     let calls = 0
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const big: Command = (connection) => {
-      calls++
-      connection.write(reply)
-    }
-    monitor.register('big', '', big, { http: true })
-    const lines = `interactive\n${'big\n'.repeat(100)}quit\n`
-    for (const text of [lines, headOf('/big').repeat(100)]) {
-      calls = 0
-      const socket = connectTo(port, {}).pause()
-      t.after(() => socket.destroy())
-      socket.write(text)
-      await until(() => calls > 0, 'the first one is answered')
-      for (let turn = 0; turn < 10; turn++) await untilSeen(port)
-      assert.ok(calls < 25, `${calls} replies, none of them taken`)
-      const taken = await readAll(socket)
-      assert.equal(calls, 100)
-      const replies = taken.replaceAll(reply, '')
-      if (text === lines) assert.equal(replies, `${INTERACTIVE}Goodbye.\n`)
-      assert.equal(taken.length - replies.length, 100 * reply.length)
-    }
-  })
-
-  test('what a command leaves unsent may be 1 MiB; with more the client is cut off, by a reset that no end looks like', async (t) => {
     let written = 0
+    const write: Command = (connection, bytes) => {
+      calls++
+      connection.write('x'.repeat(Number(bytes)))
+    }
     const endless: Command = async (connection) => {
       for (written = 0; written < 64 * MIB; written += MIB / 16) {
         connection.write('x'.repeat(MIB / 16))
@@ -7123,25 +7102,38 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       }
     }
     const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const writeMib: Command = (connection, count) =>
-      connection.write('x'.repeat(MIB * Number(count)))
-    monitor.register('mib', '', writeMib, { http: true })
+    monitor.register('write', '', write, { http: true })
     monitor.register('endless', '', endless, { http: true })
-    assert.equal((await ask(port, 'mib 1\n')).length, MIB)
-    assert.equal((await getPage(port, '/mib/1')).body.length, MIB)
-
     const askPaused = (text: string) => {
       const socket = connectTo(port, {}).pause()
+      t.after(() => socket.destroy())
       socket.write(text)
       return socket
     }
+
+    const lines = `interactive\n${'write 1000000\n'.repeat(100)}quit\n`
+    for (const text of [lines, headOf('/write/1000000').repeat(100)]) {
+      calls = 0
+      const socket = askPaused(text)
+      await until(() => calls > 0, 'the first one is answered')
+      for (let turn = 0; turn < 10; turn++) await untilSeen(port)
+      assert.ok(calls < 25, `${calls} replies, none of them taken`)
+      const taken = await readAll(socket)
+      assert.equal(calls, 100)
+      const replies = taken.replaceAll('x'.repeat(1_000_000), '')
+      if (text === lines) assert.equal(replies, `${INTERACTIVE}Goodbye.\n`)
+      assert.equal(taken.length - replies.length, 100_000_000)
+    }
+
+    assert.equal((await ask(port, `write ${MIB}\n`)).length, MIB)
+    assert.equal((await getPage(port, `/write/${MIB}`)).body.length, MIB)
     for (const text of ['endless\n', headOf('/endless')]) {
       written = 0
       const socket = askPaused(text)
       await until(() => written >= 64 * MIB, 'the command has ended')
       assert.equal(await isReset(socket), true, text)
     }
-    const sockets = ['mib 8\n', headOf('/mib/8')].map(askPaused)
+    const sockets = [`write ${8 * MIB}\n`, headOf(`/write/${8 * MIB}`)].map(askPaused)
     await untilSeen(port)
     await monitor.stop()
     for (const socket of sockets) assert.equal(await isReset(socket), true)
@@ -7224,9 +7216,9 @@ describeInProcess('The wire: lines', ALONE, () => {
     await reporter.hear('Error: slow timed out\n')
   })
 
-  test('a peer that does not close after us is closed after 5 s, not earlier', async (t) => {
+  test('a peer that does not close after us is closed after 5 s, not earlier; who takes a long reply has 30 s for it, and is reset after that', async (t) => {
     const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM })
+    const { monitor, port } = await bootInstance(t, { performers: WARM })
     const peers: Peer[] = []
     for (const text of ['health_check\n', ' '.repeat(9_999)]) {
       const peer = await converse(t, port, { allowHalfOpen: true })
@@ -7244,12 +7236,8 @@ describeInProcess('The wire: lines', ALONE, () => {
     assert.deepEqual(await sendMore(), [false, false])
     timers.pass(2_000)
     await until(async () => (await sendMore()).every(Boolean), 'they are closed')
-  })
 
-  test('whoever takes a long reply has 30 s for it, and is reset after that', async (t) => {
-    const timers = takeTimers(t)
     const reply = 'x'.repeat(8 * MIB) // more than the kernel's buffers hold
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
     monitor.register('large', '', (connection) => connection.write(reply), { http: true })
     const askAndLet = async (text: string, ms: number) => {
       const socket = connectTo(port, {}).pause()
