@@ -7438,32 +7438,32 @@ describeInProcess('The wire: HTTP', ALONE, () => {
 
 // --- The module ----------------------------------------------------------------------------------
 
+type UnmodifiedSetup = Pick<ProcessSetup, 'env' | 'flags' | 'under'> & { file?: string }
+
 /** A program that knows nothing of the monitor, which begins by itself in there. */
-function runUnmodified(
-  t: TestContext,
-  source: string,
-  setup: ProcessOptions & { flags?: string[]; file?: string } = {}
-) {
-  const { flags = [], file = MODULE.href, ...options } = setup
+function runUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
+  const { flags = [], under = [], file = MODULE.href } = setup
   const env = {
     FTW_MONITOR: 'auto',
     NODE_OPTIONS: ['--no-warnings', `--import=${file}`, ...flags].join(' '),
-    ...options.env
+    ...setup.env
   }
-  return watch(t, process.execPath, ['-e', `${PRINT}\n${source}`], { ...options, env })
+  const [program = '', ...words] = [...under, process.execPath, '-e', `${PRINT}\n${source}`]
+  return watch(t, program, words, { env })
 }
 
-async function runUnmodifiedToEnd(t: TestContext, source: string, options: ProcessOptions = {}) {
-  const watched = runUnmodified(t, source, options)
+async function runUnmodifiedToEnd(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
+  const watched = runUnmodified(t, source, setup)
   const status = await inTime(watched.exit, 'the program ends')
   const { stdout, stderr } = watched
   return { status, stdout, stderr }
 }
 
 /** An instance that is such a program, when it is in service. */
-async function bootUnmodified(t: TestContext, source: string, env: Record<string, string> = {}) {
+async function bootUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
   const port = await freePort()
-  const watched = runUnmodified(t, source, { env: { PORT: String(port), ...env } })
+  const env = { PORT: String(port), ...setup.env }
+  const watched = runUnmodified(t, source, { ...setup, env })
   await untilHealthy(port + 80)
   return { watched, port, monitorPort: port + 80 }
 }
@@ -7491,7 +7491,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const source = `${PLAIN_SERVER}
       process.on('SIGTERM', () => server.close(() => process.exit(7)))`
     const env = { FTW_MONITOR_TIMEOUT_MS: '2500', HOST: '127.0.0.1' }
-    const { watched, port } = await bootUnmodified(t, source, env)
+    const { watched, port } = await bootUnmodified(t, source, { env })
     const page = getPage(port, '/slow1000')
     await endUnderLoad(t, watched, { port, path: '/slow10' })
     assert.equal((await page).body, 'served')
@@ -7504,21 +7504,14 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     NEEDS_FIRST_PROCESS,
     async (t) => {
       const endOne = async (signal: NodeJS.Signals, expected: number) => {
-        const port = await freePort()
-        const env = {
-          FTW_MONITOR: 'auto',
-          NODE_OPTIONS: `--no-warnings --import=${MODULE.href}`,
-          PORT: String(port)
-        }
-        const source = `${PRINT}\nprint('process', process.pid)\n${PLAIN_SERVER}`
-        const words = [...AS_FIRST_PROCESS, process.execPath, '-e', source]
-        const watched = watch(t, 'unshare', words, { env })
-        await untilHealthy(port + 80)
+        const source = `print('process', process.pid)\n${PLAIN_SERVER}`
+        const under = ['unshare', ...AS_FIRST_PROCESS]
+        const { watched, port, monitorPort } = await bootUnmodified(t, source, { under })
         assert.match(watched.output, /^process 1$/m)
         const { pid } = watched.child
         const own = fs.readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8')
         const page = getPage(port, '/slow500')
-        await until(async () => (await askPerfMetrics(port + 80)).http.in_flight === 1, 'it came')
+        await until(async () => (await askPerfMetrics(monitorPort)).http.in_flight === 1, 'it came')
         process.kill(Number(own), signal)
         assert.equal((await page).body, 'served')
         assert.equal(await inTime(watched.exit, 'it ends'), expected, watched.output)
@@ -7618,19 +7611,16 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
 
   test('with FTW_MONITOR=auto a server that listens elsewhere than PORT is told of once, if none listens at PORT', async (t) => {
     for (const msUntilServer of [1_000, 0]) {
-      const port = await freePort()
-      const watched = runUnmodified(
-        t,
-        `for (let count = 0; count < 2; count++) {
+      const source = `
+        for (let count = 0; count < 2; count++) {
           const other = require('node:http').createServer(() => {})
           other.listen(0, '127.0.0.1', () => print('elsewhere', other.address().port))
         }
         setTimeout(() => {
           ${PLAIN_SERVER}
-        }, ${msUntilServer})`,
-        { env: { PORT: String(port) }, flags: [flagForTimeouts(10_000)] }
-      )
-      await untilHealthy(port + 80)
+        }, ${msUntilServer})`
+      const flags = [flagForTimeouts(10_000)]
+      const { watched, port } = await bootUnmodified(t, source, { flags })
       await pause(300)
       const [, elsewhere] = /^elsewhere (\d+)$/m.exec(watched.output) ?? []
       const warning = `finds no server at PORT=${port}, but one at 127.0.0.1:${elsewhere}`
@@ -7790,9 +7780,7 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     const file = join(folder, 'ftw-monitor.mjs')
     fs.copyFileSync(PROGRAM, file)
     fs.writeFileSync(join(folder, 'package.json'), '{ "type": "commonjs" }')
-    const port = await freePort()
-    runUnmodified(t, PLAIN_SERVER, { file, env: { PORT: String(port) } })
-    await untilHealthy(port + 80)
+    const { port } = await bootUnmodified(t, PLAIN_SERVER, { file })
     const words = ['health_check', '--port', String(port)]
     const env = { HOST: '127.0.0.1', FTW_MONITOR: 'auto', NODE_OPTIONS: `--import=${file}` }
     const result = await runToEnd(t, process.execPath, programWords(words, file), { env })
