@@ -7520,59 +7520,6 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     }
   )
 
-  test('with FTW_MONITOR=auto a SIGINT a second after a SIGTERM gives the program its signals back for good', async (t) => {
-    const { watched, port, monitorPort } = await bootUnmodified(
-      t,
-      `${PLAIN_SERVER}
-      ${TELL_OF_TRACES}
-      server.on('request', ({ url }, response) => {
-        response.on('finish', () => print('answered', url))
-      })
-      for (const name of ['SIGTERM', 'SIGINT']) process.on(name, () => print('heard', name))
-      process.on('SIGUSR2', () => print(traces()))`
-    )
-    const hasSaid = (text: string) => {
-      return until(() => watched.output.includes(text), `${text}, in: ${watched.output}`)
-    }
-    const page = getPage(port, '/slow3000')
-    await until(async () => (await askPerfMetrics(monitorPort)).http.in_flight === 1, 'it came')
-    watched.child.kill('SIGTERM')
-    await hasSaid('shuts down after SIGTERM')
-    await pause(1_100) // sooner it would be the same stop that arrives twice
-    watched.child.kill('SIGINT')
-    await hasSaid('heard SIGINT')
-    assert.equal((await page).body, 'served')
-    await hasSaid('shutdown: done') // by then the monitor has looked several times
-    watched.child.kill('SIGUSR2')
-    await hasSaid('"listeners":[1,1]')
-    const told = watched.output.match(/^(heard|answered \/slow).*/gm)
-    assert.deepEqual(told, ['heard SIGTERM', 'heard SIGINT', 'answered /slow3000'])
-  })
-
-  test('with FTW_MONITOR=auto and no PORT the first server of HTTP is the instance, gets no request of ours before it has served one, and ends', async (t) => {
-    const source = `
-      const other = require('node:net').createServer().listen(0, '127.0.0.1')
-      const answer = ({ url }, response) => {
-        print('asked for', url)
-        response.end()
-        if (url === '/last') for (const each of [other, server]) each.close()
-      }
-      const server = require('node:http').createServer(answer)
-      server.listen(0, '127.0.0.1', () => print('listens', server.address().port))`
-    const env = { FTW_MONITOR_LISTEN: '127.0.0.1:0' }
-    const watched = runUnmodified(t, source, { env, flags: [flagForPace(1 / 2)] })
-    const place = /^listens (\d+)$/m
-    await until(() => place.test(watched.output), 'it listens')
-    const port = Number(place.exec(watched.output)?.[1])
-    await pause(500)
-    await getPage(port, '/first')
-    await until(() => watched.output.includes('is warm'), 'it is warm', 1_500)
-    await getPage(port, '/last')
-    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
-    const asked = watched.output.match(/(?<=asked for ).*/g)
-    assert.deepEqual(asked, ['/first', '/', '/last'])
-  })
-
   test('with FTW_MONITOR=auto nothing is done in a program that serves no HTTP, and in its child processes, and in a worker thread but to say so', async (t) => {
     const port = await freePort()
     const file = join(scratchFolder(t), 'worker.cjs')
@@ -8010,6 +7957,53 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
       await assertNoWorse(t, program, { cwd: PACKAGES ?? '.' })
     })
   }
+
+  test('auto: a SIGINT a second after a SIGTERM gives the program its signals back for good', async (t) => {
+    const { watched, hasSaid, isReady } = startLife(t, 'auto', {
+      program: `
+        ${TELL_OF_TRACES}
+        server.on('request', ({ url }, response) => {
+          response.on('finish', () => print('answered', url))
+        })
+        for (const name of ['SIGTERM', 'SIGINT']) process.on(name, () => print('heard', name))
+        process.on('SIGUSR2', () => print(traces()))`
+    })
+    const page = getPage(await isReady(), '/slow3000')
+    await hasSaid('asked for /slow3000')
+    watched.child.kill('SIGTERM')
+    await hasSaid('shuts down after SIGTERM')
+    await pause(1_100) // sooner it would be the same stop that arrives twice
+    watched.child.kill('SIGINT')
+    await hasSaid('heard SIGINT')
+    assert.equal((await page).body, 'served')
+    await hasSaid('shutdown: done') // by then the monitor has looked several times
+    watched.child.kill('SIGUSR2')
+    await hasSaid('"listeners":[1,1]')
+    const told = watched.output.match(/^(heard|answered \/slow).*/gm)
+    assert.deepEqual(told, ['heard SIGTERM', 'heard SIGINT', 'answered /slow3000'])
+  })
+
+  test('auto: without PORT the first server of HTTP is the instance, gets no request of ours before it has served one, and ends', async (t) => {
+    const { watched, isReady, awaitEnd } = startLife(t, 'auto', {
+      program: `
+        const { default: net } = await import('node:net')
+        const other = net.createServer().listen(0, '127.0.0.1')
+        handle = ({ url }, response) => {
+          print('asked for', url)
+          response.end()
+          if (url === '/last') for (const each of [other, server]) each.close()
+        }`,
+      env: { FTW_MONITOR_AUTOWARMUP: '', NODE_OPTIONS: flagForPace(1 / 2) }
+    })
+    const port = await isReady()
+    await pause(500)
+    await getPage(port, '/first')
+    await until(() => watched.output.includes('is warm'), 'it is warm', 1_500)
+    await getPage(port, '/last')
+    assert.equal((await awaitEnd()).exitCode, 0, watched.output)
+    const asked = watched.output.match(/(?<=asked for ).*/g)
+    assert.deepEqual(asked, ['/first', '/', '/last'])
+  })
 
   test('auto: a shutdown() that is called while a signal is delayed cleans up after that', async (t) => {
     const life = startLife(t, 'auto', {
