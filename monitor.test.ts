@@ -7484,7 +7484,6 @@ const TELL_OF_TRACES = `
     const open = process.getActiveResourcesInfo().filter((kind) => /TCP|Pipe.*Server/.test(kind))
     return JSON.stringify({ listeners, open, isEmitOwn: Object.hasOwn(process, 'emit') })
   }`
-const NO_TRACES = JSON.stringify({ listeners: [0, 0], open: [], isEmitOwn: false })
 
 describeProcesses('The module', SIDE_BY_SIDE, () => {
   test('with FTW_MONITOR=auto a program with a signal listener of its own ends in its way, and loses nothing', async (t) => {
@@ -7549,8 +7548,8 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       main()`,
       { env: { PORT: String(port) } }
     )
-    const expected = `child\nof a child\nlistens ${port}\nworker is over\n`
-    assert.equal(stdout, `${NO_TRACES}\n${expected}`)
+    const traces = '{"listeners":[0,0],"open":[],"isEmitOwn":false}\n'
+    assert.equal(stdout, `${traces}child\nof a child\nlistens ${port}\nworker is over\n`)
     const line = `does nothing for the server at 127.0.0.1:${port}, since it is in a worker thread`
     assert.equal(stderr, `ftw-monitor ${line}: only the program itself can start() one there\n`)
     assert.equal(status, 0)
@@ -7737,13 +7736,6 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
 
 // --- Never worse than without us -----------------------------------------------------------------
 
-/** Has the timeouts of seconds that are the monitor's pass ten times as fast; those of programs come
- *  by node:timers. */
-const QUICK_TIMEOUTS = `--import=data:text/javascript,${encodeURIComponent(`
-  const { setTimeout } = globalThis
-  globalThis.setTimeout = (act, ms, ...rest) => setTimeout(act, ms < 3_000 ? ms : ms / 10, ...rest)
-`)}`
-
 // Whatever a program does without us, it does with us; it only does it later, or better. So most of
 // these programs are lived several times: without us, with FTW_MONITOR=auto, and with calls of their
 // own. Compared are how they ended, what they said on the way, and what became of a request.
@@ -7760,28 +7752,6 @@ interface Life extends Pick<ProcessOptions, 'cwd' | 'env' | 'stdio'> {
   program: string
 }
 
-/** What every program here has; a request after `cleanUp` is answered `closed`. */
-const LIFE_PARTS = `
-  import { once } from 'node:events'
-  import http from 'node:http'
-  import { setTimeout as pause } from 'node:timers/promises'
-  ${PRINT}
-
-  ${OPEN_UNTIL_CLEANED}
-  let handle = async ({ url }, response) => {
-    print('asked for', url)
-    const [, kind, ms] = /^\\/(slow|block)(\\d+)$/.exec(url) ?? []
-    if (kind === 'slow') await pause(Number(ms))
-    if (kind === 'block') Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, Number(ms))
-    response.end(isOpen ? 'served' : 'closed')
-  }
-  let server = http.createServer((request, response) => handle(request, response))
-  let listen = async () => {
-    server.listen(LOOPBACK)
-    await once(server, 'listening')
-  }
-  const options = {}`
-
 const BEGINS_IN_CODE = `
   globalThis.isInCode = true
   const monitor = await import(${JSON.stringify(MODULE.href)})
@@ -7793,10 +7763,29 @@ const BEGINS_IN_CODE = `
 /** For ends that must not take all the time there is: 1.5 s for requests, 4.5 s in all. */
 const SHORT = { FTW_MONITOR_TIMEOUT_MS: '1500' }
 
-/** Boots a program in one of the ways. */
+/** Boots a program in one of the ways. Each has what comes first here: a request after `cleanUp` is
+ *  answered `closed`. */
 function startLife(t: TestContext, way: Way, life: Life) {
   const source = `
-    ${LIFE_PARTS}
+    import { once } from 'node:events'
+    import http from 'node:http'
+    import { setTimeout as pause } from 'node:timers/promises'
+    ${PRINT}
+
+    ${OPEN_UNTIL_CLEANED}
+    let handle = async ({ url }, response) => {
+      print('asked for', url)
+      const [, kind, ms] = /^\\/(slow|block)(\\d+)$/.exec(url) ?? []
+      if (kind === 'slow') await pause(Number(ms))
+      if (kind === 'block') Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, Number(ms))
+      response.end(isOpen ? 'served' : 'closed')
+    }
+    let server = http.createServer((request, response) => handle(request, response))
+    let listen = async () => {
+      server.listen(LOOPBACK)
+      await once(server, 'listening')
+    }
+    const options = {}
     ${way === 'in code' ? BEGINS_IN_CODE : 'let begin = () => {}'}
     ${life.program}
     await listen()
@@ -8032,7 +8021,11 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         print('finished')
         process.exit(7)
       })`
-    const quick = { NODE_OPTIONS: QUICK_TIMEOUTS }
+    // The monitor's timeouts of seconds pass ten times as fast; the program's come by node:timers.
+    const source = `
+      const timeout = setTimeout
+      globalThis.setTimeout = (act, ms, ...rest) => timeout(act, ms < 3_000 ? ms : ms / 10, ...rest)`
+    const quick = { NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(source)}` }
     const output = await assertNoWorse(t, finishes, { ways: ['auto'], env: { ...SHORT, ...quick } })
     const lines = output.match(/^ftw-monitor .*SIGTERM.*$/gm) ?? []
     assert.equal(lines.length, 2, output) // the other one says that it shuts down
@@ -8043,38 +8036,6 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
       options.exitAfterMs = 1_100`
     await assertNoWorse(t, short, { ways: ['in code'] })
   })
-
-  for (const way of SOME_WAYS) {
-    test(`${way}: an upgrade, a refused one and a CONNECT are requests in flight until they are answered`, async (t) => {
-      const program = `${atItsEnd('cleanUp()')}
-        const answer = async ({ method, url }, socket) => {
-          print('asked for', url)
-          socket.on('error', () => {})
-          // One is longer than upgraded connections have for their goodbye.
-          await pause(url === '/401' ? 1_500 : 400)
-          socket.write('HTTP/1.1 ' + url.slice(1) + (isOpen ? ' open' : ' closed') + '\\r\\n\\r\\n')
-          if (url === '/401') socket.end()
-          print('answered')
-        }
-        server.on('upgrade', answer)
-        server.on('connect', answer)`
-      const life = startLife(t, way, { program })
-      const port = await life.isReady()
-      const answers: Promise<string>[] = []
-      for (const line of ['GET /101', 'GET /401', 'CONNECT /200']) {
-        const [method = '', path = ''] = line.split(' ')
-        const head = headOf(path, 'Connection: Upgrade', 'Upgrade: echo').replace('GET', method)
-        answers.push(ask(port, head).catch(codeOf))
-        await life.hasSaid(`asked for ${path}`)
-      }
-      life.watched.child.kill('SIGTERM')
-      const { said, ms } = await life.awaitEnd()
-      const firstLines = (await Promise.all(answers)).map((text) => text.split('\r\n')[0])
-      assert.deepEqual(firstLines, ['HTTP/1.1 101 open', 'HTTP/1.1 401 open', 'HTTP/1.1 200 open'])
-      assert.deepEqual(said, ['answered', 'answered', 'answered', 'cleaned up'])
-      assert.ok(ms < 6_000, `it ends after ${ms} ms`)
-    })
-  }
 
   for (const way of WITH_US) {
     test(`${way}: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up`, async (t) => {
@@ -8177,10 +8138,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
     const accepted = life.watched.output.match(/^asked for \/slow200$/gm) ?? []
     const answers = outcomes.filter((outcome) => !/^E[A-Z]+$|hang up/.test(outcome))
     assert.ok(answers.length > 0)
-    assert.deepEqual(
-      answers,
-      accepted.map(() => 'served')
-    )
+    assert.deepEqual(answers, Array(accepted.length).fill('served'))
   })
 
   test('a server that begins to listen when all is over is closed, and keeps nothing alive', async (t) => {
@@ -8199,6 +8157,36 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   for (const way of SOME_WAYS) {
+    test(`${way}: an upgrade, a refused one and a CONNECT are requests in flight until they are answered`, async (t) => {
+      const program = `${atItsEnd('cleanUp()')}
+        const answer = async ({ method, url }, socket) => {
+          print('asked for', url)
+          socket.on('error', () => {})
+          // One is longer than upgraded connections have for their goodbye.
+          await pause(url === '/401' ? 1_500 : 400)
+          socket.write('HTTP/1.1 ' + url.slice(1) + (isOpen ? ' open' : ' closed') + '\\r\\n\\r\\n')
+          if (url === '/401') socket.end()
+          print('answered')
+        }
+        server.on('upgrade', answer)
+        server.on('connect', answer)`
+      const life = startLife(t, way, { program })
+      const port = await life.isReady()
+      const answers: Promise<string>[] = []
+      for (const line of ['GET /101', 'GET /401', 'CONNECT /200']) {
+        const [method = '', path = ''] = line.split(' ')
+        const head = headOf(path, 'Connection: Upgrade', 'Upgrade: echo').replace('GET', method)
+        answers.push(ask(port, head).catch(codeOf))
+        await life.hasSaid(`asked for ${path}`)
+      }
+      life.watched.child.kill('SIGTERM')
+      const { said, ms } = await life.awaitEnd()
+      const firstLines = (await Promise.all(answers)).map((text) => text.split('\r\n')[0])
+      assert.deepEqual(firstLines, ['HTTP/1.1 101 open', 'HTTP/1.1 401 open', 'HTTP/1.1 200 open'])
+      assert.deepEqual(said, ['answered', 'answered', 'answered', 'cleaned up'])
+      assert.ok(ms < 6_000, `it ends after ${ms} ms`)
+    })
+
     for (const kind of ['TCP', 'Unix']) {
       test(`${way}: a ${kind} socket that was passed on keeps its backlog for whoever listens next`, async (t) => {
         const socket = net.createServer()
