@@ -144,13 +144,6 @@ const NEEDS_NAMESPACES =
     ? needs('sysctl')
     : { skip: 'this user may not make a network (unshare -rn, ip)' }
 
-/** In processes of its own a program is the first one, which the kernel spares. */
-const AS_FIRST_PROCESS = ['-Urpf', '--kill-child']
-const NEEDS_FIRST_PROCESS =
-  spawnSync('unshare', [...AS_FIRST_PROCESS, 'true']).status === 0
-    ? {}
-    : { skip: 'this user may not make processes of its own (unshare -Urpf)' }
-
 const NODE_MAJOR = Number(process.versions.node.split('.')[0])
 
 // Helpers: waiting
@@ -7253,6 +7246,41 @@ describeInProcess('The wire: lines', ALONE, () => {
       assert.equal(await isReset(await askAndLet(text, 31_000)), true, text)
     }
   })
+
+  test('a line, a head of HTTP and a PROXY header have 60 s to come, not less, and not more for coming in drops', async (t) => {
+    const timers = takeTimers(t)
+    const { port } = await bootInstance(t, { performers: WARM })
+    const head = 'GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
+    const headers = Object.values(PROXY_HEADERS)
+    /** What comes at first, and after 59 s; what is answered, and whether by then. */
+    type Row = [first: string | Buffer, more: string, reply: RegExp, isInTime?: boolean]
+    const rows: Row[] = [
+      ['', 'health_check\n', /^OK\n$/, true],
+      ['', '', /^$/],
+      ['health', '_chec', /^$/],
+      [head, '\r\n', /^HTTP\/1.1 200 OK\r\n/, true],
+      [head, 'X: a\r\n', /^$/],
+      ['GET /health_check HT', 'TP/1.1\r\n', /^$/],
+      [`${headOf('/livez')}GET / HTTP/1.1\r\nHo`, 'X', /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nAlive\n$/s],
+      ...headers.map((header): Row => [header, '', /^$/]),
+      ...headers.map((header): Row => [header.subarray(0, -1), '', /^$/])
+    ]
+    const connect = async ([first, more, reply, isInTime = false]: Row) => {
+      const peer = await converse(t, port)
+      peer.socket.write(first)
+      return { peer, more, reply, isInTime }
+    }
+    const all = await Promise.all(rows.map(connect))
+    await untilSeen(port)
+    timers.pass(59_000)
+    for (const { peer, more } of all) peer.socket.write(more)
+    await until(() => all.every(({ peer, isInTime }) => peer.isClosed || !isInTime), 'those answer')
+    await untilSeen(port)
+    for (const { peer, isInTime } of all) assert.equal(peer.isClosed, isInTime)
+    timers.pass(2_000)
+    await until(() => all.every(({ peer }) => peer.isClosed), 'the others are cut off')
+    for (const { peer, reply } of all) assert.match(peer.transcript, reply)
+  })
 })
 
 // --- The wire: HTTP ------------------------------------------------------------------------------
@@ -7398,43 +7426,6 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
   })
 })
 
-describeInProcess('The wire: HTTP', ALONE, () => {
-  test('a line, a head of HTTP and a PROXY header have 60 s to come, not less, and not more for coming in drops', async (t) => {
-    const timers = takeTimers(t)
-    const { port } = await bootInstance(t, { performers: WARM })
-    const head = 'GET /health_check HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
-    const headers = Object.values(PROXY_HEADERS)
-    /** What comes at first, and after 59 s; what is answered, and whether by then. */
-    type Row = [first: string | Buffer, more: string, reply: RegExp, isInTime?: boolean]
-    const rows: Row[] = [
-      ['', 'health_check\n', /^OK\n$/, true],
-      ['', '', /^$/],
-      ['health', '_chec', /^$/],
-      [head, '\r\n', /^HTTP\/1.1 200 OK\r\n/, true],
-      [head, 'X: a\r\n', /^$/],
-      ['GET /health_check HT', 'TP/1.1\r\n', /^$/],
-      [`${headOf('/livez')}GET / HTTP/1.1\r\nHo`, 'X', /^HTTP\/1\.1 200 OK\r\n.*\r\n\r\nAlive\n$/s],
-      ...headers.map((header): Row => [header, '', /^$/]),
-      ...headers.map((header): Row => [header.subarray(0, -1), '', /^$/])
-    ]
-    const connect = async ([first, more, reply, isInTime = false]: Row) => {
-      const peer = await converse(t, port)
-      peer.socket.write(first)
-      return { peer, more, reply, isInTime }
-    }
-    const all = await Promise.all(rows.map(connect))
-    await untilSeen(port)
-    timers.pass(59_000)
-    for (const { peer, more } of all) peer.socket.write(more)
-    await until(() => all.every(({ peer, isInTime }) => peer.isClosed || !isInTime), 'those answer')
-    await untilSeen(port)
-    for (const { peer, isInTime } of all) assert.equal(peer.isClosed, isInTime)
-    timers.pass(2_000)
-    await until(() => all.every(({ peer }) => peer.isClosed), 'the others are cut off')
-    for (const { peer, reply } of all) assert.match(peer.transcript, reply)
-  })
-})
-
 // --- The module ----------------------------------------------------------------------------------
 
 type UnmodifiedSetup = Pick<ProcessSetup, 'env' | 'flags' | 'under'> & { file?: string }
@@ -7498,26 +7489,25 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     assert.deepEqual(linesOfShutdown(watched.output), [])
   })
 
-  test(
-    'with FTW_MONITOR=auto the first process of a container loses nothing, and ends with the status of the signal',
-    NEEDS_FIRST_PROCESS,
-    async (t) => {
-      const endOne = async (signal: NodeJS.Signals, expected: number) => {
-        const source = `print('process', process.pid)\n${PLAIN_SERVER}`
-        const under = ['unshare', ...AS_FIRST_PROCESS]
-        const { watched, port, monitorPort } = await bootUnmodified(t, source, { under })
-        assert.match(watched.output, /^process 1$/m)
-        const { pid } = watched.child
-        const own = fs.readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8')
-        const page = getPage(port, '/slow500')
-        await until(async () => (await askPerfMetrics(monitorPort)).http.in_flight === 1, 'it came')
-        process.kill(Number(own), signal)
-        assert.equal((await page).body, 'served')
-        assert.equal(await inTime(watched.exit, 'it ends'), expected, watched.output)
-      }
-      await Promise.all([endOne('SIGTERM', 143), endOne('SIGINT', 130)])
+  test('with FTW_MONITOR=auto the first process of a container, which the kernel spares, loses nothing, and ends with the status of the signal', async (t) => {
+    const words = ['-Urpf', '--kill-child']
+    const { status } = spawnSync('unshare', [...words, 'true'])
+    if (status !== 0) return t.skip('this user may not make processes of its own (unshare -Urpf)')
+    const endOne = async (signal: NodeJS.Signals, expected: number) => {
+      const source = `print('process', process.pid)\n${PLAIN_SERVER}`
+      const under = ['unshare', ...words]
+      const { watched, port, monitorPort } = await bootUnmodified(t, source, { under })
+      assert.match(watched.output, /^process 1$/m)
+      const { pid } = watched.child
+      const own = fs.readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8')
+      const page = getPage(port, '/slow500')
+      await until(async () => (await askPerfMetrics(monitorPort)).http.in_flight === 1, 'it came')
+      process.kill(Number(own), signal)
+      assert.equal((await page).body, 'served')
+      assert.equal(await inTime(watched.exit, 'it ends'), expected, watched.output)
     }
-  )
+    await Promise.all([endOne('SIGTERM', 143), endOne('SIGINT', 130)])
+  })
 
   test('with FTW_MONITOR=auto nothing is done in a program that serves no HTTP, and in its child processes, and in a worker thread but to say so', async (t) => {
     const port = await freePort()
