@@ -7084,9 +7084,9 @@ describeInProcess('The wire: lines', TOGETHER, () => {
   test('the next line or request waits until the last reply has been taken; 1 MiB may be left unsent, with more the client is cut off, by a reset that no end looks like', async (t) => {
     let calls = 0
     let written = 0
-    const write: Command = (connection, bytes) => {
+    const write: Command = (connection, ...sizes) => {
       calls++
-      connection.write('x'.repeat(Number(bytes)))
+      for (const bytes of sizes) connection.write('x'.repeat(Number(bytes)))
     }
     const endless: Command = async (connection) => {
       for (written = 0; written < 64 * MIB; written += MIB / 16) {
@@ -7118,8 +7118,8 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       assert.equal(taken.length - replies.length, 100_000_000)
     }
 
-    assert.equal((await ask(port, `write ${MIB}\n`)).length, MIB)
-    assert.equal((await getPage(port, `/write/${MIB}`)).body.length, MIB)
+    assert.equal((await ask(port, `write ${MIB} 1\n`)).length, MIB + 1)
+    assert.equal((await getPage(port, `/write/${MIB}/1`)).body.length, MIB + 1)
     for (const text of ['endless\n', headOf('/endless')]) {
       written = 0
       const socket = askPaused(text)
