@@ -7426,7 +7426,7 @@ describeInProcess('The wire: HTTP', TOGETHER, () => {
 
 type UnmodifiedSetup = Pick<ProcessSetup, 'env' | 'flags' | 'under'> & { file?: string }
 
-/** A program that knows nothing of the monitor, which begins by itself in there. */
+/** A program that knows nothing of the monitor, which begins by itself in there; it may `await`. */
 function runUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
   const { flags = [], under = [], file = MODULE.href } = setup
   const env = {
@@ -7434,8 +7434,8 @@ function runUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = 
     NODE_OPTIONS: ['--no-warnings', `--import=${file}`, ...flags].join(' '),
     ...setup.env
   }
-  const node = [process.execPath, '-e', `${PRINT}\n${source}`]
-  const [program = '', ...words] = under.concat(node)
+  const script = `${PRINT}\nconst main = async () => {\n${source}\n}\nmain()`
+  const [program = '', ...words] = under.concat(process.execPath, '-e', script)
   return watch(t, program, words, { env })
 }
 
@@ -7471,6 +7471,14 @@ const TELL_OF_TRACES = `
     const open = process.getActiveResourcesInfo().filter((kind) => /TCP|Pipe.*Server/.test(kind))
     return JSON.stringify({ listeners, open, isEmitOwn: Object.hasOwn(process, 'emit') })
   }`
+
+/** Imports a copy, and requires another one where it is compiled. */
+const REQUIRED = `require(${JSON.stringify(fileURLToPath(new URL('monitor.cjs', MODULE)))})`
+const IMPORTED = `await import('${MODULE.href}?copy=other')`
+const TWO_COPIES = `
+  const { setTimeout: pause } = require('node:timers/promises')
+  const one = await import('${MODULE.href}?copy=one')
+  const other = ${EXTENSION === '.js' ? REQUIRED : IMPORTED}`
 
 describeProcesses('The module', SIDE_BY_SIDE, () => {
   test('with FTW_MONITOR=auto a program with a signal listener of its own ends in its way, and loses nothing', async (t) => {
@@ -7514,26 +7522,21 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
         setTimeout(() => process.exit(), 500)
       })`
     fs.writeFileSync(file, `${PRINT}\n${PLAIN_SERVER}\n${end}`)
-    const { status, stdout, stderr } = await runUnmodifiedToEnd(
-      t,
-      `${TELL_OF_TRACES}
+    const source = `${TELL_OF_TRACES}
       const { spawnSync } = require('node:child_process')
       const { once } = require('node:events')
       const { Worker } = require('node:worker_threads')
-      const main = async () => {
-        const server = require('node:net').createServer().listen(0, '127.0.0.1')
-        await once(server, 'listening')
-        await new Promise((resolve) => server.close(resolve))
-        await new Promise((resolve) => setTimeout(resolve, 300))
-        print(traces())
-        const child = spawnSync(process.execPath, ['-e', 'console.log("child")'])
-        print(String(child.stdout) + String(child.stderr) + 'of a child')
-        await once(new Worker(${JSON.stringify(file)}), 'exit')
-        print('worker is over')
-      }
-      main()`,
-      { env: { PORT: String(port) } }
-    )
+      const server = require('node:net').createServer().listen(0, '127.0.0.1')
+      await once(server, 'listening')
+      await new Promise((resolve) => server.close(resolve))
+      await new Promise((resolve) => setTimeout(resolve, 300))
+      print(traces())
+      const child = spawnSync(process.execPath, ['-e', 'console.log("child")'])
+      print(String(child.stdout) + String(child.stderr) + 'of a child')
+      await once(new Worker(${JSON.stringify(file)}), 'exit')
+      print('worker is over')`
+    const env = { PORT: String(port) }
+    const { status, stdout, stderr } = await runUnmodifiedToEnd(t, source, { env })
     const traces = '{"listeners":[0,0],"open":[],"isEmitOwn":false}\n'
     assert.equal(stdout, `${traces}child\nof a child\nlistens ${port}\nworker is over\n`)
     const line = `does nothing for the server at 127.0.0.1:${port}, since it is in a worker thread`
@@ -7571,49 +7574,32 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     }
   })
 
-  /** Has a program import a copy and require another one, and say what becomes of it. */
-  const withCopies = (script: string) => {
-    const file = fileURLToPath(new URL('monitor.cjs', MODULE))
-    const required = `require(${JSON.stringify(file)})`
-    const imported = `await import('${MODULE.href}?copy=other')`
-    return `
-      const main = async () => {
-        const { setTimeout: pause } = require('node:timers/promises')
-        const one = await import('${MODULE.href}?copy=one')
-        const other = ${EXTENSION === '.js' ? required : imported}
-        ${script}
-      }
-      main()`
-  }
-
   test('all copies in a process are one, by each function that is exported: what begins by itself is started, told, drained and stopped by any', async (t) => {
-    const { watched, monitorPort } = await bootUnmodified(
-      t,
-      `${PLAIN_SERVER}
+    const source = `${PLAIN_SERVER}
       ${TELL_OF_TRACES}
-      ${withCopies(`
-        const functionsOf = (all) => {
-          return Object.keys(all).filter((name) => typeof all[name] === 'function').sort().join()
-        }
-        const left = globalThis[Symbol.for('ftw-monitor.exports.1')]
-        print('all of them:', functionsOf(left) === functionsOf(one))
-        while (!(await one.health()).healthy) await pause(20)
-        one.registerDatabase('main', { isConnected: () => true }).loads(3)
-        one.registerWarmup('/shop', () => {})
-        other.register('echo', '', (peer, word) => peer.write(word), { http: true })
-        other.registerMetrics(() => 'own_metric 1')
-        const address = await one.start(server)
-        const again = await other.start({ server: [server] })
-        await other.untilHealthy()
-        process.once('SIGUSR2', async () => {
-          void other.drain({ reason: 'Moving house' })
-          print((await one.health()).reason)
-          await other.stop()
-          server.close()
-          print(traces())
-        })
-        print('address', address.port, again.port)`)}`
-    )
+      ${TWO_COPIES}
+      const functionsOf = (all) => {
+        return Object.keys(all).filter((name) => typeof all[name] === 'function').sort().join()
+      }
+      const left = globalThis[Symbol.for('ftw-monitor.exports.1')]
+      print('all of them:', functionsOf(left) === functionsOf(one))
+      while (!(await one.health()).healthy) await pause(20)
+      one.registerDatabase('main', { isConnected: () => true }).loads(3)
+      one.registerWarmup('/shop', () => {})
+      other.register('echo', '', (peer, word) => peer.write(word), { http: true })
+      other.registerMetrics(() => 'own_metric 1')
+      const address = await one.start(server)
+      const again = await other.start({ server: [server] })
+      await other.untilHealthy()
+      process.once('SIGUSR2', async () => {
+        void other.drain({ reason: 'Moving house' })
+        print((await one.health()).reason)
+        await other.stop()
+        server.close()
+        print(traces())
+      })
+      print('address', address.port, again.port)`
+    const { watched, monitorPort } = await bootUnmodified(t, source)
     await until(() => watched.output.includes('address'), 'start() has an address')
     assert.match(watched.output, new RegExp(`^address ${monitorPort} ${monitorPort}$`, 'm'))
     assert.match(watched.output, /^all of them: true$/m)
@@ -7644,10 +7630,10 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     for (const script of scripts) {
       const listen = await freePort()
       const port = await freePort()
-      const source = withCopies(`
+      const source = `${TWO_COPIES}
         const server = require('node:http').createServer((_, response) => response.end('served'))
         const listen = { host: '127.0.0.1', port: ${listen} }
-        ${script}`)
+        ${script}`
       const watched = runUnmodified(t, source, { env: { PORT: String(port) } })
       await untilHealthy(listen)
       assert.ok(await isRefused(port + 80))
@@ -7669,17 +7655,13 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       fs.writeFileSync(join(folder, 'package.json'), '{ "type": "module" }')
       const file = join(folder, `first${EXTENSION}`)
       fs.writeFileSync(file, fs.readFileSync(PROGRAM, 'utf8').replace(text, replaced))
-      const { stdout, stderr } = await runUnmodifiedToEnd(
-        t,
-        `const main = async () => {
-          const first = await import(${JSON.stringify(file)})
-          const later = await import('${MODULE.href}')
-          first.registerDatabase('main', { isConnected: () => true })
-          print((await later.status()).databases.length, await later.untilHealthy?.())
-        }
-        main()`,
-        { env: { FTW_MONITOR: '0', NODE_OPTIONS: '--no-warnings' } }
-      )
+      const source = `
+        const first = await import(${JSON.stringify(file)})
+        const later = await import('${MODULE.href}')
+        first.registerDatabase('main', { isConnected: () => true })
+        print((await later.status()).databases.length, await later.untilHealthy?.())`
+      const env = { FTW_MONITOR: '0', NODE_OPTIONS: '--no-warnings' }
+      const { stdout, stderr } = await runUnmodifiedToEnd(t, source, { env })
       assert.equal(stdout, '1 \n')
       const [line = '', ...others] = stderr.trimEnd().split('\n')
       assert.deepEqual(others, [])
