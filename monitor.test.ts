@@ -7551,9 +7551,8 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
           const other = require('node:http').createServer(() => {})
           other.listen(0, '127.0.0.1', () => print('elsewhere', other.address().port))
         }
-        setTimeout(() => {
-          ${PLAIN_SERVER}
-        }, ${msUntilServer})`
+        await new Promise((resolve) => setTimeout(resolve, ${msUntilServer}))
+        ${PLAIN_SERVER}`
       const flags = [flagForTimeouts(10_000)]
       const { watched, port } = await bootUnmodified(t, source, { flags })
       await pause(300)
@@ -7712,12 +7711,6 @@ type Way = 'alone' | 'auto' | 'in code'
 
 const WITH_US: Way[] = ['auto', 'in code']
 
-interface Life extends Pick<ProcessOptions, 'cwd' | 'env' | 'stdio'> {
-  /** May replace `server`, `handle`, `options`, `begin`, which does nothing unless in code, and
-   *  `listen`. */
-  program: string
-}
-
 const BEGINS_IN_CODE = `
   globalThis.isInCode = true
   const monitor = await import(${JSON.stringify(MODULE.href)})
@@ -7729,9 +7722,10 @@ const BEGINS_IN_CODE = `
 /** For ends that must not take all the time there is: 1.5 s for requests, 4.5 s in all. */
 const SHORT = { FTW_MONITOR_TIMEOUT_MS: '1500' }
 
-/** Boots a program in one of the ways. Each has what comes first here: a request after `cleanUp` is
- *  answered `closed`. */
-function startLife(t: TestContext, way: Way, life: Life) {
+/** Boots a program in one of the ways. It has what comes first here, and may replace `server`,
+ *  `handle`, `options`, `begin`, which does nothing unless in code, and `listen`. A request after
+ *  `cleanUp` is answered `closed`. */
+function startLife(t: TestContext, way: Way, program: string, setup: ProcessOptions = {}) {
   const source = `
     import { once } from 'node:events'
     import http from 'node:http'
@@ -7753,18 +7747,18 @@ function startLife(t: TestContext, way: Way, life: Life) {
     }
     const options = {}
     ${way === 'in code' ? BEGINS_IN_CODE : 'let begin = () => {}'}
-    ${life.program}
+    ${program}
     await listen()
     await begin()
     print('ready', server.address()?.port ?? 0)`
   const quiet = { FTW_MONITOR_AUTOWARMUP: '0', FTW_MONITOR_LISTEN: '127.0.0.1:0' }
-  const env: Record<string, string> = { ...quiet, ...life.env }
+  const env: Record<string, string> = { ...quiet, ...setup.env }
   const words = ['--no-warnings', '--input-type=module', '-e', source]
   if (way === 'auto') {
     env['FTW_MONITOR'] = 'auto'
     words.unshift(`--import=${MODULE.href}`)
   }
-  const watched = watch(t, process.execPath, words, { ...life, env })
+  const watched = watch(t, process.execPath, words, { ...setup, env })
   const hasSaid = (text: string) => {
     return until(() => watched.output.includes(text), `${text}, ${way}, in: ${watched.output}`)
   }
@@ -7797,11 +7791,11 @@ function startLife(t: TestContext, way: Way, life: Life) {
 async function assertNoWorse(
   t: TestContext,
   program: string,
-  setup: Omit<Life, 'program'> & { ways?: Way[] } = {}
+  setup: ProcessOptions & { ways?: Way[] } = {}
 ): Promise<string> {
   const { ways = WITH_US, ...others } = setup
   const liveOnce = async (way: Way) => {
-    const life = startLife(t, way, { program, ...others })
+    const life = startLife(t, way, program, others)
     const answer = getPage(await life.isReady(), '/slow500').then(({ body }) => body, codeOf)
     await life.hasSaid('asked for /slow500')
     life.watched.child.kill('SIGTERM')
@@ -7914,15 +7908,14 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   }
 
   test('auto: a SIGINT a second after a SIGTERM gives the program its signals back for good', async (t) => {
-    const { watched, hasSaid, isReady } = startLife(t, 'auto', {
-      program: `
-        ${TELL_OF_TRACES}
-        server.on('request', ({ url }, response) => {
-          response.on('finish', () => print('answered', url))
-        })
-        for (const name of ['SIGTERM', 'SIGINT']) process.on(name, () => print('heard', name))
-        process.on('SIGUSR2', () => print(traces()))`
-    })
+    const program = `
+      ${TELL_OF_TRACES}
+      server.on('request', ({ url }, response) => {
+        response.on('finish', () => print('answered', url))
+      })
+      for (const name of ['SIGTERM', 'SIGINT']) process.on(name, () => print('heard', name))
+      process.on('SIGUSR2', () => print(traces()))`
+    const { watched, hasSaid, isReady } = startLife(t, 'auto', program)
     const page = getPage(await isReady(), '/slow3000')
     await hasSaid('asked for /slow3000')
     watched.child.kill('SIGTERM')
@@ -7939,17 +7932,16 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   test('auto: without PORT the first server of HTTP is the instance, gets no request of ours before it has served one, and ends', async (t) => {
-    const { watched, isReady, awaitEnd } = startLife(t, 'auto', {
-      program: `
-        const { default: net } = await import('node:net')
-        const other = net.createServer().listen(0, '127.0.0.1')
-        handle = ({ url }, response) => {
-          print('asked for', url)
-          response.end()
-          if (url === '/last') for (const each of [other, server]) each.close()
-        }`,
-      env: { FTW_MONITOR_AUTOWARMUP: '', NODE_OPTIONS: flagForPace(1 / 2) }
-    })
+    const program = `
+      const { default: net } = await import('node:net')
+      const other = net.createServer().listen(0, '127.0.0.1')
+      handle = ({ url }, response) => {
+        print('asked for', url)
+        response.end()
+        if (url === '/last') for (const each of [other, server]) each.close()
+      }`
+    const env = { FTW_MONITOR_AUTOWARMUP: '', NODE_OPTIONS: flagForPace(1 / 2) }
+    const { watched, isReady, awaitEnd } = startLife(t, 'auto', program, { env })
     const port = await isReady()
     await pause(500)
     await getPage(port, '/first')
@@ -7961,14 +7953,13 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
   })
 
   test('auto: a shutdown() that is called while a signal is delayed cleans up after that', async (t) => {
-    const life = startLife(t, 'auto', {
-      program: `
-        process.on('SIGTERM', () => print('heard'))
-        process.on('SIGUSR2', async () => {
-          await globalThis[Symbol.for('ftw-monitor.exports.1')].shutdown({ cleanUp })
-          process.exit(6)
-        })`
-    })
+    const program = `
+      process.on('SIGTERM', () => print('heard'))
+      process.on('SIGUSR2', async () => {
+        await globalThis[Symbol.for('ftw-monitor.exports.1')].shutdown({ cleanUp })
+        process.exit(6)
+      })`
+    const life = startLife(t, 'auto', program)
     const answer = getPage(await life.isReady(), '/slow800')
     await life.hasSaid('asked for /slow800')
     life.watched.child.kill('SIGTERM')
@@ -8005,20 +7996,19 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
 
   for (const way of WITH_US) {
     test(`${way}: a look-up that hangs of a name in FTW_MONITOR_LISTEN holds no end up`, async (t) => {
-      const life = startLife(t, way, {
-        program: `
-          const { default: dns } = await import('node:dns')
-          const { lookup } = dns
-          dns.lookup = (name, ...args) => {
-            if (name !== 'monitor.invalid') return lookup(name, ...args)
-            print('looks up')
-            setInterval(() => {}, 1_000) // as the thread that looks it up keeps the process alive
-          }
-          options.cleanUp = cleanUp
-          const beginBefore = begin
-          begin = () => void beginBefore()`,
-        env: { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
-      })
+      const program = `
+        const { default: dns } = await import('node:dns')
+        const { lookup } = dns
+        dns.lookup = (name, ...args) => {
+          if (name !== 'monitor.invalid') return lookup(name, ...args)
+          print('looks up')
+          setInterval(() => {}, 1_000) // as the thread that looks it up keeps the process alive
+        }
+        options.cleanUp = cleanUp
+        const beginBefore = begin
+        begin = () => void beginBefore()`
+      const env = { ...SHORT, FTW_MONITOR_LISTEN: 'monitor.invalid:8160' }
+      const life = startLife(t, way, program, { env })
       await life.hasSaid('ready')
       await life.hasSaid('looks up')
       life.watched.child.kill('SIGTERM')
@@ -8042,7 +8032,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         copy.shutdownOnSignal({ cleanUp: cleanUpAll })
         print('begun')
       })`
-    const life = startLife(t, 'auto', { program, env: SHORT })
+    const life = startLife(t, 'auto', program, { env: SHORT })
     const port = await life.isReady()
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
@@ -8086,7 +8076,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         monitor.shutdownOnSignal(options)
         void monitor.start({ server: [server, ...late] })
       }`
-    const life = startLife(t, 'in code', { program })
+    const life = startLife(t, 'in code', program)
     const slow = getPage(await life.isReady(), '/slow3500')
     await life.hasSaid('asked for /slow3500')
     const outcomes: string[] = []
@@ -8136,7 +8126,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         }
         server.on('upgrade', answer)
         server.on('connect', answer)`
-      const life = startLife(t, way, { program })
+      const life = startLife(t, way, program)
       const port = await life.isReady()
       const answers: Promise<string>[] = []
       for (const line of ['GET /101', 'GET /401', 'CONNECT /200']) {
@@ -8163,9 +8153,9 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
         const { _handle: handle } = socket as unknown as { _handle: { fd: number } }
         const stdio: StdioOptions = ['pipe', 'pipe', 'pipe', handle.fd]
 
-        const first = startLife(t, way, { program: listensOnSocket(), stdio })
+        const first = startLife(t, way, listensOnSocket(), { stdio })
         const whenTold = listensOnSocket("await once(process.stdin, 'data')")
-        const next = startLife(t, 'alone', { program: whenTold, stdio })
+        const next = startLife(t, 'alone', whenTold, { stdio })
         await first.isReady()
         socket.close() // before anybody connects, or this process would accept
         first.watched.child.kill('SIGTERM')
@@ -8204,7 +8194,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
           child.send('server', server)
           await once(child, 'message')
         }`
-      const life = startLife(t, way, { program })
+      const life = startLife(t, way, program)
       const port = await life.isReady()
       life.watched.child.kill('SIGTERM')
       await life.hasSaid('alone')
@@ -8230,7 +8220,7 @@ describeProcesses('Never worse than without us', SIDE_BY_SIDE, () => {
             cluster.worker.disconnect()
           })
         }`
-      const { watched, hasSaid } = startLife(t, 'auto', { program })
+      const { watched, hasSaid } = startLife(t, 'auto', program)
       const workers = () => [...watched.output.matchAll(/^worker (\d+) (\d+)$/gm)]
       await until(() => workers().length === 2, 'both workers serve')
       await until(() => watched.output.match(/listening on/g)?.length === 2, 'both have monitors')
