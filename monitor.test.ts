@@ -7439,13 +7439,6 @@ function runUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = 
   return watch(t, program, words, { env })
 }
 
-async function runUnmodifiedToEnd(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
-  const watched = runUnmodified(t, source, setup)
-  const status = await inTime(watched.exit, 'the program ends')
-  const { stdout, stderr } = watched
-  return { status, stdout, stderr }
-}
-
 /** An instance that is such a program, when it is in service. */
 async function bootUnmodified(t: TestContext, source: string, setup: UnmodifiedSetup = {}) {
   const port = await freePort()
@@ -7536,12 +7529,13 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
       await once(new Worker(${JSON.stringify(file)}), 'exit')
       print('worker is over')`
     const env = { PORT: String(port) }
-    const { status, stdout, stderr } = await runUnmodifiedToEnd(t, source, { env })
+    const watched = runUnmodified(t, source, { env })
+    assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
     const traces = '{"listeners":[0,0],"open":[],"isEmitOwn":false}\n'
-    assert.equal(stdout, `${traces}child\nof a child\nlistens ${port}\nworker is over\n`)
+    assert.equal(watched.stdout, `${traces}child\nof a child\nlistens ${port}\nworker is over\n`)
     const line = `does nothing for the server at 127.0.0.1:${port}, since it is in a worker thread`
-    assert.equal(stderr, `ftw-monitor ${line}: only the program itself can start() one there\n`)
-    assert.equal(status, 0)
+    const advice = 'only the program itself can start() one there'
+    assert.equal(watched.stderr, `ftw-monitor ${line}: ${advice}\n`)
   })
 
   test('with FTW_MONITOR=auto a server that listens elsewhere than PORT is told of once, if none listens at PORT', async (t) => {
@@ -7568,8 +7562,9 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
     for (const word of ['AUTO', 'off', ' ', 'autp', '1', 'on']) {
       const isKnown = ['AUTO', 'off', ' '].includes(word)
       const stderr = isKnown ? '' : `ftw-monitor cannot use FTW_MONITOR=${word}: ${values}\n`
-      const ended = await runUnmodifiedToEnd(t, '', { env: { FTW_MONITOR: word } })
-      assert.deepEqual(ended, { status: 0, stdout: '', stderr })
+      const watched = runUnmodified(t, '', { env: { FTW_MONITOR: word } })
+      assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
+      assert.deepEqual([watched.stdout, watched.stderr], ['', stderr])
     }
   })
 
@@ -7660,9 +7655,10 @@ describeProcesses('The module', SIDE_BY_SIDE, () => {
         first.registerDatabase('main', { isConnected: () => true })
         print((await later.status()).databases.length, await later.untilHealthy?.())`
       const env = { FTW_MONITOR: '0', NODE_OPTIONS: '--no-warnings' }
-      const { stdout, stderr } = await runUnmodifiedToEnd(t, source, { env })
-      assert.equal(stdout, '1 \n')
-      const [line = '', ...others] = stderr.trimEnd().split('\n')
+      const watched = runUnmodified(t, source, { env })
+      assert.equal(await inTime(watched.exit, 'it ends'), 0, watched.output)
+      assert.equal(watched.stdout, '1 \n')
+      const [line = '', ...others] = watched.stderr.trimEnd().split('\n')
       assert.deepEqual(others, [])
       for (const part of [file, PROGRAM]) assert.ok(line.includes(part), line)
       assert.match(line, versions)
@@ -7711,14 +7707,6 @@ type Way = 'alone' | 'auto' | 'in code'
 
 const WITH_US: Way[] = ['auto', 'in code']
 
-const BEGINS_IN_CODE = `
-  globalThis.isInCode = true
-  const monitor = await import(${JSON.stringify(MODULE.href)})
-  let begin = async () => {
-    monitor.shutdownOnSignal(options)
-    await monitor.start(server)
-  }`
-
 /** For ends that must not take all the time there is: 1.5 s for requests, 4.5 s in all. */
 const SHORT = { FTW_MONITOR_TIMEOUT_MS: '1500' }
 
@@ -7746,7 +7734,12 @@ function startLife(t: TestContext, way: Way, program: string, setup: ProcessOpti
       await once(server, 'listening')
     }
     const options = {}
-    ${way === 'in code' ? BEGINS_IN_CODE : 'let begin = () => {}'}
+    const isInCode = ${way === 'in code'}
+    const monitor = isInCode ? await import(${JSON.stringify(MODULE.href)}) : undefined
+    let begin = async () => {
+      monitor?.shutdownOnSignal(options)
+      await monitor?.start(server)
+    }
     ${program}
     await listen()
     await begin()
@@ -7819,7 +7812,7 @@ const atItsEnd = (cleans: string) => `
   options.cleanUp = async () => {
     ${cleans}
   }
-  if (!globalThis.isInCode) {
+  if (!isInCode) {
     process.on('SIGTERM', async () => {
       await options.cleanUp()
       process.exit()
