@@ -6940,10 +6940,10 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
     const other = await importMonitor(t)
     await other.start({ server: await serve(t), listen: { path }, logger: recorder() })
     const dialogue = 'interactive\nnope\n\nlivez\r\nquit\n'
-    const requests = headOf('/livez') + headOf('/livez', 'Connection: close')
-    const askSlowly = async (bytes: Buffer) => {
+    const pages = headOf('/livez') + headOf('/livez', 'Connection: close')
+    const askSlowly = async (header: Buffer, text: string) => {
       const peer = await converse(t, port)
-      for (const byte of bytes) {
+      for (const byte of Buffer.concat([header, Buffer.from(text)])) {
         peer.socket.write(Buffer.of(byte))
         await nextTurn()
       }
@@ -6955,13 +6955,12 @@ describeInProcess('The wire: PROXY headers', TOGETHER, () => {
       const invalid = 'Invalid command \'nope\'\nTry "help".\n'
       const answer = `${INTERACTIVE}${invalid}${invalid}Alive\nGoodbye.\n`
       assert.equal(await askBehind(port, header, dialogue), answer)
-      assert.equal(await askSlowly(Buffer.concat([header, Buffer.from(dialogue)])), answer)
+      assert.equal(await askSlowly(header, dialogue), answer)
       const resumed = header.length > 0 ? 'resume is for this machine only\n' : 'Resumed\n'
       for (const where of [port, path]) {
         assert.equal(await askBehind(where, header, 'resume\n'), resumed)
       }
-      const whole = Buffer.concat([header, Buffer.from(requests)])
-      for (const page of [await ask(port, whole), await askSlowly(whole)]) {
+      for (const page of [await askBehind(port, header, pages), await askSlowly(header, pages)]) {
         assert.equal(page.match(/^HTTP\/1\.1 200 OK\r\n/gm)?.length, 2, page)
         assert.equal(page.match(/^Alive\n/gm)?.length, 2, page)
       }
@@ -7024,10 +7023,17 @@ async function isReset(socket: net.Socket): Promise<boolean> {
 }
 
 describeInProcess('The wire: lines', TOGETHER, () => {
-  test('every row of the protocol is answered byte for byte; a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
+  test('every row of the protocol is answered byte for byte, commands one after the other to the end of each, also of a half-closed peer; a line of 4,096 bytes is a command, a longer one is refused and closed', async (t) => {
     const invalid = 'Invalid command \'nope\'\nTry "help".\n'
     const line = (bytes: number) => 'health_check'.padEnd(bytes)
-    const { port } = await bootInstance(t)
+    const slow: Command = async (connection, name) => {
+      connection.write(`${name} begins, `)
+      await pause(20)
+      connection.write(`${name} ends\n`)
+    }
+    const inTurn = 'a begins, a ends\nb begins, b ends\nOK\nc begins, c ends\n'
+    const { monitor, port } = await bootInstance(t)
+    monitor.register('slow', '', slow, { http: true })
     await assertReplies(port, {
       'health_check\n': 'OK\n',
       'health_check\r\n': 'OK\n',
@@ -7042,6 +7048,7 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       '\n\r\n \nquit\n': 'Goodbye.\n', // nothing to repeat yet
       '\nhealth_check\n': 'OK\n',
       'warmup_state\n': '1 0\n',
+      'interactive\nslow a\nslow b\nhealth_check\nslow c\nquit\n': `${INTERACTIVE}${inTurn}Goodbye.\n`,
       [`${line(4_096)}\n`]: 'OK\n',
       [`${'é'.repeat(2_048)}\n`]: /^Invalid command/,
       [`${line(4_097)}\n`]: 'Line too long\n',
@@ -7056,29 +7063,12 @@ describeInProcess('The wire: lines', TOGETHER, () => {
       quit: 'Goodbye.\n',
       '': '',
       '\n': '',
-      'interactive\nhealth_check': `${INTERACTIVE}OK\n`
-    }
-    await assertReplies(port, unended, { end: true })
-  })
-
-  test('commands run one after the other, to the end of each, also of a half-closed peer', async (t) => {
-    const slow: Command = async (connection, name) => {
-      connection.write(`${name} begins, `)
-      await pause(20)
-      connection.write(`${name} ends\n`)
-    }
-    const { monitor, port } = await bootInstance(t)
-    monitor.register('slow', '', slow, { http: true })
-    assert.equal(
-      await ask(port, 'interactive\nslow a\nslow b\nhealth_check\nslow c\nquit\n'),
-      `${INTERACTIVE}a begins, a ends\nb begins, b ends\nOK\nc begins, c ends\nGoodbye.\n`
-    )
-    const halves = {
+      'interactive\nhealth_check': `${INTERACTIVE}OK\n`,
       'slow a\n': 'a begins, a ends\n',
       'slow b': 'b begins, b ends\n',
       [headOf('/slow/c')]: /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nc begins, c ends\n$/
     }
-    await assertReplies(port, halves, { end: true })
+    await assertReplies(port, unended, { end: true })
   })
 
   test('the next line or request waits until the last reply has been taken; 1 MiB may be left unsent, with more the client is cut off, by a reset that no end looks like', async (t) => {
