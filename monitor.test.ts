@@ -2944,6 +2944,8 @@ describeInProcess('The verdict', ALONE, () => {
       assert.ok(verdicts.every(({ reason }) => reason === 'OK'))
       await seeAll()
       assert.equal(accept.mock.callCount(), 3, 'all checks share one')
+      const countConnections = promisify(server.getConnections.bind(server))
+      await until(async () => (await countConnections()) === 0, 'none stays connected', 700)
 
       await close(server)
       assert.equal(await check(), 'Instance is shutting down')
@@ -4205,6 +4207,15 @@ describeInProcess('Warm-up', ALONE, () => {
       assert.deepEqual([sites.calls, asked], [['/'], ['/@@warmup']], what)
     }
     await Promise.all(Object.entries(handlers).map(boot))
+
+    const silent = hide(await serve(t, () => {}))
+    const asked = once(silent, 'request')
+    const options = { server: [], port: portOf(silent) }
+    const { monitor } = await bootInstance(t, { server: silent, options, until: 'started' })
+    const [{ socket }] = (await asked) as [http.IncomingMessage]
+    const closed = once(socket, 'close')
+    await monitor.stop()
+    await inTime(closed, 'stop() gives the view up', 5_000)
   })
 
   test('where the program has replaced fetch or crypto the instance warms up, by streams of Node.js, too', async (t) => {
@@ -4537,11 +4548,13 @@ describeInProcess('Probers', ALONE, () => {
     await askAsProber(port)
     await askAsProber(port, '127.0.0.3', 4)
     assert.equal(await askWhomItWaitsFor(port), 2)
-    timers.pass(1_250)
+    timers.pass(1_000)
+    assert.equal(await askWhomItWaitsFor(port), 2, 'a second is no pause')
+    timers.pass(250)
     assert.equal(await askWhomItWaitsFor(port), 1, 'who asked at once asks no more')
-    timers.pass(14_500)
+    timers.pass(14_750)
     assert.equal(await askWhomItWaitsFor(port), 1, 'three of its pauses and a second')
-    timers.pass(500)
+    timers.pass(250)
     assert.equal(await askWhomItWaitsFor(port), 0, 'who has stopped asking is not waited for')
 
     const waitsFor: number[] = []
@@ -10247,10 +10260,21 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
           peer.write('memory ' + residentMemoryBytes + ', healthy ' + healthy + '\\n')
         })`
     })
-    const text = await ask(port, 'interactive\nfill\nmonitor\nmetrics\nquit\n')
+    const text = await ask(port, 'interactive\nfill\nmonitor\nmetrics\nperf_metrics\nquit\n')
     assert.match(text, /\nmemory -1, healthy true\n0\nVmRSS:\t/)
     assert.match(text, /\nftw_monitor_healthy 1\n/)
+    assert.match(text, /"memory":\{("\w+":-1[,}]){7}/)
     assert.doesNotMatch(text, /Error/)
+  })
+
+  test('who is connected keeps no process alive', async (t) => {
+    const script = `monitor.register('leave', '', () => void server.unref())`
+    const { watched, port } = await bootProcess(t, { script })
+    const peer = await converse(t, port)
+    peer.say('interactive\n')
+    await peer.hear(INTERACTIVE)
+    await ask(port, 'leave\n')
+    assert.equal(await inTime(watched.exit, 'the process ends'), 0, watched.output)
   })
 
   test('a shutdown whose cleanUp hangs exits after 28 s by default', SLOW, async (t) => {
