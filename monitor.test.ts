@@ -159,16 +159,11 @@ async function until(holds: () => unknown, what: string, limitMs = 20_000): Prom
 
 /** What a promise gives, if it does so in time. */
 async function inTime<T>(promise: Promise<T>, what: string, limitMs = 20_000): Promise<T> {
-  let timer: ReturnType<typeof setTimeout> | undefined
-  const late = new Promise<never>((_, reject) => {
+  return await new Promise((resolve, reject) => {
     const fail = () => reject(new Error(`not within ${limitMs} ms: ${what}`))
-    timer = setTimeout(fail, limitMs)
+    const timer = setTimeout(fail, limitMs)
+    promise.finally(() => clearTimeout(timer)).then(resolve, reject)
   })
-  try {
-    return await Promise.race([promise, late])
-  } finally {
-    clearTimeout(timer)
-  }
 }
 
 /** Whether a promise is still pending after a while. */
@@ -412,13 +407,9 @@ async function freePort(): Promise<number> {
 
 async function isFree(port: number): Promise<boolean> {
   const server = net.createServer().listen(port, '127.0.0.1')
-  try {
-    await once(server, 'listening')
-  } catch {
-    return false
-  }
+  const outcome: unknown = await once(server, 'listening').catch(codeOf)
   await close(server)
-  return true
+  return typeof outcome !== 'string'
 }
 
 async function occupy(t: TestContext, port: number): Promise<net.Server> {
@@ -570,7 +561,6 @@ interface AskOptions extends LineOptions {
 function connectTo(where: number | string, options: LineOptions) {
   const { host = '127.0.0.1', from, allowHalfOpen = false } = options
   if (typeof where === 'string') return net.connect({ path: where, allowHalfOpen })
-  if (from === undefined) return net.connect({ port: where, host, allowHalfOpen })
   return net.connect({ port: where, host, allowHalfOpen, localAddress: from })
 }
 
@@ -587,14 +577,11 @@ async function ask(where: number | string, text: string | Buffer, options: AskOp
     socket.destroy()
   }
   const timer = setTimeout(giveUp, limitMs)
+  socket.on('close', () => clearTimeout(timer))
   if (end) socket.end(text)
   else socket.write(text)
-  try {
-    await once(socket, 'close')
-    return transcript
-  } finally {
-    clearTimeout(timer)
-  }
+  await once(socket, 'close')
+  return transcript
 }
 
 async function askTimes(count: number, port: number, text: string, options: AskOptions = {}) {
@@ -661,8 +648,7 @@ interface PageOptions extends LineOptions, Pick<http.RequestOptions, 'agent' | '
 
 async function getPage(port: number, path: string, options: PageOptions = {}) {
   const { host = '127.0.0.1', from, body = '', limitMs = 20_000, ...others } = options
-  const to: http.RequestOptions = { host, port, path, agent: false, timeout: limitMs, ...others }
-  if (from !== undefined) to.localAddress = from
+  const to = { host, port, path, localAddress: from, agent: false, timeout: limitMs, ...others }
   const request = http.request(to)
   request.on('error', () => {}) // which the answer tells
   request.on('timeout', () => request.destroy(new Error(`${path} is not answered in time`)))
