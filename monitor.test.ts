@@ -2020,38 +2020,7 @@ describeInProcess('Listening', ALONE, () => {
 
 // --- Servers that listen -------------------------------------------------------------------------
 
-/** start() without the server comes first, then `listen`. */
-const FOUND = `
-  const started = monitor.start({ listen: LOOPBACK })
-  begin = () => started
-  monitor.register('numbers', '', async (peer) => {
-    const { requestsInFlight, url } = await monitor.status()
-    peer.write(requestsInFlight + ' at ' + new URL(url).port)
-  })`
-
 describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
-  test('without PORT start() finds the first server of HTTP that keeps the process alive, or else the next', async (t) => {
-    const { port, instancePort } = await bootService(t, {
-      script: `
-        const answer = (_, response) => response.end('another')
-        const first = http.createServer(answer)
-        const exporter = http.createServer(answer)
-        ${FOUND}
-        listen = async () => {
-          await listening(http.createServer(answer).unref())
-          await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))
-          await listening(first)
-          await monitor.untilHealthy()
-          await new Promise((resolve) => first.close(resolve))
-          await listening(server)
-          await monitor.untilHealthy()
-          await listening(http.createServer(answer))
-          begin = () => monitor.start() // tells the address of now
-        }`
-    })
-    assert.equal(await ask(port, 'numbers\n'), `0 at ${instancePort}`)
-  })
-
   test('each worker of a cluster finds its server, and answers for itself alone; the primary is no instance', async (t) => {
     const port = await freePort()
     const script = `
@@ -2145,34 +2114,48 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     assert.equal((await ended).status, 0)
   })
 
-  test('a server that listens later is neither counted nor drained, but has time of its own for its requests, and may be asked by what is in flight', async (t) => {
+  test('without PORT start() finds the first server of HTTP that keeps the process alive, or else the next; one that listens later is neither counted nor drained, but has time of its own for its requests, and may be asked by what is in flight', async (t) => {
     const service = await bootService(t, {
       script: `
-        ${FOUND}
         Object.assign(options, { timeoutMs: 3_000, minimumMs: 1_000 })
-        const other = http.createServer((request, response) => handle(request, response))
-        begin = async () => {
-          const address = await started
-          print('other', await listening(other), '')
-          return address
+        const answer = (_, response) => response.end('another')
+        const first = http.createServer(answer)
+        const exporter = http.createServer(answer)
+        const later = http.createServer((request, response) => handle(request, response))
+        void monitor.start({ listen: LOOPBACK }) // before any server listens
+        monitor.register('numbers', '', async (peer) => {
+          const { requestsInFlight, url } = await monitor.status()
+          peer.write(requestsInFlight + ' at ' + new URL(url).port)
+        })
+        listen = async () => {
+          await listening(http.createServer(answer).unref())
+          await new Promise((resolve) => exporter.listen(LOOPBACK, () => resolve(exporter.unref())))
+          await listening(first)
+          await monitor.untilHealthy()
+          await new Promise((resolve) => first.close(resolve))
+          await listening(server)
+          await monitor.untilHealthy()
+          print('later', await listening(later), '')
         }
+        begin = () => monitor.start() // tells the address of now
         const handleBefore = handle
         handle = async (request, response) => {
           if (request.url !== '/ask') return await handleBefore(request, response)
           print('asked for /ask')
           while (server._handle.fd !== -1) await pause(20) // the stand-in of a closed socket
           await pause(200) // by then a server beside it would be closed, too
-          http.get({ ...other.address(), host: '127.0.0.1', agent: false }, (answer) => {
-            answer.pipe(response)
+          http.get({ ...later.address(), host: '127.0.0.1', agent: false }, (reply) => {
+            reply.pipe(response)
           }).on('error', ({ code }) => response.end(code))
         }`
     })
     const { watched, instancePort, port } = service
-    const otherPort = Number(/^other (\d+) $/m.exec(watched.output)?.[1])
+    const laterPort = Number(/^later (\d+) $/m.exec(watched.output)?.[1])
+    assert.equal(await ask(port, 'numbers\n'), `0 at ${instancePort}`)
     await probe(t, port)
     const endless = assert.rejects(getPage(instancePort, '/hang'))
     await service.hasSaid('asked for /hang')
-    const { load, done } = loadUntilRefused(t, otherPort, '/slow400', 50)
+    const { load, done } = loadUntilRefused(t, laterPort, '/slow400', 50)
     await until(() => load.served > 3, 'the load runs')
     assert.equal(await ask(port, 'numbers\n'), `1 at ${instancePort}`)
 
@@ -2183,9 +2166,9 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
     const fromFound = await getPage(instancePort, '/', { agent })
-    const fromOther = await getPage(otherPort, '/', { agent })
+    const fromLater = await getPage(laterPort, '/', { agent })
     assert.equal(fromFound.headers.connection, 'close')
-    assert.equal(fromOther.headers.connection, 'keep-alive')
+    assert.equal(fromLater.headers.connection, 'keep-alive')
 
     const { output } = await service.awaitEnd()
     assert.equal((await page).body, 'served')
