@@ -963,9 +963,8 @@ async function upgradeTo(port: number, socket = connectTo(port, { allowHalfOpen:
 async function endUnderLoad(
   t: TestContext,
   watched: ReturnType<typeof watch>,
-  load: { port: number; path: string }
+  { port, path }: { port: number; path: string }
 ) {
-  const { port, path } = load
   const answers: string[] = []
   keepAsking(t, 100, async () => answers.push(await ask(port + 80, 'agent_check\n')))
   const agent = new http.Agent({ keepAlive: true })
@@ -988,10 +987,8 @@ async function endUnderLoad(
   watched.child.kill('SIGTERM')
   await inTime(Promise.all(askers), `it refuses requests: ${watched.output}`, 40_000)
   await inTime(watched.exit, `it ends: ${watched.output}`)
-  assert.ok(
-    answers.some((answer) => answer.startsWith('stopped')),
-    'its prober is told'
-  )
+  const isProberTold = answers.some((answer) => answer.startsWith('stopped'))
+  assert.ok(isProberTold, answers.join(''))
   assert.deepEqual(new Set(outcomes), new Set([200]))
 }
 
@@ -1240,10 +1237,6 @@ async function askAsProber(port: number, from = '127.0.0.2', times = 1): Promise
  *  every other one is a POST. */
 function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: number) {
   const load = { sent: 0, served: 0, refusedAt: 0, failures: [] as string[] }
-  let isStopped = false
-  t.after(() => {
-    isStopped = true
-  })
 
   const sendOne = async (options: PageOptions) => {
     const outcome = await getPage(port, path, options).then(({ status }) => String(status), codeOf)
@@ -1258,7 +1251,7 @@ function loadUntilRefused(t: TestContext, port: number, path: string, everyMs: n
 
   const sendAll = async () => {
     const all: Promise<void>[] = []
-    while (!isStopped && load.refusedAt === 0) {
+    while (!t.signal.aborted && load.refusedAt === 0) {
       all.push(sendOne(all.length % 2 === 0 ? {} : { method: 'POST', body: 'a=1' }))
       await pause(everyMs)
     }
@@ -1295,13 +1288,10 @@ function flagForTimeouts(...limitsMs: number[]): string {
 
 /** The first block of the README in this language that has this text. */
 function readmeBlock(language: string, text = ''): string {
-  const blocks = README_TEXT.matchAll(/^```(\w*)\n([^]*?)^```$/gm)
-  const found = [...blocks].find(
-    ([, kind, block = '']) => kind === language && block.includes(text)
-  )
-  const [, , block] = found ?? []
-  assert.ok(block !== undefined, `${language} with ${text}`)
-  return block
+  for (const [, kind, block = ''] of README_TEXT.matchAll(/^```(\w*)\n([^]*?)^```$/gm)) {
+    if (kind === language && block.includes(text)) return block
+  }
+  assert.fail(`there is no ${language} with ${text}`)
 }
 
 // --- Start and stop ------------------------------------------------------------------------------
@@ -1729,7 +1719,6 @@ describeInProcess('Addresses', ALONE, () => {
     const onPath = join(scratchFolder(t), 'monitor.sock')
     const port = await freePort()
     const monitorPort = port + 80
-    const local = `127.0.0.1:${monitorPort}`
     const listen = { host: '127.0.0.1', port: monitorPort }
     const visit = t.mock.fn(hello)
     const server = await serve(t, visit, { path })
@@ -1738,7 +1727,7 @@ describeInProcess('Addresses', ALONE, () => {
       [{}, { PORT: path }, false],
       [{ server, port }, {}, monitorPort],
       [{ listen: { path: onPath } }, { PORT: path }, onPath],
-      [{}, { PORT: path, FTW_MONITOR_LISTEN: local }, monitorPort],
+      [{}, { PORT: path, FTW_MONITOR_LISTEN: `127.0.0.1:${monitorPort}` }, monitorPort],
       [{ server }, { PORT: path, FTW_MONITOR_LISTEN: onPath }, onPath]
     ]
     const advice =
@@ -1782,7 +1771,6 @@ describeInProcess('Addresses', ALONE, () => {
     assert.equal(typeof (await monitor.start({ server, logger: recorder() })), 'object')
     await monitor.stop()
 
-    setEnvironment(t, { FTW_MONITOR_LISTEN: 'nonsense' })
     setEnvironment(t, { FTW_MONITOR_URL: 'localhost:8080', FTW_MONITOR_HEALTH_PATH: '/ready' })
     assert.equal(await monitor.start({ server, logger: recorder() }), false)
     assert.equal(await askReady(), '503 Error: the monitor gave up\n')
@@ -2080,8 +2068,7 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
       await copy.stop()
       print('unwrapped', net.Server.prototype.listen === before)
       process.exit()`
-    const service = startService(t, script, { flags: ['--expose-gc'] })
-    const { output } = await service.awaitEnd()
+    const { output } = await startService(t, script, { flags: ['--expose-gc'] }).awaitEnd()
     const told = ['wrapped once true', 'forgotten true', 'unwrapped true']
     assert.deepEqual(output.match(/^.* (true|false)$/gm), told, output)
   })
