@@ -1970,16 +1970,15 @@ describeInProcess('Listening', ALONE, () => {
     await ended
   })
 
-  test('a connection that cannot be accepted, and a server beside it that closes, change nothing; nor has start() handlers on the process', async (t) => {
+  test('a connection that cannot be accepted, and a server beside it that closes, change nothing, nor has start() handlers on the process; what cannot listen warns once, and does not connect, either', async (t) => {
     const before = listenersOf(process)
     const listen = t.mock.method(net.Server.prototype, 'listen')
     const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
-    const servers = listen.mock.calls.map((call) => call.this as net.Server)
-    const own = servers.find((server) => portOf(server) === port)
+    const own = listen.mock.calls.at(-1)?.this as net.Server
     const linesBefore = [...logger.lines]
     assert.deepEqual(listenersOf(process), before)
     for (const code of ['EMFILE', 'EADDRINUSE']) {
-      own?.emit('error', Object.assign(new Error(`accept ${code}`), { code }))
+      own.emit('error', Object.assign(new Error(`accept ${code}`), { code }))
     }
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
 
@@ -1991,18 +1990,14 @@ describeInProcess('Listening', ALONE, () => {
     assert.deepEqual(logger.lines, linesBefore)
     await monitor.stop()
     assert.deepEqual(listenersOf(process), before)
-  })
 
-  test('what cannot listen warns once, and does not connect, either', async (t) => {
-    const monitor = await importMonitor(t)
-    const logger = recorder()
-    t.mock.method(net.Server.prototype, 'listen', () => {
-      throw new Error('not permitted')
-    })
+    listen.mock.mockImplementation(thrower)
     const connect = t.mock.method(net.Socket.prototype, 'connect')
-    assert.equal(await monitor.start({ port: 8080, logger }), false)
+    const another = await importMonitor(t)
+    const record = recorder()
+    assert.equal(await another.start({ port: 8080, logger: record }), false)
     assert.equal(connect.mock.callCount(), 0)
-    assert.equal(warningsOf(logger).length, 1)
+    assert.equal(warningsOf(record).length, 1)
   })
 })
 
