@@ -1468,11 +1468,9 @@ describeInProcess('Start and stop', TOGETHER, () => {
   test('a logger that throws or rejects is no reason to fail', async (t) => {
     for (const fail of [thrower, async () => thrower()]) {
       const say = t.mock.fn(fail)
-      const { monitor, port } = await bootInstance(t, {
-        performers: { '/': thrower },
-        logger: { info: say, warn: say, error: say },
-        until: 'started'
-      })
+      const performers = { '/': thrower }
+      const logger = { info: say, warn: say, error: say }
+      const { monitor, port } = await bootInstance(t, { performers, logger, until: 'started' })
       monitor.register('fails', '', thrower)
       await untilVerdict(monitor, 'Warmup failed: trap')
       assert.equal(await ask(port, 'fails\n'), 'Error: trap\n')
@@ -1737,8 +1735,7 @@ describeInProcess('Addresses', ALONE, () => {
       assert.equal(typeof address === 'object' ? address.port : address, place, what)
       assert.deepEqual(warningsOf(logger), place === false ? [advice] : [], what)
       if (place === false) {
-        // shutdown() waits for its requests
-        assert.equal(Object.hasOwn(server, 'emit'), true)
+        assert.equal(Object.hasOwn(server, 'emit'), true) // shutdown() waits for its requests
         assert.ok(await monitor.start({ ...options, listen, logger }))
       }
       await untilVerdict(monitor)
@@ -2141,10 +2138,8 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
     await service.hasSaid('drains: waits for')
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
-    const fromFound = await getPage(instancePort, '/', { agent })
-    const fromLater = await getPage(laterPort, '/', { agent })
-    assert.equal(fromFound.headers.connection, 'close')
-    assert.equal(fromLater.headers.connection, 'keep-alive')
+    assert.equal((await getPage(instancePort, '/', { agent })).headers.connection, 'close')
+    assert.equal((await getPage(laterPort, '/', { agent })).headers.connection, 'keep-alive')
 
     const { output } = await service.awaitEnd()
     assert.equal((await page).body, 'served')
