@@ -8514,19 +8514,31 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     }
   })
 
-  test('a call that may mean another instance is refused, and sends nothing', async (t) => {
+  test('a call that may mean another instance is refused, and sends nothing; else a command takes the instance that it is told, wherever PORT is, at its host, else at --host, else at HOST', async (t) => {
     let connections = 0
-    const count = (socket: net.Socket) => {
+    const told: string[] = []
+    const one = await freePort()
+    const server = net.createServer((socket) => {
       connections++
-      socket.end()
-    }
-    const one = await fakeInstance(t, count)
-    const other = await fakeInstance(t, count)
+      socket.on('error', () => {})
+      socket.once('data', (line) => {
+        const host = socket.localAddress === '127.0.0.1' ? '' : `${socket.localAddress} `
+        told.push(host + String(line))
+        socket.end('all well\n')
+      })
+    })
+    await startListening(t, server, { host: '0.0.0.0', port: one + 80 })
+    const other = await fakeInstance(t, (socket) => {
+      connections++
+      socket.end('OK\n')
+    })
+    const env = { PORT: String(other) }
+
     const named = 'one is named [NAME=][HOST:]PORT'
     const comesFirst = 'may be an instance: that comes first, and a reason that looks so after --'
     const orReason = `may be an instance or a reason: ${named}, and a reason that looks so comes`
     const which = `${one} may be a port or a reason: say drain --port ${one}, or drain --`
-    const rows: Record<string, string> = {
+    const refused: Record<string, string> = {
       [`drain --prot ${one}`]: 'drain knows no --prot; a reason with dashes comes after --',
       [`drain ${one}`]: `${which} ${one}`,
       [`drain '${one} until noon'`]: `${which} ${one} until noon`,
@@ -8558,29 +8570,11 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       'dump-perf-metrics': 'dump-perf-metrics needs instances, [NAME=][HOST:]PORT',
       'PORT=31o01 health_check': 'PORT=31o01 is no instance port'
     }
-    await assertFailures(t, rows, { env: { PORT: String(other) } })
+    await assertFailures(t, refused, { env })
     assert.equal(connections, 0)
-  })
 
-  test('every command takes the instance that it is told, wherever PORT is, at its host, else at --host, else at HOST', async (t) => {
-    const told: string[] = []
-    const one = await freePort()
-    const server = net.createServer((socket) => {
-      socket.on('error', () => {})
-      socket.once('data', (line) => {
-        const host = socket.localAddress === '127.0.0.1' ? '' : `${socket.localAddress} `
-        told.push(host + String(line))
-        socket.end('all well\n')
-      })
-    })
-    await startListening(t, server, { host: '0.0.0.0', port: one + 80 })
-    let connections = 0
-    const other = await fakeInstance(t, (socket) => {
-      connections++
-      socket.end('OK\n')
-    })
     const ownWords = "--all -x 'a=1' 8080 12:30 --help -- --port 5"
-    const rows: Record<string, string> = {
+    const taken: Record<string, string> = {
       [`health_check app1=${one}`]: 'health_check\n',
       [`health_check 'app 1=localhost:${one}'`]: 'health_check\n',
       [`health_check ${one}`]: 'health_check\n',
@@ -8605,9 +8599,9 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`HOST=127.0.0.3 health_check a=${one}`]: '127.0.0.3 health_check\n',
       [`HOST=127.0.0.3 dump-perf-metrics a=${one}`]: '127.0.0.3 perf_metrics\n'
     }
-    await runLines(t, Object.keys(rows), { env: { PORT: String(other) } })
-    assert.deepEqual(told, Object.values(rows))
-    assert.equal(connections, 0)
+    await runLines(t, Object.keys(taken), { env })
+    assert.deepEqual(told, Object.values(taken))
+    assert.equal(connections, told.length) // none at the other
   })
 
   test('`ftw-monitor wait --pid` waits while there is such a process, be it of somebody else, and ends with 1 as soon as it is gone, or a zombie', async (t) => {
