@@ -8947,18 +8947,18 @@ async function startHaproxy(t: TestContext, configuration: string) {
   await until(isRunning, 'HAProxy runs')
   assert.doesNotMatch(haproxy.output, /\[(ALERT|WARNING)\].* config : /)
 
-  /** What HAProxy holds of a server: its `status`, `weight`, and the other columns of its table. */
-  const stateOf = async (name: string): Promise<Record<string, string>> => {
+  /** What HAProxy holds of a server, in the column `status` of its table or in another one. */
+  const stateOf = async (name: string, column = 'status'): Promise<string> => {
     const table = (await command('show stat')).replace(/^# /, '')
     const [head = [], ...rows] = table.split('\n').map((row) => row.split(','))
     const row = rows.find((each) => each[head.indexOf('svname')] === name) ?? []
-    return Object.fromEntries(head.map((column, index) => [column, row[index] ?? '']))
+    return row[head.indexOf(column)] ?? ''
   }
-  const statusOf = async (name: string) => (await stateOf(name))['status'] ?? ''
-  const untilState = async (name: string, state: RegExp) => {
-    await until(async () => state.test(await statusOf(name)), `HAProxy has ${name} ${state}`)
+  const untilState = async (name: string, state: RegExp, column?: string) => {
+    const isThere = async () => state.test(await stateOf(name, column))
+    await until(isThere, `HAProxy has ${name} ${state}`)
   }
-  return { command, stateOf, statusOf, untilState }
+  return { command, stateOf, untilState }
 }
 
 /** The README's configuration of HAProxy, and that with its lines for a tcp-check. */
@@ -9413,16 +9413,12 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           response.end()
         })`
     })
-    const { stateOf } = await balance(t, [instance])
-    const untilWeight = async (weight: RegExp) => {
-      const isThere = async () => weight.test((await stateOf('app1'))['weight'] ?? '')
-      await until(isThere, `HAProxy weights it by ${weight}`)
-    }
-    await untilWeight(/^([89]\d|100)$/)
+    const { untilState } = await balance(t, [instance])
+    await untilState('app1', /^([89]\d|100)$/, 'weight')
     await getPage(instance.instancePort, '/busy')
-    await untilWeight(/^10$/)
+    await untilState('app1', /^10$/, 'weight')
     await getPage(instance.instancePort, '/relax')
-    await untilWeight(/^([89]\d|100)$/)
+    await untilState('app1', /^([89]\d|100)$/, 'weight')
   })
 
   test('promtool has nothing to remark on metrics', needs('promtool'), async (t) => {
@@ -9569,8 +9565,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     await becomes(/^DOWN/)
     const before = checks
     await until(() => checks >= before + 8, 'more checks have come')
-    for (const { front, statusOf } of haproxys) {
-      assert.match(await statusOf('app1'), /^DOWN/)
+    for (const { front, stateOf } of haproxys) {
+      assert.match(await stateOf('app1'), /^DOWN/)
       assert.notEqual((await getPage(front, '/')).body, 'served')
     }
     warmUp = () => {}
@@ -9600,10 +9596,6 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const second = await bootInstance(t, { server: (await serveHeld(t)).server })
     const haproxy = await balance(t, [first, second])
     await haproxy.untilState('app1', /^UP$/)
-    const untilTold = async (text: RegExp) => {
-      const isTold = async () => text.test((await haproxy.stateOf('app1'))['last_agt'] ?? '')
-      await until(isTold, `it is told ${text}`)
-    }
     const headers = { Cookie: 'app=app1' }
     const agent = new http.Agent({ keepAlive: true })
     t.after(() => agent.destroy())
@@ -9620,12 +9612,12 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const reason = 'maint drain ready up 100% #down' // which are orders to HAProxy, where no reason
     const drained = monitor.drain({ reason })
     await haproxy.untilState('app1', /^DOWN \(agent\)$/)
-    await untilTold(/stopped \(maint drain ready up 100% #down\)$/)
+    await haproxy.untilState('app1', /stopped \(maint drain ready up 100% #down\)$/, 'last_agt')
     await untilServed(6) // those that were under way
     const last = arrivals
     await untilServed(60)
     assert.equal(arrivals, last)
-    assert.match(await haproxy.statusOf('app1'), /^DOWN \(agent\)$/)
+    assert.match(await haproxy.stateOf('app1'), /^DOWN \(agent\)$/)
     assert.ok(await isPendingFor(0, drained))
     letGo()
     const { status, body } = await late
@@ -9635,8 +9627,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const order = (state: string) => haproxy.command(`set server app/app1 state ${state}`)
     await order('maint')
     monitor.resume()
-    await untilTold(/up$/)
-    assert.match(await haproxy.statusOf('app1'), /^MAINT/)
+    await haproxy.untilState('app1', /up$/, 'last_agt')
+    assert.match(await haproxy.stateOf('app1'), /^MAINT/)
     assert.equal(arrivals, last)
     await order('ready')
     await until(() => arrivals > last, 'requests come back')
