@@ -8250,18 +8250,10 @@ async function assertFailures(
   assert.deepEqual(await runLines(t, Object.keys(rows), options), expected)
 }
 
-/** Answers a request at the monitor port of a fake instance, as `status` does over HTTP. */
-function replyStatus(body: string | object, type = 'application/health+json') {
-  const text = typeof body === 'string' ? body : JSON.stringify(body)
-  return (socket: net.Socket) => {
-    socket.once('data', () =>
-      socket.end(`HTTP/1.1 200 -\r\nContent-Type: ${type}\r\n\r\n${text}\n`)
-    )
-  }
-}
-
-/** What several instances reply to a request for their status, some with nonsense. */
+/** What several instances reply to a request for their status, some with nonsense; `other` with the
+ *  type of another service. */
 const FLEET: Record<string, string | object> = {
+  other: { error: 'not found' },
   well: {
     status: 'pass',
     checks: {
@@ -8672,15 +8664,15 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
   })
 
   test('`ftw-monitor status` of several instances prints a line for each, or JSON, and nothing raw of what a monitor says', async (t) => {
-    const page = replyStatus({ error: 'not found' }, 'application/json')
     const ports: Record<string, number> = { nobody: await freePort() }
-    ports['other'] = await fakeInstance(t, page)
     let asked = 0
     for (const [name, reply] of Object.entries(FLEET)) {
-      const answer = replyStatus(reply)
+      const type = name === 'other' ? 'application/json' : 'application/health+json'
+      const head = `HTTP/1.1 200 -\r\nContent-Type: ${type}\r\n\r\n`
+      const body = typeof reply === 'string' ? reply : JSON.stringify(reply)
       ports[name] = await fakeInstance(t, (socket) => {
         if (name === 'warming') asked++
-        answer(socket)
+        socket.once('data', () => socket.end(`${head}${body}\n`))
       })
     }
     const named = Object.entries(ports).map(([name, port]) => `${name}=${port}`)
