@@ -8342,7 +8342,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     assert.deepEqual(results, expected)
   })
 
-  test('the program prints a reply as it comes, and joins the terminal to interactive', async (t) => {
+  test('the program prints a reply as it comes, joins the terminal to interactive, and by `status --watch` tells the status once a second, also while the instance is away, until Ctrl-C, or until nobody reads, and ends with its verdict', async (t) => {
     const gate = latch()
     const { monitor, port } = await bootInstance(t)
     monitor.register('bitwise', '', async (connection) => {
@@ -8356,14 +8356,26 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     gate.open()
     assert.equal(await asked.exit, 0)
     assert.equal(asked.output, 'a bit\nanother bit\n')
+
     const joined = startProgram(t, ['interactive'], env)
-    const on = 'Interactive mode on.  Use "quit" To exit.\n'
-    await until(() => joined.output === on, 'interactive mode is on')
+    await until(() => joined.output === INTERACTIVE, 'interactive mode is on')
     joined.child.stdin?.write('health_check\n')
-    await until(() => joined.output === `${on}OK\n`, 'the first line is answered')
+    await until(() => joined.output === `${INTERACTIVE}OK\n`, 'the first line is answered')
     joined.child.stdin?.write('warmup_state\nquit\n') // the terminal itself stays open
     assert.equal(await joined.exit, 0)
-    assert.equal(joined.output, `${on}OK\n1 0\nGoodbye.\n`)
+    assert.equal(joined.output, `${INTERACTIVE}OK\n1 0\nGoodbye.\n`)
+
+    const read = startProgram(t, ['status', '--watch'], env)
+    const unread = startProgram(t, ['status', '--watch'], env)
+    const isGreenTwice = () => read.stdout.split(/^OK$/m).length > 2 && /^OK$/m.test(unread.stdout)
+    await until(isGreenTwice, 'it is green')
+    unread.child.stdout?.destroy()
+    assert.equal(await inTime(unread.exit, 'it ends'), 0)
+    await monitor.stop()
+    const refused = `cannot ask 127.0.0.1:${port}: connect ECONNREFUSED`
+    await until(() => read.stdout.includes(refused), 'nobody answers')
+    read.child.kill('SIGINT')
+    assert.equal(await inTime(read.exit, 'it ends'), 1)
   })
 
   test('a link to the file and a copy of it run the program, importing the module or bundling it never does', async (t) => {
@@ -8756,22 +8768,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       seconds.toSorted((one, other) => one - other)
     )
     assert.equal(await askWhomItWaitsFor(port + 80), 0)
-  })
-
-  test('`ftw-monitor status --watch` prints the status once a second, also while the instance is away, and ends by Ctrl-C, or when nobody reads, with its verdict', async (t) => {
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
-    const env = { FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }
-    const read = startProgram(t, ['status', '--watch'], env)
-    const unread = startProgram(t, ['status', '--watch'], env)
-    const isGreenTwice = () => read.stdout.split(/^OK$/m).length > 2 && /^OK$/m.test(unread.stdout)
-    await until(isGreenTwice, 'it is green')
-    unread.child.stdout?.destroy()
-    assert.equal(await inTime(unread.exit, 'it ends'), 0)
-    await monitor.stop()
-    const refused = `cannot ask 127.0.0.1:${port}: connect ECONNREFUSED`
-    await until(() => read.stdout.includes(refused), 'nobody answers')
-    read.child.kill('SIGINT')
-    assert.equal(await inTime(read.exit, 'it ends'), 1)
   })
 
   test('in a terminal `status --watch` writes over long rows, too', needs('script'), async (t) => {
