@@ -9910,47 +9910,39 @@ const TEMPTING_PATHS =
   '/drain /drain/now /resume /interactive /quit /own /near /%64rain //drain /./drain /drain? ' +
   '/drain%0A /%0Adrain%0A /@@warmup /health_check /'
 
-/** An instance all of whose parts throw secrets, until its database recovers. */
-async function bootSecretive(t: TestContext) {
-  const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
-  const fail = (): never => {
-    const error = new RangeError(`at ${url} /SECRET/path 10.0.0.7:5432`)
-    error.name = 'SECRETError'
-    throw Object.defineProperty(error, 'code', { value: 'SECRET' })
-  }
-  const failLater = async () => fail()
-  let isConnected: () => boolean = fail
-  const connections = () => [{ openedAt: 0, info: url }]
-  const { monitor, port, instancePort } = await bootInstance(t, {
-    handler: () => {},
-    databases: {
-      main: { isConnected: () => isConnected() },
-      spare: { optional: true, isConnected: failLater, connections: fail, figures: fail },
-      open: { isConnected: () => true, connections, figures: failLater }
-    },
-    performers: { '/': fail },
-    prepare: ({ register, registerCheck, registerMetrics }) => {
-      registerCheck('disk', fail, { optional: true })
-      registerMetrics(fail)
-      register('fails', 'Fails', fail, { http: true })
-      register('rejects', 'Rejects', failLater, { http: true })
-      register('odd', 'Returns no mode', (() => url) as () => void, { http: true })
-    },
-    until: 'started'
-  })
-  const inFlight = await converse(t, instancePort)
-  inFlight.say(headOf('/SECRET/path?SECRET'))
-  const hasFailed = async () => (await monitor.status()).warmup[0]?.status === 'failed'
-  await until(hasFailed, 'the warm-up has failed')
-  const recover = () => {
-    isConnected = () => true
-  }
-  return { port, recover }
-}
-
 describeProcesses('Attacks and limits', PAIRWISE, () => {
   test('no command and no path tells a stranger what was thrown', async (t) => {
-    const { port, recover } = await bootSecretive(t)
+    const url = 'postgres://user:SECRET@SECRET.internal/SECRET'
+    const fail = (): never => {
+      const error = new RangeError(`at ${url} /SECRET/path 10.0.0.7:5432`)
+      error.name = 'SECRETError'
+      throw Object.defineProperty(error, 'code', { value: 'SECRET' })
+    }
+    const failLater = async () => fail()
+    let isConnected: () => boolean = fail
+    const connections = () => [{ openedAt: 0, info: url }]
+    const { monitor, port, instancePort } = await bootInstance(t, {
+      handler: () => {},
+      databases: {
+        main: { isConnected: () => isConnected() },
+        spare: { optional: true, isConnected: failLater, connections: fail, figures: fail },
+        open: { isConnected: () => true, connections, figures: failLater }
+      },
+      performers: { '/': fail },
+      prepare: ({ register, registerCheck, registerMetrics }) => {
+        registerCheck('disk', fail, { optional: true })
+        registerMetrics(fail)
+        register('fails', 'Fails', fail, { http: true })
+        register('rejects', 'Rejects', failLater, { http: true })
+        register('odd', 'Returns no mode', (() => url) as () => void, { http: true })
+      },
+      until: 'started'
+    })
+    const inFlight = await converse(t, instancePort)
+    inFlight.say(headOf('/SECRET/path?SECRET'))
+    const hasFailed = async () => (await monitor.status()).warmup[0]?.status === 'failed'
+    await until(hasFailed, 'the warm-up has failed')
+
     const help = await ask(port, 'help\n')
     const listed = Array.from(help.matchAll(/^  (\S+) --/gm), ([, name]) => name!)
     const ending = listed.filter((name) => name !== 'interactive')
@@ -9975,7 +9967,7 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
       await Promise.all(texts.map(askBoth))
     }
     for (const rest of ['', '/main', '/open', '/0', '/0/spare', '/0/open']) await askAll(rest)
-    recover()
+    isConnected = () => true
     await askAll('')
 
     assert.ok(asked.length > 300, `${asked.length} replies`)
