@@ -9032,39 +9032,6 @@ async function startNginx(t: TestContext, port: number, servers: string): Promis
   assert.doesNotMatch(nginx.output, /\[(warn|emerg|error)\]/)
 }
 
-const NOBODY = 65_534
-
-/** A PostgreSQL of its own; gives its `environment` for clients. */
-async function startPostgres(t: TestContext) {
-  t.after(() => stop().catch(() => {})) // before its folder is removed; it may be stopped
-  const folder = scratchFolder(t)
-  if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
-  const asNobody = `setpriv --reuid ${NOBODY} --regid ${NOBODY} --clear-groups`
-  const [first = '', ...as] = IS_ROOT ? asNobody.split(' ') : ['env']
-  const run = async (program: string, ...words: string[]) => {
-    const file = join(POSTGRES_FOLDER ?? '', program)
-    const { status, stdout, stderr } = await runToEnd(t, first, [...as, file, ...words], {
-      cwd: folder
-    })
-    assert.equal(status, 0, stdout + stderr)
-  }
-  const data = join(folder, 'data')
-  const port = String(await freePort())
-  const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${port} -c fsync=off`
-  const log = join(folder, 'log')
-  const stop = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
-  const start = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
-  await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
-  await start()
-  const environment = {
-    PGHOST: '127.0.0.1',
-    PGPORT: port,
-    PGUSER: 'tester',
-    PGDATABASE: 'postgres'
-  }
-  return { start, stop, environment }
-}
-
 const CONSOLES = README_TEXT.matchAll(/^```console\n([^]*?)^```$/gm)
 // `$ printf … | nc …`, and the reply, up to the next command
 const NC_COMMAND = /^\$ (.*\| *nc .*)\n((?!\$ )[^]*?)(?=^\$ |(?![^]))/gm
@@ -9842,8 +9809,26 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test("the README's PostgreSQL and Redis", { ...SLOW, ...NEEDS_DATABASES }, async (t) => {
-    const postgres = await startPostgres(t)
+    t.after(() => stopPostgres().catch(() => {})) // before its folder is removed; it may be stopped
     const folder = scratchFolder(t)
+    const NOBODY = 65_534
+    if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
+    const asNobody = `setpriv --reuid ${NOBODY} --regid ${NOBODY} --clear-groups`
+    const [first = '', ...as] = IS_ROOT ? asNobody.split(' ') : ['env']
+    const run = async (name: string, ...words: string[]) => {
+      const program = join(POSTGRES_FOLDER ?? '', name)
+      const ran = await runToEnd(t, first, [...as, program, ...words], { cwd: folder })
+      assert.equal(ran.status, 0, ran.stdout + ran.stderr)
+    }
+    const data = join(folder, 'data')
+    const log = join(folder, 'log')
+    const postgresPort = String(await freePort())
+    const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${postgresPort} -c fsync=off`
+    const stopPostgres = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
+    const startPostgres = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
+    await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
+    await startPostgres()
+
     const redisPort = String(await freePort())
     const words = ['--port', redisPort, '--bind', '127.0.0.1', '--save', '']
     const redis = watch(t, 'redis-server', words, { cwd: folder })
@@ -9860,7 +9845,13 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const file = join(folder, 'server.mjs')
     fs.writeFileSync(file, recipe)
     const port = await freePort()
-    const env = { ...postgres.environment, PORT: String(port) }
+    const env = {
+      PGHOST: '127.0.0.1',
+      PGPORT: postgresPort,
+      PGUSER: 'tester',
+      PGDATABASE: 'postgres',
+      PORT: String(port)
+    }
     const service = watch(t, process.execPath, [file], { env })
     await untilHealthy(port + 80)
 
@@ -9873,9 +9864,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     assert.deepEqual([...reasons], ['OK\n'])
     for (const { status } of pages) assert.equal(status, 200)
 
-    await postgres.stop()
+    await stopPostgres()
     await until(async () => (await reply()).startsWith("Error: Database 'main' "), 'it is red')
-    await postgres.start()
+    await startPostgres()
     await untilHealthy(port + 80)
     redis.child.kill()
     await until(async () => (await reply()).startsWith("Error: Database 'sessions' "), 'it is red')
