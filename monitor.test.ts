@@ -8234,8 +8234,7 @@ async function runLines<const Lines extends readonly string[]>(
   const all = runToEnd(t, process.execPath, words, { ...others, env })
   const { status, stdout, stderr } = await inTime(all, lines.join('; '), 60_000)
   assert.deepEqual([status, stderr], [0, ''])
-  const outcomes: unknown = JSON.parse(`[${stdout.trimEnd().replaceAll('\n', ',')}]`)
-  return outcomes as { [Index in keyof Lines]: Outcome }
+  return JSON.parse(`[${stdout.trimEnd().replaceAll('\n', ',')}]`)
 }
 
 /** Fails unless each line is refused, or fails, with this sentence. */
@@ -8763,10 +8762,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     assert.equal(lines.length, 4, waiting.output)
     assert.match(lines[3] ?? '', /^\d+\.\d s +OK$/)
     const seconds = lines.map((line) => parseFloat(line))
-    assert.deepEqual(
-      seconds,
-      seconds.toSorted((one, other) => one - other)
-    )
+    const inOrder = seconds.toSorted((one, other) => one - other)
+    assert.deepEqual(seconds, inOrder)
     assert.equal(await askWhomItWaitsFor(port + 80), 0)
   })
 
@@ -8892,11 +8889,9 @@ const IS_ROOT = process.getuid?.() === 0
 /** PostgreSQL does not run as root: setpriv makes it somebody else. */
 const NEEDS_POSTGRES_USER = IS_ROOT ? needs('setpriv') : {}
 const POSTGRES_FOLDER = findPostgres()
-const NEEDS_POSTGRES =
-  POSTGRES_FOLDER === undefined
-    ? { skip: 'PostgreSQL is not installed' }
-    : { ...NEEDS_POSTGRES_USER, ...NEEDS_PACKAGES }
-const NEEDS_DATABASES = { ...NEEDS_POSTGRES, ...needs('redis-server') }
+const NO_POSTGRES = { skip: 'PostgreSQL is not installed' }
+const NEEDS_POSTGRES = POSTGRES_FOLDER === undefined ? NO_POSTGRES : NEEDS_POSTGRES_USER
+const NEEDS_DATABASES = { ...NEEDS_POSTGRES, ...NEEDS_PACKAGES, ...needs('redis-server') }
 const NEEDS_PROMETHEUS = { ...needs('prometheus'), ...NEEDS_PACKAGES }
 
 /** The folder of PostgreSQL's programs, which Debian has by version, outside of the path. */
@@ -8997,10 +8992,7 @@ function keepLoading(t: TestContext, port: number, clients: PageOptions[]) {
     else served.set(page.body, (served.get(page.body) ?? 0) + 1)
   }
   const askers = clients.map((client) => keepAsking(t, 5, () => askOnce(client)))
-  const stop = async () => {
-    await Promise.all(askers.map((asker) => asker.stop()))
-  }
-  t.after(stop)
+  const stop = () => Promise.all(askers.map((asker) => asker.stop()))
   return { served, failed, stop }
 }
 
@@ -9215,8 +9207,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
           else setTimeout(() => response.end('served'), url === '/slow' ? 2_000 : 0)
         })`
     })
-    const prober = keepAsking(t, 100, () => ask(port, 'health_check\n'))
-    await until(() => prober.answers >= 3, 'somebody probes')
+    await probe(t, port)
     const slow = getPage(instancePort, '/slow')
     const crash = getPage(instancePort, '/crash')
     const crashedAt = performance.now()
