@@ -9001,9 +9001,7 @@ async function startNginx(t: TestContext, port: number, servers: string): Promis
   const folder = scratchFolder(t)
   const kinds = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi']
   const file = join(folder, 'nginx.conf')
-  fs.writeFileSync(
-    file,
-    `
+  const configuration = `
     daemon off;
     master_process off;
     pid ${folder}/pid;
@@ -9012,9 +9010,8 @@ async function startNginx(t: TestContext, port: number, servers: string): Promis
       access_log off;
       ${kinds.map((kind) => `${kind}_temp_path ${folder}/${kind};`).join('\n      ')}
       ${servers}
-    }
-`
-  )
+    }`
+  fs.writeFileSync(file, configuration)
   const nginx = watch(t, 'nginx', ['-e', 'stderr', '-p', folder, '-c', file])
   const isRunning = async () => {
     assert.equal(nginx.child.exitCode, null, nginx.output)
@@ -9114,14 +9111,11 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   test("the README's nginx and Caddy pass by what hangs", needs('nginx', 'caddy'), async (t) => {
     const hosts = ['127.0.0.1', '127.0.0.2', '127.0.0.3']
     const port = await freePort()
-    const boot = (host: string) =>
-      runScript(t, {
-        env: { HOST: host, PORT: String(port) },
-        script: `
-            const server = http.createServer((_, response) => response.end(process.env.HOST))
-            monitor.start(server)
-            server.listen(Number(process.env.PORT), process.env.HOST)`
-      })
+    const script = `
+      const server = http.createServer((_, response) => response.end(process.env.HOST))
+      monitor.start(server)
+      server.listen(Number(process.env.PORT), process.env.HOST)`
+    const boot = (host: string) => runScript(t, { script, env: { HOST: host, PORT: String(port) } })
     const instances = hosts.map(boot)
     await until(() => instances.every(({ output }) => output.includes('is warm')), 'all are warm')
 
@@ -9170,9 +9164,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const port = await freePort()
     const primary = readmeBlock('js', 'cluster.isPrimary').replace('8160', String(port + 80))
     fs.writeFileSync(join(folder, 'primary.mjs'), primary.replace('server.js', 'server.mjs'))
-    fs.writeFileSync(
-      join(folder, 'server.mjs'),
-      `import http from 'node:http'
+    const worker = `
+      import http from 'node:http'
       import { shutdownOnSignal, start } from ${JSON.stringify(MODULE.href)}
       const server = http.createServer(({ url }, response) => {
         if (url === '/') return response.end()
@@ -9182,9 +9175,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       start(server)
       shutdownOnSignal()
       server.listen(${port})`
-    )
-    const words = ['--no-warnings', join(folder, 'primary.mjs')]
-    const cluster = watch(t, process.execPath, words)
+    fs.writeFileSync(join(folder, 'server.mjs'), worker)
+    const cluster = watch(t, process.execPath, ['--no-warnings', join(folder, 'primary.mjs')])
     const count = (text: string) => cluster.output.split(text).length - 1
     await until(() => count('is warm') === 3, 'all workers are warm')
     const pages = Array.from({ length: 12 }, () => getPage(port, '/slow'))
@@ -9197,16 +9189,15 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
 
   test("with the README's recipe a fatal error costs its own request alone, and ends in 1", async (t) => {
     const recipe = readmeBlock('js', 'uncaughtException').replace(/^import .*$/m, '')
-    const { watched, port, instancePort } = await bootProcess(t, {
-      script: `
-        const { shutdown, shutdownOnSignal } = monitor
-        ${recipe}
-        shutdownOnSignal({ cleanUp: () => print('cleaned up'), timeoutMs: 40_000 })
-        server.on('request', ({ url }, response) => {
-          if (url === '/crash') setTimeout(() => { throw new Error('half a cart') }, 10)
-          else setTimeout(() => response.end('served'), url === '/slow' ? 2_000 : 0)
-        })`
-    })
+    const script = `
+      const { shutdown, shutdownOnSignal } = monitor
+      ${recipe}
+      shutdownOnSignal({ cleanUp: () => print('cleaned up'), timeoutMs: 40_000 })
+      server.on('request', ({ url }, response) => {
+        if (url === '/crash') setTimeout(() => { throw new Error('half a cart') }, 10)
+        else setTimeout(() => response.end('served'), url === '/slow' ? 2_000 : 0)
+      })`
+    const { watched, port, instancePort } = await bootProcess(t, { script })
     await probe(t, port)
     const slow = getPage(instancePort, '/slow')
     const crash = getPage(instancePort, '/crash')
@@ -9235,15 +9226,14 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     fs.writeFileSync(join(folder, `${first}.log`), 'what the last process said\n')
 
     const file = join(folder, 'server.mjs')
-    fs.writeFileSync(
-      file,
-      `import http from 'node:http'
+    const service = `
+      import http from 'node:http'
       import * as monitor from ${JSON.stringify(MODULE.href)}
       const server = http.createServer((_, response) => response.end('hello'))
       monitor.start(server)
       monitor.shutdownOnSignal()
       server.listen(Number(process.env.PORT), '127.0.0.1')`
-    )
+    fs.writeFileSync(file, service)
     const program = [process.execPath, ...programWords([])].map(quote).join(' ')
     const script = readmeBlock('sh', 'kill -TERM')
       .replace('10301 10302 10303', ports.join(' '))
@@ -9338,20 +9328,18 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test('HAProxy weights a busy instance least', { ...SLOW, ...needs('haproxy') }, async (t) => {
-    const instance = await bootProcess(t, {
-      flags: [flagForPace(25)],
-      script: `
-        let isBusy = false
-        const work = () => {
-          for (const end = performance.now() + 20; performance.now() < end;);
-          if (isBusy) setTimeout(work, 1)
-        }
-        server.on('request', ({ url }, response) => {
-          isBusy = url === '/busy'
-          if (isBusy) work()
-          response.end()
-        })`
-    })
+    const script = `
+      let isBusy = false
+      const work = () => {
+        for (const end = performance.now() + 20; performance.now() < end;);
+        if (isBusy) setTimeout(work, 1)
+      }
+      server.on('request', ({ url }, response) => {
+        isBusy = url === '/busy'
+        if (isBusy) work()
+        response.end()
+      })`
+    const instance = await bootProcess(t, { script, flags: [flagForPace(25)] })
     const { untilState } = await balance(t, [instance])
     await untilState('app1', /^([89]\d|100)$/, 'weight')
     await getPage(instance.instancePort, '/busy')
@@ -9445,26 +9433,20 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const unitTest = { interval: '1m', input_series: series, alert_rule_test }
     const tests = { rule_files: ['rules.yml'], evaluation_interval: '30s', tests: [unitTest] }
     fs.writeFileSync(join(folder, 'tests.yml'), JSON.stringify(tests))
-    const words = ['test', 'rules', 'tests.yml']
-    const tried = await runToEnd(t, 'promtool', words, { cwd: folder })
+    const tried = await runToEnd(t, 'promtool', ['test', 'rules', 'tests.yml'], { cwd: folder })
     assert.equal(tried.status, 0, tried.stdout + tried.stderr)
   })
 
   test("the README's HAProxy takes out what hangs alone", needs('haproxy'), async (t) => {
     const instancePort = await freePort()
-    const boot = (env: Record<string, string> = {}) =>
-      runScript(t, {
-        env,
-        script: `
-            const server = http.createServer((request, response) => {
-              response.writeHead(request.url === '/' ? 200 : 404).end('hello')
-            })
-            monitor.start(server)
-            server.listen(${instancePort}, '127.0.0.1')`
+    const script = `
+      const server = http.createServer((request, response) => {
+        response.writeHead(request.url === '/' ? 200 : 404).end('hello')
       })
-    const first = boot()
-    const instance = { instancePort, port: instancePort + 80 }
-    const { haproxys, becomes } = await balanceByBoth(t, instance)
+      monitor.start(server)
+      server.listen(${instancePort}, '127.0.0.1')`
+    const first = runScript(t, { script })
+    const { haproxys, becomes } = await balanceByBoth(t, { instancePort, port: instancePort + 80 })
     await becomes(/^UP/)
     first.child.kill('SIGSTOP')
     await becomes(/^DOWN/)
@@ -9477,7 +9459,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     for (const command of commands.trim().split('\n')) await byAgent.command(command)
     first.child.kill('SIGKILL')
     await byAgent.untilState('app1', /^DOWN/)
-    boot({ FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/readyz' })
+    runScript(t, { script, env: { FTW_MONITOR: '0', FTW_MONITOR_HEALTH_PATH: '/readyz' } })
     await byAgent.untilState('app1', /^UP/)
     assert.equal((await getPage(byAgent.front, '/')).body, 'hello')
   })
@@ -9705,22 +9687,20 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       server = app.getHttpServer()
       listen = () => app.listen(0, '127.0.0.1')`
   }
-  for (const [name, script] of Object.entries(frameworks)) {
+  for (const [name, beginning] of Object.entries(frameworks)) {
     const how = name === 'Fastify' ? NEEDS_PACKAGES : { ...SLOW, ...NEEDS_PACKAGES }
     test(`${name} ends by SIGTERM, though a client keeps a connection`, how, async (t) => {
-      const service = await bootService(t, {
-        cwd: PACKAGES!,
-        script: `${script}
-          server.on('upgrade', (request, socket) => {
-            socket.on('error', () => {}).write(${JSON.stringify(UPGRADED)})
-          })
-          options.cleanUp = async () => {
-            cleanUp()
-            await app.close()
-            print('closed')
-          }`
-      })
-      const { instancePort, endWhileServing } = service
+      const script = `
+        ${beginning}
+        server.on('upgrade', (request, socket) => {
+          socket.on('error', () => {}).write(${JSON.stringify(UPGRADED)})
+        })
+        options.cleanUp = async () => {
+          cleanUp()
+          await app.close()
+          print('closed')
+        }`
+      const { instancePort, endWhileServing } = await bootService(t, { cwd: PACKAGES!, script })
       const peer = await upgradeTo(instancePort)
       t.after(() => peer.socket.destroy())
       const { status, ms, output } = await endWhileServing(instancePort, '/slow500')
@@ -10126,18 +10106,17 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
   })
 
   test('without a free descriptor status(), metrics and monitor tell what they can', async (t) => {
-    const { port } = await bootProcess(t, {
-      under: ['sh', '-c', 'ulimit -n 200; exec "$@"', 'sh'],
-      script: `
-        import * as fs from 'node:fs'
-        monitor.register('fill', '', async (peer) => {
-          try {
-            for (;;) fs.openSync('/dev/null')
-          } catch {}
-          const { residentMemoryBytes, healthy } = await monitor.status()
-          peer.write('memory ' + residentMemoryBytes + ', healthy ' + healthy + '\\n')
-        })`
-    })
+    const under = ['sh', '-c', 'ulimit -n 200; exec "$@"', 'sh']
+    const script = `
+      import * as fs from 'node:fs'
+      monitor.register('fill', '', async (peer) => {
+        try {
+          for (;;) fs.openSync('/dev/null')
+        } catch {}
+        const { residentMemoryBytes, healthy } = await monitor.status()
+        peer.write('memory ' + residentMemoryBytes + ', healthy ' + healthy + '\\n')
+      })`
+    const { port } = await bootProcess(t, { under, script })
     const text = await ask(port, 'interactive\nfill\nmonitor\nmetrics\nperf_metrics\nquit\n')
     assert.match(text, /\nmemory -1, healthy true\n0\nVmRSS:\t/)
     assert.match(text, /\nftw_monitor_healthy 1\n/)
@@ -10302,15 +10281,14 @@ describeProcesses('Endurance', ALONE, () => {
 
   test('hostile connections of random bytes, reset at every moment, harm nobody', async (t) => {
     const total = IS_SLOW_WANTED ? 20_000 : 500
-    const { port, instancePort, watched } = await bootProcess(t, {
-      script: `
-        monitor.register('flow', '', async (connection) => {
-          for (let count = 0; count < 100; count++) {
-            connection.write('flowing '.repeat(100))
-            await nextTurn()
-          }
-        })`
-    })
+    const script = `
+      monitor.register('flow', '', async (connection) => {
+        for (let count = 0; count < 100; count++) {
+          connection.write('flowing '.repeat(100))
+          await nextTurn()
+        }
+      })`
+    const { port, instancePort, watched } = await bootProcess(t, { script })
     const pid = watched.child.pid!
     const before = descriptorsOf(pid)
     let begun = 0
