@@ -8312,7 +8312,6 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       isBroken = true
       connection.write('broken\n')
     })
-    const disconnected = "Error: Database 'main' disconnected.\n"
     const rows: [line: string, status: number, reply: string][] = [
       ['health_check', 0, 'OK\n'],
       ['', 0, await ask(port + 80, 'help\n')],
@@ -8330,7 +8329,7 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       [`PORT=9 FTW_MONITOR_LISTEN=${port + 80} where`, 0, 'on a port\n'],
       [`FTW_MONITOR_LISTEN=${path} where`, 0, 'on a path\n'],
       ['break', 0, 'broken\n'],
-      ['health_check', 1, disconnected],
+      ['health_check', 1, "Error: Database 'main' disconnected.\n"],
       ['zeostatus', 1, 'False\n'],
       ['perf_metrics', 1, `{"error":"Database 'main' disconnected."}\n`],
       ['warmup /shop', 1, 'Warmup failed: /shop: no such table\n']
@@ -8654,10 +8653,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     const lines = ['status', `dump-perf-metrics a=${port - 80}`, 'drain now', 'status'] as const
     const [green, dumped, drained, red] = await runLines(t, lines, { env })
     assert.match(green.stdout, /^OK\ninstance   http:[^]*\ndraining   no\nsince .*Z  healthy\n/)
-    assert.match(
-      dumped.stdout,
-      /,process=a cache\.max_size=-1,.*,instance\.pid=\d+,.*,memory\.uss=-1\n$/
-    )
+    const figures = /,process=a cache\.max_size=-1,.*,instance\.pid=\d+,.*,memory\.uss=-1\n$/
+    assert.match(dumped.stdout, figures)
     assert.match(drained.stdout, /\nDrained\n$/)
     assert.match(red.stdout, /^now\n/)
     assert.deepEqual([green.status, drained.status, red.status], [0, 0, 1])
@@ -8830,15 +8827,13 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       interrupted.child.kill(signal)
       await interrupted.exit
       assert.equal(interrupted.child.signalCode, signal)
-      const unanswered = `ftw-monitor: no answer before ${signal}; ${sequel}`
-      assert.equal(interrupted.output, `sent\n${unanswered}\n`)
+      assert.equal(interrupted.output, `sent\nftw-monitor: no answer before ${signal}; ${sequel}\n`)
     }
     watched.child.kill('SIGCONT')
     for (let count = 0; count < 5; count++) {
       assert.match(await ask(port, 'status\n'), /^OK\n[^]*\ndraining +no\n/)
     }
-    const half = await ask(port, 'drain', { end: true })
-    assert.match(half, /\nDrained\n$/)
+    assert.match(await ask(port, 'drain', { end: true }), /\nDrained\n$/)
 
     const begun = await fakeInstance(t, (socket) => socket.write('Draining: 0 probers\n'))
     const stopped = startProgram(t, ['drain', '--port', String(begun)], { HOST: '127.0.0.1' })
