@@ -8995,7 +8995,6 @@ function keepLoading(t: TestContext, port: number, clients: PageOptions[]) {
 async function startNginx(t: TestContext, port: number, servers: string): Promise<void> {
   const folder = scratchFolder(t)
   const kinds = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi']
-  const file = join(folder, 'nginx.conf')
   const configuration = `
     daemon off;
     master_process off;
@@ -9006,8 +9005,8 @@ async function startNginx(t: TestContext, port: number, servers: string): Promis
       ${kinds.map((kind) => `${kind}_temp_path ${folder}/${kind};`).join('\n      ')}
       ${servers}
     }`
-  fs.writeFileSync(file, configuration)
-  const nginx = watch(t, 'nginx', ['-e', 'stderr', '-p', folder, '-c', file])
+  fs.writeFileSync(join(folder, 'nginx.conf'), configuration)
+  const nginx = watch(t, 'nginx', ['-e', 'stderr', '-p', folder, '-c', 'nginx.conf'])
   const isRunning = async () => {
     assert.equal(nginx.child.exitCode, null, nginx.output)
     return !(await isRefused(port))
@@ -9028,9 +9027,8 @@ const TRANSCRIPT = [...CONSOLES]
 
 const NEXT_ENVIRONMENT = { NEXT_TELEMETRY_DISABLED: '1', NODE_ENV: 'production' }
 
-/** A folder with a Next.js app of one page. */
-async function buildNextApp(t: TestContext): Promise<string> {
-  const folder = scratchFolder(t)
+/** Builds a Next.js app of one page in a folder. */
+async function buildNextApp(t: TestContext, folder: string): Promise<void> {
   const modules = join(PACKAGES ?? '', 'node_modules')
   fs.symlinkSync(modules, join(folder, 'node_modules'))
   fs.mkdirSync(join(folder, 'pages'))
@@ -9044,7 +9042,6 @@ async function buildNextApp(t: TestContext): Promise<string> {
   const options = { cwd: folder, env: NEXT_ENVIRONMENT }
   const { status, stdout, stderr } = await runToEnd(t, process.execPath, words, options)
   assert.equal(status, 0, stdout + stderr)
-  return folder
 }
 
 /** Programs from npm as they are: how each serves a folder, with which status it ends by SIGTERM,
@@ -9128,11 +9125,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       .replace('health_interval 2s', 'health_interval 200ms')
       .replace('health_timeout 2s', 'health_timeout 500ms')
     const folder = scratchFolder(t)
-    const file = join(folder, 'Caddyfile')
-    fs.writeFileSync(file, `{\n\tadmin off\n}\n${caddyfile}`)
+    fs.writeFileSync(join(folder, 'Caddyfile'), `{\n\tadmin off\n}\n${caddyfile}`)
     const env = { HOME: folder, XDG_DATA_HOME: folder, XDG_CONFIG_HOME: folder }
-    const words = ['run', '--adapter', 'caddyfile', '--config', file]
-    const running = watch(t, 'caddy', words, { env })
+    const running = watch(t, 'caddy', ['run'], { cwd: folder, env })
     await until(async () => !(await isRefused(caddy)), 'Caddy runs')
     assert.doesNotMatch(running.output, /"level":"warn".*"adapter":"caddyfile"/)
 
@@ -9630,17 +9625,14 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     monitor.registerMetrics(() => client.register.metrics())
 
     const folder = scratchFolder(t)
-    const file = join(folder, 'prometheus.yml')
     const apiPort = await freePort()
     const scraping = readmeBlock('yaml', 'scrape_configs')
       .replace('15s', '1s\n    scrape_timeout: 1s')
       .replace(/targets: .*/, `targets: ['127.0.0.1:${port}']`)
-    fs.writeFileSync(file, scraping)
-    watch(t, 'prometheus', [
-      `--config.file=${file}`,
-      `--storage.tsdb.path=${join(folder, 'data')}`,
-      `--web.listen-address=127.0.0.1:${apiPort}`
-    ])
+    fs.writeFileSync(join(folder, 'prometheus.yml'), scraping)
+    const words = ['--config.file=prometheus.yml', '--storage.tsdb.path=data']
+    words.push(`--web.listen-address=127.0.0.1:${apiPort}`)
+    watch(t, 'prometheus', words, { cwd: folder })
     const valueOf = async (name: string) => {
       const page = await getPage(apiPort, `/api/v1/query?query=${name}`).catch(() => undefined)
       if (page?.status !== 200) return undefined
@@ -9725,7 +9717,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const [name = ''] = command.split('/')
     const how = { ...SLOW, ...needsPackage(name), timeout: 180_000 }
     test(`${name} as it is has a monitor, and ends without a lost request`, how, async (t) => {
-      const folder = name === 'next' ? await buildNextApp(t) : scratchFolder(t)
+      const folder = scratchFolder(t)
+      if (name === 'next') await buildNextApp(t, folder)
       fs.writeFileSync(join(folder, 'db.json'), '{ "posts": [] }')
       const plugin = "module.exports = async (app, _) => app.get('/', async () => 'a page')"
       fs.writeFileSync(join(folder, 'plugin.cjs'), plugin)
@@ -9786,13 +9779,11 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       const ran = await runToEnd(t, first, [...as, program, ...words], { cwd: folder })
       assert.equal(ran.status, 0, ran.stdout + ran.stderr)
     }
-    const data = join(folder, 'data')
-    const log = join(folder, 'log')
     const postgresPort = String(await freePort())
     const settings = `-k ${folder} -c listen_addresses=127.0.0.1 -p ${postgresPort} -c fsync=off`
-    const stopPostgres = () => run('pg_ctl', 'stop', '-D', data, '-m', 'immediate')
-    const startPostgres = () => run('pg_ctl', 'start', '-w', '-D', data, '-l', log, '-o', settings)
-    await run('initdb', '-D', data, '-U', 'tester', '-A', 'trust', '--no-sync', '--no-locale')
+    const stopPostgres = () => run('pg_ctl', 'stop', '-D', 'data', '-m', 'immediate')
+    const startPostgres = () => run('pg_ctl', 'start', '-D', 'data', '-l', 'log', '-o', settings)
+    await run('initdb', '-D', 'data', '-U', 'postgres', '-A', 'trust', '--no-sync', '--no-locale')
     await startPostgres()
 
     const redisPort = String(await freePort())
@@ -9811,13 +9802,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const file = join(folder, 'server.mjs')
     fs.writeFileSync(file, recipe)
     const port = await freePort()
-    const env = {
-      PGHOST: '127.0.0.1',
-      PGPORT: postgresPort,
-      PGUSER: 'tester',
-      PGDATABASE: 'postgres',
-      PORT: String(port)
-    }
+    const client = { PGHOST: '127.0.0.1', PGPORT: postgresPort, PGUSER: 'postgres' }
+    const env = { ...client, PORT: String(port) }
     const service = watch(t, process.execPath, [file], { env })
     await untilHealthy(port + 80)
 
