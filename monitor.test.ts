@@ -9459,11 +9459,7 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
       throw new Error('OK\nOK')
     }
     let isConnected = true
-    let checks = 0
-    const check = () => {
-      checks++
-      return isConnected
-    }
+    const check = t.mock.fn(() => isConnected)
     const { server, held, letGo } = await serveHeld(t)
     const { monitor, ...instance } = await bootInstance(t, {
       server,
@@ -9474,8 +9470,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     const { haproxys, becomes } = await balanceByBoth(t, instance)
     await untilVerdict(monitor, /^Warmup failed/)
     await becomes(/^DOWN/)
-    const before = checks
-    await until(() => checks >= before + 8, 'more checks have come')
+    const before = check.mock.callCount()
+    await until(() => check.mock.callCount() >= before + 8, 'more checks have come')
     for (const { front, stateOf } of haproxys) {
       assert.match(await stateOf('app1'), /^DOWN/)
       assert.notEqual((await getPage(front, '/')).body, 'served')
@@ -9935,17 +9931,14 @@ describeProcesses('Attacks and limits', PAIRWISE, () => {
   })
 
   test('nothing that a page of another origin has a browser send changes an instance, whatever its length', async (t) => {
-    let calls = 0
-    const count = () => {
-      calls++
-    }
-    const { monitor, port, instancePort } = await bootInstance(t, { performers: { '/': count } })
-    monitor.register('own', 'Own', count)
-    monitor.register('near', 'Near', count, { local: true })
-    calls = 0
+    const act = t.mock.fn(() => {})
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: { '/': act } })
+    monitor.register('own', 'Own', act)
+    monitor.register('near', 'Near', act, { local: true })
+    act.mock.resetCalls()
     const expectUnchanged = async (what: string) => {
       assert.deepEqual(await monitor.health(), { healthy: true, reason: 'OK' }, what)
-      assert.equal(calls, 0, what)
+      assert.equal(act.mock.callCount(), 0, what)
       assert.equal(await ask(port, 'warmup_state\n'), '1 0\n', what)
       const client = { headers: { Connection: 'keep-alive' } }
       const { headers } = await getPage(instancePort, '/', client)
@@ -10129,12 +10122,9 @@ describeProcesses('Attacks and limits', ALONE, () => {
   test('the 257th is answered: the address with the most loses what was idle longest, else its oldest', async (t) => {
     const HELD = 256 // is how many connections a monitor holds
     const timers = takeTimers(t)
-    let hanging = 0
     const { monitor, port } = await bootInstance(t, { performers: WARM })
-    monitor.register('hang', '', () => {
-      hanging++
-      return hang()
-    })
+    const hanging = t.mock.fn(hang)
+    monitor.register('hang', '', hanging)
     const many = (count: number, from: string) =>
       Promise.all(Array.from({ length: count }, () => converse(t, port, { from })))
     const modest = await many(100, '127.0.0.1')
@@ -10154,10 +10144,10 @@ describeProcesses('Attacks and limits', ALONE, () => {
     assert.ok([active, ...others].every(({ isClosed }) => !isClosed))
 
     for (const { socket } of [active, ...others]) socket.write('hang\n')
-    await until(() => hanging === HELD - 1, 'all of them run')
+    await until(() => hanging.mock.callCount() === HELD - 1, 'all of them run')
     const last = await converse(t, port, { from: '127.0.0.2' })
     last.say('hang\n')
-    await until(() => hanging === HELD, 'none is idle')
+    await until(() => hanging.mock.callCount() === HELD, 'none is idle')
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     await until(() => active.isClosed, 'the oldest is closed')
     assert.ok([last, ...others].every(({ isClosed }) => !isClosed))
