@@ -8845,17 +8845,15 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
 
   test('an instance that hangs is given two seconds for a check, and 30 for what may be carried out; no reply is no success', async (t) => {
     const port = await fakeInstance(t, () => {})
+    const late = (rest: string) => `cannot ask 127.0.0.1:${port + 80}: no answer within ${rest}`
     const rows: Record<string, string> = {
-      resume: '30 s; resume may still be carried out: ask status',
-      warmup: '30 s; warmup may still be carried out: ask status',
-      queue: '30 s; queue may still be carried out',
-      metrics: '30 s'
+      resume: late('30 s; resume may still be carried out: ask status'),
+      warmup: late('30 s; warmup may still be carried out: ask status'),
+      queue: late('30 s; queue may still be carried out'),
+      metrics: late('30 s')
     }
     const checks = ['health_check', 'readyz', 'agent_check', 'livez', 'warmup_state', 'monitor']
-    for (const name of checks) rows[name] = '2 s'
-    for (const [name, rest] of Object.entries(rows)) {
-      rows[name] = `cannot ask 127.0.0.1:${port + 80}: no answer within ${rest}`
-    }
+    for (const name of checks) rows[name] = late('2 s')
     const flags = [flagForTimeouts(2_000, 30_000)]
     await assertFailures(t, rows, { env: { PORT: String(port) }, flags })
 
@@ -9494,11 +9492,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
   })
 
   test('a drained instance gets no request once HAProxy knows', needs('haproxy'), async (t) => {
-    let arrivals = 0
     const { server, held, letGo } = await serveHeld(t)
-    server.on('request', () => {
-      arrivals++
-    })
+    const arrive = t.mock.fn()
+    server.on('request', arrive)
     const { monitor, ...first } = await bootInstance(t, { server })
     const second = await bootInstance(t, { server: (await serveHeld(t)).server })
     const haproxy = await balance(t, [first, second])
@@ -9521,9 +9517,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     await haproxy.untilState('app1', /^DOWN \(agent\)$/)
     await haproxy.untilState('app1', /stopped \(maint drain ready up 100% #down\)$/, 'last_agt')
     await untilServed(6) // those that were under way
-    const last = arrivals
+    const last = arrive.mock.callCount()
     await untilServed(60)
-    assert.equal(arrivals, last)
+    assert.equal(arrive.mock.callCount(), last)
     assert.match(await haproxy.stateOf('app1'), /^DOWN \(agent\)$/)
     assert.ok(await isPendingFor(0, drained))
     letGo()
@@ -9536,9 +9532,9 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     monitor.resume()
     await haproxy.untilState('app1', /up$/, 'last_agt')
     assert.match(await haproxy.stateOf('app1'), /^MAINT/)
-    assert.equal(arrivals, last)
+    assert.equal(arrive.mock.callCount(), last)
     await order('ready')
-    await until(() => arrivals > last, 'requests come back')
+    await until(() => arrive.mock.callCount() > last, 'requests come back')
     await load.stop()
     assert.deepEqual(load.failed, [])
   })
