@@ -8877,13 +8877,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
 
 // --- Real programs -------------------------------------------------------------------------------
 
-const IS_ROOT = process.getuid?.() === 0
-
-/** PostgreSQL does not run as root: setpriv makes it somebody else. */
-const NEEDS_POSTGRES_USER = IS_ROOT ? needs('setpriv') : {}
 const POSTGRES_FOLDER = findPostgres()
-const NO_POSTGRES = { skip: 'PostgreSQL is not installed' }
-const NEEDS_POSTGRES = POSTGRES_FOLDER === undefined ? NO_POSTGRES : NEEDS_POSTGRES_USER
+const NEEDS_POSTGRES = POSTGRES_FOLDER ? {} : { skip: 'PostgreSQL is not installed' }
 const NEEDS_DATABASES = { ...NEEDS_POSTGRES, ...NEEDS_PACKAGES, ...needs('redis-server') }
 const NEEDS_PROMETHEUS = { ...needs('prometheus'), ...NEEDS_PACKAGES }
 
@@ -9763,12 +9758,12 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     t.after(() => stopPostgres().catch(() => {})) // before its folder is removed; it may be stopped
     const folder = scratchFolder(t)
     const NOBODY = 65_534
-    if (IS_ROOT) fs.chownSync(folder, NOBODY, NOBODY)
-    const asNobody = `setpriv --reuid ${NOBODY} --regid ${NOBODY} --clear-groups`
-    const [first = '', ...as] = IS_ROOT ? asNobody.split(' ') : ['env']
+    const isRoot = process.getuid?.() === 0
+    const user = isRoot ? { uid: NOBODY, gid: NOBODY } : {} // PostgreSQL does not run as root
+    if (isRoot) fs.chownSync(folder, NOBODY, NOBODY)
     const run = async (name: string, ...words: string[]) => {
       const program = join(POSTGRES_FOLDER ?? '', name)
-      const ran = await runToEnd(t, first, [...as, program, ...words], { cwd: folder })
+      const ran = await runToEnd(t, program, words, { cwd: folder, ...user })
       assert.equal(ran.status, 0, ran.stdout + ran.stderr)
     }
     const postgresPort = String(await freePort())
