@@ -8283,7 +8283,8 @@ const FLEET: Record<string, string | object> = {
 
 describeProcesses('The program', SIDE_BY_SIDE, () => {
   test('the program prints the reply, and its exit status tells how it went', async (t) => {
-    let isBroken = false
+    let isConnected = true
+    const { failures, performers } = recordSites('/shop')
     const path = join(scratchFolder(t), 'monitor')
     const port = await freePort()
     const server = await serve(t, hello, { host: '127.0.0.1', port })
@@ -8292,12 +8293,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
     onPath.register('where', '', (connection) => connection.write('on a path\n'))
     const { monitor } = await bootInstance(t, {
       server,
-      databases: { main: { isConnected: () => !isBroken } },
-      performers: {
-        '/shop': () => {
-          if (isBroken) throw new Error('no such table')
-        }
-      },
+      databases: { main: { isConnected: () => isConnected } },
+      performers,
       options: { listen: { host: '127.0.0.1', port: port + 80 } }
     })
     const report = 'Errors: none\nError: 0\nall well\n'
@@ -8309,7 +8306,8 @@ describeProcesses('The program', SIDE_BY_SIDE, () => {
       throw new TypeError('boom')
     })
     monitor.register('break', '', (connection) => {
-      isBroken = true
+      isConnected = false
+      failures['/shop'] = new Error('no such table')
       connection.write('broken\n')
     })
     const rows: [line: string, status: number, reply: string][] = [
