@@ -9750,6 +9750,8 @@ describeProcesses('Real programs', SIDE_BY_SIDE, () => {
     for (const { command, reply } of TRANSCRIPT.filter((each) => !isEarly(each))) {
       assert.equal(await shell(command), reply)
     }
+    demo.child.kill('SIGTERM')
+    assert.equal(await inTime(demo.exit, 'it ends'), 0, demo.output)
   })
 
   test("the README's PostgreSQL and Redis", { ...SLOW, ...NEEDS_DATABASES }, async (t) => {
