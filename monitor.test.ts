@@ -1639,6 +1639,7 @@ describeInProcess('Addresses', ALONE, () => {
     const host = '127.0.0.2'
     const PORT = String(instancePort)
     const server = hide(await serve(t, hello, { host, port: instancePort }))
+    const withoutHost: object = { host: undefined, port }
     const rows: [variables: Record<string, string>, StartOptions, address: string, number][] = [
       [{}, { server }, host, instancePort + 80],
       [{ PORT, HOST: host }, {}, host, instancePort + 80],
@@ -1647,7 +1648,7 @@ describeInProcess('Addresses', ALONE, () => {
       [{ FTW_MONITOR_LISTEN: `127.0.0.1:${port}` }, { server }, local, port],
       [{ FTW_MONITOR_LISTEN: `[::1]:${port}` }, { server }, '::1', port],
       [{ FTW_MONITOR_LISTEN: `[::]:${port}` }, { server }, '::', port],
-      [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: { port } }, host, port],
+      [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: withoutHost }, host, port],
       [{ FTW_MONITOR_LISTEN: '1' }, { server, listen: { host: local } }, local, instancePort + 80]
     ]
     for (const [variables, options, address, at] of rows) {
