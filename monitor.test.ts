@@ -2896,6 +2896,14 @@ describeInProcess('The verdict', ALONE, () => {
       if (where === path) fs.writeFileSync(path, '') // what is left refuses, as that of a killed one
       assert.equal(await check(), 'Instance is shutting down')
     }
+
+    const known = await bootInstance(t, { performers: WARM })
+    const accept = t.mock.fn()
+    known.server.on('connection', accept)
+    clock.now += 1_001
+    await known.monitor.health()
+    await getPage(known.instancePort, '/')
+    assert.equal(accept.mock.callCount(), 1, 'a server that is known is not asked')
   })
 
   test(
