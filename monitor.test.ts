@@ -2814,43 +2814,39 @@ describeInProcess('The verdict', TOGETHER, () => {
 })
 
 describeInProcess('The verdict', ALONE, () => {
-  test(
-    'strangers are told the category of a reason, this machine all of it',
-    NEEDS_OUTSIDE,
-    async (t) => {
-      takeTimers(t) // so that nothing is tried again
-      let isConnected = (): unknown => true
-      const { monitor, port } = await bootInstance(t, {
-        databases: { main: { isConnected: () => isConnected() as boolean } },
-        performers: { '/shop': () => Promise.reject(new Error('no table')) },
-        until: 'started'
-      })
-      const expectReplies = async (from: string, text: string, word = 'down') => {
-        const replies: Record<string, string> = { health_check: text, readyz: text }
-        replies['agent_check'] = `${word} #${text}`
-        const [, fault] = /^Error: (.*)/.exec(text) ?? []
-        if (fault) replies['perf_metrics'] = `{"error":"${fault}"}`
-        for (const [line, reply] of Object.entries(replies)) {
-          assert.equal(await ask(port, `${line}\n`, { from }), `${reply}\n`)
-          assert.equal((await getPage(port, `/${line}`, { from })).body, `${reply}\n`)
-        }
+  test('this machine is told a reason, a stranger its category', NEEDS_OUTSIDE, async (t) => {
+    takeTimers(t) // so that nothing is tried again
+    let isConnected = (): unknown => true
+    const { monitor, port } = await bootInstance(t, {
+      databases: { main: { isConnected: () => isConnected() as boolean } },
+      performers: { '/shop': () => Promise.reject(new Error('no table')) },
+      until: 'started'
+    })
+    const expectReplies = async (from: string, text: string, word = 'down') => {
+      const replies: Record<string, string> = { health_check: text, readyz: text }
+      replies['agent_check'] = `${word} #${text}`
+      const [, fault] = /^Error: (.*)/.exec(text) ?? []
+      if (fault) replies['perf_metrics'] = `{"error":"${fault}"}`
+      for (const [line, reply] of Object.entries(replies)) {
+        assert.equal(await ask(port, `${line}\n`, { from }), `${reply}\n`)
+        assert.equal((await getPage(port, `/${line}`, { from })).body, `${reply}\n`)
       }
-      const us = '127.0.0.1'
-      const stranger = OUTSIDE!
-      await untilVerdict(monitor, /^Warmup failed/)
-      await expectReplies(us, 'Warmup failed: /shop: no table')
-      await expectReplies(stranger, 'Warmup failed')
-      isConnected = () => Promise.reject(new Error('no 10.0.0.7'))
-      await expectReplies(us, "Error: Database 'main' failed: no 10.0.0.7")
-      await expectReplies(stranger, "Error: Database 'main' failed.")
-      isConnected = () => ({})
-      const why = 'isConnected() returned a value of type object, not true'
-      await expectReplies(us, `Error: Database 'main' disconnected: ${why}`)
-      await expectReplies(stranger, "Error: Database 'main' disconnected.")
-      void monitor.drain({ reason: 'new disk' })
-      for (const from of [us, stranger]) await expectReplies(from, 'new disk', 'stopped')
     }
-  )
+    const us = '127.0.0.1'
+    const stranger = OUTSIDE!
+    await untilVerdict(monitor, /^Warmup failed/)
+    await expectReplies(us, 'Warmup failed: /shop: no table')
+    await expectReplies(stranger, 'Warmup failed')
+    isConnected = () => Promise.reject(new Error('no 10.0.0.7'))
+    await expectReplies(us, "Error: Database 'main' failed: no 10.0.0.7")
+    await expectReplies(stranger, "Error: Database 'main' failed.")
+    isConnected = () => ({})
+    const why = 'isConnected() returned a value of type object, not true'
+    await expectReplies(us, `Error: Database 'main' disconnected: ${why}`)
+    await expectReplies(stranger, "Error: Database 'main' disconnected.")
+    void monitor.drain({ reason: 'new disk' })
+    for (const from of [us, stranger]) await expectReplies(from, 'new disk', 'stopped')
+  })
 
   test('with PORT alone, the first check after the server has closed is red, until it listens again', async (t) => {
     const timers = takeTimers(t)
@@ -2906,48 +2902,44 @@ describeInProcess('The verdict', ALONE, () => {
     assert.equal(accept.mock.callCount(), 1, 'a server that is known is not asked')
   })
 
-  test(
-    'with PORT alone, an instance too busy to accept a connection stays what it was',
-    SLOW,
-    async (t) => {
-      const port = await freePort()
-      setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: '0' })
-      const script = `
-        const where = { host: '127.0.0.1', port: ${port}, backlog: 1 }
-        net.createServer().listen(where, () => print('listens'))`
-      const listen = async () => {
-        const process = runScript(t, { script })
-        await until(() => process.output.includes('listens'), 'it listens')
-        return process
-      }
-      const isWaiting = () => {
-        const socket = connectTo(port, {}).on('error', () => {})
-        t.after(() => socket.destroy())
-        return isPendingFor(1_000, once(socket, 'connect'))
-      }
-      const fillBacklog = async ({ child }: { child: ChildProcess }) => {
-        child.kill('SIGSTOP')
-        await until(isWaiting, 'its backlog is full')
-      }
-      const first = await listen()
-      const monitor = await importMonitor(t)
-      await monitor.start({ logger: recorder() })
-      await untilVerdict(monitor)
-      await fillBacklog(first)
-      const clock = fakeClock(t)
-      clock.now += 1_001
-      assert.equal((await monitor.health()).reason, 'OK')
-
-      first.child.kill('SIGKILL')
-      await first.exit
-      clock.now += 1_001
-      assert.equal((await monitor.health()).reason, 'Instance is shutting down')
-
-      await fillBacklog(await listen())
-      clock.now += 1_001
-      assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  test('with PORT alone, an instance too busy to accept stays what it was', SLOW, async (t) => {
+    const port = await freePort()
+    setEnvironment(t, { PORT: String(port), HOST: '127.0.0.1', FTW_MONITOR_AUTOWARMUP: '0' })
+    const script = `
+      const where = { host: '127.0.0.1', port: ${port}, backlog: 1 }
+      net.createServer().listen(where, () => print('listens'))`
+    const listen = async () => {
+      const process = runScript(t, { script })
+      await until(() => process.output.includes('listens'), 'it listens')
+      return process
     }
-  )
+    const isWaiting = () => {
+      const socket = connectTo(port, {}).on('error', () => {})
+      t.after(() => socket.destroy())
+      return isPendingFor(1_000, once(socket, 'connect'))
+    }
+    const fillBacklog = async ({ child }: { child: ChildProcess }) => {
+      child.kill('SIGSTOP')
+      await until(isWaiting, 'its backlog is full')
+    }
+    const first = await listen()
+    const monitor = await importMonitor(t)
+    await monitor.start({ logger: recorder() })
+    await untilVerdict(monitor)
+    await fillBacklog(first)
+    const clock = fakeClock(t)
+    clock.now += 1_001
+    assert.equal((await monitor.health()).reason, 'OK')
+
+    first.child.kill('SIGKILL')
+    await first.exit
+    clock.now += 1_001
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+
+    await fillBacklog(await listen())
+    clock.now += 1_001
+    assert.equal((await monitor.health()).reason, 'Instance is shutting down')
+  })
 })
 
 // --- Databases and counters ----------------------------------------------------------------------
@@ -3736,23 +3728,19 @@ describeInProcess('Warm-up', TOGETHER, () => {
     }
   })
 
-  test(
-    'over https on a port that fetch refuses, a performer has to warm up',
-    needs('openssl'),
-    async (t) => {
-      const refused = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]
-      const isFreeOf = await Promise.all(refused.map(isFree))
-      const port = refused.find((_, index) => isFreeOf[index])
-      if (!port) return t.skip('all such ports are in use')
-      const listener = https.createServer(certify(t, 'localhost'), hello)
-      const server = await startListening(t, listener, { host: '127.0.0.1', port })
-      const { monitor } = await bootInstance(t, { server, until: 'started' })
-      const advice = 'bad port for fetch; register a warm-up performer that does without it'
-      await untilVerdict(monitor, `Warmup failed: ${advice}`)
-      monitor.registerWarmup('/', () => {})
-      await untilVerdict(monitor)
-    }
-  )
+  test('on an https port that fetch refuses, a performer warms up', needs('openssl'), async (t) => {
+    const refused = [10_080, 6_697, 6_669, 6_668, 6_667, 6_666, 6_665, 6_000, 5_060]
+    const isFreeOf = await Promise.all(refused.map(isFree))
+    const port = refused.find((_, index) => isFreeOf[index])
+    if (!port) return t.skip('all such ports are in use')
+    const listener = https.createServer(certify(t, 'localhost'), hello)
+    const server = await startListening(t, listener, { host: '127.0.0.1', port })
+    const { monitor } = await bootInstance(t, { server, until: 'started' })
+    const advice = 'bad port for fetch; register a warm-up performer that does without it'
+    await untilVerdict(monitor, `Warmup failed: ${advice}`)
+    monitor.registerWarmup('/', () => {})
+    await untilVerdict(monitor)
+  })
 
   test('an instance that speaks HTTP/2 alone is green when it accepts, after one warning; its :authority counts', async (t) => {
     const instance = http2.createServer(() => assert.fail('no request of ours can be read'))
