@@ -2453,26 +2453,9 @@ describeInProcess('The application', ALONE, () => {
 
 /** A form in which applications answer: what is set header by header, and what writeHead is told, if
  *  it is called; or whatever else they do. */
-type Form = Written | ((response: http.ServerResponse) => unknown)
-
-interface Written {
-  set?: Record<string, string | string[]>
-  head?: unknown[]
-}
-
-/** Sets headers, calls writeHead, and tells what that throws instead of throwing it. */
-function answerWith(response: http.ServerResponse, { set = {}, head }: Written): void {
-  for (const [name, value] of Object.entries(set)) response.setHeader(name, value)
-  try {
-    if (head) Reflect.apply(response.writeHead, response, head)
-    response.end('ok')
-  } catch (error) {
-    response.end(`threw ${codeOf(error)}`)
-  }
-}
-
-/** As rawHeaders has them: names and values in turn. */
-const TWICE = ['X-A', '1', 'Connection', 'keep-alive', 'X-A', '2']
+type Form =
+  | { set?: Record<string, string | string[]>; head?: unknown[] }
+  | ((response: http.ServerResponse) => unknown)
 
 const FORMS: Record<string, Form> = {
   'implicit headers': {},
@@ -2480,7 +2463,7 @@ const FORMS: Record<string, Form> = {
   'setHeader of keep-alive in an array': { set: { Connection: ['keep-alive', 'X-Hop'] } },
   'a reason and an object': { head: [201, 'Made', { 'X-A': '1', 'Set-Cookie': ['a=1', 'b=2'] }] },
   'writeHead of a frozen object': { head: [200, Object.freeze({ Connection: 'keep-alive' })] },
-  'writeHead of names and values in turn': { head: [200, TWICE] },
+  'names and values in turn': { head: [200, ['X-A', '1', 'Connection', 'keep-alive', 'X-A', '2']] },
   'setHeader before an array': { set: { Connection: 'keep-alive' }, head: [200, ['X-A', '1']] },
   'writeHead of a value that is "connection"': { head: [200, ['X-A', 'connection', 'X-B', '1']] },
   'keep-alive twice': { head: [200, { connecTION: 'KEEP-ALIVE', Connection: 'keep-alive' }] },
@@ -2527,8 +2510,15 @@ async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.res
     responses.push(response)
     await mayAnswer
     const form = FORMS[String(request.headers['x-form'])]!
-    if (typeof form === 'function') await form(response)
-    else answerWith(response, form)
+    if (typeof form === 'function') return void form(response)
+    const { set = {}, head } = form
+    for (const [name, value] of Object.entries(set)) response.setHeader(name, value)
+    try {
+      if (head) Reflect.apply(response.writeHead, response, head)
+      response.end('ok')
+    } catch (error) {
+      response.end(`threw ${codeOf(error)}`)
+    }
   }
   const server = await serve(t, (request, response) => void answer(request, response))
   server.keepAliveTimeout = 500 // for those whom nobody tells to close
