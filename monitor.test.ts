@@ -2193,18 +2193,6 @@ describeProcesses('Servers that listen', SIDE_BY_SIDE, () => {
 // --- The application -----------------------------------------------------------------------------
 
 describeInProcess('The application', TOGETHER, () => {
-  test('an upgraded connection whose listeners the application takes off is counted until it is closed', async (t) => {
-    const server = await serve(t)
-    const upgraded = takeUpgradesBare(server)
-    const { monitor } = await bootInstance(t, { performers: WARM, server })
-    const count = async () => (await monitor.status()).upgradedConnections
-    const peer = await upgradeTo(portOf(server))
-    t.after(() => peer.socket.destroy())
-    assert.equal(await count(), 1)
-    upgraded[0]!.destroy()
-    await until(async () => (await count()) === 0, 'it is forgotten', 5_000)
-  })
-
   test('a server whose emit cannot be wrapped costs one warning, and its monitor starts when it listens', async (t) => {
     const monitor = await importMonitor(t)
     const server = http.createServer(hello)
@@ -2289,13 +2277,13 @@ describeInProcess('The application', TOGETHER, () => {
     await inTime(drained, 'both are drained')
   })
 
-  test('upgraded connections work on and are counted until they are closed, but none that is refused, too late or not listened for', async (t) => {
+  test('upgraded connections work on and are counted until they are closed, also without their listeners, but none that is refused, too late or not listened for', async (t) => {
     const server = await serve(t)
     echoUpgrades(server)
     const { monitor, port } = await bootInstance(t, { performers: WARM, server })
-    const untilCount = (count: number) => {
+    const untilCount = (count: number, limitMs?: number) => {
       const line = `\nftw_monitor_upgraded_connections ${count}\n`
-      return until(async () => (await ask(port, 'metrics\n')).includes(line), line)
+      return until(async () => (await ask(port, 'metrics\n')).includes(line), line, limitMs)
     }
     await untilCount(0)
     const peers = []
@@ -2326,6 +2314,13 @@ describeInProcess('The application', TOGETHER, () => {
       server.emit('upgrade', { url: '/destroy' }, each, Buffer.alloc(0))
     }
     await untilCount(0)
+
+    server.removeAllListeners('upgrade')
+    const upgraded = takeUpgradesBare(server)
+    await upgrade(t, portOf(server))
+    assert.equal((await monitor.status()).upgradedConnections, 1)
+    upgraded[0]!.destroy()
+    await untilCount(0, 5_000)
 
     server.removeAllListeners('upgrade')
     await monitor.drain()
