@@ -3299,21 +3299,17 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     assert.equal((await verdict).reason, 'OK', 'none is late where the application has blocked')
   })
 
-  test('what FTW_MONITOR_CHECK names and is no page is a check that fails, unless code has one of its name', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: 'shop basket' })
+  test('what FTW_MONITOR_CHECK names and is no page is a check that fails, unless code has one of its name, and so is a page where HTTP/2 alone is spoken', async (t) => {
+    setEnvironment(t, { FTW_MONITOR_CHECK: '/health shop basket' })
     const { monitor } = await bootInstance(t, {
       performers: WARM,
       prepare: ({ registerCheck }) => registerCheck('shop', () => true),
+      server: await startListening(t, http2.createServer()),
       until: 'started'
     })
-    await untilVerdict(monitor, /^Error: Check 'basket' failed: cannot be used: /)
-  })
-
-  test('a page that is to be checked fails where HTTP/2 alone is spoken', async (t) => {
-    setEnvironment(t, { FTW_MONITOR_CHECK: '/health' })
-    const server = await startListening(t, http2.createServer())
-    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
     await untilVerdict(monitor, /^Error: Check '\/health' failed: .*; it speaks no HTTP\/1$/)
+    monitor.registerCheck('/health', () => true)
+    await untilVerdict(monitor, /^Error: Check 'basket' failed: cannot be used: /)
   })
 
   test('a page that is late while it is warmed up is no fault, nor just after that; one that fails is', async (t) => {
