@@ -3873,24 +3873,6 @@ describeInProcess('Warm-up', ALONE, () => {
     }
   })
 
-  test('the command warmup says every 10 s how far it is, and may take minutes', async (t) => {
-    const timers = takeTimers(t, ['setInterval', 'setTimeout'], fakeClock(t))
-    const gate = latch()
-    const performers = { '/': () => {}, '/shop': () => gate.opened }
-    const { port } = await bootInstance(t, { performers, until: 'started' })
-    await until(async () => /shop +running/.test(await ask(port, 'status\n')), '/shop runs')
-    const peer = await converse(t, port)
-    peer.say('warmup\n')
-    await untilSeen(port)
-    for (const seconds of [10, 20, 30, 40, 50]) {
-      timers.pass(10_000)
-      await peer.hear(`Has been warming up /shop for ${seconds} s\n`)
-    }
-    gate.open()
-    await peer.hear('Warmup successful\n')
-    await until(() => peer.isClosed, 'it is over')
-  })
-
   test('FTW_MONITOR_AUTOWARMUP switches automatic warm-up off, wrong pages included; another word costs a warning', async (t) => {
     const boot = async (value: string, pages = '') => {
       setEnvironment(t, { FTW_MONITOR_AUTOWARMUP: value, FTW_MONITOR_WARMUP: pages })
@@ -4157,8 +4139,8 @@ describeInProcess('Warm-up', ALONE, () => {
     assert.deepEqual(errorsOf(logger), [])
   })
 
-  test('a warm-up that hangs is told after 60 s, and each time it has run twice as long; after 30 minutes its signal aborts it', async (t) => {
-    const timers = takeTimers(t, ['setInterval'], fakeClock(t))
+  test('a warm-up that hangs is told after 60 s, and each time it has run twice as long, and to the command warmup every 10 s; after 30 minutes its signal aborts it', async (t) => {
+    const timers = takeTimers(t, ['setInterval', 'setTimeout'], fakeClock(t))
     const gate = latch()
     const signals: AbortSignal[] = []
     const keep: WarmupPerformer = ({ site, signal }) => {
@@ -4166,15 +4148,25 @@ describeInProcess('Warm-up', ALONE, () => {
       return site === '/last' ? hang() : gate.opened
     }
     const performers = { '/shop': keep, '/last': keep }
-    const { monitor, logger } = await bootInstance(t, { performers, until: 'started' })
+    const { monitor, port, logger } = await bootInstance(t, { performers, until: 'started' })
     const told = () => logger.lines.filter((line) => line.includes('running'))
     await until(() => signals.length === 1, '/shop runs')
-    timers.pass(59_750)
+    const peer = await converse(t, port)
+    peer.say('warmup /shop\n')
+    await untilSeen(port)
+    for (const seconds of [10, 20, 30, 40, 50]) {
+      timers.pass(10_000)
+      await peer.hear(`Has been warming up /shop for ${seconds} s\n`)
+    }
+    timers.pass(9_750)
     assert.deepEqual(told(), [])
     timers.pass(500)
     assert.deepEqual(told(), ['warn ftw-monitor /shop still running after 60 s'])
+    await peer.hear('Has been warming up /shop for 60 s\n')
 
     gate.open()
+    await peer.hear('Warmup successful\n')
+    await until(() => peer.isClosed, 'the command is over')
     await until(() => signals.length === 2, '/last runs')
     timers.pass(30 * 60_000 - 250) // what waited for its turn is told since it runs
     const ofLast = [60, 120, 240, 480, 960].map(
