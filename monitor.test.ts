@@ -4198,8 +4198,8 @@ describeInProcess('Warm-up', ALONE, () => {
   })
 })
 
-/** What an instance says, and for what it is asked, until its warm-up is over; `env` has its module,
- *  the files of its certificate, and its URL without the port, '' for none. */
+/** What an instance says, and for what it is asked, until its warm-up is over, with a certificate that
+ *  it trusts; `env` has its module, and its URL without the port, '' for none. */
 async function judgeInstance(t: TestContext, env: Record<string, string>): Promise<string> {
   const script = `
     import { readFileSync } from 'node:fs'
@@ -4217,17 +4217,18 @@ async function judgeInstance(t: TestContext, env: Record<string, string>): Promi
     while (/booting|progress/.test((await monitor.health()).reason)) await pause(20)
     print((await monitor.health()).reason)
     process.exit()`
-  const watched = runScript(t, { script, env, flags: ['--no-warnings'] })
+  const { keyFile, certFile } = certify(t, 'localhost')
+  const files = { KEY: keyFile, CERT: certFile, NODE_EXTRA_CA_CERTS: certFile }
+  const watched = runScript(t, { script, env: { ...files, ...env }, flags: ['--no-warnings'] })
   assert.equal(await inTime(watched.exit, 'it is judged', 8_000), 0, watched.output)
   return watched.output
 }
 
 describeInProcess('Warm-up', PAIRWISE, () => {
   test('over TLS it is green, or is told what to set', needs('openssl'), async (t) => {
-    const { keyFile, certFile } = certify(t, 'localhost')
-    const secure = { MODULE: 'https', CERT: certFile, KEY: keyFile, URL: 'https://localhost' }
-    const trusted = { ...secure, NODE_EXTRA_CA_CERTS: certFile }
-    assert.match(await judgeInstance(t, secure), /^Warmup failed: .*NODE_EXTRA_CA_CERTS/m)
+    const trusted = { MODULE: 'https', URL: 'https://localhost' }
+    const untrusted = { ...trusted, NODE_EXTRA_CA_CERTS: '' }
+    assert.match(await judgeInstance(t, untrusted), /^Warmup failed: .*NODE_EXTRA_CA_CERTS/m)
     const unnamed = { ...trusted, URL: '' }
     assert.match(await judgeInstance(t, unnamed), /^Warmup failed: .*FTW_MONITOR_URL/m)
 
@@ -4242,11 +4243,8 @@ describeInProcess('Warm-up', PAIRWISE, () => {
   test('our own requests go past a proxy of the environment', needs('openssl'), async (t) => {
     const onConnection = t.mock.fn((socket: net.Socket) => void socket.on('error', () => {}))
     const proxy = await startListening(t, net.createServer(onConnection)) // which answers nothing
-    const { keyFile, certFile } = certify(t, 'localhost')
     const address = `http://127.0.0.1:${portOf(proxy)}`
-    const names = { http_proxy: address, HTTPS_PROXY: address }
-    const trusted = { NODE_EXTRA_CA_CERTS: certFile, CERT: certFile, KEY: keyFile }
-    const env = { NODE_USE_ENV_PROXY: '1', ...names, ...trusted }
+    const env = { NODE_USE_ENV_PROXY: '1', http_proxy: address, HTTPS_PROXY: address }
     const page = new RegExp(`^/ Basic ${btoa('ad:min')}$`, 'm')
     for (const scheme of ['http', 'https']) {
       const setup = { ...env, MODULE: scheme, URL: `${scheme}://ad:min@localhost` }
