@@ -2337,14 +2337,10 @@ describeInProcess('The application', TOGETHER, () => {
       const hooks = { onEvent: fail, onRequestEnd: fail, inquire: fail, prepareWarmup: fail }
       extend(() => Object.defineProperty(hooks, 'isInquiryDue', { get: fail }))`
     fs.writeFileSync(file, `${fs.readFileSync(PROGRAM, 'utf8')}\n${layer}`)
-    const failing = (await import(file)) as Monitor
-    t.after(() => failing.stop())
+    const monitor = (await import(file)) as Monitor
+    t.after(() => monitor.stop())
     const { server, held, letGo } = await serveHeld(t)
-    const { monitor, instancePort, logger } = await bootInstance(t, {
-      monitor: failing,
-      server,
-      isFaulty: true
-    })
+    const { instancePort, logger } = await bootInstance(t, { monitor, server, isFaulty: true })
     const answer = getPage(instancePort, '/held')
     await until(() => held.length === 1, 'a request is in flight')
     assert.equal((await monitor.status()).requestsInFlight, 1)
@@ -2409,8 +2405,7 @@ describeInProcess('The application', ALONE, () => {
 
   test('a request that is none is not counted, one of an adapter is, and both are told to the application', async (t) => {
     const timers = takeTimers(t)
-    const options = { healthPath: '/ready' }
-    const { monitor, server, port, logger } = await bootInstance(t, { performers: WARM, options })
+    const { monitor, server, port, logger } = await bootInstance(t, READY)
     server.removeAllListeners('request')
     const heard: unknown[] = []
     for (const event of ['request', 'upgrade']) server.on(event, (request) => heard.push(request))
@@ -2565,12 +2560,11 @@ describeInProcess('Sending clients elsewhere', TOGETHER, () => {
   test('of pipelined requests all are answered, and only the last closes; after resume() none does, also of those from before', async (t) => {
     const { server, held, letGo } = await serveHeld(t)
     const { monitor } = await bootInstance(t, { performers: WARM, server, until: 'started' })
-    const isDrainedBefore = [true, true, false]
-    for (const [round, isDrained] of isDrainedBefore.entries()) {
-      if (isDrained) await monitor.drain({ timeoutMs: 0 })
+    for (const [round, isDrainedBefore] of [true, true, false].entries()) {
+      if (isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
       const answers = ask(portOf(server), headOf('/held').repeat(3))
       await until(() => held.length === 3, 'all are in flight')
-      if (!isDrained) await monitor.drain({ timeoutMs: 0 })
+      if (!isDrainedBefore) await monitor.drain({ timeoutMs: 0 })
       const inOrder = round === 1 ? held.splice(0).reverse() : held.splice(0)
       for (const response of inOrder) response.setHeader('Connection', 'keep-alive').end('ok')
       const connections = [...(await answers).matchAll(/^Connection: (\S+)/gm)]
@@ -3015,8 +3009,7 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     await until(() => changesLogged(logger).length === 5, 'its end is told')
     assert.equal(changesLogged(logger).at(-1), 'info ftw-monitor is healthy again after N s')
     assert.equal(isConnected.mock.callCount(), 3)
-    const warmedUp = ['Warmup in progress', 'OK']
-    const reasons = [...RECORDED_BOOT, ...warmedUp, 'Moving house', 'OK']
+    const reasons = [...RECORDED_BOOT, 'Warmup in progress', 'OK', 'Moving house', 'OK']
     assert.deepEqual(await reasonsOf(monitor), reasons)
 
     timers.pass(1_000)
@@ -3086,12 +3079,11 @@ describeInProcess('Changes of the verdict', ALONE, () => {
     await changeAfter(60_000, 'no 10.0.0.7')
     await changeAfter(10_000, 'no 10.0.0.8') // no change of its category
     await changeAfter(14_100, '')
-    const told = [
+    assert.deepEqual(logger.lines.slice(-3), [
       'info ftw-monitor is healthy after 0.0 s',
       "warn ftw-monitor is red: Database 'main' failed: no 10.0.0.7",
       'info ftw-monitor is healthy again after 24.1 s'
-    ]
-    assert.deepEqual(logger.lines.slice(-3), told)
+    ])
 
     timers.pass(10_000)
     const seen = logger.lines.length
@@ -3224,16 +3216,15 @@ describeInProcess('Databases, checks and counters', TOGETHER, () => {
   test('figures and connections of wrong types are -1 or one line, and the host lives', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     const values = [null, 7, 'text', [], {}, undefined, true, Symbol('x'), thrower]
-    const wrongConnections = [
-      ...values,
-      { openedAt: 'yesterday', info: 'x' },
-      { openedAt: NaN, info: { toString: thrower } }
-    ]
     const wrong: unknown[] = [
       ...values,
       { size: '12', nonGhost: NaN, accesses: Infinity, objects: {}, bytes: Symbol('x') },
       { maxSize: null, recordsAdded: [7], bytesAdded: thrower, conflicts: new Date(7) },
-      wrongConnections
+      [
+        ...values,
+        { openedAt: 'yesterday', info: 'x' },
+        { openedAt: NaN, info: { toString: thrower } }
+      ]
     ]
     const failing: unknown[] = [
       new Proxy({}, TRAPS),
@@ -3268,13 +3259,12 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
     let code = 302
     const seen = new Set<string>()
     const { monitor, instancePort, logger } = await bootInstance(t, {
-      performers: WARM,
+      ...READY,
       prepare: (copy) => copy.registerCheck('/own', () => true),
       handler: ({ url = '' }, response) => {
         seen.add(url)
         if (code > 0) response.writeHead(code).end()
-      },
-      options: { listen: LOOPBACK, healthPath: '/ready' }
+      }
     })
     const names = (await monitor.status()).checks.map(({ name }) => name)
     assert.deepEqual(names, ['/own', '/health?deep=1', '/café?für=1'])
@@ -3365,9 +3355,8 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
   test('windows of 1, 10, 300 and 3600 s are exact to the second, and no number below 0, or none, is counted', async (t) => {
     const clock = fakeClock(t)
     const random = seeded(3)
-    const monitor = await importMonitor(t)
+    const { monitor, port } = await bootInstance(t, { until: 'started' })
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
-    const { port } = await bootInstance(t, { monitor, until: 'started' })
     for (const wrong of [-1, NaN, Infinity]) assert.throws(() => activity.loads(wrong), RangeError)
     const history: { at: number; loads: number }[] = []
     const pauses = [0, 1, 1, 2, 8, 9, 10, 11, 289, 290, 299, 300, 301, 3299, 3599, 3600, 3601, 9999]
@@ -3450,8 +3439,7 @@ describeInProcess('Databases, checks and counters', ALONE, () => {
       assert.equal(figures.startsWith(`{"error":"Database '${name}' `), !connected, figures)
     }
 
-    const mute = { isConnected: () => true, figures: hang, connections: hang }
-    monitor.registerDatabase('mute', mute)
+    monitor.registerDatabase('mute', { isConnected: () => true, figures: hang, connections: hang })
     const commands = ['dbinfo mute', 'zeocache mute', 'perf_metrics mute', 'monitor 0 mute']
     const replies = commands.map((line) => ask(port, `${line}\n`))
     await untilSeen(port)
@@ -3571,8 +3559,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.equal(await askFor(path), 'hello: ', path)
     }
     assert.equal((await getPage(instancePort, '/@@warmup', { method: 'POST' })).status, 405)
-    const refused = 'warmup is for this machine only\n'
-    assert.equal(await ask(port, 'PROXY UNKNOWN\r\nwarmup\n'), refused)
+    await assertReplies(port, { 'PROXY UNKNOWN\r\nwarmup\n': 'warmup is for this machine only\n' })
     assert.deepEqual(calls, [])
     assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     failures['/shop/hats'] = new Error('no hat is OK')
@@ -3897,10 +3884,7 @@ describeInProcess('Warm-up', ALONE, () => {
     const stages = async () => (await monitor.status()).warmup.map(({ status }) => status).join(' ')
     assert.equal((await getPage(instancePort, '/first/@@warmup')).status, 200)
     assert.equal(await stages(), 'warm off off off')
-    assert.match(
-      logger.lines.at(-1) ?? '',
-      /^info ftw-monitor \(1\/4\) \/first is warm after \d\.\d s$/
-    )
+    assert.match(logger.lines.at(-1)!, /^info ftw-monitor \(1\/4\) \/first is warm after \d\.\d s$/)
     sites.gate = latch()
     sites.calls.length = 0
     const page = getPage(instancePort, '/@@warmup')
@@ -4014,15 +3998,14 @@ describeInProcess('Warm-up', ALONE, () => {
     const performers = { '/shop': keep, '/': keep, '/a/b': keep, '/blog/': keep }
     const server = await serve(t)
     const port = portOf(server)
-    const rows: [variable: string, url: string | undefined, base: string][] = [
-      ['', undefined, `http://127.0.0.1:${port}`],
-      [`http://localhost:${port}/base`, undefined, `http://localhost:${port}/base`],
-      ['http://localhost', 'http://127.0.0.1:9/', 'http://127.0.0.1:9']
+    const rows: [variable: string, options: StartOptions, base: string][] = [
+      ['', {}, `http://127.0.0.1:${port}`],
+      [`http://localhost:${port}/base`, {}, `http://localhost:${port}/base`],
+      ['http://localhost', { url: 'http://127.0.0.1:9/' }, 'http://127.0.0.1:9']
     ]
-    for (const [variable, url, base] of rows) {
+    for (const [variable, options, base] of rows) {
       setEnvironment(t, { FTW_MONITOR_URL: variable })
       calls.length = 0
-      const options = url === undefined ? {} : { url }
       const { monitor } = await bootInstance(t, { performers, server, options })
       await monitor.stop()
       assert.deepEqual(calls, [
