@@ -1055,18 +1055,6 @@ const UNSAFE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u
 /** Control characters that hide text, move the cursor or end a line. */
 const EVIL = 'a\x1b[31mred\x07\u009b2J\u202eright to left\u2028line\0nul\rreturn'
 
-/** Texts that might turn a red reply green. */
-const FORGED: Record<string, string> = {
-  OK: 'OK',
-  'O\\0K': 'O\0K',
-  OOKK: 'OOKK',
-  'OK on a line': 'no\nOK\n',
-  'a soft hyphen': 'O\u00adK',
-  'a line separator': 'O\u2028K',
-  'OK at the limit': `${'x'.repeat(457)}${'OK'.repeat(30)}`,
-  'a megabyte': 'OK '.repeat(349_526)
-}
-
 const thrower = () => {
   throw new Error('trap')
 }
@@ -1101,29 +1089,6 @@ const THROWN: Record<string, unknown> = {
     stack: 7
   }),
   ownCause
-}
-
-/** Names in a `Host` header, and whether they are those of this machine: 200, or 403. The instance's
- *  own URL is at shop.example. */
-const NAMES_OF_HOSTS: Record<string, number> = {
-  localhost: 200,
-  'LocalHost:8080': 200,
-  '127.0.0.1': 200,
-  '10.1.2.3:80': 200,
-  '[::1]': 200,
-  '[::ffff:127.0.0.1]:8080': 200,
-  '[FE80::1]:8080': 200,
-  'SHOP.example:1': 200,
-  'evil.example': 403,
-  'evil.example:8080': 403,
-  'shop.example.evil.example': 403,
-  'localhost.evil.example': 403,
-  notlocalhost: 403,
-  '127.0.0.1.nip.io:8080': 403,
-  '[evil.example]': 403,
-  'evil.example:localhost': 403,
-  'evil.example@localhost': 403,
-  'localhost/evil.example': 403
 }
 
 /** A small generator of numbers from 0 to 1, the same ones for the same seed. */
@@ -2716,7 +2681,17 @@ describeInProcess('The verdict', TOGETHER, () => {
     const performers = { '/': () => (fault ? Promise.reject(fault) : Promise.resolve()) }
     const { monitor, port, instancePort } = await bootInstance(t, { performers })
     const ofBooks = "Error: Database 'BOO KS' failed: "
-    for (const [what, text] of Object.entries(FORGED)) {
+    const forged = {
+      OK: 'OK',
+      'O\\0K': 'O\0K',
+      OOKK: 'OOKK',
+      'OK on a line': 'no\nOK\n',
+      'a soft hyphen': 'O\u00adK',
+      'a line separator': 'O\u2028K',
+      'OK at the limit': `${'x'.repeat(457)}${'OK'.repeat(30)}`,
+      'a megabyte': 'OK '.repeat(349_526)
+    }
+    for (const [what, text] of Object.entries(forged)) {
       const check = (reply: string, begins: string) => {
         assert.match(reply, /^[^\p{Cc}]{1,500}\n$/u, `${what} after ${begins}`)
         assert.doesNotMatch(reply, /OK/, `${what} after ${begins}`)
@@ -3666,7 +3641,27 @@ describeInProcess('Warm-up', TOGETHER, () => {
       [{ headers: { 'User-Agent': 'curl/8.5.0' } }, 200],
       [{ headers: { Host: `shop.example:${port}` } }, 200]
     ]
-    for (const [name, status] of Object.entries(NAMES_OF_HOSTS)) {
+    const namesOfHosts = {
+      localhost: 200,
+      'LocalHost:8080': 200,
+      '127.0.0.1': 200,
+      '10.1.2.3:80': 200,
+      '[::1]': 200,
+      '[::ffff:127.0.0.1]:8080': 200,
+      '[FE80::1]:8080': 200,
+      'SHOP.example:1': 200,
+      'evil.example': 403,
+      'evil.example:8080': 403,
+      'shop.example.evil.example': 403,
+      'localhost.evil.example': 403,
+      notlocalhost: 403,
+      '127.0.0.1.nip.io:8080': 403,
+      '[evil.example]': 403,
+      'evil.example:localhost': 403,
+      'evil.example@localhost': 403,
+      'localhost/evil.example': 403
+    }
+    for (const [name, status] of Object.entries(namesOfHosts)) {
       rows.push([{ headers: { Host: name } }, status])
     }
     if (OUTSIDE) {
