@@ -3543,9 +3543,12 @@ describeInProcess('Warm-up', TOGETHER, () => {
     assert.equal(await ask(port, 'health_check\n'), `${failed}\n`)
   })
 
-  test('each site is warmed once for all who ask meanwhile, or hang up, and what is new is queued', async (t) => {
+  test('each site is warmed once for all who ask meanwhile, or hang up, and what is new is queued; who asks for one site during a warm-up of all hears of that alone, and has it warmed again if it is past', async (t) => {
     const sites = recordSites('/', '/shop')
-    const { port, instancePort } = await bootInstance(t, { performers: sites.performers })
+    let slow = latch()
+    slow.open()
+    const performers = { ...sites.performers, '/slow': () => slow.opened }
+    const { port, instancePort } = await bootInstance(t, { performers })
     const askFor = async (what: string) => {
       if (what.startsWith('warmup')) return await ask(port, `${what}\n`)
       return (await getPage(instancePort, what)).body
@@ -3573,14 +3576,7 @@ describeInProcess('Warm-up', TOGETHER, () => {
       assert.deepEqual(sites.calls, calls)
       assert.equal(await ask(port, 'health_check\n'), 'OK\n')
     }
-  })
 
-  test('who asks for one site during a warm-up of all hears of that alone, and has it warmed again if it is past', async (t) => {
-    const sites = recordSites('/', '/shop')
-    let slow = latch()
-    slow.open()
-    const performers = { ...sites.performers, '/slow': () => slow.opened }
-    const { port, instancePort } = await bootInstance(t, { performers })
     slow = latch()
     sites.gate = latch()
     sites.failures = { '/': new Error('root is broken') }
