@@ -4528,11 +4528,11 @@ async function drainByLine(t: TestContext, port: number): Promise<Peer> {
 }
 
 describeInProcess('Draining', TOGETHER, () => {
-  test('while drained the verdict is the reason, before everything else', async (t) => {
-    const { monitor, port } = await bootInstance(t, {
-      databases: { main: { isConnected: () => false } },
-      until: 'started'
-    })
+  test('while drained the verdict is the reason, before everything else, and who asks as a drain ends hears what a database says then', async (t) => {
+    let isConnected = false
+    const databases = { main: { isConnected: () => isConnected } }
+    const setup = { databases, performers: WARM, until: 'started' } as const
+    const { monitor, port } = await bootInstance(t, setup)
     let askers = 1 // a new one each time: who asks three times is waited for
     const expectReason = async (reason: string) => {
       assert.deepEqual(await monitor.health(), { healthy: false, reason })
@@ -4552,12 +4552,9 @@ describeInProcess('Draining', TOGETHER, () => {
     await expectReason('Out for the night')
     assert.equal((await ask(port, 'resume\n')).split('\n').length, 2)
     await expectReason("Error: Database 'main' disconnected.")
-  })
 
-  test('who asks as a drain ends hears what a database says then', async (t) => {
-    let isConnected = true
-    const databases = { main: { isConnected: () => isConnected } }
-    const { monitor } = await bootInstance(t, { databases, performers: WARM })
+    isConnected = true
+    await untilVerdict(monitor)
     await monitor.drain()
     isConnected = false
     const asked = monitor.health()
@@ -4565,22 +4562,7 @@ describeInProcess('Draining', TOGETHER, () => {
     assert.equal((await asked).reason, "Error: Database 'main' disconnected.")
   })
 
-  test('drain() ends by resume() and by stop(), and so does a second one', async (t) => {
-    const monitor = await importMonitor(t)
-    const server = await serve(t)
-    for (const end of [monitor.resume, () => void monitor.stop()]) {
-      const { port } = await bootInstance(t, { monitor, server, until: 'started' })
-      await askTimes(3, port, 'health_check\n')
-      const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
-      assert.equal((await monitor.health()).reason, 'Again')
-      end()
-      await inTime(drained, 'drain() ends')
-      assert.notEqual((await monitor.health()).reason, 'Again')
-      await monitor.stop()
-    }
-  })
-
-  test('drain({ fall }) waits for so many answers of each, of which one to agent_check counts as three', async (t) => {
+  test('drain({ fall }) waits for so many answers of each, of which one to agent_check counts as three, and ends by resume() and by stop(), as does a second one', async (t) => {
     const { monitor, port } = await bootInstance(t, { performers: WARM })
     const agent = () => ask(port, 'agent_check\n')
     const other = () => ask(port, 'agent_check\n', { from: '127.0.0.2' })
@@ -4599,6 +4581,15 @@ describeInProcess('Draining', TOGETHER, () => {
       await last()
       await inTime(drained, 'the last answer ends it')
       monitor.resume()
+    }
+
+    for (const end of [monitor.resume, () => void monitor.stop()]) {
+      await askTimes(3, port, 'health_check\n')
+      const drained = Promise.all([monitor.drain(), monitor.drain({ reason: 'Again' })])
+      assert.equal((await monitor.health()).reason, 'Again')
+      end()
+      await inTime(drained, 'drain() ends')
+      assert.notEqual((await monitor.health()).reason, 'Again')
     }
   })
 
