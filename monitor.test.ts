@@ -4309,7 +4309,7 @@ describeInProcess('The health path', TOGETHER, () => {
     }
   })
 
-  test('a prober there is an address together with its User-Agent, and none who comes through a proxy, nor a browser, but a balancer that claims to be like Mozilla', async (t) => {
+  test('a prober there is an address together with its User-Agent, and none who comes through a proxy, nor a browser, nor who asks for livez, the status or the page, but who asks for readyz, and a balancer that claims to be like Mozilla', async (t) => {
     const { monitor, port, instancePort } = await bootInstance(t, READY)
     for (const name of ['X-Forwarded-For', 'Forwarded', 'Via', 'X-Real-IP']) {
       await getPage(instancePort, '/ready', { headers: { [name]: '10.1.1.1' } })
@@ -4317,7 +4317,16 @@ describeInProcess('The health path', TOGETHER, () => {
     const head = 'GET /health_check HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
     await askTimes(3, port, `${head}Sec-Fetch-Site: cross-site\r\n\r\n`)
     await askTimes(3, port, `${head}User-Agent: Mozilla/5.0 (X11)\r\n\r\n`) // without TLS
+    for (let time = 0; time < 3; time++) {
+      for (const path of ['/status', '/livez']) await getPage(port, path)
+      for (const line of ['status\n', 'livez\n']) await ask(port, line)
+      await openPage(port)
+    }
     assert.deepEqual((await monitor.status()).probers, [])
+    assert.equal(await askWhomItWaitsFor(port), 0)
+    for (let time = 0; time < 3; time++) await getPage(port, '/readyz')
+    assert.equal(await askWhomItWaitsFor(port), 1)
+    assert.equal(await ask(port, 'readyz\n'), 'OK\n')
 
     const cloudflare = 'Mozilla/5.0 (compatible; Cloudflare-Traffic-Manager/1.0; pool-id: 1)'
     await getPage(port, '/health_check', { headers: { 'User-Agent': cloudflare } })
@@ -6387,19 +6396,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       'resume\n': 'resume is for this machine only\n'
     }
     await assertReplies(port, replies, { from: OUTSIDE })
-  })
-
-  test('who asks for readyz is a prober, who asks for livez, the status or the page is none', async (t) => {
-    const { port } = await bootInstance(t, { performers: WARM })
-    for (let time = 0; time < 3; time++) {
-      for (const path of ['/status', '/livez']) await getPage(port, path)
-      for (const line of ['status\n', 'livez\n']) await ask(port, line)
-      await openPage(port)
-    }
-    assert.equal(await askWhomItWaitsFor(port), 0)
-    for (let time = 0; time < 3; time++) await getPage(port, '/readyz')
-    assert.equal(await askWhomItWaitsFor(port), 1)
-    assert.equal(await ask(port, 'readyz\n'), 'OK\n')
   })
 
   test("registerMetrics adds the service's own metrics, whose families replace ours, and of OpenMetrics what Prometheus knows", async (t) => {
