@@ -5264,9 +5264,10 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
   })
 
   test('requests on connections that came while the event loop was blocked are served, not reset, and so is one on an idle connection', async (t) => {
-    const folder = scratchFolder(t)
-    /** It blocks until there is a file, which tells that all has been sent. */
-    const bootBlocking = (file: string) => {
+    const isOver = ({ isClosed, transcript }: Peer) => isClosed || transcript.endsWith('served')
+    for (const isIdleBefore of [false, true]) {
+      const file = join(scratchFolder(t), 'sent')
+      // It blocks until there is a file, which tells that all has been sent.
       const script = `
         const { existsSync } = await import('node:fs')
         options.onSignal = async () => {
@@ -5277,37 +5278,28 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
           const isWaiting = (ms) => ms < 500 || (ms < 10_000 && !isSent())
           while (isWaiting(performance.now() - startedAtMs));
         }`
-      return bootService(t, { script })
+      const service = await bootService(t, { script })
+      const connect = () => converse(t, service.instancePort)
+      const peers: Peer[] = []
+      if (isIdleBefore) {
+        const peer = await connect() // alone: another request would put the end off
+        peer.say(headOf('/first'))
+        await until(() => peer.transcript.endsWith('served'), 'the first is served')
+        peer.transcript = ''
+        peers.push(peer)
+      }
+      service.kill('SIGTERM')
+      await service.hasSaid('blocks')
+      const count = isIdleBefore ? 1 : 5
+      while (peers.length < count) peers.push(await connect())
+      const post = headOf('/', 'Content-Length: 3').replace('GET', 'POST')
+      for (const peer of peers) peer.say(`${post}a=1`)
+      fs.writeFileSync(file, '')
+      await until(() => peers.every(isOver), 'all are over')
+      const served = /^HTTP\/1\.1 200 OK\r\n[^]*served$/
+      for (const { transcript } of peers) assert.match(transcript, served)
+      assert.equal((await service.awaitEnd()).status, 0)
     }
-    const isOver = ({ isClosed, transcript }: Peer) => isClosed || transcript.endsWith('served')
-    const served = /^HTTP\/1\.1 200 OK\r\n[^]*served$/
-
-    const sentFile = join(folder, 'sent')
-    const service = await bootBlocking(sentFile)
-    service.kill('SIGTERM')
-    await service.hasSaid('blocks')
-    const connect = () => converse(t, service.instancePort)
-    const peers = await Promise.all([connect(), connect(), connect(), connect(), connect()])
-    const post = headOf('/', 'Content-Length: 3').replace('GET', 'POST')
-    for (const peer of peers) peer.say(`${post}a=1`)
-    fs.writeFileSync(sentFile, '')
-    await until(() => peers.every(isOver), 'all are over')
-    for (const { transcript } of peers) assert.match(transcript, served)
-    assert.equal((await service.awaitEnd()).status, 0)
-
-    const secondFile = join(folder, 'second')
-    const quiet = await bootBlocking(secondFile)
-    const peer = await converse(t, quiet.instancePort) // alone: another request would put the end off
-    peer.say(headOf('/first'))
-    await until(() => peer.transcript.endsWith('served'), 'the first is served')
-    quiet.kill('SIGTERM')
-    await quiet.hasSaid('blocks')
-    peer.transcript = ''
-    peer.say(headOf('/second'))
-    fs.writeFileSync(secondFile, '')
-    await until(() => isOver(peer), 'it is over')
-    assert.match(peer.transcript, served)
-    assert.equal((await quiet.awaitEnd()).status, 0)
   })
 
   test('no stream of many connections is lost by a SIGTERM', async (t) => {
