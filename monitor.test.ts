@@ -5325,15 +5325,12 @@ describeProcesses('Shutdown', SIDE_BY_SIDE, () => {
       }
       return outcomes
     }
-    const [early, crossing, late] = [0, 1, 2].map((part) => {
-      return sessions.slice(part * count, (part + 1) * count)
-    })
-    const asked = early!.map(askStreams)
+    const asked = sessions.splice(0, count).map(askStreams)
     await pause(10)
     service.kill('SIGTERM')
-    asked.push(...crossing!.map(askStreams))
+    asked.push(...sessions.splice(0, count).map(askStreams))
     await service.hasSaid('told SIGTERM')
-    asked.push(...late!.map(askStreams))
+    asked.push(...sessions.map(askStreams))
     const outcomes = await inTime(Promise.all(asked), 'all streams are over', 30_000)
     const lost = outcomes.flat().filter((outcome) => !/^(served|refused)$/.test(outcome))
     assert.deepEqual(lost, [])
@@ -5443,7 +5440,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
       'no monitor': { script: 'begin = () => {}' }
     }
     const endOne = async ([what, setup]: [string, ProcessSetup], index: number) => {
-      const service = await bootService(t, {
+      const { instancePort, endWhileServing } = await bootService(t, {
         ...setup,
         script: `
           ${setup.script ?? ''}
@@ -5455,10 +5452,7 @@ describeProcesses('Signals', SIDE_BY_SIDE, () => {
           }`
       })
       const signal = index % 2 ? 'SIGINT' : 'SIGTERM'
-      const page = getPage(service.instancePort, '/slow500')
-      await service.hasSaid('asked for')
-      const { status, ms, output } = await service.end(signal)
-      assert.equal((await page).body, 'served', what)
+      const { status, ms, output } = await endWhileServing(instancePort, '/slow500', { signal })
       assert.equal(status, 0, `${what}: ${output}`)
       assert.match(output, new RegExp(`\\ntold ${signal}\\n[^]*\\ncleaned up after ${signal}\\n`))
       assert.deepEqual(linesOfShutdown(output), [], what)
