@@ -5844,12 +5844,8 @@ describeInProcess('The command table', ALONE, () => {
 
 describeInProcess('Commands', TOGETHER, () => {
   test('help lists every command with its summary, sorted by name, and tells all about each', async (t) => {
-    const { port } = await bootInstance(t, {
-      performers: WARM,
-      prepare: ({ register }) =>
-        register('aardvark', 'Come first\n\n    In its words.\n', () => {}),
-      until: 'started'
-    })
+    const { monitor, port } = await bootInstance(t, { performers: WARM, until: 'started' })
+    monitor.register('aardvark', 'Come first\n\n    In its words.\n', () => {})
     const lines = (await ask(port, 'help\n')).split('\n')
     assert.deepEqual([lines.shift(), lines.pop()], ['Supported commands:', ''])
     for (const line of lines) assert.match(line, /^ {2}\S+ -- \S/)
@@ -6109,10 +6105,10 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
   })
 
   test('metrics is text that Prometheus reads: databases and requests, each with help and type', async (t) => {
-    const server = await serve(t, ({ url }, response) => {
+    const handler: http.RequestListener = ({ url }, response) => {
       response.writeHead(url === '/broken' ? 500 : 200).end()
-    })
-    const monitor = await importMonitor(t)
+    }
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM, handler })
     const activity = monitor.registerDatabase('main', { isConnected: () => true })
     monitor.registerDatabase('we"ird\\', { isConnected: () => false })
     monitor.registerDatabase('lost', { isConnected: hang, optional: true })
@@ -6120,9 +6116,6 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
     activity.loads(5)
     activity.stores(2)
     activity.connections()
-    const setup = { monitor, server, performers: WARM, until: 'started' as const }
-    const { port, instancePort } = await bootInstance(t, setup)
-    await until(async () => (await ask(port, 'warmup_state\n')) === '1 0\n', 'it is warm')
     for (const path of ['/', '/', '/broken']) await getPage(instancePort, path)
 
     const { headers, body } = await getPage(port, '/metrics')
