@@ -6418,11 +6418,11 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
 })
 
 describeInProcess('Figures, metrics and status', ALONE, () => {
-  test('200 requests in flight are counted and listed by age, aborted ones no more', async (t) => {
+  test('monitor counts 200 requests in flight and lists them by age, aborted ones no more, or the connections of the database that it is asked for; perf_metrics counts in its window', async (t) => {
     const clock = fakeClock(t)
     const held: http.ServerResponse[] = []
     const handler: http.RequestListener = (_, response) => held.push(response)
-    const { port, instancePort } = await bootInstance(t, { performers: WARM, handler })
+    const { monitor, port, instancePort } = await bootInstance(t, { performers: WARM, handler })
     const untilCounted = async (count: number) => {
       await until(async () => (await askMonitor(port, '0')).count === count, `${count} are counted`)
     }
@@ -6448,10 +6448,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     }
     for (const response of held) response.setHeader('Connection', 'close').end()
     await untilCounted(0)
-  })
 
-  test('monitor lists the connections of the database that it is asked for, perf_metrics counts in its window', async (t) => {
-    const clock = fakeClock(t)
     const now = Date.now()
     t.mock.method(Date, 'now', () => now)
     const connections = async () => [
@@ -6459,7 +6456,6 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       { openedAt: now - 500, info: '/a b' },
       { openedAt: now - 120_040, info: '/report' }
     ]
-    const { monitor, port } = await bootInstance(t, { until: 'started' })
     monitor.registerDatabase('shop', { isConnected: () => true, connections }).loads(6)
     clock.now += 100_000
     for (const [words, loads] of Object.entries({ '': 6, '- 101': 6, 'shop 100': 0 })) {
