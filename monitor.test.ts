@@ -4639,9 +4639,9 @@ describeInProcess('Draining', TOGETHER, () => {
 })
 
 describeInProcess('Draining', ALONE, () => {
-  test('a drain soon after a long one still waits for its probers, and after a flood, in which one may be missed, it takes its time', async (t) => {
+  test('a drain soon after a long one still waits for its probers, and after a flood, in which one may be missed, it takes its time, but is over when the server has closed, since nobody can be told then', async (t) => {
     const timers = takeTimers(t)
-    const { monitor, port } = await bootInstance(t, { performers: WARM })
+    const { monitor, server, port } = await bootInstance(t, { performers: WARM })
     const askThrice = () => askAsProber(port, '127.0.0.2', 3)
     await askThrice()
     const first = monitor.drain()
@@ -4662,11 +4662,43 @@ describeInProcess('Draining', ALONE, () => {
     const third = timeOf(monitor.drain({ timeoutMs: 500 }))
     await askThrice()
     assert.ok((await third) >= 490)
+    monitor.resume()
+
+    await askThrice()
+    const last = monitor.drain()
+    assert.equal(await isPendingFor(200, last), true)
+    server.close()
+    await inTime(last, 'it is drained', 10_000) // not after 25 s
   })
 
-  test('drain() resolves when no request has been in flight for 100 ms', async (t) => {
-    const { monitor, instancePort, finishRequest } = await bootWithRequest(t)
+  test('while the event loop stood still it was not quiet: what came then is still to be read', async (t) => {
+    const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
+    const { monitor } = await bootInstance(t, { performers: WARM, until: 'started' })
+    const events: string[] = []
+    void monitor.drain().then(() => events.push('drained'))
+    await nextTurn()
+    timers.stall(200)
+    for (const expected of [[], [], ['drained']]) {
+      timers.pass(25)
+      await nextTurn()
+      assert.deepEqual(events, expected)
+    }
+  })
+
+  test('after 25 s the command `drain` gives up, and says what it waited for, also that requests keep coming, and drain() resolves when none has been in flight for 100 ms', async (t) => {
+    const { monitor, port, instancePort, finishRequest } = await bootWithRequest(t)
     const clock = fakeClock(t)
+    const first = await drainByLine(t, port)
+    clock.now += 24_900
+    await pause(100) // for it to look at the clock more than once
+    assert.match(first.transcript, /^(Draining: .*\n)+$/)
+    clock.now += 100
+    await until(() => first.isClosed, 'it gives up')
+    const waited = /\nNot drained after 25 s: 0 of 0 probers know, 1 request in flight\n$/
+    assert.match(first.transcript, waited)
+    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
+
+    monitor.resume()
     const drained = monitor.drain()
     const expectDrainingAfter = async (ms: number) => {
       assert.ok(await isPendingFor(100, drained)) // it looks several times in that
@@ -4681,39 +4713,8 @@ describeInProcess('Draining', ALONE, () => {
     }
     clock.now += 1
     await inTime(drained, 'it is drained')
-  })
 
-  test('while the event loop stood still it was not quiet: what came then is still to be read', async (t) => {
-    const timers = takeTimers(t, ['setTimeout'], fakeClock(t))
-    const { monitor } = await bootInstance(t, { performers: WARM, until: 'started' })
-    let isDrained = false
-    void monitor.drain().then(() => {
-      isDrained = true
-    })
-    await nextTurn()
-    timers.stall(200)
-    for (const expected of [false, false, true]) {
-      timers.pass(25)
-      await nextTurn()
-      assert.equal(isDrained, expected)
-    }
-  })
-
-  test('after 25 s the command `drain` gives up, and says what it waited for, also that requests keep coming', async (t) => {
-    const { port, instancePort, finishRequest } = await bootWithRequest(t)
-    const clock = fakeClock(t)
-    const first = await drainByLine(t, port)
-    clock.now += 24_900
-    await pause(100) // for it to look at the clock more than once
-    assert.match(first.transcript, /^(Draining: .*\n)+$/)
-    clock.now += 100
-    await until(() => first.isClosed, 'it gives up')
-    const waited = /\nNot drained after 25 s: 0 of 0 probers know, 1 request in flight\n$/
-    assert.match(first.transcript, waited)
-    assert.equal(await ask(port, 'health_check\n'), 'Draining\n')
-
-    await finishRequest()
-    await ask(port, 'resume\n')
+    monitor.resume()
     const second = await drainByLine(t, port)
     for (let request = 0; request < 30; request++) {
       await getPage(instancePort, '/')
@@ -4723,16 +4724,6 @@ describeInProcess('Draining', ALONE, () => {
     await until(() => second.transcript.includes('requests keep coming'), 'it says so')
     assert.equal(second.isClosed, false)
     assert.doesNotMatch(second.transcript, /Drained/)
-  })
-
-  test('a drain is over when the server has closed, since nobody can be told then', async (t) => {
-    takeTimers(t)
-    const { monitor, port, server } = await bootInstance(t, { performers: WARM })
-    await askAsProber(port, '127.0.0.2', 3)
-    const drained = monitor.drain()
-    assert.equal(await isPendingFor(200, drained), true)
-    server.close()
-    await inTime(drained, 'it is drained', 10_000) // not after 25 s
   })
 
   test('drain() waits for nobody where nobody asked, nor for requests it cannot see, but for minimumMs', async (t) => {
