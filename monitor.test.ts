@@ -4837,50 +4837,42 @@ describeInProcess('Shutdown', TOGETHER, () => {
     assert.deepEqual(backlogs.calls[0]?.arguments, [0])
   })
 
-  test(
-    'an idle session is told once to go elsewhere, while it may still open streams, before it is closed',
-    needs('openssl'),
-    async (t) => {
-      const answer = (_: unknown, response: http2.Http2ServerResponse) => response.end('served')
-      const servers = {
-        http: http2.createServer(answer),
-        https: http2.createSecureServer(certify(t, 'localhost'), answer)
-      }
-      for (const [scheme, server] of Object.entries(servers)) {
-        await startListening(t, server)
-        const { monitor } = await bootInstance(t, { server, performers: WARM })
-        const session = await connectSession(t, portOf(server), scheme)
-        assert.ok(session)
-        assert.equal(await askStream(session), 'served')
-        const told: number[] = []
-        session.on('goaway', (_code, lastStream) => told.push(lastStream))
-        const closed = once(session, 'close')
-        await inTime(monitor.shutdown(), 'the shutdown is over')
-        await inTime(closed, 'the session is closed')
-        assert.equal(told[0], ALL_STREAMS)
-        assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
-      }
+  test('an idle session is told once to leave before it is closed', needs('openssl'), async (t) => {
+    const answer = (_: unknown, response: http2.Http2ServerResponse) => response.end('served')
+    const servers = {
+      http: http2.createServer(answer),
+      https: http2.createSecureServer(certify(t, 'localhost'), answer)
     }
-  )
-
-  test(
-    'a connection by TLS from before start() is left to cleanUp, which may have a goodbye for it',
-    needs('openssl'),
-    async (t) => {
-      const server = https.createServer(certify(t, 'localhost'))
-      const upgraded = takeUpgradesBare(server)
+    for (const [scheme, server] of Object.entries(servers)) {
       await startListening(t, server)
-      const port = portOf(server)
-      const socket = tls.connect({ port, host: '127.0.0.1', rejectUnauthorized: false })
-      const peer = await upgradeTo(port, socket)
-      t.after(() => peer.socket.destroy())
-      const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
-      const cleanUp = () => void upgraded[0]?.write('goodbye')
-      await monitor.shutdown({ timeoutMs: 500, cleanUp })
-      await until(() => peer.endedAt > 0, 'the client has seen the end')
-      assert.equal(peer.text, 'goodbye')
+      const { monitor } = await bootInstance(t, { server, performers: WARM })
+      const session = await connectSession(t, portOf(server), scheme)
+      assert.ok(session)
+      assert.equal(await askStream(session), 'served')
+      const told: number[] = []
+      session.on('goaway', (_code, lastStream) => told.push(lastStream))
+      const closed = once(session, 'close')
+      await inTime(monitor.shutdown(), 'the shutdown is over')
+      await inTime(closed, 'the session is closed')
+      assert.equal(told[0], ALL_STREAMS) // so it may still open streams
+      assert.equal(told.filter((lastStream) => lastStream === ALL_STREAMS).length, 1)
     }
-  )
+  })
+
+  test('a TLS connection from before start() is left to cleanUp', needs('openssl'), async (t) => {
+    const server = https.createServer(certify(t, 'localhost'))
+    const upgraded = takeUpgradesBare(server)
+    await startListening(t, server)
+    const port = portOf(server)
+    const socket = tls.connect({ port, host: '127.0.0.1', rejectUnauthorized: false })
+    const peer = await upgradeTo(port, socket)
+    t.after(() => peer.socket.destroy())
+    const { monitor } = await bootInstance(t, { server, performers: WARM, until: 'started' })
+    const cleanUp = () => void upgraded[0]?.write('goodbye')
+    await monitor.shutdown({ timeoutMs: 500, cleanUp })
+    await until(() => peer.endedAt > 0, 'the client has seen the end')
+    assert.equal(peer.text, 'goodbye')
+  })
 
   test('upgraded connections are ended a second after cleanUp began, and destroyed a second later, whatever cleanUp does', async (t) => {
     const server = await serve(t)
