@@ -4902,11 +4902,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
       /^info ftw-monitor 127\.0\.0\.1 asks every \d\.\d s: too rarely to be told in time$/
     const late =
       /^warn ftw-monitor Not drained after 1\.6 s: 0 of 1 probers know, 0 requests in flight$/
-    const rows: [timeoutMs: number, expected: RegExp][] = [
-      [500, tooRarely],
-      [2_000, late]
-    ]
-    const shutDown = async ([timeoutMs, expected]: (typeof rows)[number]) => {
+    const shutDown = async (timeoutMs: number, expected: RegExp) => {
       const { monitor, port, logger } = await bootInstance(t, { performers: WARM })
       for (const ms of [0, 600, 600]) {
         await pause(ms)
@@ -4917,7 +4913,7 @@ describeInProcess('Shutdown', TOGETHER, () => {
       assert.equal(told.length, 1, logger.lines.join('\n'))
       assert.match(told[0] ?? '', expected)
     }
-    await Promise.all(rows.map(shutDown))
+    await Promise.all([shutDown(500, tooRarely), shutDown(2_000, late)])
   })
 
   test('a WebSocket over HTTP/2 is a request in flight until it is answered, and then has its goodbye', async (t) => {
@@ -4961,27 +4957,23 @@ describeInProcess('Shutdown', ALONE, () => {
       timeoutMs: [-1, Infinity, '5000'],
       exitAfterMs: [25_000, NaN, '30000', 2 ** 31]
     }
-    const wrong: [options: unknown, kind: typeof TypeError][] = [
-      [null, TypeError],
-      [7, TypeError],
-      [() => {}, TypeError],
-      [{ timeoutMs: 5_000, exitAfterMs: 5_000 }, RangeError]
-    ]
-    for (const [name, values] of Object.entries(wrongValues)) {
-      for (const value of values) {
-        wrong.push([{ [name]: value }, typeof value === 'number' ? RangeError : TypeError])
-      }
-    }
-    const wrongNames = ['SIGKILL', 'SIGSTOP', 'SIGTREM', 'TERM', 15]
-    const wrongSignals = [[], 'SIGTERM', null, ...wrongNames.map((name) => [name])]
-    for (const [options, Kind] of wrong) {
+    const expectRefused = async (options: unknown, Kind: typeof TypeError) => {
       const what = JSON.stringify(options)
       const isKind = (error: unknown) =>
         error instanceof Kind && error.message.startsWith('ftw-monitor: ')
       assert.throws(() => monitor.shutdownOnSignal(options as {}), isKind, what)
       await assert.rejects(monitor.shutdown(options as {}), isKind, what)
     }
+    for (const options of [null, 7, () => {}]) await expectRefused(options, TypeError)
+    await expectRefused({ timeoutMs: 5_000, exitAfterMs: 5_000 }, RangeError)
+    for (const [name, values] of Object.entries(wrongValues)) {
+      for (const value of values) {
+        await expectRefused({ [name]: value }, typeof value === 'number' ? RangeError : TypeError)
+      }
+    }
     await assert.rejects(monitor.drain({ minimumMs: -1 }), /minimumMs must/)
+    const wrongNames = ['SIGKILL', 'SIGSTOP', 'SIGTREM', 'TERM', 15]
+    const wrongSignals = [[], 'SIGTERM', null, ...wrongNames.map((name) => [name])]
     for (const signals of wrongSignals) {
       const options = { signals } as ShutdownOptions
       assert.throws(() => monitor.shutdownOnSignal(options), TypeError, String(signals))
@@ -5071,9 +5063,7 @@ describeInProcess('Shutdown', ALONE, () => {
         monitor.resume()
         events.push(`onSignal ${signal}, listening ${server.listening}`)
       },
-      cleanUp: ({ signal }) => {
-        events.push(`cleanUp ${signal}, listening ${server.listening}`)
-      }
+      cleanUp: ({ signal }) => void events.push(`cleanUp ${signal}, listening ${server.listening}`)
     })
     const ended = monitor.shutdown({ reason: 'Restarts' })
     const drained = monitor.drain({ reason: 'Drained by hand', minimumMs: 60_000 })
@@ -6605,13 +6595,9 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.deepEqual(await told(), nothing)
     timers.pass(200_000)
     assert.match((await openPage(port)).body, / class="requests" points="([\d.,]+ ?){120}"/)
-    for (const [requests, scale] of [
-      [10, 10],
-      [11, 20],
-      [21, 50],
-      [51, 100]
-    ] as const) {
-      await Promise.all(Array.from({ length: requests }, () => getPage(portOf(server), '/0')))
+    for (const [requests, scale] of Object.entries({ 10: 10, 11: 20, 21: 50, 51: 100 })) {
+      const length = Number(requests)
+      await Promise.all(Array.from({ length }, () => getPage(portOf(server), '/0')))
       timers.pass(1_000)
       const label = `<span class="requests">${scale}\u00a0requests a second</span>`
       assert.ok((await openPage(port)).body.includes(label), label)
