@@ -1846,7 +1846,7 @@ describeInProcess('Listening', ALONE, () => {
       const logger = recorder()
       assert.equal(await monitor.start({ server, logger }), false)
       await until(() => warningsOf(logger).length, 'it warns')
-      timers.pass(1_000)
+      timers.pass(2_000)
       await nextTurn() // by then it has been tried in vain
       const isListening = () => logger.lines.some((line) => line.includes('listening on'))
       assert.equal(isListening(), false)
