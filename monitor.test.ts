@@ -4062,13 +4062,22 @@ describeInProcess('Warm-up', ALONE, () => {
     await Promise.all(Object.entries(handlers).map(boot))
 
     const silent = hide(await serve(t, () => {}))
-    const asked = once(silent, 'request')
-    const options = { server: [], port: portOf(silent) }
-    const { monitor } = await bootInstance(t, { server: silent, options, until: 'started' })
-    const [{ socket }] = (await asked) as [http.IncomingMessage]
-    const closed = once(socket, 'close')
-    await monitor.stop()
-    await inTime(closed, 'stop() gives the view up', 5_000)
+    const timers = takeTimers(t)
+    const bootSilent = async () => {
+      const asked = once(silent, 'request')
+      const { calls, performers } = recordSites('/')
+      const options = { server: [], port: portOf(silent) }
+      const setup = { server: silent, performers, options, until: 'started' } as const
+      const { monitor } = await bootInstance(t, setup)
+      const [{ socket }] = (await asked) as [http.IncomingMessage]
+      return { monitor, calls, closed: once(socket, 'close') }
+    }
+    const stopped = await bootSilent()
+    await stopped.monitor.stop()
+    await inTime(stopped.closed, 'stop() gives the view up', 5_000)
+    const unanswered = await bootSilent()
+    timers.pass(10_000)
+    await until(() => unanswered.calls.length === 1, 'after 10 s the performer runs', 5_000)
   })
 
   test('where the program has replaced fetch or crypto the instance warms up, by streams of Node.js, too', async (t) => {
