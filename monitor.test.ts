@@ -2441,7 +2441,10 @@ async function serveForms(t: TestContext, mayAnswer: Promise<void> = Promise.res
     responses.push(response)
     await mayAnswer
     const form = FORMS[String(request.headers['x-form'])]!
-    if (typeof form === 'function') return void form(response)
+    if (typeof form === 'function') {
+      form(response)
+      return
+    }
     const { set = {}, head } = form
     for (const [name, value] of Object.entries(set)) response.setHeader(name, value)
     try {
@@ -6274,7 +6277,8 @@ describeInProcess('Figures, metrics and status', TOGETHER, () => {
       'root@localhost'
     ]
     for (const reason of harmless) assert.equal(await shown(reason), `${reason}\n`)
-    assert.doesNotMatch(logger.lines.join('\n'), /\bhun|hunter|user:/)
+    // In the frames of a stack there is Node.js's addChunk.
+    assert.doesNotMatch(logger.lines.join('\n'), /(?<!addC)hun|user:/)
     assert.ok((await timeOf(shown('//a'.repeat(200_000)))) < 2_000)
   })
 
@@ -6449,7 +6453,7 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.deepEqual(cpu, { user: 2_500_000, system: 1_000_000 })
     assert.deepEqual(counts, { in_flight: 0, requests: 0, errors: 0 })
     assert.equal((await askMonitor(port, '')).rss, 7)
-    for (const [name, figure] of Object.entries({
+    const expected = {
       [`nodejs_version_info{version="${process.version}"}`]: 1,
       process_cpu_user_seconds_total: 2.5,
       process_cpu_system_seconds_total: 1,
@@ -6459,10 +6463,10 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
       nodejs_heap_size_total_bytes: 60,
       nodejs_heap_size_used_bytes: 50,
       nodejs_external_memory_bytes: 40
-    })) {
-      assert.equal(samples[name], figure, name)
     }
-    assert.ok(Math.abs(samples['nodejs_eventloop_utilization']! - 0.5) <= 0.5)
+    for (const [name, figure] of Object.entries(expected)) assert.equal(samples[name], figure, name)
+    const utilization = samples['nodejs_eventloop_utilization']!
+    assert.ok(utilization >= 0 && utilization <= 1, `${utilization}`)
   })
 
   test('the load of the event loop is that of the last ten seconds, the same for all; where the runtime cannot tell, it is -1, the share 100 %, and no metric', async (t) => {
@@ -6597,9 +6601,13 @@ describeInProcess('Figures, metrics and status', ALONE, () => {
     assert.deepEqual(await told(), nothing)
     timers.pass(200_000)
     assert.match((await openPage(port)).body, / class="requests" points="([\d.,]+ ?){120}"/)
-    for (const [requests, scale] of Object.entries({ 10: 10, 11: 20, 21: 50, 51: 100 })) {
-      const length = Number(requests)
-      await Promise.all(Array.from({ length }, () => getPage(portOf(server), '/0')))
+    for (const [requests, scale] of [
+      [10, 10],
+      [11, 20],
+      [21, 50],
+      [51, 100]
+    ] as const) {
+      await Promise.all(Array.from({ length: requests }, () => getPage(portOf(server), '/0')))
       timers.pass(1_000)
       const label = `<span class="requests">${scale}\u00a0requests a second</span>`
       assert.ok((await openPage(port)).body.includes(label), label)
